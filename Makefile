@@ -1,0 +1,43 @@
+# robustclip: `make` lists what there is.
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+RUN := $(BIN)/python -W ignore::FutureWarning -m robustclip
+DEMO := runs/demo
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.venv/ready: pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing .venv && \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		python3 -m venv .venv && \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch .venv/ready
+
+demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fifteen zero-shot sets, with and without
+	@rm -rf $(DEMO)
+	$(RUN) test --config configs/zero_shot.yaml --results.folder $(DEMO)/results
+	$(RUN) fit --config configs/demo.yaml --checkpoint.dirpath $(DEMO)
+	$(RUN) test --config configs/demo.yaml --ckpt_path $(DEMO)/last.ckpt --results.folder $(DEMO)/results
+	$(RUN) table $(DEMO)/results/*.json
+
+test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
+	$(BIN)/pytest
+
+check: .venv/ready ## format, lint, types and import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py
+
+format: .venv/ready ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/ready ## time the training step against the official way and a bare loop (minutes)
+	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
+
+.PHONY: help demo test check format bench

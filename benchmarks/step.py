@@ -1,0 +1,185 @@
+"""Times the TeCoA training step in three ways, and checks that the three agree.
+
+The ways (see `ways.py`) take turns, so that a drift of the machine's speed cancels in the ratios. Random weights.
+The equality test starts the authors' attack and the bare one from the same perturbation, the package's and the bare
+one from the same sample ids; the update is compared on the same attacked images, so one flipped sign cannot hide in it.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+from plain_zero_shot import uniform
+from torch import Tensor
+from ways import EPS, Bare, Official, Ours, Problem
+
+WAYS: dict[str, type[Official] | type[Ours] | type[Bare]] = {"official": Official, "ours": Ours, "bare": Bare}
+# Relative. Weights hardly feel one update at a small learning rate, so their gradients are compared too. Encoding the
+# classes without a graph takes another attention kernel in torch: its rounding, 1e-7, times the logit scale, 100.
+TOLERANCES = {"parameters": 1e-6, "gradients": 1e-5}
+# Below this size the sign of a pixel's gradient is rounding noise.
+SIGN_NOISE = 1e-9
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def time_ways(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each step, after one warm-up; the ways take turns."""
+    durations: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):
+        for name, step in ways.items():
+            started = time.perf_counter()
+            step()
+            if repeat > 0:
+                durations[name].append(1000 * (time.perf_counter() - started))
+    return durations
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(durations: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Ratios within each turn, for every two ways that were both timed."""
+    pairs = [("official", "ours"), ("ours", "bare"), ("official", "bare")]
+    return {
+        f"{slow}/{fast}": summary([a / b for a, b in zip(durations[slow], durations[fast], strict=True)])
+        for slow, fast in pairs
+        if slow in durations and fast in durations
+    }
+
+
+def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Distance of two lists of tensors, relative to the norm of the second."""
+    first, second = (torch.cat([tensor.detach().flatten().double() for tensor in row]) for row in (one, other))
+    return float((first - second).norm() / second.norm())
+
+
+def update_gaps(one: Official | Ours, bare: Bare) -> dict[str, float]:
+    """Compare weights and, sharper since the learning rate does not shrink it, the gradient of the first update."""
+    gradients = [[parameter.grad for parameter in way.parameters if parameter.grad is not None] for way in (one, bare)]
+    return {"parameters": gap(one.parameters, bare.parameters), "gradients": gap(*gradients)}
+
+
+def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float]:
+    """Count the pixels that went another way; a flipped sign moves a pixel by 8e-3, another order of sums by 1e-7."""
+    flipped = (one - other).abs() > 1e-6
+    return {
+        "pixels": flipped.numel(),
+        "flipped": int(flipped.sum()),
+        "flipped_above_noise": int((flipped & ~is_noise).sum()),
+    }
+
+
+def official_equals_bare(problem: Problem) -> dict[str, float]:
+    """From one start: the same perturbation but for rounding noise, and then the same update."""
+    torch.manual_seed(1)
+    images, official, bare, contaminated = problem.images, Official(problem), Bare(problem), Official(problem)
+    start = official.random_start()
+    delta = official.step(start, is_zeroed_after_attack=True)
+    is_noise = torch.stack(official.gradients).abs().amin(dim=0) < SIGN_NOISE
+    attack = attack_gaps(bare.attack(images + start) - images, delta, is_noise)
+    bare.update(images + delta)
+    contaminated.step(start)
+    leftover = update_gaps(contaminated, bare)["gradients"]
+    return {**attack, **update_gaps(official, bare), "gradients_without_zeroing": leftover}
+
+
+def ours_equals_bare(problem: Problem) -> dict[str, float]:
+    """From the start that the sample ids give: the same attacked images, no sign excused, and the same update."""
+    images, ours, bare = problem.images, Ours(problem), Bare(problem)
+    start = images + EPS * (2 * uniform(list(range(len(images))), images.shape[1:]) - 1)
+    expected = bare.attack(start.clamp(0, 1))
+    attack = attack_gaps(ours.attack(), expected, torch.zeros_like(images, dtype=torch.bool))
+    ours.step()
+    bare.update(expected)
+    return {**attack, **update_gaps(ours, bare)}
+
+
+def register_tiny() -> str:
+    """Teach open_clip a two-layer architecture, so that every way can build it by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "two-layer-clip.json"
+        path.write_text(json.dumps(TINY_CLIP))
+        open_clip.add_model_config(path)
+    return path.stem
+
+
+def commit() -> str | None:
+    """Commit of this file's repository, if there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Time the TeCoA training step in three ways and compare them.")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--arch", default="ViT-B-32", help="architecture to time, by its name in open_clip")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--classes", type=int, default=31)
+    parser.add_argument("--steps", type=int, default=2, help="attack iterations")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each way; 0 skips the timing")
+    parser.add_argument("--equality-arch", help="architecture of the equality test; a two-layer CLIP if not given")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Time the chosen ways and print the figures as a Markdown table."""
+    problem = Problem.random(options.arch, options.batch_size, options.classes, options.steps)
+    durations = time_ways({name: WAYS[name](problem).step for name in options.ways}, options.repeats)
+    times = {name: summary(row) for name, row in durations.items()}
+    report = {"milliseconds": times, "ratios": ratios(durations)}
+    print("| | median | min | max |\n|---|---|---|---|")
+    for section, unit in (("milliseconds", " ms"), ("ratios", "x")):
+        for name, row in report[section].items():
+            print(f"| {name} | " + " | ".join(f"{value:.2f}{unit}" for value in row.values()) + " |")
+    return report
+
+
+def check_equality(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Compare every chosen way with the bare one."""
+    problem = Problem.random(
+        options.equality_arch or register_tiny(), options.batch_size, options.classes, options.steps
+    )
+    checks = {"official": official_equals_bare, "ours": ours_equals_bare}
+    return {name: check(problem) for name, check in checks.items() if name in options.ways}
+
+
+def main() -> None:
+    """Time, compare, write the JSON; fail if the ways disagree."""
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    report: dict[str, object] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if options.repeats > 0:
+        report |= measure(options)
+    equality = check_equality(options)
+    options.out.write_text(json.dumps(report | {"equality": equality}, indent=2) + "\n")
+    print(json.dumps(equality, indent=2))
+    for name, row in equality.items():
+        if row["flipped_above_noise"] > 0 or any(row[key] > bound for key, bound in TOLERANCES.items()):
+            raise SystemExit(f"{name} must equal the bare step up to {TOLERANCES}, no sign flipped, got {row}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Random numbers that are a function of ``(seed, sample id)`` alone: counter-based, equal on every device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+def _mix(words: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser, on int64 tensors that hold 32-bit words (A. Appleby, public domain)."""
+    words = words ^ (words >> 16)
+    words = (words * 0x85EBCA6B) & WORD
+    words = words ^ (words >> 13)
+    words = (words * 0xC2B2AE35) & WORD
+    return words ^ (words >> 16)
+
+
+def uniform(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) -> Tensor:
+    """Draws from [0, 1) on a grid of 2**-24.
+
+    Args:
+        index: ``(B,)`` int64 sample ids.
+        shape: of one sample.
+        seed: another seed gives an independent draw.
+
+    Returns:
+        ``(B, *shape)`` float32 on the device of ``index``.
+    """
+    counter = torch.arange(math.prod(shape), device=index.device)
+    start = _mix(torch.tensor(seed & WORD, device=index.device))
+    key = _mix(_mix(start ^ (index & WORD)) ^ (index >> 32))
+    words = _mix(_mix(counter)[None, :] ^ key[:, None])
+    return ((words >> 8).float() / 2**24).view(len(index), *shape)
+
+
+def normal(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) -> Tensor:
+    """Standard normal draws by the Box-Muller transform; arguments as for `uniform`."""
+    pair = uniform(index, (2, *shape), seed=seed)
+    return (-2 * (1 - pair[:, 0]).log()).sqrt() * (2 * math.pi * pair[:, 1]).cos()

@@ -1,0 +1,74 @@
+"""Any attack of the torchattacks library, made harmless."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustclip.attacks.base import Attack, Forward, Loss, Radius, cross_entropy, pixels
+
+
+class TorchAttack(Attack):
+    """An attack of torchattacks by its class name, such as ``APGD``, ``CW`` or ``AutoAttack``.
+
+    The library changes what it is given (train and eval flags, parameter gradients) and checks no range, so it sees
+    only a throw-away module around a closure. Its random numbers come from torch's generators, seeded from ``seed``
+    and put back afterwards; unlike PGD's they depend on the batch.
+
+    Args:
+        name: class in torchattacks.
+        eps: radius in [0, 1] pixel units for attacks that take one; null for their own default.
+        kwargs: further arguments of that class; ``alpha`` may be a fraction. ``n_classes`` is filled in.
+
+    Raises:
+        ValueError: no such attack, an argument that it does not take, or a loss other than cross-entropy.
+    """
+
+    def __init__(self, name: str, eps: Radius | None = None, kwargs: dict[str, Any] | None = None) -> None:
+        import torchattacks  # here because its import is slow and most runs do not need it
+
+        available = torchattacks.attack.Attack.__subclasses__()
+        found = {attack.__name__: attack for attack in available if hasattr(torchattacks, attack.__name__)}
+        if name not in found:
+            raise ValueError(f"torchattacks has no attack {name!r}; it has {', '.join(sorted(found))}")
+        self.name, self._attack, self.kwargs = name, found[name], dict(kwargs or {})
+        if eps is not None:
+            self.kwargs["eps"] = eps
+        takes = inspect.signature(self._attack).parameters
+        unknown = self.kwargs.keys() - takes.keys()
+        if unknown:
+            raise ValueError(f"{name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)[1:]}")
+        for radius in self.kwargs.keys() & {"eps", "alpha"}:
+            limit = None if self.kwargs.get("norm") == "L2" or "L2" in name else 1.0
+            self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
+        self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs
+
+    def perturb(
+        self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
+    ) -> Tensor:
+        """Runs the library's attack on a throw-away module."""
+        if loss is not cross_entropy:
+            raise ValueError(f"{self.name} of torchattacks brings its own loss; use PGD for a custom one")
+        extra = {}
+        if self._needs_class_count:
+            with torch.no_grad():
+                extra["n_classes"] = forward(images[:1]).shape[-1]
+        devices = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            attacked: Tensor = self._attack(_Victim(forward, images.device), **self.kwargs, **extra)(images, targets)
+        return attacked.clamp(0, 1)
+
+
+class _Victim(nn.Module):
+    """What torchattacks sees: a module whose modes and parameters are none of ours."""
+
+    def __init__(self, forward: Forward, device: torch.device) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the device
+        self._forward = forward
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._forward(images)

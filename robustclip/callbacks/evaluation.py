@@ -1,0 +1,132 @@
+"""Accuracy under attack, for every method and every task."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from robustclip.attacks import Attack
+from robustclip.callbacks.progress import TaskProgress
+from robustclip.methods import RobustMethod
+from robustclip.metrics import Top1
+from robustclip.types import TASK_NAME, Batch, Task
+
+
+class RobustEvaluation(Callback):
+    """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
+
+    Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task.
+
+    Args:
+        attacks: name to attack; none measures clean accuracy alone.
+        max_samples: evaluate this many fixed samples of each task, clean and attacked; null for all.
+        seed: of the attacks' random starts.
+
+    Raises:
+        ValueError: an attack name that could not be a key of the results.
+    """
+
+    def __init__(self, attacks: dict[str, Attack] | None = None, max_samples: int | None = None, seed: int = 0) -> None:
+        self.attacks, self.max_samples, self.seed = attacks or {}, max_samples, seed
+        for name in self.attacks:
+            if not TASK_NAME.fullmatch(name) or name in ("clean", "n", "seconds", "bad"):
+                raise ValueError(f"attack name must match [a-z0-9_]+ and not be 'clean', got {name!r}")
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples must be at least 1, got {max_samples}; null evaluates all")
+        self._counts: dict[tuple[str, str], Top1] = {}
+        self._seconds: dict[str, float] = {}
+        self._start = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Limits the evaluation sets, so that clean and attacked accuracy share their samples."""
+        trainer.datamodule.max_samples = self.max_samples  # type: ignore[attr-defined]
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting."""
+        self._reset(pl_module, trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting."""
+        self._reset(pl_module, trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        """Starts the clock."""
+        self._start = perf_counter()
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Starts the clock."""
+        self._start = perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Attacks the batch."""
+        self._attack(trainer, pl_module, batch, trainer.datamodule.test_tasks[dataloader_idx])  # type: ignore[attr-defined]
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Attacks the batch."""
+        self._attack(trainer, pl_module, batch, trainer.datamodule.val_tasks[dataloader_idx])  # type: ignore[attr-defined]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs ``test/...``."""
+        self._log(trainer, pl_module, "test", trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs ``val/...``."""
+        self._log(trainer, pl_module, "val", trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
+
+    def _reset(self, module: LightningModule, tasks: list[Task]) -> None:
+        keys = [(task.name, attack) for task in tasks for attack in self.attacks]
+        self._counts = {key: Top1().to(module.device) for key in keys}
+        self._seconds = {task.name: 0.0 for task in tasks}
+
+    def _attack(self, trainer: Trainer, module: LightningModule, batch: Batch, task: Task) -> None:
+        if not isinstance(module, RobustMethod):
+            raise TypeError(f"RobustEvaluation needs a RobustMethod, got {type(module).__name__}")
+
+        def forward(images: Tensor) -> Tensor:
+            return module.logits(images, task.name)
+
+        progress = trainer.progress_bar_callback
+        # Lightning opens autocast around the steps only; hooks have to open it themselves.
+        with trainer.precision_plugin.forward_context(), module.frozen():
+            for name, attack in self.attacks.items():
+                if isinstance(progress, TaskProgress):
+                    progress.announce(f"{task.name} under {name}")
+                attacked = attack(batch.images, forward, batch.labels, index=batch.index, seed=self.seed)
+                with torch.no_grad():
+                    self._counts[task.name, name].update(forward(attacked), batch.labels)
+        self._seconds[task.name] += perf_counter() - self._start
+
+    def _log(self, trainer: Trainer, module: LightningModule, stage: str, tasks: list[Task]) -> None:
+        for attack in self.attacks:
+            accuracies = []
+            for task in tasks:
+                values = self._counts[task.name, attack].compute()
+                accuracies.append(values["acc1"])
+                module.log(f"{stage}/{task.name}/{attack}/correct", values["correct"].float())
+                module.log(f"{stage}/{task.name}/{attack}/acc1", values["acc1"], prog_bar=stage == "val")
+            if accuracies:
+                module.log(f"{stage}/mean/{attack}/acc1", torch.stack(accuracies).mean())
+        left_out = trainer.datamodule.bad_sample_counts  # type: ignore[attr-defined]
+        for task in tasks:
+            bad = torch.tensor(float(left_out.get(task.name, 0)), device=module.device)
+            module.log(f"{stage}/{task.name}/bad_samples", bad, sync_dist=True, reduce_fx="sum")
+            seconds = torch.tensor(self._seconds[task.name], device=module.device)
+            module.log(f"{stage}/{task.name}/seconds", seconds, sync_dist=True, reduce_fx="max")

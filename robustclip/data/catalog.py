@@ -1,0 +1,150 @@
+"""The data sets of the zero-shot protocols of TeCoA and PMG-AFT: prompts, class names in label order, splits, sources.
+
+Class names live in `assets/class_names.json` and are read when first asked for. They are the text that goes into the
+template, so the rules of TeCoA's code have been applied: lower case; "_", "-" and "/" become blanks. Label order is
+torchvision's and, but for Caltech-101, clip_benchmark's. The lists are those published with the sets, compared with
+CLIP's `data/prompts.md`, torchvision, clip_benchmark and TensorFlow Datasets.
+
+- ImageNet, Tiny-ImageNet: the first synonym of each WordNet id in the CLS-LOC development kit, ids in sorted order.
+- CIFAR-10, CIFAR-100, STL-10, Food-101, SUN397, DTD: the labels of the sets.
+- Caltech-101: directory names sorted with capitals first, no background; "faces" and "faces easy" both stay. TeCoA left
+  the prompts of this set undefined. Exports order and count it differently: use the names that lie beside them.
+- Caltech-256: directory names without "NNN." and "-101"; clutter is a class.
+- Oxford-IIIT Pet: the breeds as the file names spell them, hence "german shorthaired".
+- Stanford Cars: the last five characters, blank and year, are cut: 196 classes, 189 distinct names. "/" stays.
+- Flowers-102: the list of TeCoA's code, which differs from CLIP's in "colts foot", "pink yellow dahlia?", "ball moss".
+- FGVC Aircraft: variants; "boeing " stands before a name that starts with 7. "-" and "/" stay.
+- EuroSAT: TeCoA's phrases, in folder order.
+- PCam: TeCoA's two prompts are whole sentences, with "Tthis" corrected to "This".
+- Hateful Memes: CLIP's classes and template, as TeCoA published no loader.
+
+Three pairs of ImageNet names are equal (crane, maillot, cardigan), so their logits tie.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from types import MappingProxyType
+
+PHOTO = "This is a photo of a {}"  # no full stop: TeCoA trained with this template
+
+
+@cache
+def _assets() -> Mapping[str, tuple[str, ...]]:
+    text = resources.files("robustclip.data").joinpath("assets/class_names.json").read_text(encoding="utf-8")
+    names: dict[str, list[str]] = json.loads(text)
+    return {name: tuple(classes) for name, classes in names.items()}
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One data set of the zero-shot protocols.
+
+    Args:
+        name: key in the catalogue and name of the task, `[a-z0-9_]+`.
+        title: name for people.
+        templates: prompts; "{}" stands for the class name.
+        split: the split that the papers test on; "all" is the whole set, "val" the labelled validation images.
+            The clip_benchmark layout calls whichever it exported `test`.
+        images: number of images in that split.
+        source: where it is read from by default, without the network: `wds:NAME` is a folder below the data root in
+            the clip_benchmark layout, `torchvision:CLASS` stands where that layout has other images or other labels.
+        native_size: True if images are attacked at their own size, 32 or 96 pixels, and resized inside the model.
+    """
+
+    name: str
+    title: str
+    templates: tuple[str, ...]
+    split: str
+    images: int
+    source: str
+    native_size: bool = False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The (C,) names in label order, ready for a template."""
+        return _assets()[self.name]
+
+
+_ENTRIES = (
+    CatalogEntry("imagenet", "ImageNet", (PHOTO,), "val", 50_000, "wds:imagenet1k"),
+    CatalogEntry("tiny_imagenet", "Tiny-ImageNet", (PHOTO,), "val", 10_000, "wds:tiny_imagenet"),
+    CatalogEntry("cifar10", "CIFAR-10", (PHOTO,), "test", 10_000, "wds:cifar10", native_size=True),
+    CatalogEntry("cifar100", "CIFAR-100", (PHOTO,), "test", 10_000, "wds:cifar100", native_size=True),
+    CatalogEntry("stl10", "STL-10", (PHOTO,), "test", 8_000, "wds:stl10", native_size=True),
+    CatalogEntry("caltech101", "Caltech-101", (PHOTO,), "all", 8_677, "torchvision:Caltech101"),
+    CatalogEntry("caltech256", "Caltech-256", ("A photo of a {}.",), "all", 30_607, "torchvision:Caltech256"),
+    CatalogEntry(
+        "oxford_pets", "Oxford-IIIT Pet", ("A photo of a {}, a type of pet.",), "test", 3_669, "wds:oxford_pets"
+    ),
+    CatalogEntry("stanford_cars", "Stanford Cars", ("A photo of a {}.",), "test", 8_041, "wds:stanford_cars"),
+    CatalogEntry("food101", "Food-101", ("A photo of {}, a type of food.",), "test", 25_250, "wds:food101"),
+    CatalogEntry("flowers102", "Flowers-102", ("A photo of a {}, a type of flower.",), "test", 6_149, "wds:flowers102"),
+    CatalogEntry(
+        "fgvc_aircraft", "FGVC Aircraft", ("A photo of a {}, a type of aircraft.",), "test", 3_333, "wds:fgvc_aircraft"
+    ),
+    CatalogEntry("sun397", "SUN397", (PHOTO,), "all", 108_754, "wds:sun397"),
+    CatalogEntry("dtd", "Describable Textures", ("A surface with a {} texture.",), "test", 1_880, "wds:dtd"),
+    CatalogEntry("eurosat", "EuroSAT", ("A centered satellite photo of {}.",), "all", 27_000, "torchvision:EuroSAT"),
+    CatalogEntry("pcam", "PatchCamelyon", ("{}",), "test", 32_768, "wds:pcam"),
+    CatalogEntry("hateful_memes", "Hateful Memes", ("a {}.",), "test", 3_000, "wds:hateful_memes"),
+)
+
+CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+"""All data sets by name."""
+
+TECOA_SETS: tuple[str, ...] = (
+    "imagenet",
+    "cifar10",
+    "cifar100",
+    "stl10",
+    "caltech101",
+    "caltech256",
+    "oxford_pets",
+    "stanford_cars",
+    "food101",
+    "flowers102",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "pcam",
+    "hateful_memes",
+)
+"""ImageNet and the fifteen zero-shot sets of TeCoA (https://arxiv.org/abs/2212.07016)."""
+
+PMG_AFT_SETS: tuple[str, ...] = (
+    "tiny_imagenet",
+    "cifar10",
+    "cifar100",
+    "stl10",
+    "sun397",
+    "food101",
+    "oxford_pets",
+    "flowers102",
+    "dtd",
+    "eurosat",
+    "fgvc_aircraft",
+    "imagenet",
+    "caltech101",
+    "caltech256",
+    "stanford_cars",
+    "pcam",
+)
+"""Tiny-ImageNet and the fifteen zero-shot sets of PMG-AFT (https://arxiv.org/abs/2401.04350)."""
+
+
+def lookup(name: str) -> CatalogEntry:
+    """Return the data set of that name.
+
+    Raises:
+        ValueError: if the catalogue has no such name; the message names the closest ones.
+    """
+    if name in CATALOG:
+        return CATALOG[name]
+    close = difflib.get_close_matches(name, CATALOG, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(CATALOG)}"
+    raise ValueError(f"data set must be a name of the catalogue, got {name!r}; {hint}")

@@ -1,0 +1,82 @@
+"""Decoded samples of any source, as tensors."""
+
+import io
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from robustclip.data.streams import ShuffledShards, StreamedImage, StreamedShards
+from robustclip.data.transforms import ToPixels
+
+
+class BadSample(NamedTuple):
+    """A sample that does not decode: where it lies and what the decoder said."""
+
+    where: str
+    why: str
+
+
+Loaded = tuple[Tensor, int, int] | BadSample
+"""Image ``(3, H, W)`` in [0, 1], label, sample id; or what is wrong with it."""
+
+
+class Images(Dataset[Loaded]):
+    """Chosen samples of a map-style source; the sample id is the position in the whole source.
+
+    Args:
+        source: gives image and label by position.
+        transform: from image to pixels.
+        positions: which samples, in this order; None for all.
+    """
+
+    def __init__(self, source: Dataset[Any], transform: ToPixels, positions: list[int] | None = None) -> None:
+        self.source, self.transform = source, transform
+        self.positions = range(len(source)) if positions is None else positions  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> Loaded:
+        position = self.positions[number]
+        try:
+            image, label = self.source[position]
+            return self.transform(image), int(label), position
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+            where = getattr(self.source, "where", "sample {} of the data set".format)
+            return BadSample(where(position), str(error))
+
+
+class StreamedImages(IterableDataset[Loaded]):
+    """Decodes a stream.
+
+    Args:
+        source: encoded images.
+        transform: from image to pixels.
+        class_count: labels must be below it.
+    """
+
+    def __init__(self, source: StreamedShards | ShuffledShards, transform: ToPixels, class_count: int) -> None:
+        self.source, self.transform, self.class_count = source, transform, class_count
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]  # a TypeError is how a stream says that nobody knows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of a shuffled stream."""
+        if isinstance(self.source, ShuffledShards):
+            self.source.epoch = epoch
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for sample in self.source:
+            if sample.label >= self.class_count:
+                raise ValueError(f"{sample.where} has label {sample.label}, but there are {self.class_count} classes")
+            yield self._decode(sample)
+
+    def _decode(self, sample: StreamedImage) -> Loaded:
+        try:
+            return self.transform(Image.open(io.BytesIO(sample.data))), sample.label, sample.index
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return BadSample(sample.where, str(error))

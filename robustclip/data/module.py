@@ -1,0 +1,182 @@
+"""The one data module of all methods."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from robustclip.data.images import Images, Loaded, StreamedImages
+from robustclip.data.sampling import ExactSampler, ImageLoader
+from robustclip.data.sources import DataSource, OpenedSource, open_source
+from robustclip.data.splits import choose, hold_out
+from robustclip.data.streams import ShuffledShards, StreamedShards
+from robustclip.data.transforms import ToPixels
+from robustclip.types import Task
+
+
+class CLIPDataModule(LightningDataModule):
+    """Labelled images for training and for any number of zero-shot tasks.
+
+    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``shapes:NAME``, or a name
+    of the catalogue) or a `DataSource`. Nothing touches the network unless a source is a URL.
+
+    Args:
+        train: training set.
+        val: validation sets; none holds out a part of the training set.
+        test: zero-shot test sets.
+        root: folder that relative paths start at.
+        image_size: side in pixels of the crop that larger images are reduced to before an attack.
+        attack_resolution: ``native`` leaves small-image sets (CIFAR, STL-10) at their own size and lets the model
+            enlarge them, so that an attack has only their pixels; ``model`` enlarges them first.
+        batch_size: images per process and training step.
+        eval_batch_size: images per process and evaluation step; null for ``batch_size``.
+        num_workers: loader processes per process; 0 decodes in the main process.
+        holdout: share of the training set, per class, that is kept for validation if ``val`` is empty; 0 for none.
+        bad_samples: what evaluation does with an image that does not decode: ``error`` or ``skip``, which counts
+            them. Training always skips and counts.
+
+    Raises:
+        ValueError: anything about a data set that does not fit, when a stage is set up.
+    """
+
+    def __init__(
+        self,
+        train: DataSource | str = "shapes:source",
+        val: Sequence[DataSource | str] = (),
+        test: Sequence[DataSource | str] = (),
+        root: str = ".",
+        image_size: int = 224,
+        attack_resolution: Literal["native", "model"] = "native",
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        holdout: float = 0.1,
+        bad_samples: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__()
+        if not 0 <= holdout < 1:
+            raise ValueError(f"holdout must be in [0, 1), got {holdout}")
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
+        self._wanted_train, self._wanted_val, self._wanted_test = train, tuple(val), tuple(test)
+        self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
+        self.max_samples: int | None = None
+        self._train: OpenedSource | None = None
+        self._train_positions: list[int] | None = None
+        self._val_positions: list[int] | None = None
+        self._val: list[OpenedSource] = []
+        self._test: list[OpenedSource] = []
+        self._loaders: dict[str, ImageLoader] = {}
+
+    @property
+    def train_task(self) -> Task:
+        """Classes of the training set; opened by ``setup("fit")``."""
+        return self._opened_train().task
+
+    @property
+    def val_tasks(self) -> list[Task]:
+        """Tasks of the validation loaders, in their order."""
+        return [source.task for source in self._val]
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """Tasks of the test loaders, in their order."""
+        return [source.task for source in self._test]
+
+    @property
+    def bad_sample_counts(self) -> dict[str, int]:
+        """Undecodable samples that this process left out of its latest evaluation, per task."""
+        return {name: len(loader.bad_samples) for name, loader in self._loaders.items()}
+
+    def setup(self, stage: str) -> None:
+        """Opens the data sets that a stage needs."""
+        if stage == "test":
+            self._test = self._open_all(self._wanted_test)
+            if not self._test:
+                raise ValueError("nothing to test on: `data.test` lists no data set")
+            return
+        self._val = self._open_all(self._wanted_val)
+        if stage == "fit" or not self._val:
+            self._train = open_source(self._wanted_train, root=self.root, split="train")
+            if not self._val and self.holdout and self._train.dataset is not None:
+                self._train_positions, self._val_positions = hold_out(self._train.dataset, self.holdout)
+                self._val = [self._train]
+
+    def train_dataloader(self) -> ImageLoader:
+        """Shuffled anew each epoch; the order follows from seed and epoch alone."""
+        source, seed = self._opened_train(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        rank, world_size = self._place()
+        first_epoch = self.trainer.current_epoch if self.trainer else 0
+        if source.dataset is None:
+            if source.length is None:
+                raise ValueError(f"training set {source.task.name!r} is remote: give its number of samples as `length`")
+            shuffled = ShuffledShards(source.urls, length=source.length, seed=seed, rank=rank, world_size=world_size)
+            stream = StreamedImages(shuffled, self._transform(source), len(source.task.class_names))
+            return self._loader(stream, None, self.batch_size, skips_bad_samples=True, first_epoch=first_epoch)
+        images = Images(source.dataset, self._transform(source), self._train_positions)
+        sampler: DistributedSampler[Loaded] = DistributedSampler(images, world_size, rank, shuffle=True, seed=seed)
+        return self._loader(images, sampler, self.batch_size, skips_bad_samples=True, first_epoch=first_epoch)
+
+    def val_dataloader(self) -> list[ImageLoader]:
+        """One loader per validation task."""
+        return self._eval_loaders(self._val)
+
+    def test_dataloader(self) -> list[ImageLoader]:
+        """One loader per test task."""
+        return self._eval_loaders(self._test)
+
+    def _eval_loaders(self, sources: Sequence[OpenedSource]) -> list[ImageLoader]:
+        self._loaders = {source.task.name: self._eval_loader(source) for source in sources}
+        return list(self._loaders.values())
+
+    def _eval_loader(self, source: OpenedSource) -> ImageLoader:
+        rank, world_size = self._place()
+        skips = self.bad_samples == "skip"
+        if source.dataset is None:
+            shards = StreamedShards(source.urls, max_samples=self.max_samples, rank=rank, world_size=world_size)
+            stream = StreamedImages(shards, self._transform(source), len(source.task.class_names))
+            return self._loader(stream, None, self.eval_batch_size, skips_bad_samples=skips)
+        positions = self._val_positions if source is self._train else None
+        chosen = choose(source.dataset, positions, self.max_samples)
+        images = Images(source.dataset, self._transform(source), chosen)
+        sampler = ExactSampler(images, rank=rank, world_size=world_size)
+        return self._loader(images, sampler, self.eval_batch_size, skips_bad_samples=skips)
+
+    def _loader(
+        self, dataset: Dataset[Loaded], sampler: Sampler[Any] | None, batch_size: int, **options: Any
+    ) -> ImageLoader:
+        return ImageLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _open_all(self, wanted: Sequence[DataSource | str]) -> list[OpenedSource]:
+        sources = [open_source(source, root=self.root, split="test") for source in wanted]
+        for name, count in Counter(source.task.name for source in sources).items():
+            if count > 1:
+                raise ValueError(f"{count} data sets are named {name!r}; give each its own `name`")
+        return sources
+
+    def _opened_train(self) -> OpenedSource:
+        if self._train is None:
+            raise ValueError("the training set is not open: call setup('fit') first")
+        return self._train
+
+    def _transform(self, source: OpenedSource) -> ToPixels:
+        keeps_size = source.native_size and self.attack_resolution == "native"
+        return ToPixels(None if keeps_size else self.image_size)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,107 @@
+"""Which samples a process sees, and in which order: exact in evaluation, resumable in training."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from robustclip.data.images import BadSample, Loaded, StreamedImages
+from robustclip.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class ExactSampler(DistributedSampler[Any]):
+    """Every sample once over the ranks, so that counts are exact; shares may be uneven or empty.
+
+    torch's own sampler pads by repeating samples. Lightning leaves samplers of this type alone.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, rank: int, world_size: int) -> None:
+        super().__init__(dataset, world_size, rank, shuffle=False)
+        self._indices = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class ImageLoader(DataLoader[Loaded]):
+    """Yields `Batch`; handles undecodable samples; knows where it is within the epoch and can continue there.
+
+    Args:
+        dataset: yields `Loaded`.
+        skips_bad_samples: leave undecodable samples out, and count them, instead of stopping.
+        first_epoch: number of the epoch that the first iteration is.
+        kwargs: of the DataLoader.
+
+    Raises:
+        ValueError: while iterating: a sample that does not decode, unless these are skipped.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Loaded], *, skips_bad_samples: bool, first_epoch: int = 0, **kwargs: Any
+    ) -> None:
+        # An own generator: the workers' base seed must not move the global random stream.
+        super().__init__(dataset, collate_fn=collate, generator=torch.Generator().manual_seed(0), **kwargs)
+        self.skips_bad_samples = skips_bad_samples
+        self.bad_samples: list[BadSample] = []
+        self._epoch = first_epoch - 1
+        self._batches_done = 0
+        self._batches_to_skip = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        done, self._batches_to_skip = self._batches_to_skip, 0
+        self._batches_done = done
+        self._epoch += 1
+        if isinstance(self.dataset, StreamedImages):  # samplers are told by Lightning, streams are not
+            self.dataset.set_epoch(self._epoch)
+        self.bad_samples.clear()
+        for batch, bad in self._from(done):
+            self._batches_done += 1
+            if bad and not self.skips_bad_samples:
+                raise ValueError(f"{bad[0].where} does not decode: {bad[0].why}; `bad_samples: skip` leaves it out")
+            self.bad_samples.extend(bad)
+            if batch is not None:
+                yield batch
+        if self.bad_samples:
+            log.warning("%d samples did not decode, the first: %s", len(self.bad_samples), self.bad_samples[0].where)
+
+    def _from(self, done: int) -> Iterator[tuple[Batch | None, list[BadSample]]]:
+        """Batches of this epoch after the first ``done``; only streams have to read what they skip."""
+        batch_sampler = self.batch_sampler
+        if done == 0 or isinstance(self.dataset, IterableDataset) or batch_sampler is None:
+            yield from itertools.islice(super().__iter__(), done, None)
+            return
+        rest = DataLoader(
+            self.dataset,
+            batch_sampler=list(itertools.islice(batch_sampler, done, None)),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            pin_memory=self.pin_memory,
+            generator=self.generator,
+        )
+        yield from rest
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the current epoch stands."""
+        return {"epoch": self._epoch, "batches": self._batches_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next iteration continue there."""
+        self._epoch, self._batches_to_skip = state["epoch"] - 1, state["batches"]
+
+
+def collate(samples: Sequence[Loaded]) -> tuple[Batch | None, list[BadSample]]:
+    """Stacks what was decoded; the rest is told apart."""
+    bad = [sample for sample in samples if isinstance(sample, BadSample)]
+    good = [sample for sample in samples if not isinstance(sample, BadSample)]
+    if not good:
+        return None, bad
+    images, labels, index = zip(*good, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index)), bad

@@ -1,0 +1,139 @@
+"""Image sets in the WebDataset layout of clip_benchmark, read where they lie: nothing is unpacked or held in memory."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple, cast
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
+REMOTE = ("http://", "https://", "file://")
+TIMEOUT_SECONDS = 60
+
+
+class Member(NamedTuple):
+    """Where one sample lies in a tar file."""
+
+    shard: int
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+class IndexedShards(Dataset[tuple[Image.Image, int]]):
+    """Labelled images of local tar files, read at random by offset.
+
+    Args:
+        shards: tar files with ``KEY.(jpg|png|webp|...)`` and ``KEY.cls``; samples are numbered in this order.
+
+    Raises:
+        ValueError: a shard that is missing, cut short or no tar file, a sample without its label.
+    """
+
+    def __init__(self, shards: list[Path]) -> None:
+        self.shards = shards
+        self._members = [member for number, shard in enumerate(shards) for member in _scan(number, shard)]
+        self.labels = [member.label for member in self._members]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        member = self._members[index]
+        with self.shards[member.shard].open("rb", buffering=0) as file:
+            file.seek(member.offset)
+            return Image.open(io.BytesIO(file.read(member.size))), member.label
+
+    def where(self, index: int) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shards[self._members[index].shard]} key {self._members[index].key!r}"
+
+
+def _scan(number: int, shard: Path) -> Iterator[Member]:
+    if not shard.is_file():
+        raise ValueError(f"shard {shard} is missing; the nshards.txt beside it counts it")
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for entry in archive:
+                key, _, kind = entry.name.partition(".")
+                end = entry.offset_data + entry.size
+                if kind == "cls":
+                    labels[key] = parse_label(
+                        cast(IO[bytes], archive.extractfile(entry)).read(), f"{shard} key {key!r}"
+                    )
+                elif kind.lower() in IMAGE_TYPES:
+                    images[key] = (entry.offset_data, entry.size)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"shard {shard} is no complete tar file: {error}; fetch it again") from error
+    if end + tarfile.BLOCKSIZE > shard.stat().st_size:
+        raise ValueError(f"shard {shard} is cut short: it has no end-of-archive block; fetch it again")
+    for key, (offset, size) in images.items():
+        if key not in labels:
+            raise ValueError(f"shard {shard} key {key!r} has an image but no .cls label")
+        yield Member(number, key, offset, size, labels[key])
+
+
+def parse_label(data: bytes, where: str) -> int:
+    """The number in a ``.cls`` file.
+
+    Raises:
+        ValueError: anything but a non-negative integer.
+    """
+    text = data.decode("ascii", errors="replace").strip()
+    if not text.isdecimal():
+        raise ValueError(f"{where} has the label {text[:20]!r}; expected a class number")
+    return int(text)
+
+
+def list_shards(location: str, split: str) -> list[str]:
+    """Paths or URLs of a split's shards: ``LOCATION/SPLIT/{0..N-1}.tar`` with N from ``nshards.txt``.
+
+    Raises:
+        ValueError: no such folder or split, or an ``nshards.txt`` that is no count.
+    """
+    base = f"{location.rstrip('/')}/{split}"
+    if not location.startswith(REMOTE) and not Path(base).is_dir():
+        splits = sorted({path.parent.name for path in Path(location).glob("*/*.tar")})
+        remedy = f"its splits are {splits}" if splits else "no such data set; check the path and `root`"
+        raise ValueError(f"no shards in {base}: {remedy}")
+    count = read_text(f"{base}/nshards.txt")
+    if count is None:
+        raise ValueError(f"{base} has no nshards.txt, which holds the number of shards")
+    if not count.strip().isdecimal() or int(count) == 0:
+        raise ValueError(f"{base}/nshards.txt must hold the number of shards, found {count.strip()[:20]!r}")
+    return [f"{base}/{number}.tar" for number in range(int(count))]
+
+
+def read_lines(location: str, name: str) -> list[str] | None:
+    """Non-empty lines of a text file beside the shards, such as ``classnames.txt``; None where there is none."""
+    text = read_text(f"{location.rstrip('/')}/{name}")
+    return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_text(path: str) -> str | None:
+    """Content of a small local or remote file; None where there is none.
+
+    Raises:
+        ValueError: a remote file that cannot be asked for.
+    """
+    local = path.removeprefix("file://")
+    if not local.startswith(REMOTE):
+        return Path(local).read_text() if Path(local).is_file() else None
+    try:
+        with urlopen(path, timeout=TIMEOUT_SECONDS) as response:
+            return cast(bytes, response.read()).decode()
+    except HTTPError as error:
+        if error.code == 404:
+            return None
+        raise ValueError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error

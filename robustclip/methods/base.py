@@ -1,0 +1,269 @@
+"""RobustMethod: what every method shares; a subclass adds what its paper adds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from robustclip.attacks import Attack, cross_entropy
+from robustclip.attacks.base import Loss
+from robustclip.clip import CLIPModel
+from robustclip.methods.schedule import warmup_cosine
+from robustclip.metrics import Top1
+from robustclip.types import Batch, Task
+
+
+class RobustMethod(LightningModule, ABC):
+    """Base of every method: frozen zero-shot heads, the training attack, metrics, optimiser, checkpoints.
+
+    A method overrides `training_loss` and, where its paper differs, `parameter_groups`, `image_features` and
+    `class_features`. The trainer's data module gives ``train_task``, ``val_tasks`` and ``test_tasks``.
+
+    Args:
+        arch: open_clip architecture; null when ``pretrained`` is a folder.
+        pretrained: open_clip tag, weights file, local-dir folder, ``shapes``, or null for random weights.
+        image_size: side of the tower's input in pixels; null for the model's own.
+        has_fixed_batch_norm: keep BatchNorm statistics as pre-trained while fitting.
+        attack: training attack; null for methods that train on clean images.
+        optimizer: called with `parameter_groups()`.
+        warmup_steps: steps of linear warm-up; 0 for none.
+        schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
+    """
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        pretrained: str | None = "shapes",
+        image_size: int | None = None,
+        has_fixed_batch_norm: bool = True,
+        attack: Attack | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        warmup_steps: int = 0,
+        schedule: str = "cosine",
+    ) -> None:
+        super().__init__()
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        self.save_hyperparameters(ignore=["attack", "optimizer"])  # objects would break weights_only loading
+        self.strict_loading = False  # frozen weights are not in our checkpoints; `on_load_checkpoint` checks instead
+        self.attack, self.optimizer = attack, optimizer
+        self.warmup_steps, self.schedule = warmup_steps, schedule
+        self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
+        self.heads: dict[str, Tensor] = {}
+        self.counts = nn.ModuleDict()
+        self._random_state: Tensor | None = None
+
+    # What a method overrides
+
+    @abstractmethod
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; their sum is minimised and each is logged."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What learns, as optimiser groups; everything else is frozen. Default: the image tower."""
+        return [{"params": list(self.clip.net.visual.parameters())}]
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+        return self.clip.encode_image(images)
+
+    def class_features(self, task: Task) -> Tensor:
+        """Unit features ``(C, D)``, one row per class of the task."""
+        return self.clip.encode_classes(task)
+
+    # What a method uses
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the tower sees, in pixels."""
+        return self.clip.image_size
+
+    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+        """Zero-shot logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], for a task whose head was built."""
+        return self.clip.logit_scale * self.image_features(images) @ self.heads[task].T
+
+    def perturb(self, batch: Batch, task: str = "train", loss: Loss = cross_entropy) -> Tensor:
+        """The batch's images under the training attack, ``(B, 3, H, W)`` in [0, 1], without gradient.
+
+        The model is frozen and in eval mode meanwhile and every flag is put back. The random start is a function of
+        the sample ids and the step.
+
+        Raises:
+            ValueError: the method has no attack.
+        """
+        if self.attack is None:
+            raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
+        with self.frozen():
+            return self.attack(
+                batch.images,
+                lambda images: self.logits(images, task),
+                batch.labels,
+                loss,
+                index=batch.index,
+                seed=self.global_step,
+            )
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Eval mode and no parameter gradients inside; every flag restored after.
+
+        Some attacks call ``backward()``: without this their gradients would land in our parameters.
+        """
+        modes = [module for module in self.modules() if module.training]
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for module in modes:
+            module.training = False
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for module in modes:
+                module.training = True
+            for parameter in learning:
+                parameter.requires_grad_(True)
+
+    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+        """Encodes each task's classes into its zero-shot head ``(C, D)``, once and without gradients.
+
+        Args:
+            tasks: what to encode.
+            names: of the heads; default the tasks' names.
+        """
+        # Outside inference mode, whose tensors could not take part in an attack's graph.
+        with torch.inference_mode(False), torch.no_grad(), self.frozen():
+            for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
+                self.heads[name] = self.class_features(task).detach()
+
+    def freeze_the_rest(self) -> None:
+        """Leaves gradients to `parameter_groups()` alone."""
+        groups = self.parameter_groups()
+        self.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+
+    # Lightning
+
+    def setup(self, stage: str) -> None:
+        """Freezes what does not learn, and makes one count per task."""
+        self.freeze_the_rest()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
+        # The prefix keeps a task called `keys` or `type` from shadowing ModuleDict's attributes.
+        self.counts = nn.ModuleDict({f"task_{task.name}": Top1() for task in tasks})
+
+    def on_fit_start(self) -> None:
+        """Builds the training head."""
+        self.prepare([self.trainer.datamodule.train_task], ["train"])  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Continues the random streams of an interrupted run."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Sums and logs the terms of `training_loss`."""
+        terms = self.training_loss(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(logged | {"train/loss": loss.detach()}, prog_bar=True, batch_size=len(batch.labels))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Builds the heads anew, since the text side may have learnt."""
+        self.prepare(self.trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
+
+    def on_test_epoch_start(self) -> None:
+        """Builds the heads."""
+        self.prepare(self.trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Counts and returns clean logits ``(B, C)``."""
+        return self._evaluate(batch, self.trainer.datamodule.val_tasks[dataloader_idx])  # type: ignore[attr-defined]
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Counts and returns clean logits ``(B, C)``."""
+        return self._evaluate(batch, self.trainer.datamodule.test_tasks[dataloader_idx])  # type: ignore[attr-defined]
+
+    def _evaluate(self, batch: Batch, task: Task) -> Tensor:
+        logits = self.logits(batch.images, task.name)
+        cast(Top1, self.counts[f"task_{task.name}"]).update(logits, batch.labels)
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val/<task>/clean/...``."""
+        self._log_counts("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs ``test/<task>/clean/...``."""
+        self._log_counts("test")
+
+    def _log_counts(self, stage: str) -> None:
+        accuracies = []
+        for key, count in self.counts.items():
+            values = cast(Top1, count).compute()
+            cast(Top1, count).reset()
+            accuracies.append(values["acc1"])
+            prefix = f"{stage}/{key.removeprefix('task_')}"
+            self.log_dict({f"{prefix}/n": values["n"].float(), f"{prefix}/clean/correct": values["correct"].float()})
+            self.log(f"{prefix}/clean/acc1", values["acc1"], prog_bar=stage == "val")
+        if accuracies:
+            self.log(f"{stage}/mean/clean/acc1", torch.stack(accuracies).mean())
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over `parameter_groups()` and its schedule per step."""
+        optimizer = self.optimizer(self.parameter_groups())
+        total = int(self.trainer.estimated_stepping_batches) if self.schedule == "cosine" else None
+        scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what learns (all of it for random initial weights), the base model's identity, the random state."""
+        if self.clip.pretrained is not None:
+            learns = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            frozen = {name for name, _ in self.named_parameters()} - learns
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+        checkpoint["base_model"] = self._base_model()
+        checkpoint["random_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that does not belong to this model.
+
+        Raises:
+            ValueError: another architecture or other pre-trained weights, missing or unknown parameters.
+        """
+        saved, own = checkpoint.get("base_model"), self._base_model()
+        if saved is None:
+            raise ValueError("the checkpoint was not written by robustclip: it names no base model")
+        for key, value in own.items():
+            if saved.get(key) != value and not (key == "weights" and self.clip.pretrained is None):
+                raise ValueError(
+                    f"the checkpoint was trained with {key} {saved.get(key)!r}, this run has {value!r};"
+                    " give the model settings that it was trained with"
+                )
+        known, given = set(self.state_dict()), set(checkpoint["state_dict"])
+        self.freeze_the_rest()
+        learns = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        for words, names in (("lacks", learns - given), ("has the unknown", given - known)):
+            if names:
+                first = sorted(names)[0]
+                raise ValueError(f"the checkpoint {words} parameter {first!r} of {type(self).__name__}; same method?")
+        self._random_state = checkpoint.get("random_state")
+
+    def _base_model(self) -> dict[str, Any]:
+        shapes = [tuple(parameter.shape) for parameter in self.clip.parameters()]
+        return {
+            "arch": self.clip.arch or type(self.clip.net).__name__,
+            "size": f"{len(shapes)} tensors, {sum(torch.Size(shape).numel() for shape in shapes)} parameters",
+            "weights": self.clip.fingerprint,
+        }

@@ -1,0 +1,1 @@
+"""Commands beside fit, validate and test, one file each."""
