@@ -70,7 +70,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
         "embed_dim": 128,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
         "text_cfg": {
-            "context_length": 24,
+            "context_length": 18,
             "vocab_size": vocab_size,
             "width": 64,
             "heads": 2,
@@ -162,13 +162,14 @@ def main() -> None:
     """Train, write the folder aside, rename it and print the accuracy of each set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make; one that exists is replaced")
-    parser.add_argument("--steps", type=int, default=1100, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=700, help="optimiser steps")
     parser.add_argument("--batch", type=int, default=256, help="image-caption pairs per step")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the stream")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
     torch.manual_seed(options.seed)
     aside = options.out.with_name(f"{options.out.name}.{os.getpid()}")
     aside.mkdir(parents=True)

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -38,8 +39,9 @@ class RobustCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """What Lightning offers, less what makes no sense here."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate", "test")}
+        """What Lightning offers, less what makes no sense here; `weights_only` is not for choice."""
+        offered = LightningCLI.subcommands()
+        return {name: offered[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections that every run has, and gives the data the model's image size."""
@@ -68,6 +70,20 @@ class RobustCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Keeps the settings of ``fit`` and ``test`` in files of their own."""
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}.yaml", "overwrite": True}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction."""
+        if self._get(self.config_init, "trainer")["enable_progress_bar"] is False:
+            callbacks = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Checkpoints are data: no code in them runs, wherever they come from.
+
+        torch's default can be turned off by a variable of the environment, and Lightning's is off for URLs.
+        """
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def before_test(self) -> None:
         """Hands the settings to the result file."""

@@ -67,8 +67,8 @@ class _Victim(nn.Module):
     def __init__(self, forward: Forward, device: torch.device) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the device
-        self._forward = forward
+        self._forward = (forward,)  # hidden in a tuple, or a module would become our child and be switched with us
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._forward(images)
+        return self._forward[0](images)

@@ -4,40 +4,39 @@ import math
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-SHARE_OF_CHANCE = 0.97  # a mean loss above this share of log(C) is no better than guessing
+SHARE_OF_CHANCE = 0.97  # a loss above this share of log(C) is no better than guessing
+MEMORY = 0.95  # of the moving average: some twenty steps, so that the start of an epoch does not count
 
 
 class ChanceLevelWarning(Callback):
-    """Warns after an epoch whose cross-entropy terms stayed at the chance level, ``log C`` for ``C`` classes.
+    """Warns after an epoch that ends with a cross-entropy term at the chance level, ``log C`` for ``C`` classes.
 
     Robust accuracy can rise while a model collapses to guessing; that is no result.
     """
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the means anew."""
-        self._sums: dict[str, torch.Tensor] = {}
-        self._batches = 0
+    def __init__(self) -> None:
+        self._averages: dict[str, Tensor] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds up on the device, without waiting for it."""
-        self._batches += 1
+        """Follows the terms on the device, without waiting for it."""
         for name, value in trainer.callback_metrics.items():
             if name.startswith("train/") and name.endswith("_ce"):
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+                average = self._averages.get(name, value)
+                self._averages[name] = MEMORY * average + (1 - MEMORY) * value
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compares the means with chance."""
+        """Compares with chance."""
         chance = math.log(len(trainer.datamodule.train_task.class_names))  # type: ignore[attr-defined]
-        for name, total in self._sums.items():
-            mean = float(total) / self._batches
-            if not mean <= SHARE_OF_CHANCE * chance:
+        for name, average in self._averages.items():
+            if not float(average) <= SHARE_OF_CHANCE * chance:
                 warnings.warn(
-                    f"epoch {trainer.current_epoch}: {name} is {mean:.3f} on average, chance is {chance:.3f}:"
+                    f"epoch {trainer.current_epoch}: {name} ends at {float(average):.3f}, chance is {chance:.3f}:"
                     " the model has learnt nothing or collapsed; lower the learning rate or eps",
                     stacklevel=2,
                 )
+        self._averages.clear()
