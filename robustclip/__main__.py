@@ -37,15 +37,18 @@ def run(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         sys.stderr.write(f"error: no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}\n")
         return 2
-    from robustclip.cli import EXPECTED_ERRORS, in_one_line, main  # slow: loads torch and lightning
+    from robustclip.cli import EXPECTED_ERRORS, known_keys, main  # slow: loads torch and lightning
+    from robustclip.errors import in_one_line
 
     try:
         main(given)
     except EXPECTED_ERRORS as error:
         if os.environ.get("ROBUSTCLIP_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {in_one_line(error)}\n")
+        sys.stderr.write(f"error: {in_one_line(error, known_keys())}\n")
         return 2
+    except SystemExit as stop:  # of the parser, after `--help`, `--print_config` and the like
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
 

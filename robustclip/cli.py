@@ -1,28 +1,30 @@
 """Command line: Lightning's, with a data module, an evaluation section and results of our own."""
 
+import inspect
 import logging
 import pickle
 import sys
 import warnings
 from argparse import ArgumentError
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustclip import __version__
-from robustclip.callbacks import ChanceLevelWarning, ResultsWriter, RobustEvaluation, TaskProgress
+from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
 from robustclip.tools.table import table
 
-TOOLS = {"table": table}
 EXPECTED_ERRORS = (
     ArgumentError,
     ImportError,
@@ -47,7 +49,7 @@ class RobustCLI(LightningCLI):
         """Adds the sections that every run has, and gives the data the model's image size."""
         parser.add_lightning_class_args(RobustEvaluation, "evaluation")
         parser.add_lightning_class_args(ResultsWriter, "results")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
@@ -61,11 +63,14 @@ class RobustCLI(LightningCLI):
         parser.link_arguments("model.image_size", "data.init_args.image_size", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Weights come from the checkpoint, settings from config and command line.
+        """Checks the checkpoint before anything is built; settings come from config and command line alone.
 
         Lightning 2.6 would let the hyper-parameters saved in the checkpoint replace both, silently, down to the class
         of the model.
         """
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and "://" not in str(path):
+            check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
         """Keeps the settings of ``fit`` and ``test`` in files of their own."""
@@ -109,8 +114,15 @@ def main(args: ArgsType = None) -> Any:
     _quieten()
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words and words[0] in TOOLS:
-        return auto_cli(TOOLS[words[0]], args=words[1:], prog=f"robustclip {words[0]}", exit_on_error=False)
+    if isinstance(words, list) and words and words[0] == "table":
+        parser = ArgumentParser(prog=f"robustclip {words[0]}", description=table.__doc__, exit_on_error=False)
+        # As strings: the parser would take what a path points to for a configuration.
+        parser.add_argument("results", nargs="+", type=str, help="JSON files that `robustclip test` wrote")
+        return table([Path(name) for name in parser.parse_args(words[1:]).results])
+    if isinstance(words, list):
+        for word, following in pairwise([*words, ""]):
+            if word == "--config" or word.startswith("--config="):
+                check_config(Path(word.removeprefix("--config=") if "=" in word else following))
     return RobustCLI(
         RobustMethod,
         CLIPDataModule,
@@ -129,17 +141,71 @@ def main(args: ArgsType = None) -> Any:
     )
 
 
+def known_keys() -> list[str]:
+    """Dotted keys that a configuration may have, but for the options of the chosen classes."""
+    sections = {
+        "trainer": Trainer,
+        "data": CLIPDataModule,
+        "model": RobustMethod,
+        "evaluation": RobustEvaluation,
+        "results": ResultsWriter,
+        "checkpoint": Checkpoints,
+    }
+    names = {section: list(inspect.signature(cls).parameters) for section, cls in sections.items()}
+    keys = [f"{section}.{name}" for section in names for name in names[section]]
+    wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
+    return ["config", "ckpt_path", "seed_everything", *sections, *wholes, *keys]
+
+
+def check_config(path: Path) -> None:
+    """Tells which of several files is broken; the parser does not.
+
+    Raises:
+        ValueError: no such file, or no mapping in YAML.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        mark = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"config {path} is no YAML: {error.problem}{mark}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error}; --config takes a YAML file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {str(content)[:40]!r}")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Opens a checkpoint as data, which runs no code that may be in it.
+
+    Raises:
+        ValueError: no such file, not complete, more in it than tensors and plain values, or of another program.
+    """
+    if not path.is_file():
+        raise ValueError(f"ckpt_path {str(path)!r} is no file; `robustclip fit` prints where it writes checkpoints")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {path} may hold code, so it was not opened; only tensors and plain values load,"
+            " which is all that `robustclip fit` writes"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:  # torch's for files that end early or are no zip
+        raise ValueError(f"checkpoint {path} is cut short or no checkpoint at all; copy it again") from error
+    if not isinstance(content, dict) or not {"state_dict", "base_model"} <= content.keys():
+        raise ValueError(f"checkpoint {path} was not written by robustclip: it names no base model")
+
+
 def _quieten() -> None:
-    """Drops Lightning's advertisements and its own deprecations, which no user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())
+    """Leaves warnings and errors of Lightning's log, less advertisements and deprecations of its own."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
-    for message in ("litlogger", "does not have many workers", "smaller than the logging", "eval mode at the start"):
+    for message in (
+        "litlogger",
+        "does not have many workers",
+        "smaller than the logging",
+        "eval mode at the start",
+        "dirpath has changed",
+        "across ranks is zero",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
-
-
-def in_one_line(error: BaseException) -> str:
-    """What a person needs of an exception's message."""
-    lines = [line.strip(" \t-") for line in str(error).splitlines()]
-    lines = [line for line in lines if line]
-    return " ".join(lines) or type(error).__name__

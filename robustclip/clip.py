@@ -1,5 +1,6 @@
 """The vision-language model: open_clip towers that take images in [0, 1] and return unit features."""
 
+import difflib
 import hashlib
 import json
 import pickle
@@ -10,6 +11,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +19,11 @@ from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
 PROMPTS_PER_CHUNK = 256  # bounds the text tower's activations for class lists of any length
+# What torch, safetensors and open_clip raise for files that are cut short, or that belong to another model.
+LOADING_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError),
+    *(pickle.UnpicklingError, EOFError, OSError, SafetensorError),
+)
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -144,12 +151,14 @@ def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> t
     if arch is None:
         raise ValueError(f"model arch is missing: {pretrained!r} is no folder; give an open_clip architecture")
     if arch not in open_clip.list_models():
-        raise ValueError(f"open_clip has no architecture {arch!r}; see open_clip.list_models()")
+        close = difflib.get_close_matches(arch, open_clip.list_models())
+        remedy = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"
+        raise ValueError(f"open_clip has no architecture {arch!r}; {remedy}")
     if source is not None and not Path(source).is_file():
         _check_tag(arch, source)
     try:
         net = open_clip.create_model(arch, pretrained=source, force_image_size=image_size)
-    except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"weights {pretrained!r} do not load into {arch}: {_one_line(error)}") from error
     return net, open_clip.get_tokenizer(arch)
 
@@ -175,7 +184,7 @@ def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any]:
     try:
         net = open_clip.create_model(name, force_image_size=image_size, text_cfg=overrides)
         tokenizer = open_clip.get_tokenizer(name, **tokenizer_options)
-    except (RuntimeError, ValueError, TypeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"model folder {folder} does not load: {_one_line(error)}") from error
     return net, tokenizer
 
@@ -196,5 +205,7 @@ def _check_tag(arch: str, tag: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it may hold code, so it was not opened; only tensors and plain values load, best as .safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:300] or type(error).__name__

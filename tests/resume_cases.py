@@ -1,6 +1,6 @@
 """Run by test_resume.py: fits whole, fits that are killed by SIGKILL, and their continuations, each a process.
 
-usage: python resume_cases.py FOLDER, which holds `cases.json`, the model and the data; prints nothing, writes `ends.json`.
+usage: python resume_cases.py FOLDER, which holds `cases.json` and the data; writes `ends.json` into it.
 
 Every process is forked after the slow imports and runs the command line as `python -m robustclip` would.
 """
@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import random
-import runpy
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import robustclip.cli  # noqa: F401  # loaded once, before the forks
+from robustclip.__main__ import run
 from robustclip.methods import TeCoA
 from robustclip.types import Batch
 
@@ -62,9 +62,7 @@ def start(arguments: list[str], log: Path, die_at: str = "") -> int:
     status = 1
     try:
         sys.argv = ["robustclip", *arguments]
-        runpy.run_module("robustclip", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = int(end.code or 0)
+        status = run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -120,9 +118,10 @@ def main(folder: Path) -> None:
     for name, case in json.loads(Path("cases.json").read_text()).items():
         log = Path(f"{name}.log")
         where = folder / name
-        whole = [*case["fit"], "--checkpoint.dirpath", str(where / "whole")]
-        finish(start(whole, log), expected=0)
-        ends[f"{name} whole"] = end_of(where / "whole")
+        if case["whole"]:
+            whole = [*case["fit"], "--checkpoint.dirpath", str(where / "whole")]
+            finish(start(whole, log), expected=0)
+            ends[f"{name} whole"] = end_of(where / "whole")
         for number, moment in enumerate(case["die_at"]):
             part = where / str(number)
             arguments = [*case["fit"], "--checkpoint.dirpath", str(part)]

@@ -29,8 +29,14 @@ TEST = (
     " --trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false"
     " --trainer.default_root_dir {at}"
 )
-FIT = TEST.replace("test --model ZeroShot", "fit --model TeCoA").replace("--data.test [wds:set]", "--data.train wds:set")
+FIT = TEST.replace("test --model ZeroShot", "fit --model TeCoA").replace(
+    "--data.test [wds:set]", "--data.train wds:set"
+)
 FIT += " --trainer.max_epochs 1 --data.holdout 0 --trainer.enable_model_summary false"
+
+
+def words_of(command: str, model: Path, at: Path) -> list[str]:
+    return [word.replace("{model}", str(model)).replace("{at}", str(at)) for word in command.split()]
 
 
 class Touch:
@@ -95,7 +101,7 @@ def checkpoint(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `robustclip fit` wrote."""
     at = tmp_path_factory.mktemp("fit")
     write_set(at / "set")
-    assert run(FIT.format(model=model, at=at).split()) == 0
+    assert run(words_of(FIT, model, at)) == 0
     return at / "checkpoints" / "last.ckpt"
 
 
@@ -131,6 +137,11 @@ def member(**members: bytes) -> Callable[[Path], None]:
         write_set(at / "set", {name.replace("_", "."): data for name, data in members.items()})
 
     return prepare
+
+
+def broken_part(at: Path) -> None:
+    (at / "run.yaml").write_text("data: part.yaml")
+    (at / "part.yaml").write_text("a: [1")
 
 
 def cut(name: str, share: float) -> Callable[[Path], None]:
@@ -192,10 +203,13 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "key in a file": (
         f"{TEST} --config run.yaml",
         text("run.yaml", "modl: {class_path: TeCoA}\n"),
-        ("run.yaml", "modl", "model"),
+        ("modl", "model"),
     ),
     "key of a data set": (
-        TEST.replace("[wds:set]", "[{{source:wds:set,nme:x}}]"), nothing, ("data.test", "nme", "name")),
+        TEST.replace("[wds:set]", '[{"source":"wds:set","nme":"x"}]'),
+        nothing,
+        ("data.test", "nme", "name"),
+    ),
     "class": (f"{TEST} --model TeCoAA", nothing, ("model", "TeCoAA", "TeCoA")),
     "class of another kind": (f"{TEST} --model torch.nn.Linear", nothing, ("model", "RobustMethod", "torch.nn.Linear")),
     "class in no module": (f"{TEST} --model mine.Mine", nothing, ("model", "mine.Mine")),
@@ -204,15 +218,25 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "type in a file": (
         f"{TEST} --config run.yaml",
         text("run.yaml", "trainer: {max_epochs: soon}\n"),
-        ("run.yaml", "trainer.max_epochs", "int", "soon"),
+        ("trainer.max_epochs", "int", "soon"),
     ),
     "choice": (f"{TEST} --data.bad_samples ignore", nothing, ("data.bad_samples", "error", "skip", "ignore")),
     "missing config": (f"{TEST} --config none.yaml", nothing, ("config", "none.yaml")),
-    "config that is no YAML": (f"{TEST} --config run.yaml", text("run.yaml", "a: [1\nb: {{"), ("run.yaml", "YAML")),
-    "config with an empty value": (f"{TEST} --config run.yaml", text("run.yaml", "just words"), ("run.yaml", "words")),
+    "config that is no YAML": (f"{TEST} --config run.yaml", text("run.yaml", "a: [1\nb: {"), ("run.yaml", "YAML")),
+    "config without keys": (f"{TEST} --config run.yaml", text("run.yaml", "just words"), ("run.yaml", "words")),
     "missing part of a config": (f"{TEST} --config run.yaml", text("run.yaml", "data: no.yaml"), ("data", "no.yaml")),
+    "part of a config that is no YAML": (
+        f"{TEST} --config run.yaml",
+        broken_part,
+        ("part.yaml",),
+    ),
+    "class that its module lacks": (f"{TEST} --model mine.Mine", text("mine.py", ""), ("model", "mine.Mine")),
+    "module that fails": (f"{TEST} --model broken.Mine", text("broken.py", "import nonesuch"), ("model", "nonesuch")),
+    "optimizer": (f"{FIT} --model.optimizer Adamm", nothing, ("model.optimizer", "Adamm", "Adam?")),
+    "learning rate": (f"{FIT} --model.optimizer.lr -1", nothing, ("learning rate", "-1")),
+    "accelerator": (f"{TEST} --trainer.accelerator tpuu", nothing, ("tpuu",)),
     "attack": (
-        f"{TEST} --evaluation.attacks {{{{x:{{{{class_path:PGDD}}}}}}}}",
+        TEST + ' --evaluation.attacks {"x":{"class_path":"PGDD"}}',
         nothing,
         ("evaluation.attacks", "PGDD", "PGD"),
     ),
@@ -225,9 +249,11 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "radius in grey levels": (f"{FIT} --model.attack.eps 4", nothing, ("eps", "[0, 1]", "4/255")),
     "radius over zero": (f"{FIT} --model.attack.eps 1/0", nothing, ("eps", "4/255", "'1/0'")),
     "key of an attack": (f"{FIT} --model.attack.epz 1/255", nothing, ("epz", "eps")),
+    "negative radius": (f"{FIT} --model.attack.eps=-1/255", nothing, ("eps", "[0, 1]", "'-1/255'")),
+    "value that looks like a key": (f"{FIT} --model.attack.eps -1/255", nothing, ("model", "--KEY=-VALUE")),
     "number of steps": (f"{FIT} --model.attack.steps -1", nothing, ("steps", "at least 0", "-1")),
     "attack named clean": (
-        f"{TEST} --evaluation.attacks {{{{clean:{{{{class_path:PGD}}}}}}}}",
+        TEST + ' --evaluation.attacks {"clean":{"class_path":"PGD"}}',
         nothing,
         ("attack name", "'clean'"),
     ),
@@ -239,63 +265,121 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "shapes set": (TEST.replace("wds:set", "shapes:cats"), nothing, ("'cats'", "source")),
     "folder of data": (TEST.replace("wds:set", "wds:sett"), nothing, ("sett/test", "root")),
     "split": (
-        TEST.replace("[wds:set]", "[{{source:wds:set,split:val}}]"), nothing, ("set/val", "['test', 'train']")),
+        TEST.replace("[wds:set]", '[{"source":"wds:set","split":"val"}]'),
+        nothing,
+        ("set/val", "['test', 'train']"),
+    ),
     "nothing to test": (TEST.replace("[wds:set]", "[]"), nothing, ("data.test",)),
     "two sets of one name": (TEST.replace("wds:set", "wds:set,wds:set"), nothing, ("'set'", "`name`")),
     "template": (
-        TEST, text("set/zeroshot_classification_templates.txt", "a picture\n"), ("'set'", "{}", "'a picture'")),
+        TEST,
+        text("set/zeroshot_classification_templates.txt", "a picture\n"),
+        ("'set'", "{}", "'a picture'"),
+    ),
     "missing shard": (TEST, missing("set/test/0.tar"), ("set/test/0.tar", "nshards.txt")),
     "number of shards": (TEST, text("set/test/nshards.txt", "two"), ("set/test/nshards.txt", "number", "'two'")),
     "truncated tar": (TEST, cut("set/test/0.tar", 0.3), ("set/test/0.tar", "cut short", "fetch it again")),
     "tar that is none": (TEST, text("set/test/0.tar", "x" * 2000), ("set/test/0.tar", "tar", "fetch it again")),
     "undecodable image": (
-        TEST, member(s0000003_png=picture(0)[:60]), ("set/test/0.tar", "'s0000003'", "decode", "bad_samples: skip")),
-    "label out of range": (TEST, member(s0000003_cls=b"7"), ("set/test/0.tar", "'s0000003'", "label 7", "3 class names")),
+        TEST,
+        member(s0000003_png=picture(0)[:60]),
+        ("set/test/0.tar", "'s0000003'", "decode", "bad_samples: skip"),
+    ),
+    "label out of range": (
+        TEST,
+        member(s0000003_cls=b"7"),
+        ("set/test/0.tar", "'s0000003'", "label 7", "3 class names"),
+    ),
+    "label out of range in a loader's worker": (
+        TEST.replace("wds:set", "wds:file://{at}/set") + " --data.num_workers 1",
+        member(s0000003_cls=b"7"),
+        ("file://{at}/set/test/0.tar", "'s0000003'", "label 7", "3 classes"),
+    ),
     "negative label": (TEST, member(s0000003_cls=b"-1"), ("set/test/0.tar", "'s0000003'", "'-1'", "class number")),
     "image without label": (TEST, member(s0000009_png=picture(9)), ("set/test/0.tar", "'s0000009'", ".cls")),
     "class count": (
-        TEST.replace("[wds:set]", "[{{source:wds:set,class_names:[a,b]}}]"), nothing, ("wds:set", "2 class", "3")),
-    "remote training set": (
-        FIT.replace("wds:set", "wds:file://{at}/set"), nothing, ("set", "`length`")),
+        TEST.replace("[wds:set]", '[{"source":"wds:set","class_names":["a","b"]}]'),
+        nothing,
+        ("wds:set", "2 class", "3"),
+    ),
+    "remote training set": (FIT.replace("wds:set", "wds:file://{at}/set"), nothing, ("set", "`length`")),
     "unreachable host": (
-        TEST.replace("wds:set", "wds:http://127.0.0.1:9/set"), nothing, ("http://127.0.0.1:9/set", "refused")),
-    "missing remote set": (TEST.replace("wds:set", "wds:file:///none/set"), nothing, ("file:///none/set", "nshards.txt")),
+        TEST.replace("wds:set", "wds:http://127.0.0.1:9/set"),
+        nothing,
+        ("http://127.0.0.1:9/set", "refused"),
+    ),
+    "missing remote set": (
+        TEST.replace("wds:set", "wds:file:///none/set"),
+        nothing,
+        ("file:///none/set", "nshards.txt"),
+    ),
     "missing remote shard": (
-        TEST.replace("wds:set", "wds:file://{at}/set"), missing("set/test/0.tar"), ("file:///", "set/test/0.tar")),
+        TEST.replace("wds:set", "wds:file://{at}/set"),
+        missing("set/test/0.tar"),
+        ("file:///", "set/test/0.tar"),
+    ),
     "truncated remote tar": (
-        TEST.replace("wds:set", "wds:file://{at}/set"), cut("set/test/0.tar", 0.3), ("file:///", "set/test/0.tar")),
+        TEST.replace("wds:set", "wds:file://{at}/set"),
+        cut("set/test/0.tar", 0.3),
+        ("file:///", "set/test/0.tar"),
+    ),
     "holdout": (f"{FIT} --data.holdout 2", nothing, ("holdout", "[0, 1)", "2")),
     "architecture": (f"{TEST} --model.arch ViT-B-33 --model.pretrained openai", nothing, ("'ViT-B-33'", "ViT-B-32")),
     "architecture for a folder": (f"{TEST} --model.arch ViT-B-32", nothing, ("arch", "null", "ViT-B-32")),
     "no architecture": (f"{TEST} --model.pretrained openai", nothing, ("arch", "'openai'")),
     "tag": (f"{TEST} --model.arch ViT-B-32 --model.pretrained opnai", nothing, ("'opnai'", "ViT-B-32", "openai")),
     "tag of another activation": (
-        f"{TEST} --model.arch ViT-B-32 --model.pretrained openai", nothing, ("QuickGELU", "ViT-B-32-quickgelu")),
+        f"{TEST} --model.arch ViT-B-32 --model.pretrained openai",
+        nothing,
+        ("QuickGELU", "ViT-B-32-quickgelu"),
+    ),
     "weights of another architecture": (
         f"{TEST} --model.arch ViT-S-32-alt --model.pretrained {{at}}/tiny.safetensors",
         tiny_weights,
         ("tiny.safetensors", "ViT-S-32-alt"),
     ),
     "weights of another size": (
-        f"{TEST} --model.pretrained {{at}}/tiny", weights_of_another_size, ("{at}/tiny", "(16, ", "(24, ")),
-    "weights without a key": (f"{TEST} --model.pretrained {{at}}/tiny", weights_without_a_key, ("{at}/tiny", "visual.proj")),
+        f"{TEST} --model.pretrained {{at}}/tiny",
+        weights_of_another_size,
+        ("{at}/tiny", "[16, 24]", "[16, 16]"),
+    ),
+    "weights without a key": (
+        f"{TEST} --model.pretrained {{at}}/tiny",
+        weights_without_a_key,
+        ("{at}/tiny", "visual.proj"),
+    ),
     "truncated weights": (
-        f"{TEST} --model.pretrained {{at}}/tiny", cut("tiny/open_clip_model.safetensors", 0.5), ("{at}/tiny",)),
+        f"{TEST} --model.pretrained {{at}}/tiny",
+        cut("tiny/open_clip_model.safetensors", 0.5),
+        ("{at}/tiny",),
+    ),
     "folder without config": (
-        f"{TEST} --model.pretrained {{at}}/tiny", missing("tiny/open_clip_config.json"), ("open_clip_config.json",)),
+        f"{TEST} --model.pretrained {{at}}/tiny",
+        missing("tiny/open_clip_config.json"),
+        ("open_clip_config.json",),
+    ),
     "folder without weights": (
         f"{TEST} --model.pretrained {{at}}/tiny",
         missing("tiny/open_clip_model.safetensors"),
         ("{at}/tiny", "open_clip_model.safetensors"),
     ),
     "config of a model": (
-        f"{TEST} --model.pretrained {{at}}/tiny", text("tiny/open_clip_config.json", "{"), ("open_clip_config.json",)),
+        f"{TEST} --model.pretrained {{at}}/tiny",
+        text("tiny/open_clip_config.json", "{"),
+        ("open_clip_config.json",),
+    ),
     "code in weights": (
-        f"{TEST} --model.arch ViT-S-32-alt --model.pretrained {{at}}/bad.pt", code("bad.pt"), ("bad.pt", "safetensors")),
+        f"{TEST} --model.arch ViT-S-32-alt --model.pretrained {{at}}/bad.pt",
+        code("bad.pt"),
+        ("bad.pt", "safetensors"),
+    ),
     "code in a model folder": (f"{TEST} --model.pretrained {{at}}/tiny", pickled_folder, ("{at}/tiny", "safetensors")),
     "code in a checkpoint": (f"{TEST} --ckpt_path {{at}}/bad.ckpt", code("bad.ckpt"), ("bad.ckpt", "robustclip")),
     "code in a checkpoint to continue": (
-        f"{FIT} --ckpt_path {{at}}/bad.ckpt", code("bad.ckpt"), ("bad.ckpt", "robustclip")),
+        f"{FIT} --ckpt_path {{at}}/bad.ckpt",
+        code("bad.ckpt"),
+        ("bad.ckpt", "robustclip"),
+    ),
     "missing checkpoint": (f"{TEST} --ckpt_path {{at}}/no.ckpt", nothing, ("{at}/no.ckpt",)),
     "truncated checkpoint": (f"{TEST} --ckpt_path {{at}}/fit.ckpt", cut("fit.ckpt", 0.5), ("{at}/fit.ckpt",)),
     "foreign checkpoint": (f"{TEST} --ckpt_path {{at}}/fit.ckpt", foreign_checkpoint, ("robustclip", "base model")),
@@ -320,10 +404,9 @@ def test_bad_input_gives_one_clear_line(name: str, at: Path, model: Path, capfd:
     arguments, prepare, words = ROWS[name]
     prepare(at)
     capfd.readouterr()
-    status = run(arguments.format(model=model, at=at).split())
+    status = run(words_of(arguments, model, at))
     output = capfd.readouterr()
     lines = [line for line in output.err.splitlines() if line.strip()]
-    print("LINE", name, "|", status, "|", "\n".join(lines).replace(str(at), "{at}"))
     assert status == 2
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -331,3 +414,56 @@ def test_bad_input_gives_one_clear_line(name: str, at: Path, model: Path, capfd:
     for word in words:
         assert word.replace("{at}", str(at)) in lines[0]
     assert not (at / "ran").exists()  # no code of a file ran
+
+
+def test_the_code_in_these_files_would_run_if_they_were_trusted(at: Path) -> None:
+    code("bad.ckpt")(at)
+    torch.load(at / "bad.ckpt", weights_only=False)
+    assert (at / "ran").exists()
+
+
+def test_bad_samples_are_left_out_and_counted_on_request(
+    at: Path, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    member(s0000003_png=picture(0)[:60])(at)
+    assert run(words_of(f"{TEST} --data.bad_samples skip", model, at)) == 0
+    output = capfd.readouterr()
+    assert "left out" in output.out  # a column of the table
+    results = json.loads(Path(output.out.split()[-1]).read_text())
+    assert results["tasks"]["set"]["n"] == 7
+    assert results["tasks"]["set"]["bad_samples"] == 1
+
+
+def test_fit_leaves_bad_samples_out_and_counts_them(at: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    member(s0000003_png=picture(0)[:60])(at)
+    assert run(words_of(FIT, model, at)) == 0
+    assert "1 samples did not decode" in caplog.text
+    assert "key 's0000003'" in caplog.text
+
+
+def test_own_checkpoints_load_as_data_whatever_the_environment_says(
+    at: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    arguments = f"{FIT} --trainer.max_epochs 2 --ckpt_path {{at}}"
+    assert run(words_of(f"{arguments}/fit.ckpt", model, at)) == 0
+    code("bad.ckpt")(at)
+    assert run(words_of(f"{arguments}/bad.ckpt", model, at)) == 2
+    assert "may hold code" in capfd.readouterr().err
+    assert not (at / "ran").exists()
+
+
+def test_traceback_comes_on_request(at: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTCLIP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="lists no data set"):
+        run(words_of(ROWS["nothing to test"][0], model, at))
+
+
+def test_table_takes_one_result_or_several(at: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        result = {"method": f"M{number}", "tasks": {"x": {"clean": {"acc1": 0.5}}}, "mean": {"clean": {"acc1": 0.5}}}
+        (at / f"{number}.json").write_text(json.dumps(result))
+    for count in (1, 2):
+        assert run(["table", *(f"{number}.json" for number in range(count))]) == 0
+        shown = capfd.readouterr().out
+        assert [f"M{number}" in shown for number in range(2)] == [True, count == 2]

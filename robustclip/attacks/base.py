@@ -44,9 +44,8 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name} must be a number or a fraction such as '4/255', got {value!r}") from None
     if number < 0 or (limit is not None and number > limit):
-        raise ValueError(
-            f"{name} is measured in [0, 1] pixel units, got {value!r}; write '{value}/255' for grey levels"
-        )
+        grey = f"; write '{number:g}/255' for grey levels" if number > 0 and "/" not in str(value) else ""
+        raise ValueError(f"{name} is measured in [0, 1] pixel units, got {value!r}{grey}")
     return number
 
 

@@ -1,8 +1,9 @@
 """Evaluation, results and what a run tells while it runs."""
 
+from robustclip.callbacks.checkpoint import Checkpoints
 from robustclip.callbacks.collapse import ChanceLevelWarning
 from robustclip.callbacks.evaluation import RobustEvaluation
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
 
-__all__ = ["ChanceLevelWarning", "ResultsWriter", "RobustEvaluation", "TaskProgress"]
+__all__ = ["ChanceLevelWarning", "Checkpoints", "ResultsWriter", "RobustEvaluation", "TaskProgress"]

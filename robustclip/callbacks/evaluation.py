@@ -13,6 +13,8 @@ from robustclip.methods import RobustMethod
 from robustclip.metrics import Top1
 from robustclip.types import TASK_NAME, Batch, Task
 
+NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples")  # other keys of a task's results
+
 
 class RobustEvaluation(Callback):
     """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
@@ -22,26 +24,41 @@ class RobustEvaluation(Callback):
     Args:
         attacks: name to attack; none measures clean accuracy alone.
         max_samples: evaluate this many fixed samples of each task, clean and attacked; null for all.
+        fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
+        fit_max_samples: their ``max_samples``; null for the same.
         seed: of the attacks' random starts.
 
     Raises:
         ValueError: an attack name that could not be a key of the results.
     """
 
-    def __init__(self, attacks: dict[str, Attack] | None = None, max_samples: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        attacks: dict[str, Attack] | None = None,
+        max_samples: int | None = None,
+        fit_attacks: dict[str, Attack] | None = None,
+        fit_max_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
         self.attacks, self.max_samples, self.seed = attacks or {}, max_samples, seed
-        for name in self.attacks:
-            if not TASK_NAME.fullmatch(name) or name in ("clean", "n", "seconds", "bad"):
-                raise ValueError(f"attack name must match [a-z0-9_]+ and not be 'clean', got {name!r}")
-        if max_samples is not None and max_samples < 1:
-            raise ValueError(f"max_samples must be at least 1, got {max_samples}; null evaluates all")
+        self.fit_attacks = self.attacks if fit_attacks is None else fit_attacks
+        self.fit_max_samples = fit_max_samples or max_samples
+        for name in {**self.attacks, **self.fit_attacks}:
+            if not TASK_NAME.fullmatch(name) or name in NOT_AN_ATTACK:
+                raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {NOT_AN_ATTACK}, got {name!r}")
+        for key, count in {"max_samples": max_samples, "fit_max_samples": fit_max_samples}.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{key} must be at least 1, got {count}; null evaluates all")
+        self._running: dict[str, Attack] = {}
         self._counts: dict[tuple[str, str], Top1] = {}
         self._seconds: dict[str, float] = {}
         self._start = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Limits the evaluation sets, so that clean and attacked accuracy share their samples."""
-        trainer.datamodule.max_samples = self.max_samples  # type: ignore[attr-defined]
+        """Chooses the stage's attacks; limits the sets, so that clean and attacked accuracy share their samples."""
+        self._running = self.fit_attacks if stage == "fit" else self.attacks
+        limit = self.fit_max_samples if stage == "fit" else self.max_samples
+        trainer.datamodule.max_samples = limit  # type: ignore[attr-defined]
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting."""
@@ -92,7 +109,7 @@ class RobustEvaluation(Callback):
         self._log(trainer, pl_module, "val", trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
 
     def _reset(self, module: LightningModule, tasks: list[Task]) -> None:
-        keys = [(task.name, attack) for task in tasks for attack in self.attacks]
+        keys = [(task.name, attack) for task in tasks for attack in self._running]
         self._counts = {key: Top1().to(module.device) for key in keys}
         self._seconds = {task.name: 0.0 for task in tasks}
 
@@ -106,7 +123,7 @@ class RobustEvaluation(Callback):
         progress = trainer.progress_bar_callback
         # Lightning opens autocast around the steps only; hooks have to open it themselves.
         with trainer.precision_plugin.forward_context(), module.frozen():
-            for name, attack in self.attacks.items():
+            for name, attack in self._running.items():
                 if isinstance(progress, TaskProgress):
                     progress.announce(f"{task.name} under {name}")
                 attacked = attack(batch.images, forward, batch.labels, index=batch.index, seed=self.seed)
@@ -115,7 +132,7 @@ class RobustEvaluation(Callback):
         self._seconds[task.name] += perf_counter() - self._start
 
     def _log(self, trainer: Trainer, module: LightningModule, stage: str, tasks: list[Task]) -> None:
-        for attack in self.attacks:
+        for attack in self._running:
             accuracies = []
             for task in tasks:
                 values = self._counts[task.name, attack].compute()

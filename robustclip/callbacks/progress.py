@@ -34,6 +34,11 @@ class TaskProgress(RichProgressBar):
         if self.progress is not None and bar is not None and bar in self.progress.task_ids:
             self.progress.update(bar, description=label)
 
+    def close(self) -> None:
+        """Takes the bar off the screen, so that a table can be printed."""
+        self._stop_progress()
+        self._progress_stopped = True
+
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from robustclip.callbacks.progress import TaskProgress
+
 PACKAGES = ("torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "torchattacks")
 NOT_A_TASK = "mean"
 
@@ -52,8 +54,10 @@ class ResultsWriter(Callback):
         self._table = rich_table(results)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints, now that the progress bar is gone."""
+        """Prints the table and, last, where it lies."""
         if self._table is not None:
+            if isinstance(trainer.progress_bar_callback, TaskProgress):
+                trainer.progress_bar_callback.close()
             console = Console()
             console.print(self._table)
             console.print(f"The same as CSV and Markdown lies beside\n{self.path}", soft_wrap=True)

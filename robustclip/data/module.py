@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from robustclip.data.images import Images, Loaded, StreamedImages
@@ -74,6 +75,8 @@ class CLIPDataModule(LightningDataModule):
         self._val: list[OpenedSource] = []
         self._test: list[OpenedSource] = []
         self._loaders: dict[str, ImageLoader] = {}
+        self._train_loader: ImageLoader | None = None
+        self._resume_at: dict[str, int] | None = None
 
     @property
     def train_task(self) -> Task:
@@ -113,16 +116,15 @@ class CLIPDataModule(LightningDataModule):
         """Shuffled anew each epoch; the order follows from seed and epoch alone."""
         source, seed = self._opened_train(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
         rank, world_size = self._place()
-        first_epoch = self.trainer.current_epoch if self.trainer else 0
         if source.dataset is None:
             if source.length is None:
                 raise ValueError(f"training set {source.task.name!r} is remote: give its number of samples as `length`")
             shuffled = ShuffledShards(source.urls, length=source.length, seed=seed, rank=rank, world_size=world_size)
             stream = StreamedImages(shuffled, self._transform(source), len(source.task.class_names))
-            return self._loader(stream, None, self.batch_size, skips_bad_samples=True, first_epoch=first_epoch)
+            return self._train_loader_of(stream, None)
         images = Images(source.dataset, self._transform(source), self._train_positions)
         sampler: DistributedSampler[Loaded] = DistributedSampler(images, world_size, rank, shuffle=True, seed=seed)
-        return self._loader(images, sampler, self.batch_size, skips_bad_samples=True, first_epoch=first_epoch)
+        return self._train_loader_of(images, sampler)
 
     def val_dataloader(self) -> list[ImageLoader]:
         """One loader per validation task."""
@@ -131,6 +133,31 @@ class CLIPDataModule(LightningDataModule):
     def test_dataloader(self) -> list[ImageLoader]:
         """One loader per test task."""
         return self._eval_loaders(self._test)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training epoch stands."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues there.
+
+        Lightning restores loaders too, but not one that exists before the checkpoint is read, as it does where the
+        length of the schedule is asked for.
+        """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # a test has nothing to continue
+            self._resume_at = state_dict
+
+    def _train_loader_of(self, dataset: Dataset[Loaded], sampler: Sampler[Any] | None) -> ImageLoader:
+        first_epoch = self.trainer.current_epoch if self.trainer else 0
+        loader = self._loader(dataset, sampler, self.batch_size, skips_bad_samples=True, first_epoch=first_epoch)
+        if self.trainer is not None:
+            limit = self.trainer.limit_train_batches
+            loader.cut_after = limit if isinstance(limit, int) else int(limit * len(loader))
+        if self._resume_at is not None:
+            loader.load_state_dict(self._resume_at)
+            self._resume_at = None
+        self._train_loader = loader
+        return loader
 
     def _eval_loaders(self, sources: Sequence[OpenedSource]) -> list[ImageLoader]:
         self._loaders = {source.task.name: self._eval_loader(source) for source in sources}

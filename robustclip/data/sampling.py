@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -51,24 +51,50 @@ class ImageLoader(DataLoader[Loaded]):
         super().__init__(dataset, collate_fn=collate, generator=torch.Generator().manual_seed(0), **kwargs)
         self.skips_bad_samples = skips_bad_samples
         self.bad_samples: list[BadSample] = []
-        self._epoch = first_epoch - 1
+        self.cut_after: int | None = None  # batches that the trainer takes of an epoch; None for all
+        self._epoch = first_epoch
         self._batches_done = 0
-        self._batches_to_skip = 0
+        self._has_begun = False
+
+    def __len__(self) -> int:
+        """Number of batches; at least 1, so that a rank whose shares are all empty still joins in counting.
+
+        Lightning would skip its evaluation, and the other ranks would wait for its counts for ever.
+        """
+        if not isinstance(self.dataset, IterableDataset):
+            return max(1, super().__len__())
+        workers = max(1, self.num_workers)
+        length = len(self.dataset)  # type: ignore[arg-type]  # a TypeError is how a stream says that nobody knows
+        shares = [length // workers + (worker < length % workers) for worker in range(workers)]
+        return max(1, sum(-(-share // cast(int, self.batch_size)) for share in shares))
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        done, self._batches_to_skip = self._batches_to_skip, 0
-        self._batches_done = done
-        self._epoch += 1
+        if self._has_begun:
+            self._epoch, self._batches_done = self._epoch + 1, 0
+        self._has_begun = True
         if isinstance(self.dataset, StreamedImages):  # samplers are told by Lightning, streams are not
             self.dataset.set_epoch(self._epoch)
         self.bad_samples.clear()
-        for batch, bad in self._from(done):
+        batches = self._length()
+        for batch, bad in self._from(self._batches_done):
             self._batches_done += 1
             if bad and not self.skips_bad_samples:
                 raise ValueError(f"{bad[0].where} does not decode: {bad[0].why}; `bad_samples: skip` leaves it out")
             self.bad_samples.extend(bad)
+            if self._batches_done == batches:  # Lightning takes as many as it was told and never asks for the end
+                self._tell_bad_samples()
             if batch is not None:
                 yield batch
+        if self._batches_done != batches:
+            self._tell_bad_samples()
+
+    def _length(self) -> int | None:
+        try:
+            return len(self)
+        except TypeError:  # a stream whose length nobody knows
+            return None
+
+    def _tell_bad_samples(self) -> None:
         if self.bad_samples:
             log.warning("%d samples did not decode, the first: %s", len(self.bad_samples), self.bad_samples[0].where)
 
@@ -89,12 +115,14 @@ class ImageLoader(DataLoader[Loaded]):
         yield from rest
 
     def state_dict(self) -> dict[str, int]:
-        """Where the current epoch stands."""
+        """Which batch comes next: number of the epoch and of the batch."""
+        if self._batches_done >= min(len(self), self.cut_after or len(self)):
+            return {"epoch": self._epoch + 1, "batches": 0}
         return {"epoch": self._epoch, "batches": self._batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next iteration continue there."""
-        self._epoch, self._batches_to_skip = state["epoch"] - 1, state["batches"]
+        self._epoch, self._batches_done, self._has_begun = state["epoch"], state["batches"], False
 
 
 def collate(samples: Sequence[Loaded]) -> tuple[Batch | None, list[BadSample]]:

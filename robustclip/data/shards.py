@@ -136,4 +136,4 @@ def read_text(path: str) -> str | None:
             return None
         raise ValueError(f"cannot read {path}: {error}") from error
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise ValueError(f"cannot read {path}: {error}; check the address and the network") from error

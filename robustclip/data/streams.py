@@ -4,7 +4,7 @@ import itertools
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from urllib.request import urlopen
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -48,7 +48,7 @@ class StreamedShards(IterableDataset[StreamedImage]):
         for number in range(len(self.urls)):
             if not deals_shards or number % readers == reader:
                 for sample in itertools.islice(read_shard(self.urls[number], number), self._quota(number)):
-                    if deals_shards or sample.index % readers == reader:
+                    if deals_shards or _is_dealt_to(reader, readers, sample):
                         yield sample
 
     def _quota(self, number: int) -> int | None:
@@ -83,19 +83,30 @@ class ShuffledShards(IterableDataset[StreamedImage]):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         share = self._length // workers + (number < self._length % workers)
         reader, readers = _reader(self.rank, self.world_size)
-        generator = random.Random(f"{self.seed}/{self.epoch}/{reader}")
-        shuffled = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=generator)(self._endless(reader, readers))
-        yield from itertools.islice(shuffled, share)
+        yield from itertools.islice(self._endless(reader, readers), share)
 
     def _endless(self, reader: int, readers: int) -> Iterator[StreamedImage]:
+        """Lap after lap over this reader's share, or over everything if that is empty; no lap runs into the next."""
         for lap in itertools.count():
-            order = list(range(len(self.urls)))
-            random.Random(f"{self.seed}/{self.epoch}/{lap}").shuffle(order)
-            mine = order[reader::readers] if len(order) >= readers else order
-            for number in mine:
-                for sample in read_shard(self.urls[number], number):
-                    if len(order) >= readers or sample.index % readers == reader:
-                        yield sample
+            generator = random.Random(f"{self.seed}/{self.epoch}/{lap}/{reader}")
+            shuffled = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=generator)
+            is_empty = True
+            for sample in shuffled(self._lap(lap, reader, readers)):
+                is_empty = False
+                yield sample
+            if is_empty and readers == 1:
+                raise ValueError(f"the shards from {self.urls[0]} on hold no sample")
+            if is_empty:
+                reader, readers = 0, 1
+
+    def _lap(self, lap: int, reader: int, readers: int) -> Iterator[StreamedImage]:
+        order = list(range(len(self.urls)))
+        random.Random(f"{self.seed}/{self.epoch}/{lap}").shuffle(order)
+        deals_shards = len(order) >= readers
+        for number in order[reader::readers] if deals_shards else order:
+            for sample in read_shard(self.urls[number], number):
+                if deals_shards or _is_dealt_to(reader, readers, sample):
+                    yield sample
 
 
 def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
@@ -106,7 +117,8 @@ def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
     """
     try:
         with urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
-            samples = group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+            watched = _WatchedStream(stream)
+            samples = group_by_keys(tar_file_expander([{"url": url, "stream": watched}]))
             for position, sample in enumerate(samples):
                 where = f"{url} key {sample['__key__']!r}"
                 image = next((sample[kind] for kind in sample if kind.lower() in IMAGE_TYPES), None)
@@ -114,8 +126,33 @@ def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
                     kinds = sorted(kind for kind in sample if not kind.startswith("__"))
                     raise ValueError(f"{where} needs an image and a .cls label, it has {kinds}")
                 yield StreamedImage(image, parse_label(sample["cls"], where), number << 32 | position, where)
+            # tarfile takes a stream that stops between two members for a complete one.
+            if not watched.ends_in_zeros():
+                raise ValueError(f"shard {url} is cut short: it has no end-of-archive block; fetch it again")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"shard {url} cannot be read to its end: {error}") from error
+        raise ValueError(f"shard {url} cannot be read to its end: {error}; check the address") from error
+
+
+class _WatchedStream:
+    """Remembers the last block that was read."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._last = stream, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._last = (self._last + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+    def ends_in_zeros(self) -> bool:
+        """Reads to the end, which must be the empty block that closes an archive."""
+        while self.read(tarfile.RECORDSIZE):
+            pass
+        return self._last == bytes(tarfile.BLOCKSIZE)
+
+
+def _is_dealt_to(reader: int, readers: int, sample: StreamedImage) -> bool:
+    return ((sample.index >> 32) + sample.index) % readers == reader  # also spreads many shards of a sample each
 
 
 def _reader(rank: int, world_size: int) -> tuple[int, int]:

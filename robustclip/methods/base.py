@@ -6,13 +6,22 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.base import Loss
 from robustclip.clip import CLIPModel
+from robustclip.methods.checkpoints import (
+    RenamedCheckpointIO,
+    check_belongs,
+    identity,
+    random_states,
+    set_random_state,
+)
 from robustclip.methods.schedule import warmup_cosine
 from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
@@ -58,7 +67,7 @@ class RobustMethod(LightningModule, ABC):
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         self.heads: dict[str, Tensor] = {}
         self.counts = nn.ModuleDict()
-        self._random_state: Tensor | None = None
+        self._random_states: list[dict[str, Any]] = []
 
     # What a method overrides
 
@@ -155,6 +164,8 @@ class RobustMethod(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """Freezes what does not learn, and makes one count per task."""
         self.freeze_the_rest()
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a person's own choice stays
+            self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
         # The prefix keeps a task called `keys` or `type` from shadowing ModuleDict's attributes.
@@ -166,9 +177,9 @@ class RobustMethod(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Continues the random streams of an interrupted run."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-            self._random_state = None
+        if self.global_rank < len(self._random_states):
+            set_random_state(self._random_states[self.global_rank], self.device)
+        self._random_states = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sums and logs the terms of `training_loss`."""
@@ -180,6 +191,7 @@ class RobustMethod(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Builds the heads anew, since the text side may have learnt."""
+        self._synchronise_forwards(False)
         self.prepare(self.trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
 
     def on_test_epoch_start(self) -> None:
@@ -202,10 +214,23 @@ class RobustMethod(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<task>/clean/...``."""
         self._log_counts("val")
+        self._synchronise_forwards(True)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``test/<task>/clean/...``."""
         self._log_counts("test")
+
+    def _synchronise_forwards(self, is_on: bool) -> None:
+        """Lets ranks evaluate different numbers of batches while fitting.
+
+        DistributedDataParallel broadcasts buffers in a forward pass, in which a rank with an empty share takes no part.
+        """
+        wrapper = self.trainer.model
+        if isinstance(wrapper, DistributedDataParallel):
+            if not is_on:
+                for buffer in self.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+            wrapper.require_forward_param_sync = is_on
 
     def _log_counts(self, stage: str) -> None:
         accuracies = []
@@ -227,14 +252,13 @@ class RobustMethod(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what learns (all of it for random initial weights), the base model's identity, the random state."""
+        """Keeps what learns (all of it for random initial weights), the base model's identity, the random states."""
         if self.clip.pretrained is not None:
-            learns = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            frozen = {name for name, _ in self.named_parameters()} - learns
+            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
-        checkpoint["base_model"] = self._base_model()
-        checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint["base_model"] = identity(self.clip)
+        checkpoint["random_states"] = random_states(self.device, self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
@@ -242,28 +266,6 @@ class RobustMethod(LightningModule, ABC):
         Raises:
             ValueError: another architecture or other pre-trained weights, missing or unknown parameters.
         """
-        saved, own = checkpoint.get("base_model"), self._base_model()
-        if saved is None:
-            raise ValueError("the checkpoint was not written by robustclip: it names no base model")
-        for key, value in own.items():
-            if saved.get(key) != value and not (key == "weights" and self.clip.pretrained is None):
-                raise ValueError(
-                    f"the checkpoint was trained with {key} {saved.get(key)!r}, this run has {value!r};"
-                    " give the model settings that it was trained with"
-                )
-        known, given = set(self.state_dict()), set(checkpoint["state_dict"])
         self.freeze_the_rest()
-        learns = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        for words, names in (("lacks", learns - given), ("has the unknown", given - known)):
-            if names:
-                first = sorted(names)[0]
-                raise ValueError(f"the checkpoint {words} parameter {first!r} of {type(self).__name__}; same method?")
-        self._random_state = checkpoint.get("random_state")
-
-    def _base_model(self) -> dict[str, Any]:
-        shapes = [tuple(parameter.shape) for parameter in self.clip.parameters()]
-        return {
-            "arch": self.clip.arch or type(self.clip.net).__name__,
-            "size": f"{len(shapes)} tensors, {sum(torch.Size(shape).numel() for shape in shapes)} parameters",
-            "weights": self.clip.fingerprint,
-        }
+        check_belongs(checkpoint, self, self.clip)
+        self._random_states = checkpoint.get("random_states", [])

@@ -15,10 +15,16 @@ class ZeroShot(RobustMethod):
         """None."""
         return []
 
-    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Refused.
+    def setup(self, stage: str) -> None:
+        """Refuses to fit before anything runs.
 
         Raises:
-            ValueError: always.
+            ValueError: for the stage ``fit``.
         """
-        raise ValueError("ZeroShot has nothing to fit; use `robustclip test`, or a method such as TeCoA")
+        if stage == "fit":
+            raise ValueError("ZeroShot has nothing to fit; use `robustclip test`, or a method such as TeCoA")
+        super().setup(stage)
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """There is none."""
+        return {}

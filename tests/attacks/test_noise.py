@@ -38,7 +38,7 @@ def test_draws_have_the_moments_of_their_distribution() -> None:
     # 200,000 draws: the standard error of the mean is 0.00065 (uniform) and 0.0022 (normal); 5 of them are allowed.
     assert abs(flat.mean() - 0.5) < 0.0033
     assert abs(flat.var() - 1 / 12) < 0.001
-    assert 0 <= flat.min()
+    assert flat.min() >= 0
     assert flat.max() < 1
     bell = noise.normal(index, (400,), seed=0)
     assert abs(bell.mean()) < 0.011

@@ -214,4 +214,4 @@ def test_zero_shot_learns_nothing(tiny_model: Path) -> None:
     method.freeze_the_rest()
     assert not [parameter for parameter in method.parameters() if parameter.requires_grad]
     with pytest.raises(ValueError, match="nothing to fit"):
-        method.training_loss(batch())
+        method.setup("fit")

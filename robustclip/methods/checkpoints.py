@@ -1,0 +1,106 @@
+"""What a checkpoint needs so that a killed run continues as if nothing had happened."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
+
+from robustclip.clip import CLIPModel
+
+
+class RenamedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that no kill leaves half a file under a good name.
+
+    Lightning writes into the system's folder for temporary files and moves; where that is another file system, as
+    with /tmp in memory, moving means copying onto the previous checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves to a local path; leaves URLs to Lightning."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(place)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def identity(clip: CLIPModel) -> dict[str, str]:
+    """Tells which base model a checkpoint builds upon."""
+    sizes = [parameter.numel() for parameter in clip.parameters()]
+    return {
+        "arch": clip.arch or type(clip.net).__name__,
+        "size": f"{len(sizes)} tensors, {sum(sizes)} parameters",
+        "weights": clip.fingerprint,
+    }
+
+
+def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel) -> None:
+    """Compares a checkpoint with the module that is to load it.
+
+    Args:
+        checkpoint: as loaded.
+        module: whose parameters with gradients must all be in it.
+        clip: its base model.
+
+    Raises:
+        ValueError: another architecture, other pre-trained weights, missing or unknown parameters.
+    """
+    saved = checkpoint.get("base_model")
+    if saved is None:
+        raise ValueError("the checkpoint was not written by robustclip: it names no base model")
+    for key, value in identity(clip).items():
+        if saved.get(key) != value and not (key == "weights" and clip.pretrained is None):
+            raise ValueError(
+                f"the checkpoint was trained with {key} {saved.get(key)!r}, this run has {value!r};"
+                " give the model settings that it was trained with"
+            )
+    known, given = set(module.state_dict()), set(checkpoint["state_dict"])
+    learns = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for words, names in (("lacks", learns - given), ("has the unknown", given - known)):
+        if names:
+            raise ValueError(
+                f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
+            )
+
+
+def random_states(device: torch.device, world_size: int) -> list[dict[str, Any]]:
+    """`random_state` of every process, in the order of their ranks."""
+    states = [random_state(device)] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(states, random_state(device))
+    return states
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every global generator of this process, in types that safe loading accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),  # type: ignore[union-attr]  # legacy: a tuple
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts every global generator where `random_state` found it."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(state["numpy"])

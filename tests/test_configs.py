@@ -1,0 +1,44 @@
+"""Every YAML in configs/ is run, with the models and data of the machine at hand."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from robustclip.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+PARTS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
+SMALL = [
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32", "--trainer.logger", "false",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1",
+    "--trainer.limit_train_batches", "2", "--evaluation.max_samples", "2", "--evaluation.fit_max_samples", "2",
+    "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null", "--data.batch_size", "2",
+    "--data.num_workers", "0", "--data.train", "shapes:source", "--data.test", "[shapes:colours,shapes:counts]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(CONFIGS / name), *SMALL]
+    checkpoint = []
+    if yaml.safe_load((CONFIGS / name).read_text())["model"]["class_path"] != "ZeroShot":
+        main(["fit", *arguments, "--checkpoint.dirpath", str(tmp_path / "weights")])
+        checkpoint = ["--ckpt_path", str(tmp_path / "weights" / "last.ckpt")]
+    finished = main(["test", *arguments, *checkpoint])
+    metrics = finished.trainer.callback_metrics
+    attacks = yaml.safe_load((CONFIGS / "evaluation" / _evaluation(name)).read_text())["attacks"]
+    for attack in ("clean", *attacks):
+        assert 0 <= metrics[f"test/mean/{attack}/acc1"] <= 1
+        assert metrics["test/colours/n"] == 2
+
+
+def _evaluation(name: str) -> str:
+    return Path(yaml.safe_load((CONFIGS / name).read_text())["evaluation"]).name
+
+
+def test_every_part_belongs_to_a_run() -> None:
+    text = "".join((CONFIGS / name).read_text() for name in RUNS)
+    assert [part for part in PARTS if part not in text] == []

@@ -1,0 +1,90 @@
+"""Two gloo processes count what one process counts, and learn the same weights."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import process_cases
+import pytest
+import torch
+from conftest import ShardWriter, write_tiny_model
+
+SCRIPT = Path(__file__).with_name("process_cases.py")
+TIMEOUT_SECONDS = 150  # a rank that waits for ever for another must fail the test
+TESTS = ("all", "workers", "limited", "only_single", "only_stream_single")
+FITS = ("fit", "fit_stream")
+SIZES = {"odd": 7, "single": 1, "stream_odd": 7, "stream_few": 5, "stream_single": 1, "broken": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds everything, after the cases ran on two processes and on one."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "model").mkdir()
+    write_tiny_model(folder / "model")
+    write_shards(folder, "odd", "train", [4, 3], seed=1)
+    write_shards(folder, "odd", "test", [4, 3])
+    write_shards(folder, "few", "test", [5])
+    write_shards(folder, "single", "test", [1])
+    write_shards(folder, "broken", "test", [5], broken=(1, 2))
+    with (folder / "two.log").open("w") as log:
+        two = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), "2"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        process_cases.main(folder, 1)
+        status = two.wait(TIMEOUT_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(two.pid, signal.SIGKILL)  # both ranks
+    assert status == 0, (folder / "two.log").read_text()[-3000:]
+    return folder
+
+
+def results(folder: Path, processes: int, name: str) -> dict[str, Any]:
+    """The result file without what tells one run from another: when, how long, on what."""
+    (path,) = (folder / str(processes) / name).glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    for values in found["tasks"].values():
+        del values["seconds"]
+    return {key: value for key, value in found.items() if key not in ("finished", "device")}
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_two_processes_write_the_results_of_one(folder: Path, name: str) -> None:
+    assert results(folder, 2, name) == results(folder, 1, name)
+
+
+def test_every_sample_is_counted_once(folder: Path) -> None:
+    tasks = results(folder, 2, "all")["tasks"]
+    assert {name: values["n"] for name, values in tasks.items()} == SIZES
+    assert {name: values["bad_samples"] for name, values in tasks.items()} == dict.fromkeys(SIZES, 0) | {"broken": 2}
+
+
+def test_a_limit_keeps_that_many_samples_over_all_processes(folder: Path) -> None:
+    assert {values["n"] for values in results(folder, 2, "limited")["tasks"].values()} == {3}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_a_fit_on_two_processes_leaves_equal_weights_on_both(folder: Path, name: str, tiny_model: Path) -> None:
+    first, second = (torch.load(folder / "2" / f"{name}.{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    start = process_cases.method(folder).state_dict()
+    assert any(not torch.equal(first[key], start[key]) for key in first), "nothing was learnt"
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_both_ranks_see_the_same_validation(folder: Path, name: str) -> None:
+    first, second = (json.loads((folder / "2" / f"{name}.{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["val/single/n"] == 1
