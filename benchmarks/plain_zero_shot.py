@@ -133,12 +133,12 @@ def read_batches(
     """Yield images (B, 3, H, W) in [0, 1], labels (B,) and ids of the test split of one set."""
     crop = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
     prepare = transforms.Compose([*([] if folder.name in NATIVE_SIZE_SETS else crop), transforms.ToTensor()])
-    samples = itertools.islice(read_samples(folder / "test"), limit)
-    first = 0
-    while batch := list(itertools.islice(samples, batch_size)):
-        images = torch.stack([prepare(Image.open(io.BytesIO(image)).convert("RGB")) for image, _ in batch])
-        yield images, torch.tensor([label for _, label in batch]), list(range(first, first + len(batch)))
-        first += len(batch)
+    samples = list(read_samples(folder / "test"))
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = iter(range(len(samples)) if limit is None else sorted(order[:limit]))
+    while ids := list(itertools.islice(chosen, batch_size)):
+        images = torch.stack([prepare(Image.open(io.BytesIO(samples[i][0])).convert("RGB")) for i in ids])
+        yield images, torch.tensor([samples[i][1] for i in ids]), ids
 
 
 def evaluate(model: ZeroShotClassifier, folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -168,7 +168,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--alpha-over-eps", type=float, default=0.25, help="step size as a share of the radius")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--limit", type=int, help="only the first ids of each set")
+    parser.add_argument("--limit", type=int, help="a fixed random subset of each set")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
 
