@@ -271,6 +271,11 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "nothing to test": (TEST.replace("[wds:set]", "[]"), nothing, ("data.test",)),
     "two sets of one name": (TEST.replace("wds:set", "wds:set,wds:set"), nothing, ("'set'", "`name`")),
+    "set of a reserved name": (
+        TEST.replace("wds:set", "wds:mean"),
+        lambda at: (at / "set").rename(at / "mean"),
+        ("'mean'", "`name`"),
+    ),
     "template": (
         TEST,
         text("set/zeroshot_classification_templates.txt", "a picture\n"),

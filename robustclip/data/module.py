@@ -18,6 +18,8 @@ from robustclip.data.streams import ShuffledShards, StreamedShards
 from robustclip.data.transforms import ToPixels
 from robustclip.types import Task
 
+RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
+
 
 class CLIPDataModule(LightningDataModule):
     """Labelled images for training and for any number of zero-shot tasks.
@@ -193,6 +195,8 @@ class CLIPDataModule(LightningDataModule):
         for name, count in Counter(source.task.name for source in sources).items():
             if count > 1:
                 raise ValueError(f"{count} data sets are named {name!r}; give each its own `name`")
+            if name in RESERVED:
+                raise ValueError(f"a data set cannot be named {name!r}, which names {RESERVED[name]}; set its `name`")
         return sources
 
     def _opened_train(self) -> OpenedSource:
