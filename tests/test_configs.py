@@ -15,7 +15,8 @@ SMALL = [
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1",
     "--trainer.limit_train_batches", "2", "--evaluation.max_samples", "2", "--evaluation.fit_max_samples", "2",
     "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null", "--data.batch_size", "2",
-    "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1", "--data.test", "[shapes:colours,shapes:counts]",
+    "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1",
+    "--data.test", "[shapes:colours,shapes:counts]",
 ]  # fmt: skip
 
 
