@@ -17,7 +17,7 @@ def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mon
     command = re.search(r"^robustclip (fit .*consistency.*)$", README, re.MULTILINE)
     assert code
     assert command
-    assert len(code[1].splitlines()) <= 35
+    assert len(code[1].splitlines()) <= 30
     (tmp_path / "consistency.py").write_text(code[1])
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
