@@ -22,7 +22,7 @@ demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fiftee
 	$(RUN) test --config configs/zero_shot.yaml --results.folder $(DEMO)/results
 	$(RUN) fit --config configs/demo.yaml --checkpoint.dirpath $(DEMO)
 	$(RUN) test --config configs/demo.yaml --ckpt_path $(DEMO)/last.ckpt --results.folder $(DEMO)/results
-	$(RUN) table $(DEMO)/results/*.json
+	$(RUN) table $(DEMO)/results/zeroshot*.json $(DEMO)/results/tecoa*.json
 
 test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
 	$(BIN)/pytest
