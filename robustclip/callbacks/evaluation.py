@@ -62,17 +62,14 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting."""
-        self._reset(pl_module, trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+        _, tasks = _stage(trainer)
+        keys = [(task.name, attack) for task in tasks for attack in self._running]
+        self._counts = {key: Top1().to(pl_module.device) for key in keys}
+        self._seconds = {task.name: 0.0 for task in tasks}
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting."""
-        self._reset(pl_module, trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
-
-    def on_test_batch_start(self, *_: Any) -> None:
-        """Starts the clock."""
-        self._start = perf_counter()
-
-    def on_validation_batch_start(self, *_: Any) -> None:
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Starts the clock."""
         self._start = perf_counter()
 
@@ -86,32 +83,26 @@ class RobustEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Attacks the batch."""
-        self._attack(trainer, pl_module, batch, trainer.datamodule.test_tasks[dataloader_idx])  # type: ignore[attr-defined]
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Attacks the batch."""
-        self._attack(trainer, pl_module, batch, trainer.datamodule.val_tasks[dataloader_idx])  # type: ignore[attr-defined]
+        _, tasks = _stage(trainer)
+        self._attack(trainer, pl_module, batch, tasks[dataloader_idx])
+        self._seconds[tasks[dataloader_idx].name] += perf_counter() - self._start
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs ``test/...``."""
-        self._log(trainer, pl_module, "test", trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+        """Logs accuracies, seconds and what did not decode."""
+        stage, tasks = _stage(trainer)
+        self._log_accuracies(pl_module, stage, tasks)
+        left_out = trainer.datamodule.bad_sample_counts  # type: ignore[attr-defined]
+        for task in tasks:
+            bad = torch.tensor(float(left_out.get(task.name, 0)), device=pl_module.device)
+            pl_module.log(f"{stage}/{task.name}/bad_samples", bad, sync_dist=True, reduce_fx="sum")
+            seconds = torch.tensor(self._seconds[task.name], device=pl_module.device)
+            pl_module.log(f"{stage}/{task.name}/seconds", seconds, sync_dist=True, reduce_fx="max")
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs ``val/...``."""
-        self._log(trainer, pl_module, "val", trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
-
-    def _reset(self, module: LightningModule, tasks: list[Task]) -> None:
-        keys = [(task.name, attack) for task in tasks for attack in self._running]
-        self._counts = {key: Top1().to(module.device) for key in keys}
-        self._seconds = {task.name: 0.0 for task in tasks}
+    # Validation is the same on other tasks.
+    on_validation_epoch_start = on_test_epoch_start
+    on_validation_batch_start = on_test_batch_start
+    on_validation_batch_end = on_test_batch_end
+    on_validation_epoch_end = on_test_epoch_end
 
     def _attack(self, trainer: Trainer, module: LightningModule, batch: Batch, task: Task) -> None:
         if not isinstance(module, RobustMethod):
@@ -129,9 +120,8 @@ class RobustEvaluation(Callback):
                 attacked = attack(batch.images, forward, batch.labels, index=batch.index, seed=self.seed)
                 with torch.no_grad():
                     self._counts[task.name, name].update(forward(attacked), batch.labels)
-        self._seconds[task.name] += perf_counter() - self._start
 
-    def _log(self, trainer: Trainer, module: LightningModule, stage: str, tasks: list[Task]) -> None:
+    def _log_accuracies(self, module: LightningModule, stage: str, tasks: list[Task]) -> None:
         for attack in self._running:
             accuracies = []
             for task in tasks:
@@ -141,9 +131,9 @@ class RobustEvaluation(Callback):
                 module.log(f"{stage}/{task.name}/{attack}/acc1", values["acc1"], prog_bar=stage == "val")
             if accuracies:
                 module.log(f"{stage}/mean/{attack}/acc1", torch.stack(accuracies).mean())
-        left_out = trainer.datamodule.bad_sample_counts  # type: ignore[attr-defined]
-        for task in tasks:
-            bad = torch.tensor(float(left_out.get(task.name, 0)), device=module.device)
-            module.log(f"{stage}/{task.name}/bad_samples", bad, sync_dist=True, reduce_fx="sum")
-            seconds = torch.tensor(self._seconds[task.name], device=module.device)
-            module.log(f"{stage}/{task.name}/seconds", seconds, sync_dist=True, reduce_fx="max")
+
+
+def _stage(trainer: Trainer) -> tuple[str, list[Task]]:
+    """Prefix of the metrics and tasks of what runs now."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)
