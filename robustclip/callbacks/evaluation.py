@@ -10,6 +10,7 @@ from torch import Tensor
 from robustclip.attacks import Attack
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.methods import RobustMethod
+from robustclip.methods.freezing import frozen
 from robustclip.metrics import Top1
 from robustclip.types import TASK_NAME, Batch, Task
 
@@ -113,7 +114,7 @@ class RobustEvaluation(Callback):
 
         progress = trainer.progress_bar_callback
         # Lightning opens autocast around the steps only; hooks have to open it themselves.
-        with trainer.precision_plugin.forward_context(), module.frozen():
+        with trainer.precision_plugin.forward_context(), frozen(module):
             for name, attack in self._running.items():
                 if isinstance(progress, TaskProgress):
                     progress.announce(f"{task.name} under {name}")

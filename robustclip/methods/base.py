@@ -1,8 +1,8 @@
 """RobustMethod: what every method shares; a subclass adds what its paper adds."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from robustclip.methods.checkpoints import (
     random_states,
     set_random_state,
 )
+from robustclip.methods.freezing import frozen
 from robustclip.methods.schedule import warmup_cosine
 from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
@@ -109,35 +110,9 @@ class RobustMethod(LightningModule, ABC):
         """
         if self.attack is None:
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
-        with self.frozen():
-            return self.attack(
-                batch.images,
-                lambda images: self.logits(images, task),
-                batch.labels,
-                loss,
-                index=batch.index,
-                seed=self.global_step,
-            )
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Eval mode and no parameter gradients inside; every flag restored after.
-
-        Some attacks call ``backward()``: without this their gradients would land in our parameters.
-        """
-        modes = [module for module in self.modules() if module.training]
-        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for module in modes:
-            module.training = False
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for module in modes:
-                module.training = True
-            for parameter in learning:
-                parameter.requires_grad_(True)
+        forward = partial(self.logits, task=task)
+        with frozen(self):
+            return self.attack(batch.images, forward, batch.labels, loss, index=batch.index, seed=self.global_step)
 
     def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
         """Encodes each task's classes into its zero-shot head ``(C, D)``, once and without gradients.
@@ -147,7 +122,7 @@ class RobustMethod(LightningModule, ABC):
             names: of the heads; default the tasks' names.
         """
         # Outside inference mode, whose tensors could not take part in an attack's graph.
-        with torch.inference_mode(False), torch.no_grad(), self.frozen():
+        with torch.inference_mode(False), torch.no_grad(), frozen(self):
             for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
                 self.heads[name] = self.class_features(task).detach()
 
