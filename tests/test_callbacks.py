@@ -47,7 +47,7 @@ def test_attacked_accuracy_is_that_of_the_attacked_images() -> None:
     attack = PGD(eps="2/255", alpha="1/255", steps=2)
     method, module = ZeroShot(), data()
     evaluation = RobustEvaluation({"pgd": attack}, max_samples=20, seed=5)
-    trainer = Trainer(callbacks=[evaluation], default_root_dir="/tmp", **QUIET)
+    trainer = Trainer(callbacks=[evaluation], **QUIET)
     trainer.test(method, datamodule=module, verbose=False)
     for task, loader in zip(module.test_tasks, module.test_dataloader(), strict=True):
         head = method.clip.encode_classes(task)
