@@ -89,7 +89,9 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
     names_beside, templates_beside = _beside(kind, location, dataset)
     if entry is None:  # what lies beside the data goes first; the catalogue only fills in
         entry = CATALOG.get(name)
-        class_names = wanted.class_names or names_beside or (entry.class_names if entry else None)
+        # Label orders differ between the copies of a set, so names are only taken for the copy that they belong to.
+        is_same_copy = entry is not None and entry.source.startswith(f"{kind}:")
+        class_names = wanted.class_names or names_beside or (entry.class_names if entry and is_same_copy else None)
         templates = wanted.templates or templates_beside or (entry.templates if entry else DEFAULT_TEMPLATES)
     else:
         class_names, templates = wanted.class_names or entry.class_names, wanted.templates or entry.templates
