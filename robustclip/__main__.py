@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentError
 
 from robustclip import __version__
 
@@ -14,7 +15,15 @@ commands:
   validate  evaluate on the hold-out       robustclip validate --config ... --ckpt_path FILE
   test      zero-shot sets, clean and under attack
                                            robustclip test --config configs/tecoa.yaml --ckpt_path FILE
-  table     one table of several results   robustclip table results/*.json
+  doctor    check a configuration before a long run; takes what `test` takes
+                                           robustclip doctor --config configs/tecoa.yaml
+  table     one table of several results   robustclip table RUN...
+  compare   two results, with intervals    robustclip compare RUN_A RUN_B
+  report    several results as a page      robustclip report RUN... --out report.html
+  verify    do a result's attacked images fool the model that they were made for?
+                                           robustclip verify RUN
+  replay    its attacked images on another model
+                                           robustclip replay RUN --model.pretrained FOLDER
 
 --config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
@@ -22,11 +31,15 @@ A method of your own needs no registration: --model my_module.MyMethod finds my_
 Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
-COMMANDS = (*TRAINER_COMMANDS, "table")
+TOOLS = ("doctor", "table", "compare", "report", "verify", "replay")
+COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 after a line on stderr that says what is wrong."""
+    """Runs one command and returns the exit status.
+
+    That is 0, 1 where `doctor` or `verify` found something, or 2 after a line on stderr that says what is wrong.
+    """
     given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
@@ -37,19 +50,45 @@ def run(arguments: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         sys.stderr.write(f"error: no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}\n")
         return 2
-    from robustclip.cli import EXPECTED_ERRORS, known_keys, main  # slow: loads torch and lightning
-    from robustclip.errors import in_one_line
-
     try:
-        main(given)
-    except EXPECTED_ERRORS as error:
-        if os.environ.get("ROBUSTCLIP_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {in_one_line(error, known_keys())}\n")
-        return 2
+        return _dispatch(given, arguments)
     except SystemExit as stop:  # of the parser, after `--help`, `--print_config` and the like
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, _expected()):
+            raise
+        from robustclip.errors import in_one_line
+
+        sys.stderr.write(f"error: {in_one_line(error, _known_keys())}\n")
+        return 2
+
+
+def _dispatch(given: list[str] | None, arguments: list[str]) -> int:
+    if arguments[0] in TOOLS:
+        from robustclip.commands import run_tool
+
+        return run_tool(arguments)
+    from robustclip.cli import main  # slow: loads torch and lightning
+
+    main(given)
     return 0
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Errors that the input explains; those of torch and lightning only where these are loaded."""
+    if "robustclip.cli" not in sys.modules:
+        return (ArgumentError, ImportError, OSError, ValueError)
+    from robustclip.cli import EXPECTED_ERRORS
+
+    return EXPECTED_ERRORS
+
+
+def _known_keys() -> list[str]:
+    if "robustclip.cli" not in sys.modules:
+        return []
+    from robustclip.cli import known_keys
+
+    return known_keys()
 
 
 if __name__ == "__main__":

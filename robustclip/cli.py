@@ -8,11 +8,10 @@ import warnings
 from argparse import ArgumentError
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -23,7 +22,6 @@ from robustclip import __version__
 from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
-from robustclip.tools.table import table
 
 EXPECTED_ERRORS = (
     ArgumentError,
@@ -34,6 +32,7 @@ EXPECTED_ERRORS = (
     ProcessRaisedException,
     ValueError,
 )
+Interface = TypeVar("Interface", bound="RobustCLI")
 
 
 class RobustCLI(LightningCLI):
@@ -109,21 +108,29 @@ class RobustCLI(LightningCLI):
         self.trainer.test(**{**kwargs, "verbose": False})
 
 
-def main(args: ArgsType = None) -> Any:
-    """Runs a command; ``args`` as on the command line, without the program's name."""
+def main(args: ArgsType = None) -> RobustCLI:
+    """Runs ``fit``, ``validate`` or ``test``; ``args`` as on the command line, without the program's name."""
+    return start(RobustCLI, args)
+
+
+def start(interface: type[Interface], args: ArgsType = None) -> Interface:
+    """Parses, builds and runs.
+
+    Args:
+        interface: may do less than a `RobustCLI` with what was built.
+        args: as on the command line, without the program's name; None takes the program's own.
+
+    Raises:
+        ValueError: a configuration that cannot be read, and whatever the classes refuse.
+    """
     _quieten()
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
     words = sys.argv[1:] if args is None else args
-    if isinstance(words, list) and words and words[0] == "table":
-        parser = ArgumentParser(prog=f"robustclip {words[0]}", description=table.__doc__, exit_on_error=False)
-        # As strings: the parser would take what a path points to for a configuration.
-        parser.add_argument("results", nargs="+", type=str, help="JSON files that `robustclip test` wrote")
-        return table([Path(name) for name in parser.parse_args(words[1:]).results])
     if isinstance(words, list):
         for word, following in pairwise([*words, ""]):
             if word == "--config" or word.startswith("--config="):
                 check_config(Path(word.removeprefix("--config=") if "=" in word else following))
-    return RobustCLI(
+    return interface(
         RobustMethod,
         CLIPDataModule,
         subclass_mode_model=True,
@@ -202,6 +209,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
     for message in (
         "litlogger",
+        "LightningCLI's args parameter",
         "does not have many workers",
         "smaller than the logging",
         "eval mode at the start",

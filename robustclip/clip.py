@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
+INTERPOLATION = "bicubic"  # of the resize inside the model, without antialiasing
 PROMPTS_PER_CHUNK = 256  # bounds the text tower's activations for class lists of any length
 # What torch, safetensors and open_clip raise for files that are cut short, or that belong to another model.
 LOADING_ERRORS = (
@@ -67,13 +68,13 @@ class CLIPModel(nn.Module):
         self.memory_format = torch.channels_last if is_convolutional else torch.contiguous_format
         visual.to(memory_format=self.memory_format)
         self._fixed_modules = [m for m in self.net.modules() if has_fixed_batch_norm and isinstance(m, BatchNorm)]
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = fingerprint(self.net)  # of the initial weights, wherever their files lie
         self.train()  # Lightning leaves modes as they are, so BatchNorm must be fixed from the start
 
     def encode_image(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
         if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, (self.image_size, self.image_size), mode="bicubic", align_corners=False)
+            images = F.interpolate(images, (self.image_size, self.image_size), mode=INTERPOLATION, align_corners=False)
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         return F.normalize(self.net.encode_image(normalised), dim=-1)
 
@@ -122,13 +123,14 @@ class CLIPModel(nn.Module):
             module.eval()
         return self
 
-    def _fingerprint(self) -> str:
-        """Tells two sets of initial weights apart, wherever their files lie; a sample of each tensor suffices."""
-        digest = hashlib.sha256()
-        for name, tensor in self.net.state_dict().items():
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().contiguous()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-        return digest.hexdigest()[:16]
+
+def fingerprint(module: nn.Module) -> str:
+    """Tells two sets of weights apart; a sample of each tensor suffices."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _submodules(owner: nn.Module, names: str, *, flatten: bool = True) -> Iterator[nn.Module]:

@@ -22,10 +22,10 @@ class Top1(Metric):
         self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts logits ``(B, C)`` against labels ``(B,)``."""
-        self.correct += (logits.argmax(-1) == labels).sum()
-        self.total += labels.numel()
+    def update(self, is_right: Tensor) -> None:
+        """Counts answers ``(B,)``, true where right."""
+        self.correct += is_right.sum()
+        self.total += is_right.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """``acc1`` in [0, 1], ``correct`` and ``n``; accuracy of no sample is nan."""

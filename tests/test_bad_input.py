@@ -401,6 +401,15 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "missing result": ("table none.json", nothing, ("none.json",)),
     "result that is none": ("table x.json", text("x.json", "[]"), ("x.json", "robustclip test")),
     "no result": ("table", nothing, ("results",)),
+    "one run to compare": ("compare x", nothing, ("b", "missing")),
+    "missing run to compare": ("compare none nowhere", nothing, ("none",)),
+    "missing run to report": ("report none", nothing, ("none",)),
+    "option of a tool": ("report x --outt y", nothing, ("outt",)),
+    "missing run to verify": ("verify none", nothing, ("none",)),
+    "missing run to replay": ("replay none --model ZeroShot", nothing, ("none",)),
+    "no run to replay": ("replay --model ZeroShot", nothing, ("run",)),
+    "key of the doctor": (f"{TEST} --model.pretraned x".replace("test", "doctor", 1), nothing, ("model.pretraned",)),
+    "missing config of the doctor": ("doctor --config none.yaml", nothing, ("config", "none.yaml")),
 }
 
 
@@ -434,7 +443,7 @@ def test_bad_samples_are_left_out_and_counted_on_request(
     assert run(words_of(f"{TEST} --data.bad_samples skip", model, at)) == 0
     output = capfd.readouterr()
     assert "left out" in output.out  # a column of the table
-    results = json.loads(Path(output.out.split()[-1]).read_text())
+    results = json.loads((Path(output.out.split()[-1]) / "result.json").read_text())
     assert results["tasks"]["set"]["n"] == 7
     assert results["tasks"]["set"]["bad_samples"] == 1
 
@@ -466,9 +475,10 @@ def test_traceback_comes_on_request(at: Path, model: Path, monkeypatch: pytest.M
 
 def test_table_takes_one_result_or_several(at: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
-        result = {"method": f"M{number}", "tasks": {"x": {"clean": {"acc1": 0.5}}}, "mean": {"clean": {"acc1": 0.5}}}
-        (at / f"{number}.json").write_text(json.dumps(result))
+        scores = {"clean": {"acc1": 0.5}}
+        result = {"method": f"M{number}", "tasks": {"x": scores}, "mean": scores, "protocol": {}}
+        text(f"{number}/result.json", json.dumps(result))(at)
     for count in (1, 2):
-        assert run(["table", *(f"{number}.json" for number in range(count))]) == 0
+        assert run(["table", *map(str, range(count))]) == 0
         shown = capfd.readouterr().out
         assert [f"M{number}" in shown for number in range(2)] == [True, count == 2]

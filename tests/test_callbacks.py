@@ -1,6 +1,5 @@
 """Evaluation, warnings and progress."""
 
-import json
 import warnings
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from robustclip.attacks import PGD, Attack
 from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
-from robustclip.callbacks.results import markdown, table_rows, tabulate, write_new
+from robustclip.callbacks.tables import markdown_table, readable_rows, tabulate, with_intervals
 from robustclip.data import CLIPDataModule
 from robustclip.methods import TeCoA, ZeroShot
 from robustclip.metrics import Top1
+from robustclip.runs import Run
 from robustclip.types import Batch
 
 TESTS = ["shapes:colours", "shapes:counts"]
@@ -34,7 +34,7 @@ def test_top1_equals_torchmetrics_accuracy() -> None:
     ours, theirs = Top1(), MulticlassAccuracy(5, average="micro")
     for size in (7, 3, 1):
         logits, labels = torch.randn(size, 5), torch.randint(5, (size,))
-        ours.update(logits, labels)
+        ours.update(logits.argmax(1) == labels)
         theirs.update(logits, labels)
     values = ours.compute()
     assert values["acc1"] == theirs.compute()
@@ -167,30 +167,46 @@ def test_results_have_the_documented_shape() -> None:
     }  # fmt: skip
 
 
-def test_tables_show_what_was_left_out() -> None:
-    rows = table_rows(tabulate(METRICS, stage="test"))
-    assert rows == [
-        ["task", "n", "clean", "pgd", "seconds", "left out"],
-        ["a", "8", "50.0", "25.0", "1.5", "1"],
-        ["mean", "", "50.0", "25.0", "1.5", ""],
-    ]
-    assert markdown(rows).splitlines()[1] == "| --- | --: | --: | --: | --: | --: |"
+def test_tables_show_intervals_what_was_left_out_and_the_grade() -> None:
+    result = with_intervals(tabulate(METRICS, stage="test"), {}, {})
+    result["audit"] = {"grade": "C", "checks": [{"name": "finite", "status": "warn"}, {"name": "x", "status": "pass"}]}
+    rows = readable_rows(result)
+    assert rows[0] == ["task", "n", "clean", "pgd", "seconds", "left out"]
+    # Wilson's interval of 4 of 8 is 0.5 -+ sqrt(1.96^2 / 8 / 4 + 1.96^4 / 4 / 64) / (1 + 1.96^2 / 8)
+    assert rows[1] == ["a", "8", "50.0 (21.5-78.5)", "25.0 (7.1-59.1)", "1.5", "1"]
+    assert rows[2][2].startswith("50.0 (")
+    lines = markdown_table(result).splitlines()
+    assert lines[1] == "| --- | --: | --: | --: | --: | --: |"
+    assert lines[-1] == "Audit: C; warn: finite"
 
 
-def test_results_are_never_overwritten(tmp_path: Path) -> None:
-    results = {"method": "X", **tabulate(METRICS, stage="test")}
-    paths = [write_new(tmp_path, results) for _ in range(3)]
-    assert len(set(paths)) == 3
-    assert all(json.loads(path.read_text()) == results for path in paths)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted([".csv", ".json", ".md"] * 3)
-
-
-def test_a_result_is_written_after_a_test(tmp_path: Path) -> None:
-    writer = ResultsWriter(str(tmp_path))
-    trainer = Trainer(callbacks=[RobustEvaluation(max_samples=4), writer], **QUIET)
+def run_test(folder: Path, *, attacks: dict[str, Attack] | None = None, **options: object) -> ResultsWriter:
+    writer = ResultsWriter(str(folder), **options)
+    trainer = Trainer(callbacks=[RobustEvaluation(attacks, max_samples=4), writer], **QUIET)
     trainer.test(ZeroShot(), datamodule=data(), verbose=False)
-    assert writer.path is not None
-    assert json.loads(writer.path.read_text())["tasks"]["counts"]["n"] == 4
+    return writer
+
+
+def test_a_test_leaves_one_folder_with_everything_and_never_overwrites_it(tmp_path: Path) -> None:
+    paths = [run_test(tmp_path).path for _ in range(3)]
+    assert len(set(paths)) == 3
+    for path in paths:
+        assert path is not None
+        run = Run.open(path)
+        assert run.result["tasks"]["counts"]["n"] == 4
+        assert len(run.rows("counts")) == 4
+        names = {each.name for each in path.iterdir()}
+        assert names == {"result.json", "table.csv", "table.md", "ledger"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_named_folder_that_is_finished_is_kept(tmp_path: Path) -> None:
+    path = run_test(tmp_path, name="mine").path
+    assert path == tmp_path / "mine"
+    before = (path / "result.json").read_bytes()
+    with pytest.raises(ValueError, match="finished test; choose another"):
+        run_test(tmp_path, name="mine")
+    assert (path / "result.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["clean", "PGD 10", "n"])

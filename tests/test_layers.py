@@ -4,18 +4,26 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"
+RECORDS = {"statistics", "protocol", "ledger", "examples", "runs"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
     "metrics": {"types"},
+    "statistics": set(),
+    "protocol": set(),
+    "ledger": set(),
+    "examples": {"ledger"},
+    "runs": {"ledger"},
     "clip": {"types"},
     "attacks": {"types"},
     "data": {"types"},
     "methods": {"types", "clip", "attacks", "metrics"},
-    "callbacks": {"types", "clip", "attacks", "metrics", "methods"},
-    "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data"},
+    "callbacks": {"types", "clip", "attacks", "metrics", "methods", *RECORDS},
+    "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
     "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
-    "__main__": {"cli", "errors"},
+    "assembly": {"cli", "errors", "methods", "tools"},
+    "commands": {"assembly", "runs", "tools"},
+    "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }
 NO_LIGHTNING = {"types", "errors", "clip", "attacks"}

@@ -1,7 +1,22 @@
 """Attacks in pixel space; all share the signature of `Attack`."""
 
-from robustclip.attacks.base import Attack, Radius, cross_entropy, pixels
+from robustclip.attacks.apgd import APGD
+from robustclip.attacks.base import Attack, Member, Radius, pixels
+from robustclip.attacks.losses import cross_entropy
 from robustclip.attacks.pgd import PGD
+from robustclip.attacks.recipes import Recipe
+from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack
 
-__all__ = ["PGD", "Attack", "Radius", "TorchAttack", "cross_entropy", "pixels"]
+__all__ = [
+    "APGD",
+    "PGD",
+    "Attack",
+    "Member",
+    "Radius",
+    "Recipe",
+    "Square",
+    "TorchAttack",
+    "cross_entropy",
+    "pixels",
+]

@@ -1,28 +1,26 @@
 """What every attack is: a search for worse images inside a norm ball and [0, 1]."""
 
+import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from robustclip.attacks.losses import Loss, cross_entropy
+
+__all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
 
 Forward = Callable[[Tensor], Tensor]
 """Images ``(B, 3, H, W)`` in [0, 1] to outputs ``(B, ...)``."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Outputs and targets to one loss per sample ``(B,)``; the attack maximises its sum."""
 
 Radius = float | str
 """A length in [0, 1] pixel units: ``0.0157`` or ``"4/255"``."""
 
 BOX_TOLERANCE = 1e-6  # decoders and resizers round; anything further out means normalised images
-
-
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy per sample in fp32: logits ``(B, C)`` and labels ``(B,)`` to ``(B,)``."""
-    return F.cross_entropy(outputs.float(), targets, reduction="none")
 
 
 def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
@@ -66,7 +64,20 @@ def check_range(images: Tensor) -> None:
 
 
 class Attack(ABC):
-    """Perturbs images inside a norm ball and [0, 1]. Immutable: one instance may serve everywhere."""
+    """Perturbs images inside a norm ball and [0, 1]. Immutable: one instance may serve everywhere.
+
+    Attributes:
+        is_anytime: every image that it evaluates lies in ball and box, so each of them counts as an attack. Its
+            forward passes are of the whole batch, in order.
+        is_black_box: it asks for no gradients.
+        eps: radius; None for attacks without a ball.
+        norm: ``linf`` or ``l2``.
+    """
+
+    is_anytime: bool = False
+    is_black_box: bool = False
+    eps: float | None = None
+    norm: str = "linf"
 
     def __call__(
         self,
@@ -107,6 +118,115 @@ class Attack(ABC):
     ) -> Tensor:
         """The search itself; arguments as in `__call__`, with gradients enabled and inputs already copied."""
 
+    def members(self, classes: int) -> list["Member"]:
+        """The attacks that it consists of, in order, for a task of that many classes; by default itself."""
+        return [Member(_snake_case(type(self).__name__), self)]
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Attack | None":
+        """A copy with radius and number of steps multiplied; None where it is not known how.
+
+        Args:
+            radius: factor of the radius and the step size; L-infinity radii stop at 1.
+            steps: factor of the number of steps or queries, of which at least one remains.
+        """
+        return None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The public attributes, in JSON's types."""
+        return {key: _jsonable(value) for key, value in vars(self).items() if not key.startswith("_")}
+
     def __repr__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
-        return f"{type(self).__name__}({settings})"
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
+
+    def _changed(self, **attributes: Any) -> Self:
+        twin = copy.copy(self)
+        vars(twin).update(attributes)
+        return twin
+
+
+class Member(NamedTuple):
+    """One attack of several, under the name that it has in results.
+
+    Attributes:
+        name: in snake case.
+        attack: what runs.
+        note: what differs from the rule for this task, such as another loss for few classes.
+    """
+
+    name: str
+    attack: Attack
+    note: str = ""
+
+
+class Worst(NamedTuple):
+    """Per sample the worst image so far: a misclassified one wins, then the higher value.
+
+    Attributes:
+        images: ``(B, 3, H, W)``.
+        value: ``(B,)`` of what is maximised.
+        is_broken: ``(B,)``, misclassified.
+    """
+
+    images: Tensor
+    value: Tensor
+    is_broken: Tensor
+
+    @classmethod
+    def none_yet(cls, images: Tensor) -> Self:
+        """Clean images that everything beats."""
+        value = torch.full((len(images),), -torch.inf, device=images.device)
+        return cls(images, value, torch.zeros_like(value, dtype=torch.bool))
+
+    def or_worse(self, other: Self, *, where: Tensor | None = None) -> Self:
+        """Takes the other's image for samples where that is worse, and where allowed ``(B,)``."""
+        is_worse = (other.is_broken & ~self.is_broken) | (
+            (other.is_broken == self.is_broken) & (other.value > self.value)
+        )
+        is_worse = is_worse if where is None else is_worse & where
+        return type(self)(
+            torch.where(is_worse.view(-1, 1, 1, 1), other.images, self.images),
+            torch.where(is_worse, other.value, self.value),
+            torch.where(is_worse, other.is_broken, self.is_broken),
+        )
+
+
+def gradient_of(value: Tensor, images: Tensor) -> Tensor:
+    """Gradient of the summed value ``(B,)``; zero where it does not depend on the images."""
+    if not value.requires_grad:
+        return torch.zeros_like(images)
+    return torch.autograd.grad(value.sum(), images, allow_unused=True, materialize_grads=True)[0]
+
+
+def check_own_loss(attack: Attack, loss: Loss) -> None:
+    """Refuses a caller's loss for attacks on classification that bring their own.
+
+    Raises:
+        ValueError: a loss other than the default.
+    """
+    if loss is not cross_entropy:
+        raise ValueError(f"{type(attack).__name__} brings its own loss; use PGD for a custom one")
+
+
+def scaled_radius(eps: float, factor: float, norm: str) -> float:
+    """Multiplied radius, at most 1 for L-infinity."""
+    return min(eps * factor, 1.0) if norm == "linf" else eps * factor
+
+
+def scaled_count(count: int, factor: float) -> int:
+    """Multiplied number of steps, at least 1 unless there were none."""
+    return max(round(count * factor), min(count, 1))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Attack):
+        return {"class": type(value).__name__, **value.settings}
+    if isinstance(value, dict):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -5,10 +5,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustclip.attacks import noise
-from robustclip.attacks.base import Attack, Forward, Loss, Radius, pixels
-
-SMALLEST_NORM = 1e-10  # keeps a zero gradient a zero step
+from robustclip.attacks import ball
+from robustclip.attacks.base import (
+    Attack,
+    Forward,
+    Loss,
+    Member,
+    Radius,
+    gradient_of,
+    pixels,
+    scaled_count,
+    scaled_radius,
+)
+from robustclip.attacks.losses import LOSSES, LossName, affordable
 
 
 class PGD(Attack):
@@ -24,10 +33,14 @@ class PGD(Attack):
         norm: ``linf`` or ``l2``.
         random_start: start at a random point of the ball (uniform; for L2 a random direction and length).
         keep: ``last`` iterate, as the papers do, or each sample's ``best``, that of the highest loss.
+        loss: ``ce``, ``margin`` or ``dlr``; null takes the caller's, cross-entropy in evaluation.
 
     Raises:
         ValueError: a radius that is no length in [0, 1], or a negative number of steps.
     """
+
+    is_anytime = True
+    eps: float
 
     def __init__(
         self,
@@ -37,61 +50,44 @@ class PGD(Attack):
         norm: Literal["linf", "l2"] = "linf",
         random_start: bool = True,
         keep: Literal["last", "best"] = "last",
+        loss: LossName | None = None,
     ) -> None:
         if steps < 0:
             raise ValueError(f"steps must be at least 0, got {steps}")
         limit = 1.0 if norm == "linf" else None
         self.eps, self.alpha = pixels(eps, name="eps", limit=limit), pixels(alpha, name="alpha", limit=limit)
-        self.steps, self.norm, self.random_start, self.keep = steps, norm, random_start, keep
+        self.steps, self.norm, self.random_start, self.keep, self.loss = steps, norm, random_start, keep, loss
+
+    def members(self, classes: int) -> list[Member]:
+        """Itself, with the margin where DLR has too few classes."""
+        loss, note = (None, "") if self.loss is None else affordable(self.loss, classes)
+        return [Member("pgd", self._changed(loss=loss) if note else self, note)]
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "PGD":
+        """A copy with radius, step size and number of steps multiplied."""
+        eps, alpha = (scaled_radius(length, radius, self.norm) for length in (self.eps, self.alpha))
+        return self._changed(eps=eps, alpha=alpha, steps=scaled_count(self.steps, steps))
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
         """Start, then `steps` projected steps."""
-        attacked = self._start(images, index, seed) if self.random_start else images.clone()
+        loss = loss if self.loss is None else LOSSES[self.loss]
+        attacked = ball.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
         best, best_loss = attacked, images.new_full((len(images),), -torch.inf, dtype=torch.float32)
         for _ in range(self.steps):
             attacked.requires_grad_()
             value = loss(forward(attacked), targets)
-            (gradient,) = torch.autograd.grad(value.sum(), attacked)
+            gradient = gradient_of(value, attacked)
             attacked = attacked.detach()
             if self.keep == "best":
                 best, best_loss = _better(best, best_loss, attacked, value.detach())
-            attacked = self._project(attacked + self.alpha * self._direction(gradient), images)
+            attacked = attacked + self.alpha * ball.direction(gradient, self.norm)
+            attacked = ball.project(attacked, images, self.eps, self.norm)
         if self.keep == "last":
             return attacked
         with torch.no_grad():
             return _better(best, best_loss, attacked, loss(forward(attacked), targets))[0]
-
-    def _start(self, images: Tensor, index: Tensor | None, seed: int) -> Tensor:
-        if self.norm == "linf":
-            draw = torch.rand_like(images) if index is None else noise.uniform(index, images.shape[1:], seed=seed)
-            return self._project(images + self.eps * (2 * draw - 1), images)
-        if index is None:
-            direction, length = torch.randn_like(images), torch.rand(len(images), device=images.device)
-        else:
-            direction = noise.normal(index, images.shape[1:], seed=seed)
-            length = noise.uniform(index, (1,), seed=~seed)[:, 0]
-        return self._project(images + self.eps * length.view(-1, 1, 1, 1) * _unit(direction), images)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        return gradient.sign() if self.norm == "linf" else _unit(gradient)
-
-    def _project(self, attacked: Tensor, images: Tensor) -> Tensor:
-        if self.norm == "linf":
-            return attacked.clamp((images - self.eps).clamp(min=0), (images + self.eps).clamp(max=1))
-        delta = attacked - images
-        delta = delta * (self.eps / _norm(delta)).clamp(max=1)
-        return (images + delta).clamp(0, 1)
-
-
-def _norm(vectors: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
-    return norm
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors / _norm(vectors)
 
 
 def _better(best: Tensor, best_loss: Tensor, images: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustclip.attacks.base import Attack, Forward, Loss, Radius, cross_entropy, pixels
+from robustclip.attacks import ball
+from robustclip.attacks.base import (
+    Attack,
+    Forward,
+    Loss,
+    Radius,
+    cross_entropy,
+    pixels,
+    scaled_count,
+    scaled_radius,
+)
+
+COUNTS = ("steps", "n_queries")  # the library's names for how long an attack runs
+ROUNDING = 1e-6  # of radii that the library's attacks reach in fp32
 
 
 class TorchAttack(Attack):
@@ -14,7 +27,8 @@ class TorchAttack(Attack):
 
     The library changes what it is given (train and eval flags, parameter gradients) and checks no range, so it sees
     only a throw-away module around a closure. Its random numbers come from torch's generators, seeded from ``seed``
-    and put back afterwards; unlike PGD's they depend on the batch.
+    and put back afterwards; unlike PGD's they depend on the batch. What comes back outside the ball, as from
+    minimum-norm attacks that fail (FAB), is replaced by the clean image.
 
     Args:
         name: class in torchattacks.
@@ -39,10 +53,22 @@ class TorchAttack(Attack):
         unknown = self.kwargs.keys() - takes.keys()
         if unknown:
             raise ValueError(f"{name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)[1:]}")
+        self.norm = "l2" if "L2" in name else str(self.kwargs.get("norm", "Linf")).lower()
         for radius in self.kwargs.keys() & {"eps", "alpha"}:
-            limit = None if self.kwargs.get("norm") == "L2" or "L2" in name else 1.0
+            limit = None if self.norm == "l2" else 1.0
             self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
+        self.eps = self.kwargs.get("eps")
         self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "TorchAttack | None":
+        """A copy with the given radius, step size and number of steps multiplied; None where they were not given."""
+        counts = self.kwargs.keys() & set(COUNTS)
+        if (radius != 1 and self.eps is None) or (steps != 1 and not counts) or (self.eps is None and not counts):
+            return None
+        radii = self.kwargs.keys() & {"eps", "alpha"}
+        changed = {name: scaled_radius(self.kwargs[name], radius, self.norm) for name in radii}
+        kwargs = {**self.kwargs, **changed, **{name: scaled_count(self.kwargs[name], steps) for name in counts}}
+        return self._changed(kwargs=kwargs, eps=kwargs.get("eps"))
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
@@ -58,7 +84,15 @@ class TorchAttack(Attack):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             attacked: Tensor = self._attack(_Victim(forward, images.device), **self.kwargs, **extra)(images, targets)
-        return attacked.clamp(0, 1)
+        return self._inside(attacked.clamp(0, 1), images)
+
+    def _inside(self, attacked: Tensor, images: Tensor) -> Tensor:
+        """Clean images for what lies outside the ball or is no number."""
+        if self.eps is None or self.norm not in ball.ORDERS:
+            return torch.where(attacked.isnan(), images, attacked)
+        is_inside = ball.distance(attacked, images, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
+        attacked = torch.where(is_inside.view(-1, 1, 1, 1), attacked, images)
+        return ball.project(attacked, images, self.eps, self.norm)
 
 
 class _Victim(nn.Module):

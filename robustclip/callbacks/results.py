@@ -1,147 +1,225 @@
-"""One immutable result file per test, and its tables."""
+"""The folder of a test: unfinished while it runs, published whole, never overwritten."""
 
-import csv
-import io
+import fcntl
+import itertools
 import json
-import os
+import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.table import Table
 
+from robustclip import ledger
+from robustclip.attacks import Member
+from robustclip.callbacks.audit import audit
+from robustclip.callbacks.evidence import Evidence, attack_columns, sample_columns
+from robustclip.callbacks.journal import keep_examples
 from robustclip.callbacks.progress import TaskProgress
+from robustclip.callbacks.protocols import unlike, with_samples
+from robustclip.callbacks.tables import csv_table, markdown_table, rich_table, tabulate, with_intervals
+from robustclip.methods import RobustMethod, ZeroShot
+from robustclip.protocol import digest
+from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
 
 PACKAGES = ("torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "torchattacks")
-NOT_A_TASK = "mean"
+LOCK = "lock"
+
+Members = Mapping[tuple[str, str], Sequence[Member]]
+Rows = list[dict[str, str]]
 
 
 class ResultsWriter(Callback):
-    """Writes what a test measured as JSON, CSV and Markdown, prints a table, and prints the JSON's path last.
+    """Leaves what a test measured as a folder, prints a table, and prints the folder's path last.
 
-    Nothing is overwritten: a name that exists gets a number. Files are written aside and renamed.
+    The folder holds ``result.json``, the table as CSV and Markdown, the ledgers, and the examples. A test that is
+    started again after it was killed finds its folder and goes on there.
 
     Args:
-        folder: where results go; null for ``results`` below the trainer's ``default_root_dir``.
+        folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
+        name: of this test's folder; null takes method and time, and finds an unfinished start of the same test.
+        baseline: folder of the undefended model's test under the same protocol, for the audit.
         config: what the run was started with, kept in the file.
     """
 
-    def __init__(self, folder: str | None = None, config: dict[str, Any] | None = None) -> None:
-        self.folder, self.config = folder, config
+    def __init__(
+        self,
+        folder: str | None = None,
+        name: str | None = None,
+        baseline: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.name, self.config = folder, name, config
+        self.baseline = None if baseline is None else Run.open(Path(baseline))
         self.path: Path | None = None
-        self._table: Table | None = None
+        self._result: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
+        self._members: Members = {}
+        self._lock: IO[str] | None = None
+
+    def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Path:
+        """The folder of a test, new or as an earlier start has left it; all processes must come here.
+
+        Raises:
+            ValueError: the name is taken, by a finished test or by an unfinished one of another protocol.
+        """
+        root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "results"
+        unfinished = f"unfinished-{identity['method'].lower()}-{digest(identity)[:8]}"
+        self.path, self._identity, self._members = root / (self.name or unfinished), identity, members
+        if trainer.is_global_zero:
+            self._check_unfinished(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            self._check_unfinished(self.path)  # again, for it may just have been finished
+            self._check_protocol(self.path / PROTOCOL, identity)
+            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
+            for place in (self.path, self.path / LEDGERS, self.path / PARTS, *self.path.glob(f"{EXAMPLES}/*/*")):
+                ledger.sweep(place)
+            ledger.write_aside(self.path / PROTOCOL, json.dumps(identity, indent=1))
+            attacks = list(dict.fromkeys(attack for _, attack in members))
+            for part in (self.path / PARTS).glob("*.csv"):
+                ledger.Ledger(part, attacks)  # cuts off what was being written
+        trainer.strategy.barrier("the folder is there")
+        return self.path
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gathers the logged metrics."""
-        if not trainer.is_global_zero:
+        """Joins the ledgers, adds what was logged, and gives the folder its name."""
+        trainer.strategy.barrier("ledgers are complete")
+        if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or self.path is None:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        results = {
+        tasks = {task.name: task for task in trainer.datamodule.test_tasks}  # type: ignore[attr-defined]
+        attacks = list(dict.fromkeys(attack for _, attack in self._members))
+        parts, header = self.path / PARTS, ledger.columns(attacks)
+        rows = {
+            name: ledger.merge(parts.glob(f"{name}.*.csv"), self.path / LEDGERS / f"{name}.csv", header)
+            for name in tasks
+        }
+        protocol = {name: with_samples(self._identity["protocol"][name], rows[name]) for name in tasks}
+        evidence = Evidence(
+            {name: sample_columns(rows[name]) for name in tasks},
+            {key: attack_columns(rows[key[0]], key[1]) for key in self._members},
+            self._members,
+            {name: len(task.class_names) for name, task in tasks.items()},
+            protocol,
+            is_undefended=isinstance(pl_module, ZeroShot),
+            baseline=self.baseline,
+        )
+        self._result = {
             "method": type(pl_module).__name__,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"robustclip": metadata.version("robustclip"), **_versions()},
             "commit": _commit(),
             "device": _device(trainer),
             "config": self.config,
-            **tabulate(metrics, stage="test"),
+            "model": self._model(pl_module, trainer),
+            **with_intervals(tabulate(metrics, stage="test"), rows, self._members),
+            "audit": audit(evidence),
+            "notes": _notes(self._members),
+            "classes": {name: {"class_names": t.class_names, "templates": t.templates} for name, t in tasks.items()},
+            "protocol": protocol,
         }
-        folder = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "results"
-        self.path = write_new(folder, results)
-        self._table = rich_table(results)
+        for task, attack in self._members:
+            keep_examples(self.path / EXAMPLES / task / attack, rows[task], attack, self._identity["save_examples"])
+        self._publish(self.path)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets another start have the folder."""
+        self._unlock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prints the table and, last, where it lies."""
-        if self._table is not None:
+        self._unlock()
+        if self._result:
             if isinstance(trainer.progress_bar_callback, TaskProgress):
                 trainer.progress_bar_callback.close()
             console = Console()
-            console.print(self._table)
-            console.print(f"The same as CSV and Markdown lies beside\n{self.path}", soft_wrap=True)
-            self._table = None
+            console.print(rich_table(self._result))
+            for check in self._result["audit"]["checks"]:
+                if check["status"] != "pass":
+                    console.print(f"{check['status']:>12}  {check['name']}: {check['found']}", highlight=False)
+            console.print(f"The table, the ledgers and the protocol lie in\n{self.path}", soft_wrap=True)
+            self._result = {}
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _check_unfinished(self, path: Path) -> None:
+        if self.name and (path / RESULT).exists() and not (path / PROTOCOL).exists():
+            raise ValueError(f"{path} is a finished test; choose another results.name")
+
+    def _check_protocol(self, path: Path, identity: dict[str, Any]) -> None:
+        if path.is_file() and (found := unlike(json.loads(path.read_text()), json.loads(json.dumps(identity)))):
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ValueError(
+                f"{path.parent} holds an unfinished test of another protocol ({'; '.join(found[:3])}{more});"
+                " choose another results.name"
+            )
+
+    def _model(self, method: RobustMethod, trainer: Trainer) -> dict[str, Any]:
+        clip, checkpoint = method.clip, getattr(trainer, "ckpt_path", None)
+        return {
+            "arch": clip.arch,
+            "pretrained": clip.pretrained,
+            "image_size": clip.image_size,
+            "fingerprint": clip.fingerprint,
+            "weights": self._identity["weights"],
+            "checkpoint": str(checkpoint) if checkpoint else None,
+        }
+
+    def _publish(self, folder: Path) -> None:
+        """Writes the result, then gives the folder its final name; a start after any of the steps repeats the rest."""
+        ledger.write_aside(folder / "table.csv", csv_table(self._result))
+        ledger.write_aside(folder / "table.md", markdown_table(self._result))
+        ledger.write_aside(folder / RESULT, json.dumps(self._result, indent=1) + "\n")
+        shutil.rmtree(folder / PARTS)
+        (folder / PROTOCOL).unlink()
+        if not self.name:
+            folder = _rename_new(folder, f"{self._result['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+        (folder / LOCK).unlink()  # last: until then no other start gets in
+        self.path = folder
 
 
-def tabulate(metrics: dict[str, float], *, stage: str) -> dict[str, Any]:
-    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``."""
-    tasks: dict[str, dict[str, Any]] = {}
-    mean: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        parts = name.split("/")
-        if parts[0] != stage or len(parts) not in (3, 4):
-            continue
-        number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
-        if len(parts) == 3:
-            tasks.setdefault(parts[1], {})[parts[2]] = number
-        elif parts[1] == NOT_A_TASK:
-            mean.setdefault(parts[2], {})[parts[3]] = value
-        else:
-            tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
-    # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
-    return {"tasks": tasks, "mean": {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != "clean")}}
+def _lock(folder: Path) -> IO[str]:
+    """Keeps a second process out of a folder; the system takes the lock back however this process ends.
+
+    Loader workers, who outlive it for seconds, do not inherit this kind of lock.
+    """
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is being written by another process; wait for it, or stop it") from None
+    return file
 
 
-def write_new(folder: Path, results: dict[str, Any]) -> Path:
-    """Writes JSON, CSV and Markdown under a name that did not exist, and returns the JSON's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{results['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    number = 0
-    while True:
-        path = folder / (f"{stem}-{number}.json" if number else f"{stem}.json")
-        try:
-            path.open("x").close()  # claims the name, also against a run that ends in the same second
-            break
-        except FileExistsError:
-            number += 1
-    rows = table_rows(results)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    _write(path.with_suffix(".csv"), text.getvalue())
-    _write(path.with_suffix(".md"), markdown(rows))
-    _write(path, json.dumps(results, indent=1) + "\n")
-    return path
+def _rename_new(folder: Path, stem: str) -> Path:
+    """Renames a folder to a name that did not exist."""
+    for number in itertools.count():
+        target = folder.with_name(f"{stem}-{number}" if number else stem)
+        if not target.exists():
+            try:
+                return folder.rename(target)
+            except OSError:
+                if not target.exists():  # else another test of the same second was faster
+                    raise
+    raise AssertionError
 
 
-def table_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header, one row per task, and the mean; accuracies in percent."""
-    kinds = list(results["mean"])
-    has_bad = any(values.get("bad_samples") for values in results["tasks"].values())
-    header = ["task", "n", *kinds, "seconds", *(["left out"] if has_bad else [])]
-    rows = [header]
-    for name, values in results["tasks"].items():
-        accuracies = [f"{100 * values[kind]['acc1']:.1f}" for kind in kinds]
-        bad = [str(values.get("bad_samples", 0))] if has_bad else []
-        rows.append([name, str(values["n"]), *accuracies, f"{values.get('seconds', 0):.1f}", *bad])
-    means = [f"{100 * results['mean'][kind]['acc1']:.1f}" for kind in kinds]
-    total = sum(values.get("seconds", 0) for values in results["tasks"].values())
-    rows.append([NOT_A_TASK, "", *means, f"{total:.1f}", *([""] if has_bad else [])])
-    return rows
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table with right-aligned numbers."""
-    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def rich_table(results: dict[str, Any]) -> Table:
-    """The same table for a terminal."""
-    rows = table_rows(results)
-    table = Table(title=f"{results['method']}: top-1 accuracy in percent")
-    for number, title in enumerate(rows[0]):
-        table.add_column(title, justify="right" if number else "left", footer=rows[-1][number])
-    table.show_footer = True
-    for row in rows[1:-1]:
-        table.add_row(*row)
-    return table
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+def _notes(members: Members) -> list[str]:
+    return [
+        f"{task} under {attack}: {each.note}"
+        for (task, attack), found in members.items()
+        for each in found
+        if each.note
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -71,6 +71,8 @@ class CLIPDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
         self.max_samples: int | None = None
+        # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
+        self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
         self._train: OpenedSource | None = None
         self._train_positions: list[int] | None = None
         self._val_positions: list[int] | None = None
@@ -94,6 +96,17 @@ class CLIPDataModule(LightningDataModule):
     def test_tasks(self) -> list[Task]:
         """Tasks of the test loaders, in their order."""
         return [source.task for source in self._test]
+
+    def protocol(self, task: str) -> dict[str, Any]:
+        """What a result must tell of a test set: split, images until the attack, and which samples."""
+        source = next(source for source in self._test if source.task.name == task)
+        size = None if source.dataset is None else len(source.dataset)  # type: ignore[arg-type]
+        return {
+            "split": f"{task}, {source.split}",
+            "sample_ids": f"{self.max_samples or 'all'} of {'a stream' if size is None else size}",
+            "preprocessing": self._transform(source).description,
+            "attack_space": "native" if self._keeps_size(source) else f"{self.image_size} x {self.image_size}",
+        }
 
     @property
     def bad_sample_counts(self) -> dict[str, int]:
@@ -162,20 +175,23 @@ class CLIPDataModule(LightningDataModule):
         return loader
 
     def _eval_loaders(self, sources: Sequence[OpenedSource]) -> list[ImageLoader]:
-        self._loaders = {source.task.name: self._eval_loader(source) for source in sources}
+        is_test = sources is self._test
+        done = {source.task.name: self.done_samples(source.task.name) if is_test else frozenset() for source in sources}
+        self._loaders = {source.task.name: self._eval_loader(source, done[source.task.name]) for source in sources}
         return list(self._loaders.values())
 
-    def _eval_loader(self, source: OpenedSource) -> ImageLoader:
+    def _eval_loader(self, source: OpenedSource, done: frozenset[int]) -> ImageLoader:
         rank, world_size = self._place()
         skips = self.bad_samples == "skip"
         if source.dataset is None:
-            shards = StreamedShards(source.urls, max_samples=self.max_samples, rank=rank, world_size=world_size)
+            limit = self.max_samples
+            shards = StreamedShards(source.urls, max_samples=limit, rank=rank, world_size=world_size, done=done)
             stream = StreamedImages(shards, self._transform(source), len(source.task.class_names))
             return self._loader(stream, None, self.eval_batch_size, skips_bad_samples=skips)
         positions = self._val_positions if source is self._train else None
         chosen = choose(source.dataset, positions, self.max_samples)
         images = Images(source.dataset, self._transform(source), chosen)
-        sampler = ExactSampler(images, rank=rank, world_size=world_size)
+        sampler = ExactSampler(images, rank=rank, world_size=world_size, done=done)
         return self._loader(images, sampler, self.eval_batch_size, skips_bad_samples=skips)
 
     def _loader(
@@ -205,8 +221,10 @@ class CLIPDataModule(LightningDataModule):
         return self._train
 
     def _transform(self, source: OpenedSource) -> ToPixels:
-        keeps_size = source.native_size and self.attack_resolution == "native"
-        return ToPixels(None if keeps_size else self.image_size)
+        return ToPixels(None if self._keeps_size(source) else self.image_size)
+
+    def _keeps_size(self, source: OpenedSource) -> bool:
+        return source.native_size and self.attack_resolution == "native"
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of processes."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from robustclip.data.images import BadSample, Loaded, StreamedImages
+from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
 from robustclip.types import Batch
 
 log = logging.getLogger(__name__)
@@ -18,11 +18,18 @@ class ExactSampler(DistributedSampler[Any]):
     """Every sample once over the ranks, so that counts are exact; shares may be uneven or empty.
 
     torch's own sampler pads by repeating samples. Lightning leaves samplers of this type alone.
+
+    Args:
+        dataset: the samples.
+        rank: of this process.
+        world_size: number of processes.
+        done: sample ids to leave out; what remains keeps its rank.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, rank: int, world_size: int) -> None:
+    def __init__(self, dataset: Images, *, rank: int, world_size: int, done: frozenset[int] = frozenset()) -> None:
         super().__init__(dataset, world_size, rank, shuffle=False)
-        self._indices = range(rank, len(dataset), world_size)  # type: ignore[arg-type]
+        share = range(rank, len(dataset), world_size)
+        self._indices = [number for number in share if dataset.positions[number] not in done] if done else share
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._indices)

@@ -48,6 +48,7 @@ class OpenedSource:
 
     Args:
         task: what the text tower needs.
+        split: which part of the data set.
         native_size: whether images keep their size.
         dataset: gives image and label by position; None for remote shards.
         urls: of remote shards.
@@ -55,6 +56,7 @@ class OpenedSource:
     """
 
     task: Task
+    split: str
     native_size: bool
     dataset: Dataset[tuple[Any, int]] | None
     urls: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
     task = Task(name, tuple(class_names), tuple(templates))
     is_small = kind == "shapes" or (entry is not None and entry.native_size)
     native_size = is_small if wanted.native_size is None else wanted.native_size
-    return OpenedSource(task, native_size, dataset, urls, wanted.length)
+    return OpenedSource(task, split, native_size, dataset, urls, wanted.length)
 
 
 def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:

@@ -35,12 +35,20 @@ class StreamedShards(IterableDataset[StreamedImage]):
         max_samples: keep this many, an equal number from the front of every shard; None for all.
         rank: of this process.
         world_size: number of processes.
+        done: sample ids to leave out.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, max_samples: int | None = None, rank: int = 0, world_size: int = 1
+        self,
+        urls: Sequence[str],
+        *,
+        max_samples: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        done: frozenset[int] = frozenset(),
     ) -> None:
         self.urls, self.max_samples, self.rank, self.world_size = urls, max_samples, rank, world_size
+        self.done = done
 
     def __iter__(self) -> Iterator[StreamedImage]:
         reader, readers = _reader(self.rank, self.world_size)
@@ -48,7 +56,7 @@ class StreamedShards(IterableDataset[StreamedImage]):
         for number in range(len(self.urls)):
             if not deals_shards or number % readers == reader:
                 for sample in itertools.islice(read_shard(self.urls[number], number), self._quota(number)):
-                    if deals_shards or _is_dealt_to(reader, readers, sample):
+                    if sample.index not in self.done and (deals_shards or _is_dealt_to(reader, readers, sample)):
                         yield sample
 
     def _quota(self, number: int) -> int | None:

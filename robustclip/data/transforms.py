@@ -22,6 +22,13 @@ class ToPixels:
             self._resize = Resize(round(size * RESIZE_RATIO), InterpolationMode.BILINEAR)
             self._crop = CenterCrop(size)
 
+    @property
+    def description(self) -> str:
+        """The same in words, for the protocol of a result."""
+        if self.size is None:
+            return "RGB, own size"
+        return f"RGB, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
+
     def __call__(self, image: Image.Image) -> Tensor:
         """One image."""
         image = image.convert("RGB")

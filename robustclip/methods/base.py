@@ -126,6 +126,10 @@ class RobustMethod(LightningModule, ABC):
             for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
                 self.heads[name] = self.class_features(task).detach()
 
+    def count(self, task: str) -> Top1:
+        """Clean answers of a task in the running evaluation."""
+        return cast(Top1, self.counts[f"task_{task}"])
+
     def freeze_the_rest(self) -> None:
         """Leaves gradients to `parameter_groups()` alone."""
         groups = self.parameter_groups()
@@ -182,8 +186,9 @@ class RobustMethod(LightningModule, ABC):
         return self._evaluate(batch, self.trainer.datamodule.test_tasks[dataloader_idx])  # type: ignore[attr-defined]
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        logits = self.logits(batch.images, task.name)
-        cast(Top1, self.counts[f"task_{task.name}"]).update(logits, batch.labels)
+        with torch.autocast(self.device.type, enabled=False):  # verdicts are fp32, in any precision of the trainer
+            logits = self.logits(batch.images, task.name)
+        self.count(task.name).update(logits.argmax(-1) == batch.labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:

@@ -1,0 +1,203 @@
+"""Auto-PGD (Croce & Hein, https://arxiv.org/abs/2003.01690): PGD that finds its own step size."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks import ball
+from robustclip.attacks.base import (
+    Attack,
+    Forward,
+    Loss,
+    Member,
+    Radius,
+    Worst,
+    check_own_loss,
+    gradient_of,
+    pixels,
+    scaled_count,
+    scaled_radius,
+)
+from robustclip.attacks.losses import (
+    LOSSES,
+    LossName,
+    affordable,
+    margin,
+    targeted_dlr,
+    targeted_margin,
+    without_label,
+)
+
+MOMENTUM = 0.75  # the paper's alpha: the share of the new step
+FIRST_WINDOW, WINDOW_SHRINKS_BY, SMALLEST_WINDOW = 22, 3, 6  # in percent of the steps; the paper's section 3.3
+
+Objective = Callable[[Tensor], Tensor]
+"""Outputs ``(B, C)`` to the loss ``(B,)`` that one run maximises."""
+
+
+class APGD(Attack):
+    """Auto-PGD, untargeted or targeted (APGD-T), with every decision made per sample.
+
+    Steps of size 2 eps with momentum. At checkpoints that grow denser, a sample whose loss rose in no more than
+    ``rho`` of the steps since the last one, or whose best loss stands still at an unchanged step size, halves its step
+    and goes on from its best point. Returned is a misclassified image where one was met, and of these or else of all
+    the one of the highest loss (targeted: of the highest margin).
+
+    Departures from the authors' code: the first checkpoint compares the first step with the start instead of with 0;
+    random starts are drawn by sample id.
+
+    Args:
+        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        steps: of each run; a run evaluates one gradient more, that of its start.
+        norm: ``linf`` or ``l2``.
+        loss: ``ce``, ``margin`` or ``dlr``; for targeted runs ``margin`` or ``dlr``.
+        targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
+        restarts: random starts of each run; samples that are broken keep their image.
+        rho: share of rising steps that halves the step size.
+
+    Raises:
+        ValueError: a radius that is no length in [0, 1], a count that makes no sense, or targeted cross-entropy.
+    """
+
+    is_anytime = True
+    eps: float
+
+    def __init__(
+        self,
+        eps: Radius = "4/255",
+        steps: int = 100,
+        norm: Literal["linf", "l2"] = "linf",
+        loss: LossName = "ce",
+        targets: int = 0,
+        restarts: int = 1,
+        rho: float = 0.75,
+    ) -> None:
+        for name, count, least in (("steps", steps, 1), ("targets", targets, 0), ("restarts", restarts, 1)):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
+        if targets and loss == "ce":
+            raise ValueError("loss must be 'dlr' or 'margin' where targets > 0, got 'ce'")
+        self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
+        self.steps, self.loss, self.targets, self.restarts, self.rho = steps, loss, targets, restarts, rho
+
+    def members(self, classes: int) -> list[Member]:
+        """Itself, with the margin where DLR has too few classes."""
+        loss, note = affordable(self.loss, classes, is_targeted=self.targets > 0)
+        return [Member("apgd", self._changed(loss=loss) if note else self, note)]
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "APGD":
+        """A copy with radius and number of steps multiplied; the step size follows the radius."""
+        return self._changed(eps=scaled_radius(self.eps, radius, self.norm), steps=scaled_count(self.steps, steps))
+
+    def perturb(
+        self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
+    ) -> Tensor:
+        """One run per restart and target; a sample keeps the image of the first run that breaks it."""
+        check_own_loss(self, loss)
+        worst, run = Worst.none_yet(images), 0
+        objectives = self._objectives(images, forward, targets)
+        for _ in range(self.restarts):
+            for objective in objectives:
+                start = ball.surface_start(images, self.eps, self.norm, index, ball.stream(seed, run))
+                found = self._run(images, start, forward, targets, objective)
+                worst, run = worst.or_worse(found, where=~worst.is_broken), run + 1
+                if bool(worst.is_broken.all()):
+                    return worst.images
+        return worst.images
+
+    def _objectives(self, images: Tensor, forward: Forward, labels: Tensor) -> list[Objective]:
+        if not self.targets:
+            return [partial(_untargeted, LOSSES[self.loss], labels)]
+        with torch.no_grad():
+            outputs = forward(images).float()
+        number = min(self.targets, outputs.shape[1] - 1)
+        towards = without_label(outputs, labels).topk(number).indices
+        measure = targeted_dlr if self.loss == "dlr" else targeted_margin
+        return [partial(_targeted, measure, labels, column) for column in towards.unbind(1)]
+
+    def _run(self, images: Tensor, start: Tensor, forward: Forward, labels: Tensor, objective: Objective) -> Worst:
+        def evaluate(attacked: Tensor) -> tuple[Tensor, Tensor, Worst]:
+            attacked = attacked.detach().requires_grad_()
+            outputs = forward(attacked)
+            value = objective(outputs)
+            gradient, outputs, attacked = gradient_of(value, attacked), outputs.detach(), attacked.detach()
+            rank = margin(outputs, labels) if self.targets else value.detach()
+            return value.detach(), gradient, Worst(attacked, rank, outputs.argmax(1) != labels)
+
+        value, gradient, worst = evaluate(start)
+        search = _Search(images, start, value, gradient, eps=self.eps, norm=self.norm)
+        last_checkpoint, checks = 0, set(checkpoints(self.steps))
+        for step in range(1, self.steps + 1):
+            value, gradient, found = evaluate(search.next_position(1.0 if step == 1 else MOMENTUM))
+            worst = worst.or_worse(found)
+            search.record(value, gradient)
+            if step in checks:
+                search.check(self.rho * (step - last_checkpoint))
+                last_checkpoint = step
+        return worst
+
+
+class _Search:
+    """Where one run stands: positions ``(B, 3, H, W)`` and a step size ``(B, 1, 1, 1)`` per sample."""
+
+    def __init__(
+        self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str
+    ) -> None:
+        self.images, self.eps, self.norm = images, eps, norm
+        self.position, self.before, self.gradient, self.value = start, start, gradient, value
+        self.best, self.best_gradient, self.best_value = start, gradient, value
+        self.step_size = torch.full_like(value, 2 * eps).view(-1, 1, 1, 1)
+        self.rises = torch.zeros_like(value)
+        self.was_halved, self.best_at_check = torch.ones_like(value, dtype=torch.bool), value
+
+    def next_position(self, momentum: float) -> Tensor:
+        """Moves along the gradient, mixed with the last move."""
+        stepped = self.position + self.step_size * ball.direction(self.gradient, self.norm)
+        stepped = ball.project(stepped, self.images, self.eps, self.norm)
+        mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
+        self.before = self.position
+        self.position = ball.project(mixed, self.images, self.eps, self.norm)
+        return self.position
+
+    def record(self, value: Tensor, gradient: Tensor) -> None:
+        """Takes in what the model says of the new position."""
+        self.rises = self.rises + (value > self.value)
+        self.value, self.gradient = value, gradient
+        is_better = value > self.best_value
+        self.best_value = torch.where(is_better, value, self.best_value)
+        self.best = torch.where(is_better.view(-1, 1, 1, 1), self.position, self.best)
+        self.best_gradient = torch.where(is_better.view(-1, 1, 1, 1), gradient, self.best_gradient)
+
+    def check(self, enough_rises: float) -> None:
+        """Halves the steps of samples that make no progress and sends these back to their best points."""
+        stands_still = ~self.was_halved & (self.best_value <= self.best_at_check)
+        is_halved = (self.rises <= enough_rises) | stands_still
+        self.was_halved, self.best_at_check = is_halved, self.best_value
+        self.rises = torch.zeros_like(self.rises)
+        is_halved = is_halved.view(-1, 1, 1, 1)
+        self.step_size = torch.where(is_halved, self.step_size / 2, self.step_size)
+        self.position = torch.where(is_halved, self.best, self.position)
+        self.gradient = torch.where(is_halved, self.best_gradient, self.gradient)
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Steps after which step sizes are reconsidered: at 22%, then after windows 3% shorter each, 6% at least."""
+    percents, window = [FIRST_WINDOW], FIRST_WINDOW
+    while percents[-1] < 100:
+        window = max(window - WINDOW_SHRINKS_BY, SMALLEST_WINDOW)
+        percents.append(percents[-1] + window)
+    rounded_up = [-(-percent * steps // 100) for percent in percents]
+    return sorted({step for step in rounded_up if step <= steps})
+
+
+def _untargeted(loss: Loss, labels: Tensor, outputs: Tensor) -> Tensor:
+    return loss(outputs, labels)
+
+
+def _targeted(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, targets: Tensor, outputs: Tensor
+) -> Tensor:
+    return loss(outputs, labels, targets)

@@ -1,0 +1,98 @@
+"""Norm balls around images, cut by the box [0, 1]; images are ``(B, 3, H, W)``."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks import noise
+
+Norm = Literal["linf", "l2"]
+
+ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2.0}
+SMALLEST_NORM = 1e-10  # keeps a zero gradient a zero step
+GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: spreads small numbers over all 32-bit seeds (Knuth)
+
+
+def norm(vectors: Tensor) -> Tensor:
+    """L2 norms ``(B, 1, 1, 1)``, never 0."""
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
+    return length
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors of L2 norm 1; zero stays zero."""
+    return vectors / norm(vectors)
+
+
+def direction(gradient: Tensor, ball: str) -> Tensor:
+    """Steepest ascent: the sign for ``linf``, the unit gradient for ``l2``."""
+    return gradient.sign() if ball == "linf" else unit(gradient)
+
+
+def project(attacked: Tensor, images: Tensor, eps: float, ball: str) -> Tensor:
+    """Projects onto ball and box: exactly for ``linf``, to rounding for ``l2``, which scales and then clips.
+
+    Args:
+        attacked: ``(B, 3, H, W)``.
+        images: centres of the balls, in [0, 1].
+        eps: radius.
+        ball: ``linf`` or ``l2``.
+    """
+    if ball == "linf":
+        return attacked.clamp((images - eps).clamp(min=0), (images + eps).clamp(max=1))
+    delta = attacked - images
+    delta = delta * (eps / norm(delta)).clamp(max=1)
+    return (images + delta).clamp(0, 1)
+
+
+def start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
+    """Random points of ball and box: uniform for ``linf``; a random direction and length for ``l2``.
+
+    Args:
+        images: centres, in [0, 1].
+        eps: radius.
+        ball: ``linf`` or ``l2``.
+        index: ``(B,)`` sample ids that determine the draw; None draws from torch's generator.
+        seed: changes the draw for the same ids.
+    """
+    if ball == "linf":
+        return project(images + eps * (2 * uniform(images, images.shape[1:], index, seed) - 1), images, eps, ball)
+    towards = normal(images, index, seed)
+    length = uniform(images, (1,), index, ~seed)
+    return project(images + eps * length.view(-1, 1, 1, 1) * unit(towards), images, eps, ball)
+
+
+def surface_start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
+    """Random points of the ball's surface, clipped to the box, as Auto-PGD starts; arguments as for `start`."""
+    if ball == "linf":
+        cube = 2 * uniform(images, images.shape[1:], index, seed) - 1
+        towards = cube / cube.abs().amax((1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
+    else:
+        towards = unit(normal(images, index, seed))
+    return project(images + eps * towards, images, eps, ball)
+
+
+def uniform(images: Tensor, shape: torch.Size | tuple[int, ...], index: Tensor | None, seed: int) -> Tensor:
+    """Draws ``(B, *shape)`` from [0, 1), by sample id or from torch's generator."""
+    if index is None:
+        is_image = tuple(shape) == images.shape[1:]
+        return torch.rand_like(images) if is_image else torch.rand((len(images), *shape), device=images.device)
+    return noise.uniform(index, shape, seed=seed)
+
+
+def normal(images: Tensor, index: Tensor | None, seed: int) -> Tensor:
+    """Standard normal draws of the images' shape, by sample id or from torch's generator."""
+    return torch.randn_like(images) if index is None else noise.normal(index, images.shape[1:], seed=seed)
+
+
+def stream(seed: int, number: int) -> int:
+    """Seed of an attack's run or block of that number; number 0 keeps the seed."""
+    return seed + GOLDEN * number
+
+
+def distance(images: Tensor, others: Tensor, ball: str) -> Tensor:
+    """Distances ``(B,)`` in the norm of the ball."""
+    flat: Tensor = torch.linalg.vector_norm((images - others).flatten(1), ord=ORDERS[ball], dim=1)
+    return flat

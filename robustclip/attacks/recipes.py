@@ -1,0 +1,121 @@
+"""Standard evaluations by name: ordered lists of attacks, each on what the ones before left unbroken."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks.apgd import APGD
+from robustclip.attacks.ball import Norm
+from robustclip.attacks.base import (
+    Attack,
+    Forward,
+    Loss,
+    Member,
+    Radius,
+    Worst,
+    check_own_loss,
+    pixels,
+    scaled_radius,
+)
+from robustclip.attacks.losses import margin
+from robustclip.attacks.pgd import PGD
+from robustclip.attacks.square import Square
+from robustclip.attacks.torchattacks import TorchAttack
+
+RecipeName = Literal["pgd10", "pgd100", "cascade", "autoattack"]
+Build = Callable[[float, Norm, int], Attack]
+"""Radius, norm and number of classes to an attack."""
+
+TARGETS = 9  # of AutoAttack's targeted members, whatever the number of classes (https://arxiv.org/abs/2003.01690)
+
+
+def _fab_t(eps: float, norm: Norm, classes: int) -> Attack:
+    kwargs = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "steps": 100, "n_restarts": 1, "multi_targeted": True}
+    return TorchAttack("FAB", eps, {**kwargs, "n_classes": min(classes, TARGETS + 1)})
+
+
+ATTACKS: dict[str, Build] = {
+    "pgd10": lambda eps, norm, _: PGD(eps, eps / 4, 10, norm),
+    "pgd100": lambda eps, norm, _: PGD(eps, eps, 100, norm),
+    "pgd_ce": lambda eps, norm, _: PGD(eps, eps / 4, 10, norm, loss="ce"),
+    "pgd_margin": lambda eps, norm, _: PGD(eps, eps / 4, 10, norm, loss="margin"),
+    "apgd_ce": lambda eps, norm, _: APGD(eps, 100, norm, "ce"),
+    "apgd_t": lambda eps, norm, _: APGD(eps, 100, norm, "dlr", TARGETS),
+    "fab_t": _fab_t,
+    "square": lambda eps, norm, _: Square(eps, 5000, norm),
+}
+
+RECIPES: dict[RecipeName, tuple[str, ...]] = {
+    "pgd10": ("pgd10",),
+    "pgd100": ("pgd100",),
+    "cascade": ("pgd_ce", "pgd_margin", "apgd_ce", "apgd_t", "square"),
+    "autoattack": ("apgd_ce", "apgd_t", "fab_t", "square"),
+}
+
+
+class Recipe(Attack):
+    """A standard evaluation: its members one after another, each on what the ones before left unbroken.
+
+    ``pgd10``: 10 steps of eps/4. ``pgd100``: the papers' test attack, 100 steps of eps, last iterate. ``cascade``:
+    cheap to strong, PGD-10 with cross-entropy and with the margin, APGD-CE, APGD-T with DLR, Square. ``autoattack``:
+    the standard four of Croce & Hein (https://arxiv.org/abs/2003.01690), APGD-CE, APGD-T, FAB-T and Square.
+
+    Args:
+        name: of the recipe.
+        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        norm: ``linf`` or ``l2``.
+        budget: factor of all steps and queries, for tests and quick looks.
+
+    Raises:
+        ValueError: no such recipe, a radius that is no length in [0, 1], or no budget.
+    """
+
+    eps: float
+
+    def __init__(
+        self, name: RecipeName, eps: Radius = "4/255", norm: Literal["linf", "l2"] = "linf", budget: float = 1.0
+    ) -> None:
+        if name not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+        if not budget > 0:
+            raise ValueError(f"budget must be above 0, got {budget}")
+        self.name, self.norm, self.budget = name, norm, budget
+        self.eps = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None)
+
+    def members(self, classes: int) -> list[Member]:
+        """The recipe's attacks in order, fit for that many classes."""
+        norm: Norm = "linf" if self.norm == "linf" else "l2"
+        members = []
+        for name in RECIPES[self.name]:
+            attack = ATTACKS[name](self.eps, norm, classes).scaled(steps=self.budget)
+            if attack is None:
+                raise ValueError(f"{name} does not know how to scale its steps by {self.budget}")
+            members += [member._replace(name=name) for member in attack.members(classes)]
+        return members
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Recipe":
+        """The same recipe with every member's radius, step size and number of steps multiplied."""
+        return self._changed(eps=scaled_radius(self.eps, radius, self.norm), budget=self.budget * steps)
+
+    def perturb(
+        self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
+    ) -> Tensor:
+        """Per sample the first image that is misclassified, else the one of the highest margin."""
+        check_own_loss(self, loss)
+        with torch.no_grad():
+            outputs = forward(images)
+        worst = Worst(images, margin(outputs, targets), outputs.argmax(1) != targets)
+        for member in self.members(outputs.shape[1]):
+            rows = (~worst.is_broken).nonzero()[:, 0]
+            if len(rows) == 0:
+                break
+            ids = None if index is None else index[rows]
+            attacked = member.attack(images[rows], forward, targets[rows], index=ids, seed=seed)
+            with torch.no_grad():
+                outputs = forward(attacked)
+            found = Worst(attacked, margin(outputs, targets[rows]), outputs.argmax(1) != targets[rows])
+            found = Worst(*(part[rows] for part in worst)).or_worse(found)
+            worst = Worst(*(part.index_put((rows,), new) for part, new in zip(worst, found, strict=True)))
+        return worst.images

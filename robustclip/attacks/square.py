@@ -1,0 +1,210 @@
+"""Square Attack (Andriushchenko et al., https://arxiv.org/abs/1912.00049): random search over square patches."""
+
+import math
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from robustclip.attacks import ball
+from robustclip.attacks.base import (
+    Attack,
+    Forward,
+    Loss,
+    Member,
+    Radius,
+    Worst,
+    check_own_loss,
+    pixels,
+    scaled_count,
+    scaled_radius,
+)
+from robustclip.attacks.losses import LOSSES, LossName, affordable
+
+SCHEDULE_QUERIES = 10_000  # the number for which the paper gives the queries at which the patch area halves
+HALVE_AREA_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+BLOCK = 64  # queries drawn at once, and between two looks at what is broken; part of what a seed means
+DRAWS = 9  # per query: row, column (twice for l2), orientation, and one sign per colour
+SMALLEST_SIDE_L2, TILES_L2 = 3, 5  # the paper's section 3.4
+COLOURS = 3
+
+
+class Square(Attack):
+    """Square Attack: queries alone, no gradients. Every sample has patches of its own.
+
+    L-infinity: vertical stripes of ``+-eps``; then each query sets a random square to ``+-eps`` per colour. L2: a grid
+    of two-sided pyramids; then each query moves the norm of one square to another. A candidate stays where it is worse.
+
+    Departures from the authors' code: squares may touch the last row and column; every sample draws its own squares;
+    what is broken goes on until its block of 64 queries is over.
+
+    Args:
+        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        queries: evaluations of the model per image, the first one included.
+        norm: ``linf`` or ``l2``.
+        p_init: share of the image that the first squares cover.
+        loss: ``margin``, ``ce`` or ``dlr``.
+
+    Raises:
+        ValueError: a radius that is no length in [0, 1], no query, or a share outside (0, 1].
+    """
+
+    is_anytime = True
+    is_black_box = True
+    eps: float
+
+    def __init__(
+        self,
+        eps: Radius = "4/255",
+        queries: int = 5000,
+        norm: Literal["linf", "l2"] = "linf",
+        p_init: float = 0.8,
+        loss: LossName = "margin",
+    ) -> None:
+        if queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        if not 0 < p_init <= 1:
+            raise ValueError(f"p_init must be in (0, 1], got {p_init}")
+        self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
+        self.queries, self.p_init, self.loss = queries, p_init, loss
+
+    def members(self, classes: int) -> list[Member]:
+        """Itself, with the margin where DLR has too few classes."""
+        loss, note = affordable(self.loss, classes)
+        return [Member("square", self._changed(loss=loss) if note else self, note)]
+
+    def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Square":
+        """A copy with radius and number of queries multiplied; the schedule of areas follows the queries."""
+        return self._changed(eps=scaled_radius(self.eps, radius, self.norm), queries=scaled_count(self.queries, steps))
+
+    @torch.no_grad()
+    def perturb(
+        self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
+    ) -> Tensor:
+        """Start, then one patch per query; stops early once every sample is broken."""
+        check_own_loss(self, loss)
+
+        def evaluate(attacked: Tensor) -> Worst:
+            outputs = forward(attacked)
+            return Worst(attacked, LOSSES[self.loss](outputs, targets), outputs.argmax(1) != targets)
+
+        is_linf = self.norm == "linf"
+        worst = evaluate(_stripes(images, self.eps, index, seed) if is_linf else _tiles(images, self.eps, index, seed))
+        propose = _square if is_linf else _moved_square
+        for first in range(0, self.queries - 1, BLOCK):
+            draws = ball.uniform(images, (BLOCK, DRAWS), index, ball.stream(seed, 1 + first // BLOCK))
+            is_open = ~worst.is_broken
+            if not bool(is_open.any()):
+                break
+            for query in range(first, min(first + BLOCK, self.queries - 1)):
+                share = area(query, self.queries, self.p_init)
+                candidate = propose(images, worst.images, draws[:, query - first], share, self.eps)
+                worst = worst.or_worse(evaluate(candidate), where=is_open)
+        return worst.images
+
+
+def area(query: int, queries: int, p_init: float) -> float:
+    """Share of the image that the square of a query covers, by the paper's schedule rescaled to all queries."""
+    rescaled = query * SCHEDULE_QUERIES // queries
+    return p_init / 2.0 ** sum(rescaled > after for after in HALVE_AREA_AFTER)
+
+
+def _stripes(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
+    """Columns of ``+-eps`` per colour."""
+    draw = ball.uniform(images, (images.shape[1], 1, images.shape[3]), index, ball.stream(seed, 0))
+    return (images + eps * _signs(draw)).clamp(0, 1)
+
+
+def _square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float) -> Tensor:
+    """Sets one square of each image to ``+-eps`` per colour; draws ``(B, 9)`` from [0, 1)."""
+    height, width = images.shape[2:]
+    side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+    top, left = _corner(draws[:, 0], height, side), _corner(draws[:, 1], width, side)
+    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    in_rows = (rows >= top[:, None]) & (rows < top[:, None] + side)
+    in_columns = (columns >= left[:, None]) & (columns < left[:, None] + side)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    signs = _signs(draws[:, -COLOURS:])[:, : images.shape[1], None, None]
+    return torch.where(inside, (images + eps * signs).clamp(0, 1), worst)
+
+
+def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
+    """A grid of pyramids with a sign per tile and colour, of norm eps before the box."""
+    batch, colours, height, width = images.shape
+    side = max(min(height, width) // TILES_L2, 1)
+    down, across = height // side, width // side
+    draw = ball.uniform(images, (colours * down * across + 1,), index, ball.stream(seed, 0))
+    signs = _signs(draw[:, 1:]).view(batch, colours, down, across)
+    bumps = _turned(pyramids(side, images.device), draw[:, 0])[:, None].repeat(1, 1, down, across)
+    tiled = bumps * signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    delta = torch.zeros_like(images)
+    top, left = (height - side * down) // 2, (width - side * across) // 2
+    delta[:, :, top : top + side * down, left : left + side * across] = tiled
+    return (images + eps * ball.unit(delta)).clamp(0, 1)
+
+
+def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float) -> Tensor:
+    """Empties one square of each perturbation and gives its norm, and what is unspent, to another square."""
+    height, width = images.shape[2:]
+    side = max(round(math.sqrt(share * height * width)), SMALLEST_SIDE_L2)
+    side = min(side + (side + 1) % 2, height, width)
+    delta = worst - images
+    unspent = (eps**2 - ball.norm(delta).square()).clamp(min=0)
+    filled = _window(delta, draws[:, 0], draws[:, 1], side)
+    emptied = _window(delta, draws[:, 2], draws[:, 3], side)
+    rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
+    union = rest.index_put(filled, torch.zeros((), device=delta.device))
+    norm_of_both = (delta.square() - union.square()).sum((2, 3), keepdim=True).clamp(min=0)
+    old = delta[filled]
+    bump = _turned(pyramids(side, delta.device), draws[:, 4])[:, None] * _signs(draws[:, -COLOURS:])[:, :, None, None]
+    new = _unit(bump[:, : images.shape[1]] + _unit(old))
+    new = new * (unspent / images.shape[1] + norm_of_both).sqrt()
+    return (images + eps * ball.unit(rest.index_put(filled, new))).clamp(0, 1)
+
+
+@cache
+def pyramids(side: int, device: torch.device) -> Tensor:
+    """The paper's eta ``(side, side)``: a pyramid over the upper half, its negative over the lower, of norm 1."""
+    upper = _pyramid(side // 2, side, device)
+    both = torch.cat([upper, -_pyramid(side - side // 2, side, device)])
+    return _unit(both)
+
+
+def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
+    """Sum of ``1 / (k + 1)**2`` over the square rings ``k`` that hold a cell, of norm 1 (the paper's equation 2)."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    ring = torch.maximum((rows - height // 2).abs()[:, None], (columns - width // 2).abs()[None, :])
+    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=device).square()
+    bump = weights.flip(0).cumsum(0).flip(0)[ring]
+    return _unit(bump)
+
+
+def _window(delta: Tensor, down: Tensor, across: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices of one square per sample, over all colours."""
+    batch, colours, height, width = delta.shape
+    cells = torch.arange(side, device=delta.device)
+    rows = _corner(down, height, side)[:, None] + cells
+    columns = _corner(across, width, side)[:, None] + cells
+    samples = torch.arange(batch, device=delta.device)[:, None, None, None]
+    channels = torch.arange(colours, device=delta.device)[None, :, None, None]
+    return samples, channels, rows[:, None, :, None], columns[:, None, None, :]
+
+
+def _corner(draw: Tensor, length: int, side: int) -> Tensor:
+    return (draw * (length - side + 1)).long()
+
+
+def _signs(draw: Tensor) -> Tensor:
+    return torch.where(draw < 0.5, -1.0, 1.0)
+
+
+def _turned(patch: Tensor, draw: Tensor) -> Tensor:
+    """The patch ``(S, S)`` or its transpose per sample, ``(B, S, S)``."""
+    return torch.where((draw < 0.5)[:, None, None], patch, patch.T)
+
+
+def _unit(patches: Tensor) -> Tensor:
+    """Patches ``(..., S, S)`` of norm 1 each; zero stays zero."""
+    length: Tensor = torch.linalg.vector_norm(patches, dim=(-2, -1), keepdim=True).clamp(min=ball.SMALLEST_NORM)
+    return patches / length

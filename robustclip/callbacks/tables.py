@@ -1,0 +1,113 @@
+"""A test in numbers: from logged metrics and ledgers to what a person reads."""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from robustclip.attacks import Member
+from robustclip.statistics import bootstrap_mean, wilson
+
+NOT_A_TASK = "mean"
+CLEAN = "clean"
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
+    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``."""
+    tasks: dict[str, dict[str, Any]] = {}
+    mean: dict[str, dict[str, Any]] = {}
+    for name, value in metrics.items():
+        parts = name.split("/")
+        if parts[0] != stage or len(parts) not in (3, 4):
+            continue
+        number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
+        if len(parts) == 3:
+            tasks.setdefault(parts[1], {})[parts[2]] = number
+        elif parts[1] == NOT_A_TASK:
+            mean.setdefault(parts[2], {})[parts[3]] = value
+        else:
+            tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
+    # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
+    return {"tasks": tasks, "mean": {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}}
+
+
+def with_intervals(
+    table: dict[str, Any], rows: Mapping[str, Rows], members: Mapping[tuple[str, str], Sequence[Member]]
+) -> dict[str, Any]:
+    """Adds 95 % intervals (Wilson; bootstrap for means), and how many samples each member of an attack broke."""
+    for task, values in table["tasks"].items():
+        for kind in table["mean"]:
+            values[kind]["interval"] = list(wilson(values[kind]["correct"], values["n"]))
+            if (task, kind) in members:
+                broken = Counter(row[f"{kind}.by"] for row in rows[task])
+                values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
+    for kind, values in table["mean"].items():
+        counts = [(task[kind]["correct"], task["n"]) for task in table["tasks"].values()]
+        values["interval"] = list(bootstrap_mean(counts))
+    return table
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """A Markdown table with right-aligned numbers, and what the audit says."""
+    rows = readable_rows(result)
+    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{audit_line(result)}\n"
+
+
+def csv_table(result: Mapping[str, Any]) -> str:
+    """The same as shares in [0, 1], limits of the intervals in columns of their own."""
+    kinds = list(result["mean"])
+    limits = [name for kind in kinds for name in (kind, f"{kind}_low", f"{kind}_high")]
+    rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
+    for name, values in [*result["tasks"].items(), (NOT_A_TASK, result["mean"])]:
+        numbers = [number for kind in kinds for number in (values[kind]["acc1"], *values[kind]["interval"])]
+        rows.append([name, values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def rich_table(result: Mapping[str, Any]) -> Table:
+    """The table for a terminal."""
+    rows = readable_rows(result)
+    title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
+    table = Table(title=title, caption=audit_line(result), show_footer=True)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left", footer=rows[-1][number])
+    for row in rows[1:-1]:
+        table.add_row(*row)
+    return table
+
+
+def readable_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header, one row per task, and the mean."""
+    kinds = list(result["mean"])
+    has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
+    rows = [["task", "n", *kinds, "seconds", *(["left out"] if has_bad else [])]]
+    for name, values in result["tasks"].items():
+        bad = [str(values.get("bad_samples", 0))] if has_bad else []
+        cells = [percent(values[kind]) for kind in kinds]
+        rows.append([name, str(values["n"]), *cells, f"{values.get('seconds', 0):.1f}", *bad])
+    total = sum(values.get("seconds", 0) for values in result["tasks"].values())
+    cells = [percent(result["mean"][kind]) for kind in kinds]
+    return [*rows, [NOT_A_TASK, "", *cells, f"{total:.1f}", *([""] if has_bad else [])]]
+
+
+def percent(accuracy: Mapping[str, Any]) -> str:
+    """``12.3 (10.1-14.8)``: accuracy and interval in percent."""
+    low, high = accuracy["interval"]
+    return f"{100 * accuracy['acc1']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def audit_line(result: Mapping[str, Any]) -> str:
+    """``Audit: B; not measured: baseline``: the grade, and every check that did not pass."""
+    by_status: dict[str, list[str]] = {}
+    for check in result["audit"]["checks"]:
+        by_status.setdefault(check["status"].replace("_", " "), []).append(check["name"])
+    rest = [f"{status}: {', '.join(names)}" for status, names in by_status.items() if status != "pass"]
+    return "; ".join([f"Audit: {result['audit']['grade']}", *rest])

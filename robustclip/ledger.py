@@ -1,0 +1,149 @@
+"""One row per evaluated sample, appended batch by batch, so that a killed test goes on where it was."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SAMPLE_COLUMNS = {
+    "id": "sample id within the data set",
+    "label": "its class number",
+    "clean": "class predicted for the clean image",
+    "clean_loss": "cross-entropy of the clean image",
+    "largest_logit": "largest absolute logit of the clean image",
+    "outside": "how far the tower's pixels leave the range of a normalised image, in units of the range; empty: as below",
+    "repeat": "largest difference of logits when the image runs again in another batch; empty: not probed",
+}
+ATTACK_COLUMNS = {
+    "by": "attack that broke the sample; `clean`: wrong without one; empty: robust",
+    "prediction": "class predicted for the attacked image",
+    "loss": "its cross-entropy",
+    "steps": "gradients that the attack took",
+    "dead": "of these, gradients that were zero in every pixel",
+    "distance": "of the attacked image from the clean one, in the attack's norm",
+    "excess": "by how much it leaves ball or box",
+    "nans": "evaluations with a logit or gradient that is not finite",
+    "wider": "the same attack in a larger ball, of half the pixel range for robust samples: 1 broke it, 0 did not; "
+    "empty: not probed",
+    "longer": "the same attack with more steps: as above",
+}
+TIME_COLUMN = "seconds"
+BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again, in the same company
+
+Row = Mapping[str, object]
+
+
+def columns(attacks: Sequence[str]) -> list[str]:
+    """Header of a ledger; a column of an attack is named ``<attack>.<column>``, the time stands last."""
+    of_attacks = [f"{attack}.{column}" for attack in attacks for column in ATTACK_COLUMNS]
+    return [*SAMPLE_COLUMNS, *of_attacks, TIME_COLUMN]
+
+
+class Ledger:
+    """The rows of one task, of one process.
+
+    Args:
+        path: CSV file; it may exist, and hold a last batch that was cut off.
+        attacks: names, which give the header.
+
+    Raises:
+        ValueError: the file has another header.
+    """
+
+    def __init__(self, path: Path, attacks: Sequence[str]) -> None:
+        self.path, self.header = path, columns(attacks)
+        self.rows = self._recover()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds a batch in one write that is on the disk when this returns.
+
+        Raises:
+            OSError: with the path, where there is no room for it.
+        """
+        with _naming(self.path), self.path.open("ab") as file:
+            file.write(_lines([*([row.get(name, "") for name in self.header] for row in rows), []]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _recover(self) -> list[dict[str, str]]:
+        """Rows of an earlier start; cuts off what was being written when it ended."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        begin = content.find(b"\n") + 1
+        if not begin:
+            write_aside(self.path, _lines([self.header]))
+        elif content[:begin] == _lines([self.header]):
+            os.truncate(self.path, max(begin, content.rfind(BATCH_END) + len(BATCH_END)))
+        return read(self.path, self.header)
+
+
+def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]]:
+    """Rows of a ledger.
+
+    Args:
+        path: of the CSV file.
+        header: that it must have; None takes any.
+
+    Raises:
+        ValueError: no such file, another header, or a row of another length.
+    """
+    try:
+        with path.open(newline="") as file:
+            found, *lines = list(csv.reader(file))
+    except (OSError, ValueError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no ledger of `robustclip test`: {error}") from error
+    if header is not None and found != list(header):
+        raise ValueError(f"ledger {path} has the columns {','.join(found)[:80]}..., another version wrote it")
+    for number, line in enumerate(lines, start=2):
+        if line and len(line) != len(found):
+            raise ValueError(f"ledger {path} line {number}: expected {len(found)} values, found {len(line)}")
+    return [dict(zip(found, line, strict=True)) for line in lines if line]
+
+
+def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of all processes in the order of the ids, once each; of ``target`` too if they were merged before."""
+    paths = [*sorted(parts), *([target] if target.exists() else [])]
+    rows = {int(row["id"]): row for path in paths for row in read(path, header)}
+    return [rows[number] for number in sorted(rows)]
+
+
+def merge(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
+    """Joins the parts of all processes, in the order of the ids; a sample that two of them have counts once."""
+    ordered = gather(parts, target, header)
+    write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
+    return ordered
+
+
+def write_aside(path: Path, content: bytes | str) -> None:
+    """Writes a file whole or not at all: aside, to the disk, then renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _naming(path), aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a process that was killed in `write_aside` has left in a folder."""
+    for aside in folder.glob(".*.[0-9]*"):
+        aside.unlink()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file could not be written; the system tells only why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _lines(rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()

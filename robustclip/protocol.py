@@ -1,0 +1,72 @@
+"""What two numbers must share to be compared: twelve axes, and a hash over exactly these."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+AXES = {
+    "templates": "prompts of the zero-shot head",
+    "class_names": "names of the classes, in the order of the labels",
+    "split": "data set and split",
+    "sample_ids": "which samples, and their labels",
+    "preprocessing": "what happens to an image before an attack sees it",
+    "attack_space": "resolution of the attacked image",
+    "eps": "norm and radius of the ball",
+    "steps": "algorithm and effort of the attack",
+    "loss": "what the attack maximises",
+    "precision": "of the attack and of the verdict",
+    "stop_rule": "which attacked image counts: the worst or the last",
+    "model_preprocessing": "resize and normalisation inside the model",
+}
+CLEAN_AXES = (
+    *("templates", "class_names", "split", "sample_ids", "preprocessing", "attack_space", "model_preprocessing"),
+)
+SHOWN = 100  # characters of a value in a message
+LISTED = 3  # longer lists are told by their number and digest
+
+Axes = Mapping[str, Any]
+
+
+def digest(value: Any) -> str:
+    """Short hash of any JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def listing(values: Sequence[Any]) -> Any:
+    """A list as it is if it is short, else its length and digest."""
+    return list(values) if len(values) <= LISTED else f"{len(values)}, digest {digest(list(values))}"
+
+
+def attack_axes(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``eps``, ``steps`` and ``loss`` of an attack, from the settings of its members by their names."""
+    settings = {name: dict(given) for name, given in members.items()}
+    balls = {name: f"{given.pop('norm', 'linf')} {given.pop('eps', None)}" for name, given in settings.items()}
+    losses = {name: given.pop("loss", None) or "ce" for name, given in settings.items()}
+    return {"eps": _alike(balls), "steps": settings, "loss": _alike(losses)}
+
+
+def differences(a: Axes, b: Axes) -> list[str]:
+    """One line per axis on which two protocols differ: its name, and both values."""
+    names = [name for name in AXES if name in a or name in b]
+    return [f"{name}: {_unlike(a.get(name), b.get(name))}" for name in names if a.get(name) != b.get(name)]
+
+
+def _alike(values: Mapping[str, Any]) -> Any:
+    """The one value that all members share, or each member's."""
+    distinct = {json.dumps(value) for value in values.values()}
+    return next(iter(values.values())) if len(distinct) == 1 else dict(values)
+
+
+def _unlike(a: Any, b: Any) -> str:
+    """Both values, of long ones what is around their first difference."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in (a, b)]
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
+    start = shared - 30 if max(map(len, texts)) > SHOWN else 0
+    return " against ".join(_short(text, max(start, 0)) for text in texts)
+
+
+def _short(text: str, start: int) -> str:
+    return f"{'...' if start else ''}{text[start : start + SHOWN]}{'...' if len(text) > start + SHOWN else ''}"

@@ -1,0 +1,249 @@
+"""``robustclip compare``: two tests, sample by sample, if they measured the same thing."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from robustclip import protocol
+from robustclip.runs import Run
+from robustclip.statistics import (
+    Difference,
+    bootstrap_mean_difference,
+    holm,
+    mcnemar,
+    paired_difference,
+)
+
+ALPHA = 0.05
+Key = tuple[str, str]
+"""Task and attack."""
+Protocols = Mapping[Key, protocol.Axes]
+Rows = Mapping[int, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task under one attack, on the samples that both runs have.
+
+    Args:
+        task: its name.
+        attack: its name, or ``clean``.
+        n: pairs.
+        a: accuracy of run A in [0, 1].
+        b: the same of B.
+        difference: B minus A, with its interval.
+        only_a: samples right in A alone.
+        only_b: samples right in B alone.
+        p: of McNemar's test.
+        adjusted: Holm's, over all rows of the comparison.
+    """
+
+    task: str
+    attack: str
+    n: int
+    a: float
+    b: float
+    difference: Difference
+    only_a: int
+    only_b: int
+    p: float
+    adjusted: float
+
+    @property
+    def is_significant(self) -> bool:
+        """At 5 %, after the adjustment."""
+        return self.adjusted <= ALPHA
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Unweighted mean over the compared tasks, of one attack; meanings as in `Comparison`."""
+
+    attack: str
+    a: float
+    b: float
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What `pair` found.
+
+    Args:
+        rows: per task and attack, in the order of run A.
+        means: per attack.
+        notes: sentences on what was not compared, or only in part.
+    """
+
+    rows: list[Comparison]
+    means: list[Mean]
+    notes: list[str]
+
+
+def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
+    """Prints how two tests differ, sample by sample, and whether chance could explain it.
+
+    Args:
+        a: folder of a finished test, or its result.json.
+        b: the same of the test to compare with it.
+        shared_samples: where only the samples differ, compare those that both have.
+
+    Raises:
+        ValueError: unlike protocols, nothing in common, or a folder that is no finished test.
+    """
+    run_a, run_b = Run.open(a), Run.open(b)
+    found = pair(run_a, run_b, shared_samples=shared_samples)
+    console = Console()
+    console.print(f"A: {run_a.folder} ({run_a.result['method']})\nB: {run_b.folder} ({run_b.result['method']})")
+    console.print(shown(found))
+    for note in found.notes:
+        console.print(note)
+
+
+def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
+    """Compares two runs by sample id; arguments and errors as in `compare`."""
+    axes_a, axes_b = _axes(a), _axes(b)
+    keys = [key for key in axes_a if key in axes_b]
+    if not keys:
+        raise ValueError(f"{a.folder} and {b.folder} share no task under the same attack, so nothing can be compared")
+    unlike, partly = _unlike(axes_a, axes_b, keys, shared_samples=shared_samples)
+    if unlike:
+        more = f"; as do {len(unlike) - 1} more" if len(unlike) > 1 else ""
+        raise ValueError(f"{a.folder} and {b.folder} measured different things: {unlike[0]}{more}")
+    rows, notes = [], []
+    for task in dict.fromkeys(task for task, _ in keys):
+        in_a, in_b, note = _paired_rows(a, b, task, is_partial=task in partly)
+        notes += note
+        for attack in [attack for name, attack in keys if name == task]:
+            rows.append(_row(task, attack, _right(a, task, in_a, attack), _right(b, task, in_b, attack)))
+    adjusted = holm([row.p for row in rows])
+    rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
+    return Comparisons(rows, _means(rows), [*notes, *_unpaired(axes_a, axes_b)])
+
+
+def shown(found: Comparisons) -> Table:
+    """The comparison as a table, in percent and points."""
+    title = f"top-1 accuracy in percent\n* B differs from A at {ALPHA:.0%} (Holm, {len(found.rows)} tests)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("task", "attack"):
+        table.add_column(name, overflow="fold")
+    for name in ("n", "A", "B", "B - A\n95 % interval", "right only\nA / B", "p  \nHolm's p  "):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        cells = (str(row.n), _percent(row.a), _percent(row.b), _points(row.difference))
+        p = f"{row.p:.1g}  \n{row.adjusted:.1g} {'*' if row.is_significant else ' '}"
+        table.add_row(row.task, row.attack, *cells, f"{row.only_a} / {row.only_b}", p)
+    table.add_section()
+    for mean in found.means:
+        table.add_row("mean", mean.attack, "", _percent(mean.a), _percent(mean.b), _points(mean.difference))
+    return table
+
+
+def _axes(run: Run) -> Protocols:
+    """Protocols by task and attack."""
+    try:
+        tasks = run.result["protocol"].items()
+        return {(task, attack): found["axes"] for task, attacks in tasks for attack, found in attacks.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{run.folder}: result.json needs axes per task and attack in protocol; test again") from error
+
+
+def _unpaired(a: Collection[Key], b: Collection[Key]) -> list[str]:
+    """One sentence per run that has more than the other."""
+    only = {"A": [key for key in a if key not in b], "B": [key for key in b if key not in a]}
+    return [
+        f"only in {name}: {', '.join(f'{task} under {attack}' for task, attack in keys)}"
+        for name, keys in only.items()
+        if keys
+    ]
+
+
+def _unlike(a: Protocols, b: Protocols, keys: Sequence[Key], *, shared_samples: bool) -> tuple[list[str], set[str]]:
+    """Why protocols must not be compared, and the tasks of which the samples alone differ."""
+    refused, partly = [], set()
+    for task, attack in keys:
+        lines = protocol.differences(a[task, attack], b[task, attack])
+        if len(lines) == 1 and lines[0].startswith("sample_ids:"):
+            partly.add(task)
+            lines = [] if shared_samples else [f"{lines[0]} (shared_samples compares those that both have)"]
+        if lines:
+            refused.append(f"{task} under {attack} differs in {'; '.join(lines)}")
+    return refused, partly
+
+
+def _paired_rows(a: Run, b: Run, task: str, *, is_partial: bool) -> tuple[Rows, Rows, list[str]]:
+    """Rows of the ids that both have, in one order, and what to tell of them."""
+    in_a, in_b = _by_id(a, task), _by_id(b, task)
+    shared = [number for number in in_a if number in in_b]
+    if not is_partial and not len(shared) == len(in_a) == len(in_b):
+        raise ValueError(
+            f"ledgers of {task} in {a.folder} and {b.folder} hold other samples than their equal protocols say:"
+            f" {len(in_a)} and {len(in_b)}, {len(shared)} in both; test again"
+        )
+    if not shared and (in_a or in_b):
+        raise ValueError(f"{a.folder} and {b.folder} share no sample of {task}, so it cannot be compared")
+    for number in shared:
+        labels = in_a[number]["label"], in_b[number]["label"]
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"sample {number} of {task} has label {labels[0]} in {a.folder} and {labels[1]} in {b.folder};"
+                " these are different data sets"
+            )
+    note = [f"{task}: the {len(shared)} samples that both have, of {len(in_a)} in A and {len(in_b)} in B"]
+    chosen_a, chosen_b = ({number: rows[number] for number in shared} for rows in (in_a, in_b))
+    return chosen_a, chosen_b, note if is_partial else []
+
+
+def _by_id(run: Run, task: str) -> Rows:
+    rows = run.rows(task)
+    try:
+        found = {int(row["id"]): row for row in rows}
+        _ = [(row["label"], row["clean"]) for row in rows]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"ledger of {task} in {run.folder} needs id, label and clean: {error}") from error
+    if len(found) < len(rows):
+        raise ValueError(f"ledger of {task} in {run.folder} has {len(rows)} rows of {len(found)} samples; test again")
+    return found
+
+
+def _right(run: Run, task: str, rows: Rows, attack: str) -> list[bool]:
+    if attack == "clean":
+        return [row["clean"] == row["label"] for row in rows.values()]
+    try:
+        return [row[f"{attack}.by"] == "" for row in rows.values()]
+    except KeyError as error:
+        raise ValueError(f"ledger of {task} in {run.folder} has no column {error}; test again") from error
+
+
+def _row(task: str, attack: str, a: Sequence[bool], b: Sequence[bool]) -> Comparison:
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    p, difference = mcnemar(only_a, only_b), paired_difference(b, a)
+    return Comparison(task, attack, len(a), _share(a), _share(b), difference, only_a, only_b, p, p)
+
+
+def _share(right: Sequence[bool]) -> float:
+    return sum(right) / len(right) if right else math.nan
+
+
+def _means(rows: Sequence[Comparison]) -> list[Mean]:
+    found = []
+    for attack in dict.fromkeys(row.attack for row in rows):
+        chosen = [row for row in rows if row.attack == attack]
+        difference = bootstrap_mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
+        a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
+        found.append(Mean(attack, a, b, difference))
+    return found
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _points(difference: Difference) -> str:
+    return "{:+.1f}\n{:+.1f} to {:+.1f}".format(*(100 * value for value in difference))

@@ -1,0 +1,160 @@
+"""Accuracy against the radius, and clean against robust accuracy."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from robustclip.protocol import digest
+from robustclip.tools.report.html import escape, figure, tag
+from robustclip.tools.report.svg import INK, MARKER_SIGNS, MARKERS, MUTED, RUN_COLOURS, draw, run_colour
+from robustclip.tools.report.view import CLEAN, Score, View, percent, union
+
+SCALES_WITH_RADIUS = ("alpha", "step_size")  # settings that may differ between radii of the same attack
+GREY_LEVELS = 255
+Point = tuple[float, Score]
+
+
+def legend(views: Sequence[View]) -> str:
+    """Which marker and colour is which run."""
+    items = [tag("li", swatch(view.number), escape(view.label)) for view in views]
+    return tag("ul", *items, class_="legend", aria_label="Runs")
+
+
+def radius(view: View, attack: str) -> tuple[str, float] | None:
+    """Norm and radius of an attack, from its protocol; None if it has none."""
+    axes = next((view.axes(task, attack) for task in view.scores if view.axes(task, attack)), {})
+    eps = axes.get("eps")
+    words = str(next(iter(eps.values()), "") if isinstance(eps, dict) else eps).split()
+    try:
+        norm, value = words[0], float(words[1])
+    except (IndexError, ValueError):
+        return None
+    return (norm, value) if math.isfinite(value) else None
+
+
+def curves(views: Sequence[View]) -> str:
+    """A picture per kind of attack: its radii, from the clean image on; says what cannot be drawn."""
+    groups: dict[str, list[str]] = {}
+    without = []
+    for attack in [kind for kind in union(views, of="kinds") if kind != CLEAN]:
+        having = next(view for view in views if attack in view.attacks)
+        if radius(having, attack) is None:
+            without.append(attack)
+        else:
+            groups.setdefault(_kind(having, attack), []).append(attack)
+    pictures = [_curve(views, attacks, f"curve-{number}") for number, attacks in enumerate(groups.values())]
+    lone = [attacks[0] for attacks in groups.values() if len(attacks) == 1]
+    said = (
+        [f"Measured at one radius only: {', '.join(lone)}. The line just joins it to the clean accuracy."]
+        if lone
+        else []
+    )
+    said += [f"No radius is known of {', '.join(without)}, so that no curve shows it."] if without else []
+    said += [] if groups or without else ["These runs have no attack."]
+    return tag("div", *pictures, class_="pictures") + "".join(tag("p", escape(line), class_="aside") for line in said)
+
+
+def scatters(views: Sequence[View]) -> str:
+    """Clean against robust accuracy, a picture per attack."""
+    attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
+    return tag("div", *(_scatter(views, name, f"scatter-{i}") for i, name in enumerate(attacks)), class_="pictures")
+
+
+def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> str:
+    lines = {view.number: _points(view, attacks) for view in views}
+    norm = next(
+        found[0] for view in views for attack in attacks if attack in view.attacks if (found := radius(view, attack))
+    )
+    scale = GREY_LEVELS if norm == "linf" else 1
+
+    def paint(axes: Axes) -> None:
+        for number, points in lines.items():
+            x = [scale * eps for eps, _ in points]
+            y, low, high = ([100 * getattr(score, of) for _, score in points] for of in ("value", "low", "high"))
+            colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, clip_on=False)
+        ticks = sorted({scale * eps for points in lines.values() for eps, _ in points})
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.set_xlabel(f"radius, {norm}" + (f", in 1/{GREY_LEVELS}" if norm == "linf" else ""))
+        axes.set_ylabel("mean accuracy, %")
+        axes.set_ylim(0, 100)
+        axes.grid(axis="y")
+
+    text = "; ".join(f"{view.label}: {_told(lines[view.number], scale)}" for view in views)
+    caption = tag("b", escape(", ".join(attacks)))
+    return figure(draw(name, f"Mean accuracy against radius. {text}", paint), caption)
+
+
+def _points(view: View, attacks: Sequence[str]) -> list[Point]:
+    points = [(0.0, view.mean[CLEAN])] if CLEAN in view.mean else []
+    for attack in attacks:
+        found = radius(view, attack) if attack in view.attacks else None
+        if found:
+            points.append((found[1], view.mean[attack]))
+    return sorted(points, key=lambda point: point[0])
+
+
+def _told(points: Sequence[Point], scale: int) -> str:
+    return ", ".join(f"{score.text} % at {scale * eps:.3g}" for eps, score in points)
+
+
+def _kind(view: View, attack: str) -> str:
+    """The same for attacks that differ in nothing but the radius, and what grows with it."""
+    axes = next(view.axes(task, attack) for task in view.scores if view.axes(task, attack))
+    steps = axes.get("steps")
+    if isinstance(steps, dict):
+        steps = {name: _without_lengths(given) for name, given in steps.items()}
+    found = radius(view, attack)
+    return digest(json.loads(json.dumps([found and found[0], steps, axes.get("loss")], default=str)))
+
+
+def _without_lengths(given: object) -> object:
+    if isinstance(given, dict):
+        return {name: value for name, value in given.items() if name not in SCALES_WITH_RADIUS}
+    return given
+
+
+def _scatter(views: Sequence[View], attack: str, name: str) -> str:
+    having = [view for view in views if attack in view.attacks and CLEAN in view.mean]
+
+    def paint(axes: Axes) -> Mapping[str, str]:
+        titles: dict[str, str] = {}
+        axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        for view in having:
+            colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
+            for task, scores in view.scores.items():
+                if attack in scores and CLEAN in scores:
+                    gid = f"{view.number}-{len(titles)}"
+                    titles[gid] = _point_title(view, task, scores[CLEAN], scores[attack])
+                    x, y = [100 * scores[CLEAN].value], [100 * scores[attack].value]
+                    axes.scatter(
+                        x, y, s=30, color=colour, marker=marker, alpha=0.75, linewidth=0, gid=gid, clip_on=False
+                    )
+            gid = f"{view.number}-mean"
+            titles[gid] = _point_title(view, "mean", view.mean[CLEAN], view.mean[attack])
+            at = [100 * view.mean[CLEAN].value], [100 * view.mean[attack].value]
+            axes.scatter(
+                *at, s=130, color=colour, marker=marker, edgecolor=INK, linewidth=1.2, gid=gid, zorder=4, clip_on=False
+            )
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="clean accuracy, %", ylabel=f"under {attack}, %")
+        axes.grid(axis="both")
+        return titles
+
+    means = "; ".join(
+        f"{view.label}: mean {view.mean[CLEAN].text} % clean, {view.mean[attack].text} %" for view in having
+    )
+    picture = draw(name, f"Clean accuracy against accuracy under {attack}. {means}", paint)
+    return figure(picture, tag("b", escape(attack)))
+
+
+def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:
+    return f"{view.label}, {task}: {percent(clean.value)} % clean, {percent(robust.value)} % attacked"
+
+
+def swatch(number: int) -> str:
+    """The sign of a run."""
+    sign = MARKER_SIGNS[number % len(MARKER_SIGNS)]
+    return tag("span", sign, class_=f"sign run{number % RUN_COLOURS}", aria_hidden="true")

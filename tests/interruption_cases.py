@@ -1,0 +1,209 @@
+"""Run by test_interruption.py: tests that SIGKILL ends again and again, each started anew until it is finished.
+
+usage: python interruption_cases.py FOLDER, which holds `cases.json` and the data; leaves one folder per case there.
+
+Every process is forked after the slow imports and runs the command line as `python -m robustclip` would.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import robustclip.cli  # noqa: F401  # loaded once, before the forks
+from robustclip.__main__ import run
+from robustclip.attacks import PGD
+from robustclip.callbacks import evidence
+from robustclip.ledger import Ledger
+
+PATIENCE_SECONDS = 120
+PROBED_SHARE = 1 / 4  # so that tiny sets have probed samples
+EPS, STEPS = 24 / 255, 2
+
+
+class Counted(PGD):
+    """Writes down whom it attacks, one line per batch; probes, which have another radius or more steps, do not count."""
+
+    def perturb(self, images: Tensor, *args: Any, index: Tensor | None, **kwargs: Any) -> Tensor:
+        if index is not None and (self.eps, self.steps) == (EPS, STEPS) and "ATTACKED" in os.environ:
+            with Path(os.environ["ATTACKED"]).open("a") as file:
+                file.write(f"{index.tolist()}\n")
+        return super().perturb(images, *args, index=index, **kwargs)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def strike(when: str, what: str, name: str) -> None:
+    """Lets this process die before, in or after a step: `in append 2`, `before replace result.json`."""
+    count = iter(range(1, 1000))
+    owner, name_of = {
+        "append": (Ledger, lambda *_: str(next(count))),
+        "replace": (Path, lambda _, target: Path(target).name),
+        "rename": (Path, lambda _, target: Path(target).name),
+        "unlink": (Path, lambda path, **_: path.name),
+        "rmtree": (shutil, lambda path: Path(path).name),
+    }[what]
+    original: Callable[..., Any] = getattr(owner, what)
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        is_here = fnmatch(name_of(*args, **kwargs), name)
+        written = args[0].path if what == "append" else Path(args[-1])
+        before = written.stat().st_size if what == "append" else 0
+        if is_here and when == "before":
+            die()
+        result = original(*args, **kwargs)
+        if is_here and when == "in":  # two thirds of it are on the disk
+            os.truncate(written, before + (written.stat().st_size - before) * 2 // 3)
+        if is_here:
+            die()
+        return result
+
+    setattr(owner, what, struck)
+
+
+def start(words: list[str], folder: Path, moment: str = "", environment: dict[str, str] | None = None) -> int:
+    """Forks a process that runs the command line in a folder; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        with Path("log").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.environ.update({"ATTACKED": str(folder / "attacked"), **(environment or {})})
+        evidence.PROBED_SHARE = PROBED_SHARE
+        if moment:
+            strike(*moment.split())
+        sys.argv = ["robustclip", *words]
+        status = run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start_all(words: list[str], folder: Path, moment: str, processes: int) -> list[int]:
+    """Starts one process, or all ranks of a group as Lightning's launcher would."""
+    if processes == 1:
+        return [start(words, folder, moment)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    words = [*words, "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
+    ranks = [place | {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [start(words, folder, moment, rank) for rank in ranks]
+
+
+def wait(child: int, *, expected: int) -> None:
+    """Waits for a process; its status must be as expected."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            if code != expected:
+                raise SystemExit(f"a process ended with {code}, expected {expected}; see the logs")
+            return
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+    raise SystemExit("a process did not end in time")
+
+
+def is_running(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def written(folder: Path) -> int:
+    """Bytes in the ledgers of a test that is not finished."""
+    sizes = []
+    for part in folder.glob("results/*/ledger/parts/*.csv"):
+        try:
+            sizes.append(part.stat().st_size)
+        except FileNotFoundError:  # published meanwhile
+            continue
+    return sum(sizes)
+
+
+def wait_for_rows(child: int, folder: Path) -> None:
+    """Until the ledgers grow; a new ledger's header counts as growth."""
+    before = written(folder)
+    while is_running(child) and written(folder) <= before:
+        time.sleep(0.002)
+
+
+def kill_outside(children: list[int], folder: Path, seconds: float) -> None:
+    """Kills the processes some time after the first ledger write, but not their loader workers."""
+    wait_for_rows(children[0], folder)
+    end = time.monotonic() + seconds
+    while is_running(children[0]) and time.monotonic() < end:
+        time.sleep(0.002)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def is_finished(folder: Path) -> bool:
+    found = list((folder / "results").iterdir()) if (folder / "results").is_dir() else []
+    return any((each / "result.json").exists() and not each.name.startswith("unfinished") for each in found)
+
+
+def run_case(case: dict[str, Any], folder: Path, seconds: float) -> float:
+    """Starts a test until it is finished; returns the seconds from the first ledger write to the end."""
+    folder.mkdir()
+    began = 0.0
+    for moment, processes in [*case["kills"], ["", case["processes"]]]:
+        is_share = moment.replace(".", "").isdigit()
+        children = start_all(case["test"], folder, "" if is_share else moment, processes)
+        if case.get("is_challenged") and moment == case["kills"][0][0]:
+            wait_for_rows(children[0], folder)
+            os.kill(children[0], signal.SIGSTOP)
+            wait(start(case["test"], folder), expected=2)
+            os.kill(children[0], signal.SIGCONT)
+        if is_share:
+            kill_outside(children, folder, float(moment) * seconds)
+            for child in children:
+                os.waitpid(child, 0)
+            if is_finished(folder):  # before the signal came
+                return 0.0
+        elif moment:
+            wait(children[0], expected=-signal.SIGKILL)
+        else:
+            wait_for_rows(children[0], folder)
+            began = time.monotonic()
+            for child in children:
+                wait(child, expected=0)
+    return time.monotonic() - began
+
+
+def main(folder: Path) -> None:
+    seconds: dict[int, float] = {}
+    told: dict[str, float] = {}
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        begin = time.monotonic()
+        took = run_case(case, folder / name, seconds.get(case["processes"], 0.0))
+        if not case["kills"]:
+            seconds.setdefault(case["processes"], took)
+        told[name] = time.monotonic() - begin
+    (folder / "seconds.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]).resolve())

@@ -1,0 +1,345 @@
+"""A test that SIGKILL ends at any point, started again, goes on where it was and leaves what a whole one leaves."""
+
+import csv
+import errno
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ShardWriter, write_tiny_model
+from interruption_cases import Counted
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robustclip.__main__ import run
+from robustclip.callbacks import ResultsWriter, RobustEvaluation
+from robustclip.data import CLIPDataModule, DataSource
+from robustclip.methods import TeCoA
+
+SCRIPT = Path(__file__).with_name("interruption_cases.py")
+TIMEOUT_SECONDS = 230
+BATCH, KEPT = 2, 3
+SIZES = {"first": 12, "second": 8, "third": 5}  # of which the third has one batch that does not decode
+UNDECODABLE = (2, 3)
+ATTACKS = {
+    "pgd": {
+        "class_path": "interruption_cases.Counted",
+        "init_args": {"eps": "24/255", "alpha": "12/255", "steps": 2},
+    },
+    "apgd": {"class_path": "APGD", "init_args": {"eps": "8/255", "steps": 3}},
+}
+
+# A number is a share of the uninterrupted test's time from its first ledger write on, when SIGKILL comes from outside;
+# words name the step that the process kills itself before, in or after. All kills of a line strike one test.
+chance = random.Random(0)
+RANDOM = [[f"{chance.uniform(0, 0.3):.3f}" for _ in range(5)] for _ in range(2)]
+KILLS: dict[str, list[str]] = {
+    "random_0": RANDOM[0],
+    "random_1": RANDOM[1],
+    "writing": [
+        "in replace first.0.csv",  # the header is cut
+        "before replace protocol.json",
+        "before replace *.safetensors",  # an example is written but has no name
+        "in append 2",  # a batch is cut
+        "before append 2",  # examples stand without their rows
+        "after append 3",
+    ],
+    "publishing": [
+        "before replace second.csv",  # in the midst of the merge
+        "after replace third.csv",
+        "before replace result.json",
+        "after replace result.json",
+        "before rmtree parts",
+        "before unlink protocol.json",
+        "before rename *",
+    ],
+    "named": ["after replace result.json", "before unlink protocol.json"],
+    "streamed": ["0.2", "0.3"],
+}
+PROCESSES = {"two": [2, 2, 2], "one_then_two": [1, 2], "two_then_one": [2, 1]}  # the last is not killed
+WHOLE = {"streamed": "streamed_whole", "two": "two_whole"}
+
+
+@pytest.fixture(scope="module")
+def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds what all cases left."""
+    folder = tmp_path_factory.mktemp("interruption")
+    make_inputs(folder, write_shards)
+    one = command(folder)
+    streamed = command(folder, "file://" + str(folder) + "/", "--data.num_workers", "2")
+    cases: dict[str, dict[str, Any]] = {
+        "whole": {"test": one, "kills": [], "processes": 1},
+        "two_whole": {"test": one, "kills": [], "processes": 2},
+        "streamed_whole": {"test": streamed, "kills": [], "processes": 1},
+    }
+    for name, moments in KILLS.items():
+        words = {"streamed": streamed, "named": [*one, "--results.name", "mine"]}.get(name, one)
+        kills = [[moment, 1] for moment in moments]
+        cases[name] = {"test": words, "kills": kills, "processes": 1, "is_challenged": name == "named"}
+    for name, processes in PROCESSES.items():
+        kills = [["0.3", number] for number in processes[:-1]]
+        cases[name] = {"test": one, "kills": kills, "processes": processes[-1]}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "ROBUSTCLIP_TRACEBACK": ""},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    logs = "".join(f"\n{log.parent.name}: {log.read_text()[-1500:]}" for log in sorted(folder.glob("*/log"))[-3:])
+    assert done.returncode == 0, done.stderr[-3000:] + logs
+    return folder
+
+
+def make_inputs(folder: Path, write_shards: ShardWriter) -> None:
+    (folder / "model").mkdir()
+    write_tiny_model(folder / "model")
+    write_shards(folder, "first", "test", [12])
+    write_shards(folder, "second", "test", [5, 3], seed=1)
+    write_shards(folder, "third", "test", [5], seed=2, broken=UNDECODABLE)
+
+
+def command(folder: Path, location: str = "", *others: str) -> list[str]:
+    """The command line of a test, to be started in the folder of its case."""
+    sets = [{"source": f"wds:{location}{name}", "name": name} for name in SIZES]
+    words = ["test", "--model", "TeCoA", "--model.pretrained", str(folder / "model"), "--data.root", str(folder)]
+    words += ["--data.test", json.dumps(sets), "--data.batch_size", str(BATCH), "--data.bad_samples", "skip"]
+    words += ["--evaluation.attacks", json.dumps(ATTACKS), "--evaluation.save_examples", str(KEPT)]
+    words += ["--results.folder", "results", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    return [*words, *others]
+
+
+def without_seconds(table: list[list[str]]) -> list[list[str]]:
+    place = next((number for number, name in enumerate(table[0]) if name.strip() == "seconds"), None)
+    return [[cell for number, cell in enumerate(line) if number != place] for line in table]
+
+
+def contents(case: Path) -> dict[str, Any]:
+    """Every file of the only folder that a case has left, hidden ones too, without the times."""
+    (left,) = (case / "results").iterdir()
+    found: dict[str, Any] = {}
+    for path in sorted(each for each in left.rglob("*") if not each.is_dir() or not any(each.iterdir())):
+        name = str(path.relative_to(left))
+        if path.suffix == ".csv":
+            found[name] = without_seconds(list(csv.reader(io.StringIO(path.read_text()))))
+        elif path.suffix == ".md":
+            found[name] = without_seconds([line.split("|") for line in path.read_text().splitlines()])
+        elif path.name == "result.json":
+            found[name] = result = json.loads(path.read_text())
+            for values in result["tasks"].values():
+                del values["seconds"]
+            for key in ("finished", "commit"):
+                del result[key]
+            result["config"].pop("results")  # of these, one case has a name
+        else:
+            found[name] = path.read_bytes() if path.is_file() else "an empty folder"
+    return found
+
+
+def attacked(case: Path) -> list[int]:
+    """Ids of all samples that all starts of a case attacked, over all tasks."""
+    return [number for line in (case / "attacked").read_text().splitlines() for number in json.loads(line)]
+
+
+def test_a_whole_test_has_what_the_others_are_compared_in(folder: Path) -> None:
+    found = contents(folder / "whole")
+    assert {name for name in found if "/" not in name} == {"result.json", "table.csv", "table.md"}
+    tasks = found["result.json"]["tasks"]
+    assert {name: values["n"] for name, values in tasks.items()} == SIZES | {"third": SIZES["third"] - 2}
+    examples = Counter(str(Path(name).parent) for name in found if name.startswith("examples"))
+    assert KEPT in examples.values(), "too few samples break for a choice of examples"
+    ledger = found["ledger/first.csv"]
+    assert {line[ledger[0].index("pgd.by")] for line in ledger[1:]} == {"", "clean", "pgd"}
+    assert any(line[ledger[0].index("repeat")] for line in ledger[1:]), "nothing was probed"
+
+
+@pytest.mark.parametrize("name", [*KILLS, "two"])
+def test_a_killed_and_continued_test_leaves_the_files_of_a_whole_one(folder: Path, name: str) -> None:
+    ours, theirs = contents(folder / name), contents(folder / WHOLE.get(name, "whole"))
+    assert ours.keys() == theirs.keys()
+    for path in theirs:
+        assert ours[path] == theirs[path], path
+
+
+@pytest.mark.parametrize("name", ["one_then_two", "two_then_one"])
+def test_another_number_of_processes_goes_on_with_the_same_verdicts(folder: Path, name: str) -> None:
+    ours, theirs = contents(folder / name), contents(folder / "whole")
+    assert ours.keys() == theirs.keys()
+    for task in SIZES:
+        header, *rows = theirs[f"ledger/{task}.csv"]
+        found = ours[f"ledger/{task}.csv"]
+        assert found[0] == header
+        for line, expected in zip(found[1:], rows, strict=True):
+            for column, our, their in zip(header, line, expected, strict=True):
+                # Batches differ, and with them the last digits of what is not counted.
+                if column.endswith(("loss", "logit", "distance", "repeat")):
+                    assert float(our or 0) == pytest.approx(float(their or 0), rel=1e-3, abs=1e-4), column
+                else:
+                    assert our == their, column
+    assert ours["result.json"]["tasks"] == theirs["result.json"]["tasks"]
+
+
+@pytest.mark.parametrize("name", [*KILLS, *PROCESSES])
+def test_what_is_done_is_not_attacked_again(folder: Path, name: str) -> None:
+    whole, found = (Counter(attacked(folder / each)) for each in (WHOLE.get(name, "whole"), name))
+    assert found.keys() == whole.keys()
+    again = (found - whole).total()
+    if name == "publishing":  # all kills come when everything is done
+        assert again == 0
+    else:
+        kills = [*KILLS.get(name, []), *PROCESSES.get(name, [])[:-1] * 2]
+        assert again <= BATCH * len(kills)
+
+
+@pytest.mark.parametrize("name", ["whole", *KILLS, *PROCESSES])
+def test_what_does_not_decode_is_counted_once(folder: Path, name: str) -> None:
+    tasks = contents(folder / name)["result.json"]["tasks"]
+    assert {task: values["bad_samples"] for task, values in tasks.items()} == {"first": 0, "second": 0, "third": 2}
+
+
+def test_a_second_start_is_refused_while_the_first_is_alive(folder: Path) -> None:
+    lines = [line for line in (folder / "named" / "log").read_text().splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert lines[0].endswith("mine is being written by another process; wait for it, or stop it")
+
+
+# Tests in this process, ended by an error where another would be killed
+
+
+class PowerCut(Exception):  # noqa: N818  # not ours to catch
+    """Ends a test."""
+
+
+class Cut(Counted):
+    """Ends the test at its second batch, if told to."""
+
+    calls: "itertools.count[int] | None" = None
+
+    def perturb(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if Cut.calls is not None and next(Cut.calls) == 1:
+            raise PowerCut
+        return super().perturb(images, *args, **kwargs)
+
+
+def run_test(folder: Path, *, name: str | None, model: str = "model", **changes: Any) -> Path:
+    """Tests one set; returns the folder."""
+    attack = Cut(eps=changes.pop("eps", "24/255"), alpha="12/255")
+    source = DataSource("wds:first", name="first", **changes.pop("source", {}))
+    evaluation = RobustEvaluation({"pgd": attack}, **changes)
+    writer = ResultsWriter(str(folder / "results"), name=name)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[evaluation, writer], **quiet)
+    data = CLIPDataModule(test=[source], root=str(folder), image_size=32, batch_size=BATCH)
+    trainer.test(TeCoA(pretrained=str(folder / model)), datamodule=data, verbose=False)
+    assert writer.path is not None
+    return writer.path
+
+
+@pytest.fixture(scope="module")
+def cut_short(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a named and an unnamed test that did not finish."""
+    folder = tmp_path_factory.mktemp("cut_short")
+    make_inputs(folder, write_shards)
+    (folder / "other").mkdir()
+    for file in (folder / "model").iterdir():
+        (folder / "other" / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "other" / "open_clip_model.safetensors")
+    weights["logit_scale"] = weights["logit_scale"] + 1
+    save_file(weights, folder / "other" / "open_clip_model.safetensors")
+    for name in ("mine", None):
+        Cut.calls = itertools.count()
+        with pytest.raises(PowerCut):
+            run_test(folder, name=name)
+    Cut.calls = None
+    return folder
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "eps": ({"eps": "23/255"}, "first under pgd, eps: "),
+    "templates": ({"source": {"templates": ["a {}"]}}, "first under clean, templates: "),
+    "class_names": ({"source": {"class_names": ["r", "g", "b"]}}, "first under clean, class_names: "),
+    "max_samples": ({"max_samples": 5}, "first under clean, sample_ids: all of 12 against 5 of 12"),
+    "seed": ({"seed": 1}, r"seed: 0 against 1\)"),
+    "stop": ({"stop": "last"}, r"first under pgd, stop_rule: worst against last\)"),
+    "weights": ({"model": "other"}, r"weights: \w{16} against \w{16}\)"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_name_does_not_continue_under_another_protocol(cut_short: Path, change: str) -> None:
+    before = {path: path.read_bytes() for path in (cut_short / "results" / "mine").rglob("*") if path.is_file()}
+    options, told = CHANGES[change]
+    with pytest.raises(ValueError, match=rf"mine holds an unfinished test of another protocol \({told}") as refused:
+        run_test(cut_short, name="mine", **options)
+    assert str(refused.value).endswith("choose another results.name")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_without_a_name_another_protocol_leaves_the_unfinished_test_for_later(cut_short: Path) -> None:
+    (unfinished,) = (cut_short / "results").glob("unfinished-*")
+    other = run_test(cut_short, name=None, seed=7)
+    assert other != unfinished
+    assert unfinished.is_dir()
+    assert [line.split(",")[0] for line in (unfinished / "ledger/parts/first.0.csv").read_text().split()] == [
+        "id",
+        "0",
+        "1",
+    ]
+    run_test(cut_short, name=None)
+    assert not list((cut_short / "results").glob("unfinished-*"))
+
+
+def test_the_name_of_a_finished_test_is_refused_and_its_folder_stays(cut_short: Path, tmp_path: Path) -> None:
+    finished = run_test(cut_short, name="finished")
+    before = sorted(finished.rglob("*"))
+    with pytest.raises(ValueError, match=r"finished is a finished test; choose another results\.name"):
+        run_test(cut_short, name="finished")
+    assert sorted(finished.rglob("*")) == before
+
+
+def full_after(count: int) -> Callable[[int], None]:
+    """A disk that takes so many more writes."""
+    calls = itertools.count()
+
+    def fsync(number: int) -> None:
+        if next(calls) >= count:
+            os.ftruncate(number, os.fstat(number).st_size * 2 // 3)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fsync
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 8, 24])
+def test_a_full_disk_ends_in_one_line_and_the_next_start_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = command(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_after(count))
+        patch.setattr("robustclip.callbacks.evidence.PROBED_SHARE", 1 / 4)
+        assert run(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert "results/" in lines[0]
+    assert lines[0].endswith("cannot be written: No space left on device")
+    monkeypatch.setattr("robustclip.callbacks.evidence.PROBED_SHARE", 1 / 4)
+    assert run(words) == 0
+    ours, theirs = contents(tmp_path), contents(folder / "whole")
+    assert {name: ours[name] for name in ours if name != "result.json"} == {
+        name: theirs[name] for name in theirs if name != "result.json"
+    }
+    assert ours["result.json"]["tasks"] == theirs["result.json"]["tasks"]
