@@ -1,0 +1,116 @@
+"""Robust accuracy by the package's recipes against the reference AutoAttack, on the same real images.
+
+Every recipe and `pyautoattack` (version "standard") see the same images, labels and frozen model. A package that finds
+fewer adversarial images than the reference would report robustness that is not there.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluation import SETS, models
+from step import commit
+from torch import Tensor, nn
+
+from robustclip.attacks import APGD, Attack, Recipe, pixels
+from robustclip.attacks.verdict import ROBUST, examine
+from robustclip.data import CLIPDataModule
+from robustclip.methods import RobustMethod
+
+
+class Logits(nn.Module):
+    """What the reference attacks: one task's logits."""
+
+    def __init__(self, method: RobustMethod, task: str) -> None:
+        super().__init__()
+        self.method, self.task = (method,), task  # in a tuple: not a child, so that nothing of it can be switched
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C)."""
+        return self.method[0].logits(images, self.task)
+
+
+def reference(method: RobustMethod, task: str, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    """True (B,) where the standard AutoAttack finds nothing."""
+    from pyautoattack import AutoAttack
+
+    model = Logits(method, task).eval()
+    # Its targets are the nine highest wrong classes; a set with fewer classes has fewer.
+    attack = AutoAttack(model, eps=eps, norm="Linf", seed=0, version="standard", device="cpu")
+    attacked = attack.run_standard_evaluation(images, labels, batch_size=16)
+    attacked = attacked[0] if isinstance(attacked, tuple) else attacked
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in torch.split(attacked, 16)])
+    return logits.argmax(1) == labels
+
+
+def measure(method: RobustMethod, data: CLIPDataModule, eps: str) -> dict[str, Any]:
+    """Samples that survive each way, over all sets."""
+    ours: dict[str, Attack] = {
+        "apgd_ce": APGD(eps=eps),
+        "cascade": Recipe("cascade", eps=eps),
+        "autoattack": Recipe("autoattack", eps=eps),
+    }
+    robust, seconds = dict.fromkeys([*ours, "pyautoattack"], 0), dict.fromkeys([*ours, "pyautoattack"], 0.0)
+    n, clean = 0, 0
+    method.eval().requires_grad_(False)
+    method.prepare(data.test_tasks)
+    for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
+        images, labels, index = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        forward = partial(method.logits, task=task.name)
+        with torch.no_grad():
+            is_right = torch.cat([forward(part) for part in torch.split(images, 16)]).argmax(1) == labels
+        n, clean = n + len(labels), clean + int(is_right.sum())
+        for name, attack in ours.items():
+            started = time.perf_counter()
+            for rows in torch.split(is_right.nonzero()[:, 0], 16):
+                members = attack.members(len(task.class_names))
+                verdict = examine(images[rows], labels[rows], forward, members, index=index[rows])
+                robust[name] += int((verdict.by == ROBUST).sum())
+            seconds[name] += time.perf_counter() - started
+        started = time.perf_counter()
+        found = reference(method, task.name, images[is_right], labels[is_right], pixels(eps, name="eps"))
+        robust["pyautoattack"] += int(found.sum())
+        seconds["pyautoattack"] += time.perf_counter() - started
+        print(task.name, robust, flush=True)
+    return {"n": n, "clean": clean, "robust": robust, "seconds": seconds}
+
+
+def main() -> None:
+    """Measure, print, write the JSON; fail if the reference finds more than half a point more."""
+    parser = argparse.ArgumentParser(description="Compare the recipes with the reference AutoAttack.")
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--data", required=True, help="folder of the photographs")
+    parser.add_argument("--checkpoint", type=Path, help="of TeCoA; without it only the undefended model is attacked")
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--per-set", type=int, default=25)
+    parser.add_argument("--eps", default="0.5/255")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    data = CLIPDataModule(
+        test=[f"wds:{name}" for name in SETS], root=options.data, image_size=options.image_size, batch_size=16
+    )
+    data.max_samples = options.per_set
+    data.setup("test")
+    report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "eps": options.eps}
+    for name, method in models(options).items():
+        report[name] = measure(method, data, options.eps)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    for name, found in report.items():
+        if isinstance(found, dict):
+            allowed = found["robust"]["pyautoattack"] + 0.005 * found["n"]
+            weak = [way for way, count in found["robust"].items() if count > allowed]
+            if weak:
+                raise SystemExit(f"{name}: {weak} leave more than half a point more than the reference: {found}")
+
+
+if __name__ == "__main__":
+    main()
