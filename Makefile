@@ -19,10 +19,12 @@ help: ## list the targets
 
 demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fifteen zero-shot sets, with and without
 	@rm -rf $(DEMO)
-	$(RUN) test --config configs/zero_shot.yaml --results.folder $(DEMO)/results
-	$(RUN) fit --config configs/demo.yaml --checkpoint.dirpath $(DEMO)
-	$(RUN) test --config configs/demo.yaml --ckpt_path $(DEMO)/last.ckpt --results.folder $(DEMO)/results
-	$(RUN) table $(DEMO)/results/zeroshot*.json $(DEMO)/results/tecoa*.json
+	$(RUN) test --config configs/zero_shot.yaml --results.folder $(DEMO) --results.name undefended
+	$(RUN) fit --config configs/demo.yaml --checkpoint.dirpath $(DEMO)/checkpoints
+	$(RUN) test --config configs/demo.yaml --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+		--results.folder $(DEMO) --results.name tecoa --results.baseline $(DEMO)/undefended
+	$(RUN) report $(DEMO)/undefended $(DEMO)/tecoa --out $(DEMO)/report.html
+	$(RUN) table $(DEMO)/undefended $(DEMO)/tecoa
 
 test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
 	$(BIN)/pytest
@@ -37,7 +39,8 @@ format: .venv/ready ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv/ready ## time the training step against the official way and a bare loop (minutes)
+bench: .venv/ready ## time training step and evaluation against the official way and bare loops (minutes)
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
+	$(BIN)/python benchmarks/evaluation.py --out benchmarks/results/evaluation.json
 
 .PHONY: help demo test check format bench

@@ -1,5 +1,6 @@
 """Attacked images that a test keeps as evidence, one file per sample."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ def save(example: Example, folder: Path) -> Path:
     images = {name: image.detach().float().cpu().contiguous().clone() for name, image in tensors.items()}
     numbers = {name: str(getattr(example, name)) for name in ("label", "clean_prediction", "prediction", "by", "norm")}
     names = {"task": example.task, "attack": example.attack, "id": str(example.number), "eps": repr(float(example.eps))}
-    write_aside(path, serialise(images, metadata=names | numbers))
+    write_aside(path, _in_order(serialise(images, metadata=names | numbers)))
     return path
 
 
@@ -121,6 +122,13 @@ def load_all(folder: Path) -> Iterator[Example]:
             raise ValueError(f"{path} is no example of `robustclip test`: expected a name such as 12{SUFFIX}")
     for path in sorted(paths, key=lambda path: (path.parts[-3], path.parts[-2], int(path.stem))):
         yield load(path)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the keys of its header sorted; as written, their order is another each time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return content[:8] + header.encode().ljust(size) + content[8 + size :]
 
 
 def _example(clean: Tensor, attacked: Tensor, text: dict[str, str]) -> Example:

@@ -13,7 +13,7 @@ SAMPLE_COLUMNS = {
     "clean": "class predicted for the clean image",
     "clean_loss": "cross-entropy of the clean image",
     "largest_logit": "largest absolute logit of the clean image",
-    "outside": "how far the tower's pixels leave the range of a normalised image, in units of the range; empty: as below",
+    "outside": "how far the tower's pixels leave a normalised image's range, as a share of it; empty: not probed",
     "repeat": "largest difference of logits when the image runs again in another batch; empty: not probed",
 }
 ATTACK_COLUMNS = {

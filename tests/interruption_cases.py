@@ -2,7 +2,8 @@
 
 usage: python interruption_cases.py FOLDER, which holds `cases.json` and the data; leaves one folder per case there.
 
-Every process is forked after the slow imports and runs the command line as `python -m robustclip` would.
+Every process is forked after the slow imports. Some run the command line as `python -m robustclip` would; most build
+what it would build, since reading the command line takes longer than the test.
 """
 
 import json
@@ -19,21 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 import robustclip.cli  # noqa: F401  # loaded once, before the forks
 from robustclip.__main__ import run
-from robustclip.attacks import PGD
-from robustclip.callbacks import evidence
+from robustclip.attacks import APGD, PGD
+from robustclip.callbacks import ResultsWriter, RobustEvaluation, evidence
+from robustclip.data import CLIPDataModule, DataSource
 from robustclip.ledger import Ledger
+from robustclip.methods import TeCoA
 
 PATIENCE_SECONDS = 120
 PROBED_SHARE = 1 / 4  # so that tiny sets have probed samples
-EPS, STEPS = 24 / 255, 2
+EPS, STEPS = 12 / 255, 2
+BATCH, KEPT = 2, 3
+TASKS = ("first", "second", "third")
 
 
 class Counted(PGD):
-    """Writes down whom it attacks, one line per batch; probes, which have another radius or more steps, do not count."""
+    """Writes down whom it attacks, one line per batch; not in probes, which have another radius or more steps."""
 
     def perturb(self, images: Tensor, *args: Any, index: Tensor | None, **kwargs: Any) -> Tensor:
         if index is not None and (self.eps, self.steps) == (EPS, STEPS) and "ATTACKED" in os.environ:
@@ -74,8 +80,33 @@ def strike(when: str, what: str, name: str) -> None:
     setattr(owner, what, struck)
 
 
-def start(words: list[str], folder: Path, moment: str = "", environment: dict[str, str] | None = None) -> int:
-    """Forks a process that runs the command line in a folder; returns its id."""
+def test(root: str, location: str, workers: int) -> int:
+    """What the command line of test_interruption.py asks for."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    attacks = {"pgd": Counted("12/255", "6/255", STEPS), "apgd": APGD("8/255", 3)}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        callbacks=[RobustEvaluation(attacks, save_examples=KEPT), ResultsWriter("results")],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    data = CLIPDataModule(
+        test=[DataSource(f"wds:{location}{name}", name=name) for name in TASKS],
+        root=root,
+        image_size=32,
+        batch_size=BATCH,
+        num_workers=workers,
+        bad_samples="skip",
+    )
+    trainer.test(TeCoA(pretrained=f"{root}/model"), datamodule=data, verbose=False)
+    return 0
+
+
+def start(case: dict[str, Any], folder: Path, moment: str = "", environment: dict[str, str] | None = None) -> int:
+    """Forks a process that tests in a folder; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -90,8 +121,8 @@ def start(words: list[str], folder: Path, moment: str = "", environment: dict[st
         evidence.PROBED_SHARE = PROBED_SHARE
         if moment:
             strike(*moment.split())
-        sys.argv = ["robustclip", *words]
-        status = run()
+        sys.argv = ["robustclip", *case.get("words", [])]
+        status = run() if "words" in case else test(**case["test"])
     except BaseException:
         traceback.print_exc()
     finally:
@@ -100,16 +131,15 @@ def start(words: list[str], folder: Path, moment: str = "", environment: dict[st
         os._exit(status)
 
 
-def start_all(words: list[str], folder: Path, moment: str, processes: int) -> list[int]:
+def start_all(case: dict[str, Any], folder: Path, moment: str, processes: int) -> list[int]:
     """Starts one process, or all ranks of a group as Lightning's launcher would."""
     if processes == 1:
-        return [start(words, folder, moment)]
+        return [start(case, folder, moment)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    words = [*words, "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
     ranks = [place | {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [start(words, folder, moment, rank) for rank in ranks]
+    return [start(case, folder, moment, rank) for rank in ranks]
 
 
 def wait(child: int, *, expected: int) -> None:
@@ -164,44 +194,58 @@ def is_finished(folder: Path) -> bool:
     return any((each / "result.json").exists() and not each.name.startswith("unfinished") for each in found)
 
 
-def run_case(case: dict[str, Any], folder: Path, seconds: float) -> float:
-    """Starts a test until it is finished; returns the seconds from the first ledger write to the end."""
+def run_case(case: dict[str, Any], folder: Path, seconds: dict[int, float]) -> tuple[int, float]:
+    """Starts a test until it is finished.
+
+    Args:
+        case: what to start, and when to kill it.
+        folder: of the case.
+        seconds: by number of processes, that a whole test takes from its first ledger write to its end.
+
+    Returns:
+        Number of kills that struck, and the seconds of the last start.
+    """
     folder.mkdir()
-    began = 0.0
+    began, struck = 0.0, 0
     for moment, processes in [*case["kills"], ["", case["processes"]]]:
         is_share = moment.replace(".", "").isdigit()
-        children = start_all(case["test"], folder, "" if is_share else moment, processes)
+        children = start_all(case, folder, "" if is_share else moment, processes)
         if case.get("is_challenged") and moment == case["kills"][0][0]:
             wait_for_rows(children[0], folder)
             os.kill(children[0], signal.SIGSTOP)
-            wait(start(case["test"], folder), expected=2)
+            wait(start(case, folder), expected=2)
             os.kill(children[0], signal.SIGCONT)
         if is_share:
-            kill_outside(children, folder, float(moment) * seconds)
+            kill_outside(children, folder, float(moment) * seconds[processes])
             for child in children:
                 os.waitpid(child, 0)
             if is_finished(folder):  # before the signal came
-                return 0.0
+                return struck, 0.0
+            struck += 1
         elif moment:
             wait(children[0], expected=-signal.SIGKILL)
+            struck += 1
         else:
             wait_for_rows(children[0], folder)
             began = time.monotonic()
             for child in children:
                 wait(child, expected=0)
-    return time.monotonic() - began
+    return struck, time.monotonic() - began
 
 
 def main(folder: Path) -> None:
     seconds: dict[int, float] = {}
-    told: dict[str, float] = {}
+    told: dict[str, dict[str, float]] = {}
+    (folder / "warm_up").mkdir()
+    os.chdir(folder / "warm_up")
+    test(str(folder), "", 0)  # imports what is imported late, once for all forks
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         begin = time.monotonic()
-        took = run_case(case, folder / name, seconds.get(case["processes"], 0.0))
+        struck, took = run_case(case, folder / name, seconds)
         if not case["kills"]:
-            seconds.setdefault(case["processes"], took)
-        told[name] = time.monotonic() - begin
-    (folder / "seconds.json").write_text(json.dumps(told))
+            seconds[case["processes"]] = took if "streamed" not in name else seconds[1]
+        told[name] = {"kills": struck, "seconds": time.monotonic() - begin}
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

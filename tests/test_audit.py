@@ -2,10 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -16,7 +17,9 @@ from robustclip.attacks import PGD, Attack, Recipe, Square, TorchAttack
 from robustclip.attacks.base import Forward, Loss
 from robustclip.attacks.verdict import _Watch
 from robustclip.callbacks import ResultsWriter, RobustEvaluation, evaluation
+from robustclip.callbacks.audit import audit
 from robustclip.callbacks.checks import GRADES
+from robustclip.callbacks.evidence import Evidence
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.runs import Run
@@ -26,10 +29,10 @@ QUIET = {
     "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
     "enable_checkpointing": False,
 }  # fmt: skip
-TASKS = ("outlines", "mosaics")  # the model is right about most of their samples, and sure of few
-SAMPLES = 48  # of each; two of them are probed
+TASKS = ("outlines",)  # the model is right about two thirds of its samples, and sure of few
+SAMPLES = 64  # three of them are probed
 SETTINGS: dict[str, Any] = {"eps": "5/255", "alpha": "1.25/255", "steps": 10}  # of the shapes demo
-CLASSES = 12  # of each of the tasks
+CLASSES = 12
 
 
 def run_test(
@@ -55,6 +58,11 @@ def run_test(
 def statuses(run: Run, *, but: str = "pass") -> dict[str, str]:
     """Checks by name, without those of one status."""
     return {each["name"]: each["status"] for each in run.result["audit"]["checks"] if each["status"] != but}
+
+
+def rank(run: Run) -> int:
+    """Of a run's grade, 0 the best."""
+    return list(GRADES.values()).index(run.result["audit"]["grade"])
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +242,9 @@ def normalised(images: Tensor) -> Tensor:
 @contextlib.contextmanager
 def not_frozen(model: nn.Module) -> Iterator[None]:
     """Training mode, BatchNorm included."""
-    # Not the last BatchNorm, which sees one pixel and refuses batches of one.
-    last = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][-1]
-    modes = {module: module.training for module in model.modules() if module is not last}
+    # The last ones see one pixel, and refuse batches of one.
+    late = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][4:]
+    modes = {module: module.training for module in model.modules() if module not in late}
     for module in modes:
         module.training = True
     yield
@@ -270,8 +278,8 @@ class Breakage:
     options: tuple[tuple[str, Any], ...] = ()
 
 
-def small(recipe: str) -> Recipe:
-    return Recipe(recipe, "5/255", budget=0.05)  # type: ignore[arg-type]
+def small_cascade() -> Recipe:
+    return Recipe("cascade", "5/255", budget=0.02)
 
 
 SURE = (("tasks", ("sizes",)), ("max_samples", 192), ("batch_size", 256))  # half of the losses are below 0.002
@@ -301,7 +309,9 @@ BREAKAGES = {
     "NaN from the attack": Breakage("finite", "fail", attack=lambda: ReturnsNaN(**SETTINGS)),
     "quantised input": Breakage("pixel_gradients", "fail", Quantised),
     "masked gradients, by the loss": Breakage("loss_rises", "fail", Masked),
-    "masked gradients, by random search": Breakage("black_box", "fail", Masked, lambda: small("cascade")),
+    "masked gradients, by random search": Breakage(
+        "black_box", "fail", Masked, small_cascade, options=(("tasks", ("outlines",)),)
+    ),
     "collapsed model": Breakage("predictions_vary", "warn", Collapsed),
     "classes in another order": Breakage("better_than_chance", "warn", OtherOrder),
 }
@@ -312,17 +322,210 @@ def test_breakage_lowers_the_grade(name: str, tmp_path: Path, monkeypatch: pytes
     case = BREAKAGES[name]
     case.patch(monkeypatch)
     run = run_test(tmp_path, case.method(), case.attack(), **dict(case.options))
-    print(
-        run.result["audit"]["grade"],
-        statuses(run),
-        {k: v["acc1"] for k, v in run.result["mean"].items()},
-        [c["found"] for c in run.result["audit"]["checks"] if c["name"] == case.check],
-    )
     assert statuses(run).get(case.check) == case.status
-    grades = list(GRADES.values())
-    assert grades.index(run.result["audit"]["grade"]) > grades.index(intact.result["audit"]["grade"])
+    assert rank(run) > rank(intact)
 
 
 def test_intact_attack_passes(intact: Run) -> None:
-    assert statuses(intact) == {"black_box": "not_measured", "any_radius": "not_measured"}
+    assert statuses(intact) == {"black_box": "not_measured"}
     assert intact.result["audit"]["grade"] == "B"
+
+
+def test_cascade_on_the_undefended_model_gets_the_best_grade(tmp_path: Path) -> None:
+    run = run_test(tmp_path, ZeroShot(), small_cascade(), max_samples=32)
+    assert run.result["audit"]["grade"] == "A", statuses(run)
+
+
+NO_ALARM: dict[str, tuple[Attack, dict[str, Any]]] = {
+    "l2": (PGD(0.5, 0.125, 10, "l2"), {}),
+    "last image counts": (PGD(**SETTINGS), {"stop": "last"}),
+    "papers' PGD": (PGD("5/255", "5/255", 20), {"stop": "last", "max_samples": 24}),
+    "bf16": (PGD(**SETTINGS), {"attack_precision": "bf16"}),
+    "small batches": (PGD(**SETTINGS), {"batch_size": 7}),
+    "no random start": (PGD(**SETTINGS, random_start=False), {}),
+    "two members, last image counts": (small_cascade(), {"stop": "last", "max_samples": 24}),
+    "torchattacks": (TorchAttack("PGD", "5/255", {"alpha": "1.25/255", "steps": 10}), {}),
+    "minimum norm": (TorchAttack("CW", None, {"steps": 10}), {}),
+    "no radius": (PGD(0, 0, 1), {}),
+    "one sample": (PGD(**SETTINGS), {"max_samples": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NO_ALARM)
+def test_sound_attacks_of_other_kinds_raise_no_alarm(name: str, tmp_path: Path) -> None:
+    attack, options = NO_ALARM[name]
+    run = run_test(tmp_path, ZeroShot(), attack, **options)
+    assert set(statuses(run).values()) == {"not_measured"} or not statuses(run), statuses(run)
+
+
+def test_defence_needs_a_baseline_of_its_own_protocol(tmp_path: Path, intact: Run) -> None:
+    run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=intact.folder)
+    assert statuses(run) == statuses(intact)
+    alone = run_test(tmp_path, TeCoA(), PGD(**SETTINGS))
+    assert statuses(alone) == {**statuses(intact), "baseline": "not_measured"}
+    other = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), max_samples=40, baseline=intact.folder)
+    assert found(other.result["audit"], "baseline") == (
+        "not_measured", f"{intact.name} has another protocol for outlines under pgd"
+    )  # fmt: skip
+    defended = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=run.folder)
+    assert found(defended.result["audit"], "baseline") == (
+        "not_measured", f"{run.name} is a test of TeCoA, not of ZeroShot"
+    )  # fmt: skip
+
+
+# The checks themselves, on ledgers made here
+
+
+def make_evidence(
+    n: int = 400, *, survivors: int = 20, attack: Attack | None = None, is_undefended: bool = True, **columns: Any
+) -> Evidence:
+    """A sound ledger of one task with 10 classes; its last samples survive.
+
+    Args:
+        n: samples.
+        survivors: of them.
+        attack: PGD by default.
+        is_undefended: see `Evidence`.
+        columns: replaced columns; a number fills a column, a list its beginning.
+    """
+    attack = attack or PGD(**SETTINGS)
+    members = attack.members(10)
+    index = np.arange(n)
+    is_survivor, is_probed = index >= n - survivors, index % 40 == 39
+    broken = np.where(is_probed & ~is_survivor, 1.0, np.nan)
+    defaults: dict[str, Any] = {
+        "id": index, "label": index % 10, "clean": index % 10, "clean_loss": np.full(n, 0.5),
+        "largest_logit": np.full(n, 20.0), "outside": np.where(is_probed, 0.05, np.nan),
+        "repeat": np.where(is_probed, 1e-5, np.nan), "by": np.where(is_survivor, "", members[0].name).astype(object),
+        "loss": np.full(n, 2.0), "steps": np.full(n, 10.0), "dead": np.zeros(n), "distance": np.full(n, 5 / 255),
+        "excess": np.zeros(n), "nans": np.zeros(n), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
+    }  # fmt: skip
+    for name, values in columns.items():
+        listed = values if isinstance(values, list) else [values] * n
+        defaults[name][: len(listed)] = listed
+    return Evidence(
+        {"a": defaults}, {("a", "pgd"): defaults}, {("a", "pgd"): members}, {"a": 10}, {}, is_undefended=is_undefended
+    )
+
+
+def found(report: dict[str, Any], name: str) -> tuple[str, str]:
+    """Status of a check, and what it found."""
+    (check,) = [check for check in report["checks"] if check["name"] == name]
+    return check["status"], check["found"]
+
+
+def in_cascade(by_square: int) -> dict[str, Any]:
+    return {"attack": Recipe("cascade", "5/255"), "by": ["square"] * by_square}
+
+
+# Wilson's interval of k of 400 has its lower end at 0.0077 for 6, 0.0107 for 8, 0.0990 for 51, 0.1010 for 52.
+LIMITS: list[tuple[str, str, dict[str, Any]]] = [
+    ("baseline", "pass", {"survivors": 40}),
+    ("baseline", "warn", {"survivors": 41}),
+    ("baseline", "warn", {"survivors": 120}),
+    ("baseline", "fail", {"survivors": 121}),
+    ("baseline", "not_measured", {"is_undefended": False}),
+    ("radius", "pass", {"attack": PGD("0.5/255")}),
+    ("radius", "warn", {"attack": PGD("0.4/255")}),
+    ("radius", "pass", {"attack": PGD("63/255")}),
+    ("radius", "warn", {"attack": PGD("64/255")}),
+    ("radius", "pass", {"attack": PGD(3, 1, norm="l2")}),
+    ("radius", "warn", {"attack": PGD(128, 1, norm="l2")}),
+    ("radius", "not_measured", {"attack": PGD(0)}),
+    ("pixel_gradients", "pass", {"survivors": 400}),
+    ("pixel_gradients", "pass", {"survivors": 400, "dead": [1.0] * 6}),  # of 4000
+    ("pixel_gradients", "warn", {"survivors": 400, "dead": [1.0] * 12}),
+    ("pixel_gradients", "fail", {"survivors": 400, "dead": [1.0] * 60}),
+    ("pixel_gradients", "pass", {"survivors": 0, "dead": 10.0}),
+    ("pixel_gradients", "fail", {"steps": 0}),
+    ("pixel_gradients", "pass", {"dead": [*[0.0] * 380, *[10.0] * 20], "attack": TorchAttack("CW")}),
+    ("pixel_gradients", "fail", {"dead": 10.0, "attack": TorchAttack("CW")}),
+    ("pixel_gradients", "not_measured", {"steps": 0, "attack": Square("5/255")}),
+    ("loss_rises", "pass", {"loss": [0.4] * 6}),
+    ("loss_rises", "warn", {"loss": [0.4] * 8}),
+    ("loss_rises", "warn", {"loss": [0.4] * 51}),
+    ("loss_rises", "fail", {"loss": [0.4] * 52}),
+    ("loss_rises", "pass", {"loss": 0.5}),
+    ("loss_rises", "fail", {"loss": 1e-4, "clean_loss": 2e-4}),
+    ("uses_radius", "pass", {"distance": [0.0] * 380}),  # of broken samples
+    ("uses_radius", "pass", {"survivors": 400, "distance": [2.4 / 255] * 6}),
+    ("uses_radius", "warn", {"survivors": 400, "distance": [2.4 / 255] * 8}),
+    ("uses_radius", "fail", {"survivors": 400, "distance": [2.4 / 255] * 52}),
+    ("uses_radius", "pass", {"survivors": 400, "distance": [2.6 / 255] * 52}),
+    ("uses_radius", "pass", {"survivors": 0}),
+    ("uses_radius", "not_measured", {"attack": PGD(0)}),
+    ("ball_and_box", "pass", {"excess": [1e-6]}),
+    ("ball_and_box", "fail", {"excess": [1.1e-6]}),
+    ("ball_and_box", "not_measured", {"n": 0}),
+    ("finite", "fail", {"nans": [1.0]}),
+    ("finite", "fail", {"largest_logit": [np.nan]}),
+    ("finite", "fail", {"largest_logit": [np.inf]}),
+    ("finite", "fail", {"distance": [np.nan]}),
+    ("repeatable", "pass", {"repeat": [0.0199]}),
+    ("repeatable", "fail", {"repeat": [0.0201]}),
+    ("repeatable", "fail", {"repeat": [0.0011], "largest_logit": 0.5}),
+    ("repeatable", "not_measured", {"repeat": np.nan}),
+    ("larger_radius", "warn", {"wider": [*[np.nan] * 379, 0.0]}),  # one held, no other was probed
+    ("larger_radius", "fail", {"wider": [*[np.nan] * 378, 0.0, 0.0]}),
+    ("larger_radius", "pass", {"wider": [*[1.0] * 50, 0.0]}),
+    ("larger_radius", "not_measured", {"wider": np.nan}),
+    ("any_radius", "pass", {"wider": np.nan}),  # 5 % survive
+    ("any_radius", "not_measured", {"survivors": 100, "wider": np.nan}),
+    ("any_radius", "fail", {"survivors": 400, "wider": 0.0}),
+    ("any_radius", "not_measured", {"n": 0}),
+    ("more_steps", "fail", {"longer": 0.0}),
+    ("black_box", "not_measured", {}),
+    ("black_box", "not_measured", {"attack": Square("5/255"), "by": "square"}),
+    ("black_box", "pass", in_cascade(2)),  # 0.0014 of 400
+    ("black_box", "warn", in_cascade(4)),
+    ("black_box", "fail", in_cascade(16)),
+    ("normalised_once", "pass", {"outside": 0.5}),
+    ("normalised_once", "warn", {"outside": 0.51}),
+    ("normalised_once", "not_measured", {"outside": np.nan}),
+    ("logit_scale", "warn", {"largest_logit": 1.0}),
+    ("logit_scale", "not_measured", {"n": 0}),
+    ("better_than_chance", "warn", {"clean": [1, *[0] * 399]}),
+    ("better_than_chance", "pass", {"n": 19, "survivors": 0, "clean": 11}),
+    ("predictions_vary", "warn", {"clean": [3] * 380}),
+    ("predictions_vary", "pass", {"clean": [3] * 370}),
+    ("predictions_vary", "pass", {"clean": 3, "label": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "status", "change"), LIMITS, ids=[f"{name}-{status}" for name, status, _ in LIMITS])
+def test_limit_of_a_check(name: str, status: str, change: dict[str, Any]) -> None:
+    assert found(audit(make_evidence(**change)), name)[0] == status
+
+
+def test_nothing_measured_is_nothing_blamed() -> None:
+    """No task, a task without samples, and samples without an attack."""
+    sound = make_evidence()
+    bare = [Evidence({}, {}, {}, {}, {}, is_undefended=True), make_evidence(0), replace(sound, attacked={}, members={})]
+    for evidence in bare:
+        assert audit(evidence)["grade"] == "B"
+
+
+def test_empty_task_does_not_count_as_broken() -> None:
+    """The undefended model stands on the one task that has samples."""
+    full, empty = make_evidence(survivors=200), make_evidence(0)
+    both = replace(
+        full,
+        samples={"a": full.samples["a"], "b": empty.samples["a"]},
+        attacked={("a", "pgd"): full.attacked["a", "pgd"], ("b", "pgd"): empty.attacked["a", "pgd"]},
+        members={(task, "pgd"): full.members["a", "pgd"] for task in "ab"},
+        class_counts={"a": 10, "b": 10},
+    )
+    assert found(audit(both), "baseline") == ("fail", "undefended: 50.0% right under pgd")
+
+
+@pytest.mark.parametrize(
+    ("change", "grade"),
+    [
+        ({"attack": Recipe("cascade", "5/255")}, "A"),
+        ({}, "B"),
+        ({"largest_logit": 0.5}, "C"),
+        ({"largest_logit": 0.5, "nans": 1.0}, "F"),
+    ],
+)
+def test_grade_is_that_of_the_worst_check(change: dict[str, Any], grade: str) -> None:
+    assert audit(make_evidence(**change))["grade"] == grade

@@ -110,3 +110,8 @@ def test_files_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     save(example(), outside).rename(outside / "digits" / "pgd" / "x.safetensors")
     with pytest.raises(ValueError, match=r"expected a name such as 12\.safetensors"):
         list(load_all(outside))
+
+
+def test_the_same_example_is_the_same_bytes(tmp_path: Path) -> None:
+    contents = {save(example(), tmp_path / str(number)).read_bytes() for number in range(8)}
+    assert len(contents) == 1

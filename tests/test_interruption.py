@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ShardWriter, write_tiny_model
-from interruption_cases import Counted
+from interruption_cases import BATCH, KEPT, Counted
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,13 +28,12 @@ from robustclip.methods import TeCoA
 
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
 TIMEOUT_SECONDS = 230
-BATCH, KEPT = 2, 3
 SIZES = {"first": 12, "second": 8, "third": 5}  # of which the third has one batch that does not decode
 UNDECODABLE = (2, 3)
 ATTACKS = {
     "pgd": {
         "class_path": "interruption_cases.Counted",
-        "init_args": {"eps": "24/255", "alpha": "12/255", "steps": 2},
+        "init_args": {"eps": "12/255", "alpha": "6/255", "steps": 2},
     },
     "apgd": {"class_path": "APGD", "init_args": {"eps": "8/255", "steps": 3}},
 }
@@ -42,7 +41,7 @@ ATTACKS = {
 # A number is a share of the uninterrupted test's time from its first ledger write on, when SIGKILL comes from outside;
 # words name the step that the process kills itself before, in or after. All kills of a line strike one test.
 chance = random.Random(0)
-RANDOM = [[f"{chance.uniform(0, 0.3):.3f}" for _ in range(5)] for _ in range(2)]
+RANDOM = [[f"{chance.uniform(0, 0.12):.3f}" for _ in range(5)] for _ in range(2)]
 KILLS: dict[str, list[str]] = {
     "random_0": RANDOM[0],
     "random_1": RANDOM[1],
@@ -52,11 +51,9 @@ KILLS: dict[str, list[str]] = {
         "before replace *.safetensors",  # an example is written but has no name
         "in append 2",  # a batch is cut
         "before append 2",  # examples stand without their rows
-        "after append 3",
     ],
     "publishing": [
         "before replace second.csv",  # in the midst of the merge
-        "after replace third.csv",
         "before replace result.json",
         "after replace result.json",
         "before rmtree parts",
@@ -66,7 +63,7 @@ KILLS: dict[str, list[str]] = {
     "named": ["after replace result.json", "before unlink protocol.json"],
     "streamed": ["0.2", "0.3"],
 }
-PROCESSES = {"two": [2, 2, 2], "one_then_two": [1, 2], "two_then_one": [2, 1]}  # the last is not killed
+PROCESSES = {"two": [2, 2], "one_then_two": [1, 2], "two_then_one": [2, 1]}  # the last is not killed
 WHOLE = {"streamed": "streamed_whole", "two": "two_whole"}
 
 
@@ -75,17 +72,18 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
     """Holds what all cases left."""
     folder = tmp_path_factory.mktemp("interruption")
     make_inputs(folder, write_shards)
-    one = command(folder)
-    streamed = command(folder, "file://" + str(folder) + "/", "--data.num_workers", "2")
+    one = {"root": str(folder), "location": "", "workers": 0}
+    streamed = {"root": str(folder), "location": f"file://{folder}/", "workers": 2}
     cases: dict[str, dict[str, Any]] = {
-        "whole": {"test": one, "kills": [], "processes": 1},
+        "whole": {"words": command(folder), "kills": [], "processes": 1},
+        "rehearsal": {"test": one, "kills": [], "processes": 1},
         "two_whole": {"test": one, "kills": [], "processes": 2},
         "streamed_whole": {"test": streamed, "kills": [], "processes": 1},
     }
     for name, moments in KILLS.items():
-        words = {"streamed": streamed, "named": [*one, "--results.name", "mine"]}.get(name, one)
         kills = [[moment, 1] for moment in moments]
-        cases[name] = {"test": words, "kills": kills, "processes": 1, "is_challenged": name == "named"}
+        cases[name] = {"test": streamed if name == "streamed" else one, "kills": kills, "processes": 1}
+    cases["named"] |= {"words": [*command(folder), "--results.name", "mine"], "is_challenged": True}
     for name, processes in PROCESSES.items():
         kills = [["0.3", number] for number in processes[:-1]]
         cases[name] = {"test": one, "kills": kills, "processes": processes[-1]}
@@ -110,15 +108,15 @@ def make_inputs(folder: Path, write_shards: ShardWriter) -> None:
     write_shards(folder, "third", "test", [5], seed=2, broken=UNDECODABLE)
 
 
-def command(folder: Path, location: str = "", *others: str) -> list[str]:
+def command(folder: Path) -> list[str]:
     """The command line of a test, to be started in the folder of its case."""
-    sets = [{"source": f"wds:{location}{name}", "name": name} for name in SIZES]
+    sets = [{"source": f"wds:{name}", "name": name} for name in SIZES]
     words = ["test", "--model", "TeCoA", "--model.pretrained", str(folder / "model"), "--data.root", str(folder)]
     words += ["--data.test", json.dumps(sets), "--data.batch_size", str(BATCH), "--data.bad_samples", "skip"]
     words += ["--evaluation.attacks", json.dumps(ATTACKS), "--evaluation.save_examples", str(KEPT)]
     words += ["--results.folder", "results", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    return [*words, *others]
+    return words
 
 
 def without_seconds(table: list[list[str]]) -> list[list[str]]:
@@ -140,9 +138,8 @@ def contents(case: Path) -> dict[str, Any]:
             found[name] = result = json.loads(path.read_text())
             for values in result["tasks"].values():
                 del values["seconds"]
-            for key in ("finished", "commit"):
+            for key in ("finished", "commit", "config"):  # some cases run without a command line
                 del result[key]
-            result["config"].pop("results")  # of these, one case has a name
         else:
             found[name] = path.read_bytes() if path.is_file() else "an empty folder"
     return found
@@ -160,9 +157,16 @@ def test_a_whole_test_has_what_the_others_are_compared_in(folder: Path) -> None:
     assert {name: values["n"] for name, values in tasks.items()} == SIZES | {"third": SIZES["third"] - 2}
     examples = Counter(str(Path(name).parent) for name in found if name.startswith("examples"))
     assert KEPT in examples.values(), "too few samples break for a choice of examples"
-    ledger = found["ledger/first.csv"]
+    ledger = found["ledger/second.csv"]
     assert {line[ledger[0].index("pgd.by")] for line in ledger[1:]} == {"", "clean", "pgd"}
     assert any(line[ledger[0].index("repeat")] for line in ledger[1:]), "nothing was probed"
+
+
+def test_most_kills_strike_before_the_end(folder: Path) -> None:
+    told = json.loads((folder / "told.json").read_text())
+    assert sum(told[f"random_{number}"]["kills"] for number in range(len(RANDOM))) >= 6  # of 10, on a restless machine
+    assert all(told[name]["kills"] for name in [*KILLS, *PROCESSES])
+    assert all(told[name]["kills"] == len(KILLS[name]) for name in ("writing", "publishing", "named"))
 
 
 @pytest.mark.parametrize("name", [*KILLS, "two"])
@@ -236,7 +240,7 @@ class Cut(Counted):
 
 def run_test(folder: Path, *, name: str | None, model: str = "model", **changes: Any) -> Path:
     """Tests one set; returns the folder."""
-    attack = Cut(eps=changes.pop("eps", "24/255"), alpha="12/255")
+    attack = Cut(eps=changes.pop("eps", "12/255"), alpha="6/255")
     source = DataSource("wds:first", name="first", **changes.pop("source", {}))
     evaluation = RobustEvaluation({"pgd": attack}, **changes)
     writer = ResultsWriter(str(folder / "results"), name=name)
@@ -268,7 +272,7 @@ def cut_short(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactor
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "eps": ({"eps": "23/255"}, "first under pgd, eps: "),
+    "eps": ({"eps": "11/255"}, "first under pgd, eps: "),
     "templates": ({"source": {"templates": ["a {}"]}}, "first under clean, templates: "),
     "class_names": ({"source": {"class_names": ["r", "g", "b"]}}, "first under clean, class_names: "),
     "max_samples": ({"max_samples": 5}, "first under clean, sample_ids: all of 12 against 5 of 12"),
@@ -290,14 +294,10 @@ def test_a_name_does_not_continue_under_another_protocol(cut_short: Path, change
 
 def test_without_a_name_another_protocol_leaves_the_unfinished_test_for_later(cut_short: Path) -> None:
     (unfinished,) = (cut_short / "results").glob("unfinished-*")
+    before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
     other = run_test(cut_short, name=None, seed=7)
-    assert other != unfinished
-    assert unfinished.is_dir()
-    assert [line.split(",")[0] for line in (unfinished / "ledger/parts/first.0.csv").read_text().split()] == [
-        "id",
-        "0",
-        "1",
-    ]
+    assert not other.name.startswith("unfinished")
+    assert {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()} == before
     run_test(cut_short, name=None)
     assert not list((cut_short / "results").glob("unfinished-*"))
 
@@ -322,7 +322,7 @@ def full_after(count: int) -> Callable[[int], None]:
     return fsync
 
 
-@pytest.mark.parametrize("count", [0, 1, 6, 8, 24])
+@pytest.mark.parametrize("count", [0, 6, 24])
 def test_a_full_disk_ends_in_one_line_and_the_next_start_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:

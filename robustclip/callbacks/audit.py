@@ -39,37 +39,11 @@ def audit(evidence: Evidence) -> dict[str, Any]:
 
 def _baseline(evidence: Evidence) -> Check:
     why = "an attack that leaves the undefended model standing says nothing about a defence"
-    shares = _baseline_shares(evidence)
+    shares = evidence.undefended()
     if isinstance(shares, str):
         return Check("baseline", "not_measured", shares, why)
     name, share = max(shares.items(), key=lambda item: item[1])
     return graded("baseline", share, BASELINE_ROBUST, f"undefended: {share:.1%} right under {name}", why)
-
-
-def _baseline_shares(evidence: Evidence) -> dict[str, float] | str:
-    """Robust accuracy of the undefended model by attack, or why it is not known."""
-    # A radius of 0 is a control, under which everything stands.
-    keys = [
-        key
-        for key, members in evidence.members.items()
-        if len(evidence.samples[key[0]]["id"]) and any(member.attack.eps != 0 for member in members)
-    ]
-    attacks = {attack for _, attack in keys}
-    if not attacks:
-        return "no attack ran"
-    if evidence.is_undefended:
-        shares = {name: [evidence.share_robust(*key) for key in keys if key[1] == name] for name in attacks}
-        return {name: float(np.mean(values)) for name, values in shares.items()}
-    if evidence.baseline is None:
-        return "not given; set results.baseline to the folder of a ZeroShot test of the same protocol"
-    theirs = evidence.baseline.result
-    if theirs["method"] != "ZeroShot":
-        return f"{evidence.baseline.name} is a test of {theirs['method']}, not of ZeroShot"
-    for task, attack in keys:
-        protocol = theirs["protocol"].get(task, {}).get(attack, {})
-        if protocol.get("hash") != evidence.protocols[task][attack]["hash"]:
-            return f"{evidence.baseline.name} has another protocol for {task} under {attack}"
-    return {name: values["acc1"] for name, values in theirs["mean"].items() if name in attacks}
 
 
 def _radius(evidence: Evidence) -> Check:
@@ -88,13 +62,19 @@ def _radius(evidence: Evidence) -> Check:
 
 def _pixel_gradients(evidence: Evidence) -> Check:
     why = "a gradient that is zero in every pixel, or was never taken, lets the sample pass unattacked"
-    steps, dead = int(evidence.total("steps").sum()), int(evidence.total("dead").sum())
-    missing = 0
+    steps = faults = 0
     for key, columns in evidence.attacked.items():
+        held = columns["by"] == ""  # an attack that has broken a sample may rest
+        # Others than anytime attacks may break a survivor, rest, and return another image (CW of torchattacks).
+        may_rest = not all(member.attack.is_anytime for member in evidence.members[key])
+        dead = columns["dead"] * (not may_rest or (columns["dead"] == columns["steps"]).all())
+        steps, faults = steps + int(columns["steps"][held].sum()), faults + int(dead[held].sum())
         if any(member.attack.is_anytime and not member.attack.is_black_box for member in evidence.members[key]):
-            missing += int(((columns["by"] == "") & (columns["steps"] == 0)).sum())
-    what = "gradients are zero or missing"
-    return counted("pixel_gradients", dead + missing, steps + missing, DEAD_GRADIENTS, what, why)
+            missing = int((columns["steps"][held] == 0).sum())
+            steps, faults = steps + missing, faults + missing
+    if not steps and evidence.total("steps").sum():
+        return Check("pixel_gradients", "pass", "nothing survived", why)
+    return counted("pixel_gradients", faults, steps, DEAD_GRADIENTS, "survivors' gradients are zero or missing", why)
 
 
 def _loss_rises(evidence: Evidence) -> Check:
@@ -140,7 +120,7 @@ def _finite(evidence: Evidence) -> Check:
 
 def _repeatable(evidence: Evidence) -> Check:
     why = "a model whose answer depends on chance or on the rest of the batch (dropout, BatchNorm) blinds the attack"
-    difference, largest = _samples(evidence, "repeat"), _samples(evidence, "largest_logit")
+    difference, largest = evidence.clean("repeat"), evidence.clean("largest_logit")
     probed = np.isfinite(difference) & np.isfinite(largest)
     if not probed.any():
         return Check("repeatable", "not_measured", "no sample was probed", why)
@@ -162,6 +142,10 @@ def _probe(name: str, column: str, is_of_survivors: bool, why: str) -> Callable[
             for key, columns in evidence.attacked.items()
         ]
         count, total = sum(int(each.sum()) for each in held), sum(each.size for each in held)
+        if is_of_survivors and not total and evidence.total("by").size:
+            share = float((evidence.total("by") == "").mean())
+            if share <= BASELINE_ROBUST[0]:
+                return Check(name, "pass", f"{share:.1%} survive, none of them was probed", why)
         return counted(name, count, total, PROBES_RESISTED, "probed samples hold", why)
 
     return check
@@ -188,7 +172,7 @@ def _black_box(evidence: Evidence) -> Check:
 
 def _normalised_once(evidence: Evidence) -> Check:
     why = "pixels far outside of a normalised image's range were normalised twice, or are grey levels"
-    outside = _samples(evidence, "outside")
+    outside = evidence.clean("outside")
     outside = outside[np.isfinite(outside)]
     if not outside.size:
         return Check("normalised_once", "not_measured", "no sample was probed", why)
@@ -198,7 +182,7 @@ def _normalised_once(evidence: Evidence) -> Check:
 
 def _logit_scale(evidence: Evidence) -> Check:
     why = "logits that are bare cosines lack the temperature: attacks on them are weak, and so is the softmax"
-    logits = _samples(evidence, "largest_logit")
+    logits = evidence.clean("largest_logit")
     largest = logits[np.isfinite(logits)].max(initial=0)
     status: Status = "pass" if largest > 1.01 else "warn" if logits.size else "not_measured"
     return Check("logit_scale", status, f"largest logit {largest:.3g}", why)
@@ -225,11 +209,6 @@ def _predictions_vary(evidence: Evidence) -> Check:
     why = "a model that gives one answer to everything cannot be attacked; its accuracy is no robustness"
     found = f"one class for nearly all: {', '.join(stuck) or 'no task'}"
     return Check("predictions_vary", "warn" if stuck else "pass", found, why)
-
-
-def _samples(evidence: Evidence, column: str) -> NDArray[Any]:
-    """A column of the samples of all tasks."""
-    return np.concatenate([np.zeros(0), *(columns[column] for columns in evidence.samples.values())])
 
 
 def _commonest(classes: NDArray[Any]) -> float:

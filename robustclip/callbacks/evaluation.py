@@ -156,8 +156,8 @@ class RobustEvaluation(Callback):
             self._counts[task.name, name].update(verdict.by == ROBUST)
             verdicts[name] = verdict
         if self._journal is not None:
-            members = self._journal.members
-            rows = sample_rows(batch, logits, verdicts, members, task.name, forward, options, clip=method.clip)
+            options["clip"] = method.clip
+            rows = sample_rows(batch, logits, verdicts, self._journal.members, task.name, forward, options)
             self._journal.write(task.name, batch, rows, verdicts, seconds=perf_counter() - self._start)
 
     def _cheap(self, forward: Forward, device: str) -> Forward | None:

@@ -16,7 +16,8 @@ from robustclip.attacks.verdict import ROBUST, examine
 from robustclip.clip import CLIPModel
 from robustclip.runs import Run
 
-PROBED_SHARE = 1 / 64  # keeps the probes' cost below a twentieth of the attack's
+PROBED_SHARE = 1 / 64  # of the samples run again
+ATTACKED_SHARE = 1 / 4  # of these are attacked again, which costs more: a probe is a batch of few
 PROBE_SEED = 0x5EED
 WIDER, LONGER = 4.0, 2.0  # factors of radius and of steps that a probe uses
 ANYTHING = 0.5  # a radius at which every image can be made grey, so that no model can be right (arXiv:1802.00420)
@@ -52,15 +53,53 @@ class Evidence:
         parts = [columns[column] for columns in self.attacked.values()]
         return np.concatenate(parts) if parts else np.zeros(0)
 
+    def clean(self, column: str) -> NDArray[Any]:
+        """A column of the samples of all tasks."""
+        return np.concatenate([np.zeros(0), *(columns[column] for columns in self.samples.values())])
+
     def share_robust(self, task: str, attack: str) -> float:
         """Of all samples of a task."""
         return float((self.attacked[task, attack]["by"] == "").sum() / max(1, len(self.samples[task]["id"])))
 
+    def undefended(self) -> dict[str, float] | str:
+        """Robust accuracy of the undefended model by attack, or why it is not known.
 
-def is_probed(index: Tensor) -> Tensor:
-    """Which samples ``(B,)`` are probed: a fixed function of their ids."""
-    chosen: Tensor = noise.uniform(index, (1,), seed=PROBE_SEED)[:, 0] < PROBED_SHARE
-    return chosen
+        Of several radii the largest counts: at smaller ones, and at the control 0, the undefended may stand.
+        """
+        balls = {key: {(each.attack.norm, each.attack.eps) for each in found} for key, found in self.members.items()}
+        largest: dict[str, float] = {}
+        for norm, eps in set().union(*balls.values()):
+            largest[norm] = max(eps or 0, largest.get(norm, 0))
+        keys = [
+            key
+            for key, found in balls.items()
+            if len(self.samples[key[0]]["id"]) and any(eps is None or 0 < eps == largest[norm] for norm, eps in found)
+        ]
+        attacks = {attack for _, attack in keys}
+        if not attacks:
+            return "no attack ran"
+        if self.is_undefended:
+            shares = {name: [self.share_robust(*key) for key in keys if key[1] == name] for name in attacks}
+            return {name: float(np.mean(values)) for name, values in shares.items()}
+        if self.baseline is None:
+            return "not given; set results.baseline to the folder of a ZeroShot test of the same protocol"
+        theirs = self.baseline.result
+        if theirs["method"] != "ZeroShot":
+            return f"{self.baseline.name} is a test of {theirs['method']}, not of ZeroShot"
+        for task, attack in keys:
+            protocol = theirs["protocol"].get(task, {}).get(attack, {})
+            if protocol.get("hash") != self.protocols[task][attack]["hash"]:
+                return f"{self.baseline.name} has another protocol for {task} under {attack}"
+        return {name: values["acc1"] for name, values in theirs["mean"].items() if name in attacks}
+
+
+def probed(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in a batch of the samples that run again, and of those among them that are attacked again.
+
+    Both are a fixed function of the ids ``(B,)``.
+    """
+    draw = noise.uniform(index, (1,), seed=PROBE_SEED)[:, 0]
+    return (draw < PROBED_SHARE).nonzero()[:, 0], (draw < PROBED_SHARE * ATTACKED_SHARE).nonzero()[:, 0]
 
 
 def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel) -> dict[str, Tensor]:

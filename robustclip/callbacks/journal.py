@@ -16,8 +16,7 @@ from robustclip.attacks.ball import distance
 from robustclip.attacks.base import BOX_TOLERANCE, Forward
 from robustclip.attacks.losses import cross_entropy
 from robustclip.attacks.verdict import ROBUST, WRONG, Verdict
-from robustclip.callbacks.evidence import breaks, is_probed, repeat, stronger
-from robustclip.clip import CLIPModel
+from robustclip.callbacks.evidence import breaks, probed, repeat, stronger
 from robustclip.examples import SUFFIX, Example, save
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS
 from robustclip.types import Batch, Task
@@ -119,10 +118,8 @@ def sample_rows(
     task: str,
     forward: Forward,
     options: Mapping[str, Any],
-    *,
-    clip: CLIPModel,
 ) -> list[Row]:
-    """Rows of a batch, probes included; arguments as for `examine`, ``verdicts`` by attack."""
+    """Rows of a batch, probes included; arguments as for `examine`, plus ``clip`` in the options."""
     logits = logits.detach().clone()
     clean = {
         "id": batch.index,
@@ -133,15 +130,15 @@ def sample_rows(
     }
     rows: list[Row] = [{} for _ in batch.labels]
     _fill(rows, range(len(rows)), clean)
-    probed = is_probed(batch.index).nonzero()[:, 0]
-    if len(probed):
-        _fill(rows, probed.tolist(), repeat(batch.images[probed], forward, logits[probed], clip=clip))
+    again, attacked = probed(batch.index)
+    if len(again):
+        _fill(rows, again.tolist(), repeat(batch.images[again], forward, logits[again], clip=options["clip"]))
     for attack, verdict in verdicts.items():
         found = _attack_columns(batch, verdict, members[task, attack])
         _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in found.items()})
         first = members[task, attack][0].attack
-        for name, concerned, probe in stronger(first, verdict.by[probed], batch.images):
-            chosen = probed[concerned]
+        for name, concerned, probe in stronger(first, verdict.by[attacked], batch.images):
+            chosen = attacked[concerned]
             if len(chosen):
                 images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
                 outcome = breaks(images, labels, forward, probe, index=index, seed=options["seed"])

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from robustclip.attacks import Member
@@ -73,19 +74,21 @@ def csv_table(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:
-    """The table for a terminal."""
-    rows = readable_rows(result)
+    """The table for a terminal, intervals in whole percent on a second line."""
+    rows = readable_rows(result, in_two_lines=True)
     title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
-    table = Table(title=title, caption=audit_line(result), show_footer=True)
+    table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if number else "left", footer=rows[-1][number])
+        title = name.replace("_", "_\n")
+        table.add_column(title, justify="right" if number else "left", footer=rows[-1][number], no_wrap=number == 0)
     for row in rows[1:-1]:
         table.add_row(*row)
     return table
 
 
-def readable_rows(result: Mapping[str, Any]) -> list[list[str]]:
+def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
     """Header, one row per task, and the mean."""
+    percent = percent_in_two_lines if in_two_lines else percent_in_one_line
     kinds = list(result["mean"])
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
     rows = [["task", "n", *kinds, "seconds", *(["left out"] if has_bad else [])]]
@@ -98,10 +101,16 @@ def readable_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return [*rows, [NOT_A_TASK, "", *cells, f"{total:.1f}", *([""] if has_bad else [])]]
 
 
-def percent(accuracy: Mapping[str, Any]) -> str:
+def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
     """``12.3 (10.1-14.8)``: accuracy and interval in percent."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
+    """The same for narrow columns, the interval in whole percent."""
+    low, high = accuracy["interval"]
+    return f"{100 * accuracy['acc1']:.1f}\n[dim]{100 * low:.0f}-{100 * high:.0f}[/dim]"
 
 
 def audit_line(result: Mapping[str, Any]) -> str:

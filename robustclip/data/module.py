@@ -66,7 +66,7 @@ class CLIPDataModule(LightningDataModule):
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
-        self._wanted_train, self._wanted_val, self._wanted_test = train, tuple(val), tuple(test)
+        self.wanted_train, self.wanted_val, self.wanted_test = train, tuple(val), tuple(test)
         self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
@@ -74,8 +74,8 @@ class CLIPDataModule(LightningDataModule):
         # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
         self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
         self._train: OpenedSource | None = None
-        self._train_positions: list[int] | None = None
-        self._val_positions: list[int] | None = None
+        self.train_positions: list[int] | None = None
+        self.val_positions: list[int] | None = None
         self._val: list[OpenedSource] = []
         self._test: list[OpenedSource] = []
         self._loaders: dict[str, ImageLoader] = {}
@@ -104,7 +104,7 @@ class CLIPDataModule(LightningDataModule):
         return {
             "split": f"{task}, {source.split}",
             "sample_ids": f"{self.max_samples or 'all'} of {'a stream' if size is None else size}",
-            "preprocessing": self._transform(source).description,
+            "preprocessing": self.transform(source).description,
             "attack_space": "native" if self._keeps_size(source) else f"{self.image_size} x {self.image_size}",
         }
 
@@ -116,15 +116,15 @@ class CLIPDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens the data sets that a stage needs."""
         if stage == "test":
-            self._test = self._open_all(self._wanted_test)
+            self._test = self._open_all(self.wanted_test)
             if not self._test:
                 raise ValueError("nothing to test on: `data.test` lists no data set")
             return
-        self._val = self._open_all(self._wanted_val)
+        self._val = self._open_all(self.wanted_val)
         if stage == "fit" or not self._val:
-            self._train = open_source(self._wanted_train, root=self.root, split="train")
+            self._train = open_source(self.wanted_train, root=self.root, split="train")
             if not self._val and self.holdout and self._train.dataset is not None:
-                self._train_positions, self._val_positions = hold_out(self._train.dataset, self.holdout)
+                self.train_positions, self.val_positions = hold_out(self._train.dataset, self.holdout)
                 self._val = [self._train]
 
     def train_dataloader(self) -> ImageLoader:
@@ -135,9 +135,9 @@ class CLIPDataModule(LightningDataModule):
             if source.length is None:
                 raise ValueError(f"training set {source.task.name!r} is remote: give its number of samples as `length`")
             shuffled = ShuffledShards(source.urls, length=source.length, seed=seed, rank=rank, world_size=world_size)
-            stream = StreamedImages(shuffled, self._transform(source), len(source.task.class_names))
+            stream = StreamedImages(shuffled, self.transform(source), len(source.task.class_names))
             return self._train_loader_of(stream, None)
-        images = Images(source.dataset, self._transform(source), self._train_positions)
+        images = Images(source.dataset, self.transform(source), self.train_positions)
         sampler: DistributedSampler[Loaded] = DistributedSampler(images, world_size, rank, shuffle=True, seed=seed)
         return self._train_loader_of(images, sampler)
 
@@ -186,11 +186,11 @@ class CLIPDataModule(LightningDataModule):
         if source.dataset is None:
             limit = self.max_samples
             shards = StreamedShards(source.urls, max_samples=limit, rank=rank, world_size=world_size, done=done)
-            stream = StreamedImages(shards, self._transform(source), len(source.task.class_names))
+            stream = StreamedImages(shards, self.transform(source), len(source.task.class_names))
             return self._loader(stream, None, self.eval_batch_size, skips_bad_samples=skips)
-        positions = self._val_positions if source is self._train else None
+        positions = self.val_positions if source is self._train else None
         chosen = choose(source.dataset, positions, self.max_samples)
-        images = Images(source.dataset, self._transform(source), chosen)
+        images = Images(source.dataset, self.transform(source), chosen)
         sampler = ExactSampler(images, rank=rank, world_size=world_size, done=done)
         return self._loader(images, sampler, self.eval_batch_size, skips_bad_samples=skips)
 
@@ -220,7 +220,8 @@ class CLIPDataModule(LightningDataModule):
             raise ValueError("the training set is not open: call setup('fit') first")
         return self._train
 
-    def _transform(self, source: OpenedSource) -> ToPixels:
+    def transform(self, source: OpenedSource) -> ToPixels:
+        """From a decoded image of a set to the pixels that an attack works on."""
         return ToPixels(None if self._keeps_size(source) else self.image_size)
 
     def _keeps_size(self, source: OpenedSource) -> bool:

@@ -93,9 +93,9 @@ def examine(
 
 def _open(data: CLIPDataModule, stage: str) -> tuple[list[Candidate], list[Finding]]:
     """The stage's sets; where one of them fails, the others."""
-    wanted: list[tuple[str, DataSource | str]] = [("test", each) for each in data._wanted_test]
+    wanted: list[tuple[str, DataSource | str]] = [("test", each) for each in data.wanted_test]
     if stage == "fit":
-        wanted = [("training", data._wanted_train), *(("validation", each) for each in data._wanted_val)]
+        wanted = [("training", data.wanted_train), *(("validation", each) for each in data.wanted_val)]
     candidates, findings = [], []
     for kind, each in wanted:
         described = DataSource(each) if isinstance(each, str) else each
@@ -120,8 +120,8 @@ def _positioned(data: CLIPDataModule, candidate: Candidate) -> list[Candidate]:
         return [candidate]
     if candidate.kind != "training":
         return [candidate._replace(positions=choose(dataset, None, data.max_samples))]
-    held = [] if data._val_positions is None else choose(dataset, data._val_positions, data.max_samples)
-    kept = candidate._replace(positions=data._train_positions)
+    held = [] if data.val_positions is None else choose(dataset, data.val_positions, data.max_samples)
+    kept = candidate._replace(positions=data.train_positions)
     return [kept, *([candidate._replace(kind="hold-out", positions=held)] if held else [])]
 
 
@@ -156,7 +156,7 @@ def _look_at(
 
 def _samples(data: CLIPDataModule, candidate: Candidate) -> list[Loaded]:
     """A few samples, spread over the set; of a stream, its first."""
-    source, transform = candidate.source, data._transform(candidate.source)
+    source, transform = candidate.source, data.transform(candidate.source)
     if source.dataset is None:
         shards = StreamedShards(source.urls[:1], max_samples=LOOKED_AT)
         return list(StreamedImages(shards, transform, len(source.task.class_names)))
