@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from robustclip.cli import main
+from robustclip.runs import Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -43,3 +44,16 @@ def _evaluation(name: str) -> str:
 def test_every_part_belongs_to_a_run() -> None:
     text = "".join((CONFIGS / name).read_text() for name in RUNS)
     assert [part for part in PARTS if part not in text] == []
+
+
+def test_the_full_recipe_runs_and_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(CONFIGS / "zero_shot.yaml"), "--evaluation", str(CONFIGS / "evaluation" / "full.yaml")]
+    finished = main(["test", *arguments, *SMALL, "--evaluation.attacks.cascade.budget", "0.02"])
+    run = Run.open(next((tmp_path / "results").iterdir()))
+    assert run.attacks == ["pgd10_half", "pgd10", "pgd10_double", "cascade"]
+    members = ["pgd_ce", "pgd_margin", "apgd_ce", "apgd_t", "square"]
+    assert list(run.result["tasks"]["colours"]["cascade"]["broken_by"]) == members
+    assert run.result["audit"]["grade"] in "ABCF"
+    correct = [finished.trainer.callback_metrics[f"test/counts/{name}/correct"] for name in ("pgd10", "cascade")]
+    assert correct[1] <= correct[0]

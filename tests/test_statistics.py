@@ -13,6 +13,7 @@ from robustclip.statistics import (
     bootstrap_mean_difference,
     holm,
     mcnemar,
+    mean_interval,
     newcombe,
     paired_difference,
     samples_needed,
@@ -213,3 +214,21 @@ def test_wrong_arguments_are_refused() -> None:
         holm([0.5, math.nan])
     with pytest.raises(ValueError, match="half_width"):
         samples_needed(0)
+
+
+def test_the_interval_of_a_mean_of_equal_tasks_near_zero_or_one_is_wilsons_of_all_samples() -> None:
+    for counts in ([(0, 200)] * 4, [(200, 200)] * 4, [(1, 50), (3, 50)], [(49, 50), (50, 50), (48, 50)]):
+        right, total = (sum(column) for column in zip(*counts, strict=True))
+        assert mean_interval(counts) == pytest.approx(wilson(right, total), abs=1e-9)
+    assert mean_interval([(20, 200)] * 4) == bootstrap_mean([(20, 200)] * 4)
+    small, large = mean_interval([(0, 50), (0, 1000)]), mean_interval([(0, 1000), (0, 1000)])
+    assert small[1] > large[1]
+
+
+@pytest.mark.parametrize("accuracy", [0.001, 0.003, 0.01, 0.04])
+def test_the_interval_of_a_mean_holds_near_zero(accuracy: float) -> None:
+    random = np.random.default_rng(3)
+    counts = random.binomial(200, accuracy, size=(400, 8))
+    limits = np.array([mean_interval([(int(k), 200) for k in row]) for row in counts])
+    covered = ((limits[:, 0] <= accuracy) & (accuracy <= limits[:, 1])).mean()
+    assert covered >= 0.93, "400 repeats: the standard error is 0.011"

@@ -25,6 +25,7 @@ from robustclip.callbacks.tables import csv_table, markdown_table, rich_table, t
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
+from robustclip.types import Task
 
 PACKAGES = ("torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "torchattacks")
 LOCK = "lock"
@@ -91,41 +92,49 @@ class ResultsWriter(Callback):
         trainer.strategy.barrier("ledgers are complete")
         if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or self.path is None:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        tasks = {task.name: task for task in trainer.datamodule.test_tasks}  # type: ignore[attr-defined]
-        attacks = list(dict.fromkeys(attack for _, attack in self._members))
-        parts, header = self.path / PARTS, ledger.columns(attacks)
-        rows = {
-            name: ledger.merge(parts.glob(f"{name}.*.csv"), self.path / LEDGERS / f"{name}.csv", header)
-            for name in tasks
+        tasks = trainer.datamodule.test_tasks  # type: ignore[attr-defined]
+        rows = self._merge(self.path, tasks)
+        self._result = self._summary(trainer, pl_module, tasks, rows)
+        for task, attack in self._members:
+            keep_examples(self.path / EXAMPLES / task / attack, rows[task], attack, self._identity["save_examples"])
+        self._publish(self.path)
+
+    def _merge(self, path: Path, tasks: Sequence[Task]) -> dict[str, Rows]:
+        header = ledger.columns(list(dict.fromkeys(attack for _, attack in self._members)))
+        targets = {task.name: path / LEDGERS / f"{task.name}.csv" for task in tasks}
+        return {
+            name: ledger.merge((path / PARTS).glob(f"{name}.*.csv"), target, header) for name, target in targets.items()
         }
-        protocol = {name: with_samples(self._identity["protocol"][name], rows[name]) for name in tasks}
+
+    def _summary(
+        self, trainer: Trainer, method: RobustMethod, tasks: Sequence[Task], rows: dict[str, Rows]
+    ) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        protocol = {task.name: with_samples(self._identity["protocol"][task.name], rows[task.name]) for task in tasks}
         evidence = Evidence(
-            {name: sample_columns(rows[name]) for name in tasks},
+            {task.name: sample_columns(rows[task.name]) for task in tasks},
             {key: attack_columns(rows[key[0]], key[1]) for key in self._members},
             self._members,
-            {name: len(task.class_names) for name, task in tasks.items()},
+            {task.name: len(task.class_names) for task in tasks},
             protocol,
-            is_undefended=isinstance(pl_module, ZeroShot),
+            is_undefended=isinstance(method, ZeroShot),
             baseline=self.baseline,
         )
-        self._result = {
-            "method": type(pl_module).__name__,
+        return {
+            "method": type(method).__name__,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": {"robustclip": metadata.version("robustclip"), **_versions()},
             "commit": _commit(),
             "device": _device(trainer),
             "config": self.config,
-            "model": self._model(pl_module, trainer),
+            "model": self._model(method, trainer),
             **with_intervals(tabulate(metrics, stage="test"), rows, self._members),
             "audit": audit(evidence),
             "notes": _notes(self._members),
-            "classes": {name: {"class_names": t.class_names, "templates": t.templates} for name, t in tasks.items()},
+            "classes": {task.name: {"class_names": task.class_names, "templates": task.templates} for task in tasks},
             "protocol": protocol,
         }
-        for task, attack in self._members:
-            keep_examples(self.path / EXAMPLES / task / attack, rows[task], attack, self._identity["save_examples"])
-        self._publish(self.path)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets another start have the folder."""

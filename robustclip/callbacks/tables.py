@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from robustclip.attacks import Member
-from robustclip.statistics import bootstrap_mean, wilson
+from robustclip.statistics import mean_interval, wilson
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
@@ -40,7 +40,7 @@ def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
 def with_intervals(
     table: dict[str, Any], rows: Mapping[str, Rows], members: Mapping[tuple[str, str], Sequence[Member]]
 ) -> dict[str, Any]:
-    """Adds 95 % intervals (Wilson; bootstrap for means), and how many samples each member of an attack broke."""
+    """Adds 95 % intervals, and how many samples each member of an attack broke."""
     for task, values in table["tasks"].items():
         for kind in table["mean"]:
             values[kind]["interval"] = list(wilson(values[kind]["correct"], values["n"]))
@@ -49,7 +49,7 @@ def with_intervals(
                 values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
     for kind, values in table["mean"].items():
         counts = [(task[kind]["correct"], task["n"]) for task in table["tasks"].values()]
-        values["interval"] = list(bootstrap_mean(counts))
+        values["interval"] = list(mean_interval(counts))
     return table
 
 
