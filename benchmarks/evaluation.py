@@ -120,7 +120,7 @@ def time_official(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_audit(repeats: int, samples: int) -> dict[str, Any]:
-    """CPU seconds of testing the undefended shapes model on its fifteen sets under PGD-10, with and without the audit."""
+    """CPU seconds of testing the undefended shapes model on its sets under PGD-10, with and without the audit."""
     attack = PGD(eps="5/255", alpha="1.25/255", steps=10)
     data = CLIPDataModule(
         test=[f"shapes:{name}" for name in SHAPES_SETS if name != "source"], image_size=32, batch_size=64

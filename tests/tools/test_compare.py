@@ -175,7 +175,7 @@ def test_a_ledger_that_belies_its_protocol_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="hold other samples than their equal protocols say: 3 and 4, 3 in both"):
         compare(a, b)
     ledger = b / LEDGERS / "digits.csv"
-    ledger.write_text(ledger.read_text() + ledger.read_text().splitlines()[-1] + "\n")
+    ledger.write_text(ledger.read_text() + ledger.read_text().strip().splitlines()[-1] + "\n")
     with pytest.raises(ValueError, match="5 rows of 4 samples"):
         compare(b, b)
     ledger.write_text(ledger.read_text().replace("pgd.by", "pgd.who"))
