@@ -1,8 +1,9 @@
-"""Times the TeCoA training step in three ways, and checks that the three agree.
+"""Times the training step of a method in three ways, and checks that the three agree.
 
-The ways (see `ways.py`) take turns, so that a drift of the machine's speed cancels in the ratios. Random weights.
-The equality test starts the authors' attack and the bare one from the same perturbation, the package's and the bare
-one from the same sample ids; the update is compared on the same attacked images, so one flipped sign cannot hide in it.
+The ways (see `ways.py` and `pmg_aft_ways.py`) take turns, so that a drift of the machine's speed cancels in the ratios.
+Random weights. The equality test starts the authors' attack and the bare one from the same perturbation, the
+package's and the bare one from the same sample ids; the update is compared on the same attacked images, so one flipped
+sign cannot hide in it.
 """
 
 import argparse
@@ -15,14 +16,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
+import pmg_aft_ways
 import torch
+import ways
 from plain_zero_shot import uniform
 from torch import Tensor
 from ways import EPS, Bare, Official, Ours, Problem
 
-WAYS: dict[str, type[Official] | type[Ours] | type[Bare]] = {"official": Official, "ours": Ours, "bare": Bare}
+
+class Ways(NamedTuple):
+    """The ways of one method."""
+
+    official: type[Official]
+    ours: type[Ours]
+    bare: type[Bare]
+
+
+METHODS = {
+    "tecoa": Ways(ways.Official, ways.Ours, ways.Bare),
+    "pmg_aft": Ways(pmg_aft_ways.Official, pmg_aft_ways.Ours, pmg_aft_ways.Bare),
+}
 # Relative. Weights hardly feel one update at a small learning rate, so their gradients are compared too. Encoding the
 # classes without a graph takes another attention kernel in torch: its rounding, 1e-7, times the logit scale, 100.
 TOLERANCES = {"parameters": 1e-6, "gradients": 1e-5}
@@ -84,10 +100,12 @@ def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float
     }
 
 
-def official_equals_bare(problem: Problem) -> dict[str, float]:
+def official_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
     """From one start: the same perturbation but for rounding noise, and then the same update."""
     torch.manual_seed(1)
-    images, official, bare, contaminated = problem.images, Official(problem), Bare(problem), Official(problem)
+    images, official, bare, contaminated = (
+        problem.images, method.official(problem), method.bare(problem), method.official(problem)
+    )  # fmt: skip
     start = official.random_start()
     delta = official.step(start, is_zeroed_after_attack=True)
     is_noise = torch.stack(official.gradients).abs().amin(dim=0) < SIGN_NOISE
@@ -98,9 +116,9 @@ def official_equals_bare(problem: Problem) -> dict[str, float]:
     return {**attack, **update_gaps(official, bare), "gradients_without_zeroing": leftover}
 
 
-def ours_equals_bare(problem: Problem) -> dict[str, float]:
+def ours_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
     """From the start that the sample ids give: the same attacked images, no sign excused, and the same update."""
-    images, ours, bare = problem.images, Ours(problem), Bare(problem)
+    images, ours, bare = problem.images, method.ours(problem), method.bare(problem)
     start = images + EPS * (2 * uniform(list(range(len(images))), images.shape[1:]) - 1)
     expected = bare.attack(start.clamp(0, 1))
     attack = attack_gaps(ours.attack(), expected, torch.zeros_like(images, dtype=torch.bool))
@@ -126,8 +144,9 @@ def commit() -> str | None:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Time the TeCoA training step in three ways and compare them.")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser = argparse.ArgumentParser(description="Time a training step in three ways and compare them.")
+    parser.add_argument("--method", choices=list(METHODS), default="tecoa")
+    parser.add_argument("--ways", nargs="+", choices=Ways._fields, default=list(Ways._fields))
     parser.add_argument("--arch", default="ViT-B-32", help="architecture to time, by its name in open_clip")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--classes", type=int, default=31)
@@ -142,7 +161,8 @@ def parse_options() -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Time the chosen ways and print the figures as a Markdown table."""
     problem = Problem.random(options.arch, options.batch_size, options.classes, options.steps)
-    durations = time_ways({name: WAYS[name](problem).step for name in options.ways}, options.repeats)
+    steps = {name: getattr(METHODS[options.method], name)(problem).step for name in options.ways}
+    durations = time_ways(steps, options.repeats)
     times = {name: summary(row) for name, row in durations.items()}
     report = {"milliseconds": times, "ratios": ratios(durations)}
     print("| | median | min | max |\n|---|---|---|---|")
@@ -158,7 +178,7 @@ def check_equality(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         options.equality_arch or register_tiny(), options.batch_size, options.classes, options.steps
     )
     checks = {"official": official_equals_bare, "ours": ours_equals_bare}
-    return {name: check(problem) for name, check in checks.items() if name in options.ways}
+    return {name: check(problem, METHODS[options.method]) for name, check in checks.items() if name in options.ways}
 
 
 def main() -> None:

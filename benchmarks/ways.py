@@ -1,4 +1,4 @@
-"""Three ways to do one TeCoA training step, for `step.py` to time and to compare.
+"""Three ways to do one TeCoA training step, for `step.py` to time and to compare; `pmg_aft_ways.py` builds on them.
 
 * `Official`: the authors' way, in own words: every attack step runs both towers and back-propagates into all weights;
 * `Ours`: the package;
@@ -8,9 +8,12 @@ All three have the same weights, images and labels; fp32, SGD with momentum.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -18,6 +21,9 @@ from open_clip.model import CLIP
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from robustclip.methods import RobustMethod
 
 RADIUS = "1/255"
 EPS = ALPHA = float(Fraction(RADIUS))
@@ -37,6 +43,7 @@ class Problem:
         images: (B, 3, H, W) in [0, 1], at the architecture's own size.
         labels: (B,).
         steps: attack iterations.
+        statistics: mean and deviation of the pixels, by which the towers' inputs are standardised.
     """
 
     arch: str
@@ -44,6 +51,7 @@ class Problem:
     images: Tensor
     labels: Tensor
     steps: int
+    statistics: tuple[Sequence[float], Sequence[float]] = (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
     @classmethod
     def random(cls, arch: str, batch_size: int, classes: int, steps: int) -> "Problem":
@@ -66,13 +74,10 @@ class Problem:
         tokens: Tensor = open_clip.get_tokenizer(self.arch)([TEMPLATE.format(name) for name in self.class_names])
         return tokens
 
-
-def normalise(images: Tensor) -> Tensor:
-    """Standardise images in [0, 1] by CLIP's mean and deviation."""
-    mean, std = (
-        torch.tensor(row).view(3, 1, 1) for row in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    )
-    return (images - mean) / std
+    def normalise(self, images: Tensor) -> Tensor:
+        """Standardise images in [0, 1]."""
+        mean, std = (torch.tensor(row).view(3, 1, 1) for row in self.statistics)
+        return (images - mean) / std
 
 
 def sgd(parameters: Sequence[Tensor]) -> torch.optim.SGD:
@@ -97,7 +102,7 @@ class Official:
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Run both towers; the resize keeps the values at the model's own size, as it does in the original."""
         resized = F.interpolate(images, size=images.shape[-2:], mode="bicubic", align_corners=False)
-        image_features, text_features, scale = self.model(normalise(resized), tokens)
+        image_features, text_features, scale = self.model(self.problem.normalise(resized), tokens)
         logits: Tensor = image_features @ (scale * text_features).T
         return logits
 
@@ -115,6 +120,10 @@ class Official:
             delta.grad.zero_()
         return delta
 
+    def loss(self, logits: Tensor, attacked: Tensor, tokens: Tensor) -> Tensor:
+        """Compute the loss of the update from the logits of the attacked images."""
+        return F.cross_entropy(logits, self.problem.labels)
+
     def step(self, delta: Tensor | None = None, is_zeroed_after_attack: bool = False) -> Tensor:
         """Train once, from a random start unless one is given; return the perturbation."""
         images, labels = self.problem.images, self.problem.labels
@@ -124,7 +133,7 @@ class Official:
         if is_zeroed_after_attack:
             self.optimizer.zero_grad()
         logits = self.logits(images + delta, tokens)
-        loss = F.cross_entropy(logits, labels)
+        loss = self.loss(logits, images + delta, tokens)
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.model.logit_scale.data.clamp_(0, MAX_LOGIT_SCALE)
@@ -147,7 +156,7 @@ class Bare:
 
     def logits(self, images: Tensor) -> Tensor:
         """Run the image tower only."""
-        logits: Tensor = F.normalize(self.visual(normalise(images)), dim=-1) @ self.scaled_classes.T
+        logits: Tensor = F.normalize(self.visual(self.problem.normalise(images)), dim=-1) @ self.scaled_classes.T
         return logits
 
     def attack(self, attacked: Tensor) -> Tensor:
@@ -162,11 +171,15 @@ class Bare:
             attacked = torch.clamp(attacked.detach() + ALPHA * gradient.sign(), lower, upper)
         return attacked
 
+    def loss(self, attacked: Tensor) -> Tensor:
+        """Compute the loss of the update."""
+        return F.cross_entropy(self.logits(attacked), self.problem.labels)
+
     def update(self, attacked: Tensor) -> None:
         """Train once on images that are attacked already."""
         self.visual.requires_grad_(True)
         self.optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(self.logits(attacked), self.problem.labels))
+        torch.autograd.backward(self.loss(attacked))
         self.optimizer.step()
 
     def step(self) -> None:
@@ -176,22 +189,28 @@ class Bare:
 
 
 class Ours:
-    """The step through the package; the one place here that knows its names."""
+    """The step through the package."""
 
     def __init__(self, problem: Problem) -> None:
         from robustclip.attacks import PGD
-        from robustclip.methods import TeCoA
         from robustclip.types import Batch, Task
 
         self.batch = Batch(problem.images, problem.labels, torch.arange(len(problem.labels)))
-        attack = PGD(eps=RADIUS, alpha=RADIUS, steps=problem.steps)
-        self.method = TeCoA(arch=problem.arch, pretrained=None, attack=attack)
-        clip = next(module for module in self.method.modules() if isinstance(module, CLIP))
-        clip.load_state_dict(problem.model().state_dict())
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "weights.pt"
+            torch.save(problem.model().state_dict(), weights)
+            attack = PGD(eps=RADIUS, alpha=RADIUS, steps=problem.steps)
+            self.method = self.build(arch=problem.arch, pretrained=str(weights), attack=attack)
         self.method.freeze_the_rest()
         self.method.prepare(tasks=[Task(name="train", class_names=problem.class_names, templates=(TEMPLATE,))])
-        self.parameters = list(clip.visual.parameters())
+        self.parameters = list(self.method.clip.net.visual.parameters())
         self.optimizer = sgd([parameter for parameter in self.method.parameters() if parameter.requires_grad])
+
+    def build(self, **options: Any) -> "RobustMethod":
+        """Construct the method."""
+        from robustclip.methods import TeCoA
+
+        return TeCoA(**options)
 
     def attack(self) -> Tensor:
         """Return the attacked images, from the start that the sample ids give."""

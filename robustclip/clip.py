@@ -73,10 +73,15 @@ class CLIPModel(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+        return F.normalize(self.embed_image(images), dim=-1)
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [0, 1] to embeddings ``(B, D)``, as long as the tower makes them."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode=INTERPOLATION, align_corners=False)
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        return F.normalize(self.net.encode_image(normalised), dim=-1)
+        embeddings: Tensor = self.net.encode_image(normalised, normalize=False)
+        return embeddings
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """``N`` prompts to unit features ``(N, D)``."""

@@ -16,17 +16,18 @@ ALLOWED = {
     "runs": {"ledger"},
     "clip": {"types"},
     "attacks": {"types"},
+    "losses": {"types"},
     "data": {"types"},
-    "methods": {"types", "clip", "attacks", "metrics"},
+    "methods": {"types", "clip", "attacks", "losses", "metrics"},
     "callbacks": {"types", "clip", "attacks", "metrics", "methods", *RECORDS},
     "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
     "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
     "assembly": {"cli", "errors", "methods", "tools"},
-    "commands": {"assembly", "runs", "tools"},
+    "commands": {"assembly", "cli", "runs", "tools"},
     "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }
-NO_LIGHTNING = {"types", "errors", "clip", "attacks"}
+NO_LIGHTNING = {"types", "errors", "clip", "attacks", "losses"}
 
 
 def imports_of(path: Path) -> set[str]:

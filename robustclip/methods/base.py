@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustclip.attacks import Attack, cross_entropy
-from robustclip.attacks.base import Loss
+from robustclip.attacks.base import Forward, Loss
 from robustclip.clip import CLIPModel
 from robustclip.methods.checkpoints import (
     RenamedCheckpointIO,
@@ -99,20 +99,36 @@ class RobustMethod(LightningModule, ABC):
         """Zero-shot logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], for a task whose head was built."""
         return self.clip.logit_scale * self.image_features(images) @ self.heads[task].T
 
-    def perturb(self, batch: Batch, task: str = "train", loss: Loss = cross_entropy) -> Tensor:
+    def perturb(
+        self,
+        batch: Batch,
+        task: str = "train",
+        loss: Loss = cross_entropy,
+        *,
+        forward: Forward | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
         """The batch's images under the training attack, ``(B, 3, H, W)`` in [0, 1], without gradient.
 
         The model is frozen and in eval mode meanwhile and every flag is put back. The random start is a function of
         the sample ids and the step.
+
+        Args:
+            batch: of clean images.
+            task: whose zero-shot logits are attacked.
+            loss: per sample, to maximise.
+            forward: what is attacked instead of the zero-shot logits.
+            targets: second argument of the loss, ``(B, ...)``; default the labels.
 
         Raises:
             ValueError: the method has no attack.
         """
         if self.attack is None:
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
-        forward = partial(self.logits, task=task)
+        forward = forward or partial(self.logits, task=task)
+        targets = batch.labels if targets is None else targets
         with frozen(self):
-            return self.attack(batch.images, forward, batch.labels, loss, index=batch.index, seed=self.global_step)
+            return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
 
     def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
         """Encodes each task's classes into its zero-shot head ``(C, D)``, once and without gradients.

@@ -1,0 +1,36 @@
+"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32.
+
+Gradients flow into both arguments; what must not learn comes detached.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(q || p) = sum_k q_k (log q_k - log p_k)``, ``p = softmax(logits)`` and ``q = softmax(reference)``.
+
+    The order of distillation (Hinton et al., https://arxiv.org/abs/1503.02531): the reference says what matters.
+    """
+    log_p, log_q = F.log_softmax(logits.float(), dim=-1), F.log_softmax(reference.float(), dim=-1)
+    return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+
+
+def reverse_kl(logits: Tensor, reference: Tensor) -> Tensor:
+    """``KL(p || q)``, with ``p`` and ``q`` as in `kl`."""
+    return kl(reference, logits)
+
+
+def l1(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Mean absolute difference over the K entries."""
+    return (outputs.float() - reference.float()).abs().mean(-1)
+
+
+def l2(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference over the K entries."""
+    return (outputs.float() - reference.float()).square().mean(-1)
+
+
+def cosine(outputs: Tensor, reference: Tensor) -> Tensor:
+    """``1 - cos``, in [0, 2]."""
+    return 1 - F.cosine_similarity(outputs.float(), reference.float(), dim=-1)

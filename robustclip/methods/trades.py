@@ -1,0 +1,57 @@
+"""TRADES: clean accuracy and stability, each with its own term."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustclip.attacks import PGD, Attack
+from robustclip.losses import kl
+from robustclip.methods.base import RobustMethod
+from robustclip.types import Batch
+
+
+class TRADES(RobustMethod):
+    """TRADES over class prompts (Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573).
+
+    Minimises ``CE(z(x), y) + beta KL(softmax z(x) || softmax z(x'))``, where ``z(x) = s cos(f(x), t)`` are zero-shot
+    logits over the class prompts of the training set and ``x'`` maximises the KL term in the ball (PGD, last iterate).
+    Both sides of the KL term get gradients.
+
+    The paper trains classifiers from scratch on small images. Text prompts for its classifier, TeCoA's attack budget
+    and optimiser, and a uniform random start for its Gaussian one are what makes it comparable with TeCoA.
+
+    Args:
+        beta: weight of the KL term, the paper's ``1 / lambda``.
+        attack: training attack; it needs a random start, since the KL term has no gradient at clean images.
+        optimizer: TeCoA's, SGD with momentum 0.9 and no weight decay.
+        warmup_steps: steps of linear warm-up before the cosine.
+        kwargs: arguments of `RobustMethod`.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    def __init__(
+        self,
+        beta: float = 6.0,
+        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
+        warmup_steps: int = 1000,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        if not beta >= 0:
+            raise ValueError(f"beta must be at least 0, got {beta}; 0 trains on clean images alone")
+        self.beta = beta
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy on clean images, and how far attacks move the prediction."""
+        clean = self.logits(batch.images)
+        attacked = self.perturb(batch, loss=kl, targets=clean)
+        return {
+            "clean_ce": F.cross_entropy(clean.float(), batch.labels),
+            "adversarial_kl": self.beta * kl(self.logits(attacked), clean).mean(),
+        }

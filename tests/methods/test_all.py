@@ -1,0 +1,66 @@
+"""What holds for every method that learns."""
+
+from pathlib import Path
+from typing import Any
+
+import method_cases as cases
+import pytest
+import torch
+
+from robustclip import methods
+from robustclip.methods import RobustMethod, ZeroShot
+
+EXPORTED = [getattr(methods, name) for name in methods.__all__]
+CASES: list[tuple[type[RobustMethod], dict[str, Any]]] = [
+    *((cls, {}) for cls in EXPORTED if cls not in (RobustMethod, ZeroShot)),
+    (methods.AdversarialTraining, {"head": "cosine"}),
+]
+BOLD = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=0.05)}
+
+each_method = pytest.mark.parametrize(
+    ("cls", "kwargs"), CASES, ids=["-".join([cls.__name__, *kwargs.values()]) for cls, kwargs in CASES]
+)
+
+
+@each_method
+def test_only_what_is_declared_moves(cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path) -> None:
+    method = cls(pretrained=str(tiny_model), **kwargs, **BOLD)
+    tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    cases.fit(method, steps=2)
+    declared = {id(parameter) for group in method.parameter_groups() for parameter in group["params"]}
+    assert declared
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]) != (id(tensor) in declared), name
+
+
+@each_method
+def test_the_loss_falls_on_a_fixed_batch(cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path) -> None:
+    method, data = cases.make(cls, tiny_model, **kwargs), cases.batch()
+    optimizer = torch.optim.AdamW(method.parameter_groups(), lr=1e-3)
+    losses = []
+    for _ in range(10):
+        loss = torch.stack(list(method.training_loss(data).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@each_method
+def test_a_checkpoint_holds_what_learned_and_restores_it(
+    cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    first = cls(pretrained=str(tiny_model), **kwargs, **BOLD)
+    cases.fit(first, steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    learned = {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    assert saved.keys() - dict(first.named_buffers()).keys() == learned
+    assert not [name for name in saved if "teacher" in name]
+    again = cls(pretrained=str(tiny_model), **kwargs)
+    assert cases.test(again, tmp_path / "a.ckpt")["test/colours/n"] == 4
+    images = cases.batch().images
+    with torch.no_grad():
+        torch.testing.assert_close(again.image_features(images), first.image_features(images), rtol=0, atol=0)
+        assert not torch.equal(again.image_features(images), cls(pretrained=str(tiny_model)).image_features(images))
