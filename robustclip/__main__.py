@@ -24,6 +24,12 @@ commands:
                                            robustclip verify RUN
   replay    its attacked images on another model
                                            robustclip replay RUN --model.pretrained FOLDER
+  import    another project's checkpoint as a folder for --model.pretrained
+                                           robustclip import FILE --arch ... --pretrained ... --out FOLDER
+  export    a fine-tuned model as a folder for open_clip or transformers
+                                           robustclip export FILE-OR-RUN --to hf --out FOLDER
+  interpolate  checkpoints between the original model and the fine-tuned one
+                                           robustclip interpolate FILE --alphas 0,0.5,1 --out FOLDER
 
 --config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
@@ -31,7 +37,7 @@ A method of your own needs no registration: --model my_module.MyMethod finds my_
 Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
-TOOLS = ("doctor", "table", "compare", "report", "verify", "replay")
+TOOLS = ("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate")
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, start
+from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, check_config, start
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
 from robustclip.tools.doctor import Plan
@@ -79,6 +79,38 @@ def rebuild(config: Mapping[str, Any], words: Sequence[str]) -> RobustMethod:
         ValueError: as `build`.
     """
     return _method({key: value for key, value in config.items() if key != "ckpt_path"}, words)
+
+
+def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
+    """The method that a checkpoint belongs to, with the weights that it started from.
+
+    Args:
+        checkpoint: of ``robustclip fit``.
+        words: options as on the command line; without ``--config``, the settings beside the checkpoint hold.
+
+    Raises:
+        ValueError: no settings, or as `build`.
+    """
+    if any(word.partition("=")[0] == "--config" for word in words):
+        return rebuild({}, words)
+    settings = settings_of_fit(checkpoint)
+    if settings is None:
+        raise ValueError(f"there is no fit.yaml beside {checkpoint}; give the --config that it was trained with")
+    return rebuild(settings, words)
+
+
+def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
+    """What ``robustclip fit`` has left beside a checkpoint, if it is there.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "fit.yaml").is_file():
+            check_config(folder / "fit.yaml")
+            settings: dict[str, Any] = yaml.safe_load((folder / "fit.yaml").read_text())
+            return settings
+    return None
 
 
 def plan(words: Sequence[str]) -> Plan:

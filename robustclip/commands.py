@@ -23,6 +23,9 @@ def run_tool(words: list[str]) -> int:
         "verify": _verify,
         "replay": _replay,
         "doctor": _doctor,
+        "import": _import,
+        "export": _export,
+        "interpolate": _interpolate,
     }
     return commands[words[0]](words[1:])
 
@@ -108,3 +111,89 @@ def _doctor(words: list[str]) -> int:
     from robustclip.tools.doctor import doctor
 
     return 1 if doctor(plan(words)) else 0
+
+
+def _import(words: list[str]) -> int:
+    parser = _parser("import", "Turns another project's checkpoint into a folder for --model.pretrained.")
+    parser.add_argument("source", type=str, help="file of TeCoA, PMG-AFT, FARE or open_clip, or Hugging Face folder")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--arch", type=str | None, help="open_clip architecture of the checkpoint")
+    parser.add_argument("--pretrained", type=str | None, help="base model, which gives what the checkpoint lacks")
+    parser.add_argument("--activation", type=str | None, help="quickgelu or gelu, where nothing else tells")
+    given = parser.parse_args(words)
+    from robustclip.tools.import_checkpoint import import_checkpoint
+
+    options = {"arch": given.arch, "pretrained": given.pretrained, "activation": given.activation}
+    import_checkpoint(Path(given.source), Path(given.out), **options)
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    parser = _parser(
+        "export",
+        "Turns a test's model, or a checkpoint, into a folder for open_clip or the Hugging Face library. Further"
+        " options are those of `robustclip test`; a checkpoint without --config takes the fit.yaml beside it.",
+    )
+    parser.add_argument("source", type=str, help="folder that `robustclip test` left, or checkpoint")
+    parser.add_argument("--to", type=str, default="open_clip", help="open_clip or hf")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    parser.add_argument("--results", type=str | None, help="test of a checkpoint, for the model card")
+    own, others = _own_options(words, ("--to", "--out", "--results"))
+    given = parser.parse_args(own)
+    from robustclip.assembly import build, build_for, settings_of_fit
+    from robustclip.runs import Run
+    from robustclip.tools.export import export
+
+    source = Path(given.source)
+    if source.is_dir():
+        if others or given.results:
+            raise ValueError(f"{source} has its own settings and results; leave out further options")
+        config = Run.open(source).result["config"]
+        method, checkpoint, results = build(config), config.get("ckpt_path"), given.source
+    else:
+        method, checkpoint, results = build_for(source, [*others, "--ckpt_path", str(source)]), source, given.results
+    training = settings_of_fit(Path(checkpoint)) if checkpoint else None
+    export(method, Path(given.out), to=given.to, training=training, results=Path(results) if results else None)
+    return 0
+
+
+def _interpolate(words: list[str]) -> int:
+    parser = _parser(
+        "interpolate",
+        "Writes checkpoints between the original model and the fine-tuned one. Further options are those of"
+        " `robustclip test`; without --config, the fit.yaml beside the checkpoint is taken.",
+    )
+    parser.add_argument("checkpoint", type=str, help="of `robustclip fit`")
+    parser.add_argument("--alphas", type=str, default="0,0.25,0.5,0.75,1", help="0: original, 1: fine-tuned")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    own, others = _own_options(words, ("--alphas", "--out"))
+    given = parser.parse_args(own)
+    from robustclip.assembly import build_for
+    from robustclip.cli import check_checkpoint
+    from robustclip.tools.interpolate import interpolate
+
+    checkpoint = Path(given.checkpoint)
+    check_checkpoint(checkpoint)
+    method = build_for(checkpoint, others)
+    interpolate(method, checkpoint, Path(given.out), alphas=_numbers(given.alphas))
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"alphas must be numbers with commas between them, got {text!r}") from None
+
+
+def _own_options(words: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Splits a command line into what is the command's own, its first word included, and options of ``test``."""
+    own, others = words[:1], list(words[1:])
+    for name in names:
+        for position, word in enumerate(others):
+            if word.partition("=")[0] == name:
+                length = 1 if "=" in word else 2
+                own += others[position : position + length]
+                del others[position : position + length]
+                break
+    return own, others

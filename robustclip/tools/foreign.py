@@ -1,0 +1,167 @@
+"""Other projects' checkpoints, read as tensors and nothing else."""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# What wrappers put before names: DataParallel and DistributedDataParallel, torch.compile, a module around the tower.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+AUTHORS_TOWER = "vision_encoder_state_dict"  # in files of TeCoA's code, and of PMG-AFT's, which grew from it
+AUTHORS_PROMPTS = ("state_dict", "add_prompter")  # beside it: prompts on the image, and prompt tokens
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds.
+
+    Args:
+        state: tensors by open_clip's names.
+        is_image_tower: names begin inside the image tower; else they are of the whole model.
+        is_quick_gelu: activation that they were trained with; None where the file does not tell.
+    """
+
+    state: dict[str, Tensor]
+    is_image_tower: bool
+    is_quick_gelu: bool | None = None
+
+
+def read(path: Path) -> Weights:
+    """Reads a file of TeCoA's, PMG-AFT's, FARE's or open_clip's making.
+
+    Raises:
+        ValueError: it may hold code, is cut short, or holds something else than towers.
+    """
+    content = _load(path)
+    if AUTHORS_TOWER in content:
+        for name in AUTHORS_PROMPTS:
+            if any(isinstance(each, Tensor) and each.numel() for each in dict(content.get(name) or {}).values()):
+                raise ValueError(
+                    f"{path} holds visual prompts ({name}) beside the tower, without which it is another model;"
+                    f" to import the bare tower, save {AUTHORS_TOWER} in a file of its own"
+                )
+        # Their code runs OpenAI's `clip` package, which computes QuickGELU throughout.
+        return Weights(_unwrapped(_tensors(content[AUTHORS_TOWER], path)), is_image_tower=True, is_quick_gelu=True)
+    if "add_prompter" in content:
+        raise ValueError(f"{path} holds visual prompts alone, and no tower")
+    if "base_model" in content:
+        raise ValueError(f"{path} is a checkpoint of robustclip; use --ckpt_path, or `robustclip export`")
+    state = _unwrapped(_tensors(content.get("state_dict", content), path))
+    if any(name.startswith(("vision_model.", "text_model.")) for name in state):
+        raise ValueError(f"{path} has Hugging Face names; give its folder, whose config.json tells the architecture")
+    towers = {name.startswith("visual.") for name in state}
+    if towers == {True}:
+        state = {name.removeprefix("visual."): tensor for name, tensor in state.items()}
+    return Weights(state, is_image_tower=len(towers) == 1)
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """Tensors of a Hugging Face folder, by their own names.
+
+    Raises:
+        ValueError: no weights, or as `read`.
+    """
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # large models have several
+        if files := sorted(folder.glob(pattern)):
+            return {name: tensor for file in files for name, tensor in _tensors(_load(file), file).items()}
+    raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def check_fits(state: Mapping[str, Tensor], module: torch.nn.Module, of: str) -> None:
+    """Compares names and sizes with those of the module that is to take the tensors.
+
+    Args:
+        state: tensors by name.
+        module: the image tower, or the whole model.
+        of: what it is, for messages.
+
+    Raises:
+        ValueError: a missing, unknown or non-finite tensor, or one of another size.
+    """
+    needed = module.state_dict()
+    missing, unknown = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
+    if missing or unknown:
+        told = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise ValueError(
+            f"the checkpoint does not fit {of}: it {' and '.join(told)}; is arch the one it was made with?"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != needed[name].shape:
+            raise ValueError(
+                f"the checkpoint does not fit {of}: {name} has size {_size(tensor)}, {_size(needed[name])} is needed;"
+                " is arch the one it was made with?"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} of the checkpoint is not finite; the file is damaged or its training diverged")
+
+
+def cosine_with(state: Mapping[str, Tensor], module: torch.nn.Module) -> float:
+    """Cosine between tensors and those of a module with the same names, over all matrices and filters as one vector.
+
+    Norms and biases are left out: those of any two models are alike.
+    """
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, own in module.state_dict().items():
+        if own.ndim >= 2:
+            a, b = state[name].float().flatten(), own.float().flatten()
+            products += torch.stack([a @ b, a @ a, b @ b]).double()
+    return float(products[0] / (products[1] * products[2]).sqrt())
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    """A mapping from a file, without running anything that may be in it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"calls for {found[1]}" if found else "may hold code or is damaged"
+        raise ValueError(f"{path} {what}, so it was not opened; only tensors and plain values are read") from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path} is a TorchScript program; save its state_dict() in a file") from error
+        raise ValueError(f"{path} is cut short or holds no weights; copy it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(content).__name__}")
+    return content
+
+
+def _numbers() -> list[Any]:
+    """NumPy's floats: the authors store their best accuracy as one."""
+    scalar = np.float64(0).__reduce__()[0]
+    # Files of NumPy 1 call it by its former name.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    tensors = {name: each for name, each in dict(content).items() if isinstance(each, Tensor)}
+    if not tensors or len(tensors) < len(content):
+        others = sorted(str(name) for name in content.keys() - tensors.keys())
+        raise ValueError(f"{path} is no checkpoint that is known: it holds {_some(others) or 'nothing'}, no state dict")
+    return tensors
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what wrappers put before all of them."""
+    while wrapper := next((each for each in WRAPPERS if all(name.startswith(each) for name in state)), None):
+        state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    return state
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(map(repr, names[:2])) + more
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "1"
