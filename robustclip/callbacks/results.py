@@ -4,10 +4,8 @@ import fcntl
 import itertools
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +17,7 @@ from robustclip.attacks import Member
 from robustclip.callbacks.audit import audit
 from robustclip.callbacks.evidence import Evidence, attack_columns, sample_columns
 from robustclip.callbacks.journal import keep_examples
+from robustclip.callbacks.origin import commit, versions
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.protocols import unlike, with_samples
 from robustclip.callbacks.tables import csv_table, markdown_table, rich_table, tabulate, with_intervals
@@ -27,7 +26,6 @@ from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
 from robustclip.types import Task
 
-PACKAGES = ("torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "torchattacks")
 LOCK = "lock"
 
 Members = Mapping[tuple[str, str], Sequence[Member]]
@@ -124,9 +122,9 @@ class ResultsWriter(Callback):
         return {
             "method": type(method).__name__,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {"robustclip": metadata.version("robustclip"), **_versions()},
-            "commit": _commit(),
-            "device": _device(trainer),
+            "versions": versions(),
+            "commit": commit(),
+            "device": f"{trainer.world_size} x {trainer.strategy.root_device}, precision {trainer.precision}",
             "config": self.config,
             "model": self._model(method, trainer),
             **with_intervals(tabulate(metrics, stage="test"), rows, self._members),
@@ -229,28 +227,3 @@ def _notes(members: Members) -> list[str]:
         for each in found
         if each.note
     ]
-
-
-def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in PACKAGES}
-
-
-def _commit() -> str | None:
-    """Commit of the code that ran, if it ran from a git checkout."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        run = subprocess.run(
-            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return run.stdout.strip() or None if run.returncode == 0 else None
-
-
-def _device(trainer: Trainer) -> str:
-    return f"{trainer.world_size} x {trainer.strategy.root_device}, precision {trainer.precision}"

@@ -10,7 +10,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.base import Forward, Loss
@@ -22,6 +21,7 @@ from robustclip.methods.checkpoints import (
     random_states,
     set_random_state,
 )
+from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods.freezing import frozen
 from robustclip.methods.schedule import warmup_cosine
 from robustclip.metrics import Top1
@@ -144,7 +144,7 @@ class RobustMethod(LightningModule, ABC):
 
     def count(self, task: str) -> Top1:
         """Clean answers of a task in the running evaluation."""
-        return cast(Top1, self.counts[f"task_{task}"])
+        return cast(Top1, self.counts[f"{PREFIX}{task}"])
 
     def freeze_the_rest(self) -> None:
         """Leaves gradients to `parameter_groups()` alone."""
@@ -163,8 +163,7 @@ class RobustMethod(LightningModule, ABC):
             self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
-        # The prefix keeps a task called `keys` or `type` from shadowing ModuleDict's attributes.
-        self.counts = nn.ModuleDict({f"task_{task.name}": Top1() for task in tasks})
+        self.counts = nn.ModuleDict({f"{PREFIX}{task.name}": Top1() for task in tasks})
 
     def on_fit_start(self) -> None:
         """Builds the training head."""
@@ -186,7 +185,7 @@ class RobustMethod(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Builds the heads anew, since the text side may have learnt."""
-        self._synchronise_forwards(False)
+        synchronise_forwards(self, is_on=False)
         self.prepare(self.trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
 
     def on_test_epoch_start(self) -> None:
@@ -209,36 +208,12 @@ class RobustMethod(LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/<task>/clean/...``."""
-        self._log_counts("val")
-        self._synchronise_forwards(True)
+        log_counts(self, self.counts, "val")
+        synchronise_forwards(self, is_on=True)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``test/<task>/clean/...``."""
-        self._log_counts("test")
-
-    def _synchronise_forwards(self, is_on: bool) -> None:
-        """Lets ranks evaluate different numbers of batches while fitting.
-
-        DistributedDataParallel broadcasts buffers in a forward pass, in which a rank with an empty share takes no part.
-        """
-        wrapper = self.trainer.model
-        if isinstance(wrapper, DistributedDataParallel):
-            if not is_on:
-                for buffer in self.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-            wrapper.require_forward_param_sync = is_on
-
-    def _log_counts(self, stage: str) -> None:
-        accuracies = []
-        for key, count in self.counts.items():
-            values = cast(Top1, count).compute()
-            cast(Top1, count).reset()
-            accuracies.append(values["acc1"])
-            prefix = f"{stage}/{key.removeprefix('task_')}"
-            self.log_dict({f"{prefix}/n": values["n"].float(), f"{prefix}/clean/correct": values["correct"].float()})
-            self.log(f"{prefix}/clean/acc1", values["acc1"], prog_bar=stage == "val")
-        if accuracies:
-            self.log(f"{stage}/mean/clean/acc1", torch.stack(accuracies).mean())
+        log_counts(self, self.counts, "test")
 
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups()` and its schedule per step."""

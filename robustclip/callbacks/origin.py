@@ -1,0 +1,29 @@
+"""What code a result comes from."""
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("robustclip", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "torchattacks")
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those that numbers depend on."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def commit() -> str | None:
+    """Commit of the code that ran, if it ran from a git checkout."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
