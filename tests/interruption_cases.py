@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from resume_cases import finish
 from torch import Tensor
 
 import robustclip.cli  # noqa: F401  # loaded once, before the forks
@@ -142,21 +143,6 @@ def start_all(case: dict[str, Any], folder: Path, moment: str, processes: int) -
     return [start(case, folder, moment, rank) for rank in ranks]
 
 
-def wait(child: int, *, expected: int) -> None:
-    """Waits for a process; its status must be as expected."""
-    end = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            if code != expected:
-                raise SystemExit(f"a process ended with {code}, expected {expected}; see the logs")
-            return
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    raise SystemExit("a process did not end in time")
-
-
 def is_running(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
@@ -213,7 +199,7 @@ def run_case(case: dict[str, Any], folder: Path, seconds: dict[int, float]) -> t
         if case.get("is_challenged") and moment == case["kills"][0][0]:
             wait_for_rows(children[0], folder)
             os.kill(children[0], signal.SIGSTOP)
-            wait(start(case, folder), expected=2)
+            finish(start(case, folder), expected=2, patience=PATIENCE_SECONDS)
             os.kill(children[0], signal.SIGCONT)
         if is_share:
             kill_outside(children, folder, float(moment) * seconds[processes])
@@ -223,13 +209,13 @@ def run_case(case: dict[str, Any], folder: Path, seconds: dict[int, float]) -> t
                 return struck, 0.0
             struck += 1
         elif moment:
-            wait(children[0], expected=-signal.SIGKILL)
+            finish(children[0], expected=-signal.SIGKILL, patience=PATIENCE_SECONDS)
             struck += 1
         else:
             wait_for_rows(children[0], folder)
             began = time.monotonic()
             for child in children:
-                wait(child, expected=0)
+                finish(child, expected=0, patience=PATIENCE_SECONDS)
     return struck, time.monotonic() - began
 
 

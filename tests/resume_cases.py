@@ -71,9 +71,9 @@ def start(arguments: list[str], log: Path, die_at: str = "") -> int:
         os._exit(status)
 
 
-def finish(child: int, *, expected: int) -> None:
+def finish(child: int, *, expected: int, patience: float = PATIENCE_SECONDS) -> None:
     """Waits for a process; its status must be as expected."""
-    end = time.monotonic() + PATIENCE_SECONDS
+    end = time.monotonic() + patience
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
