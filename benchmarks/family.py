@@ -1,0 +1,190 @@
+"""Compares the adversarial family on photographs: one budget, one protocol, learning rates chosen on held-out images.
+
+Every method fine-tunes on Tiny-ImageNet for the same number of images; the learning rate is the one of three whose
+seed-0 model at the smaller radius has the best mean of clean and attacked accuracy on held-out training images. Each
+fit and each test is an ordinary command of robustclip and is left out if its folder exists, so that several of these
+scripts may share the work, and each goes on where it was ended.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from step import commit
+
+from robustclip.cli import main as robustclip
+from robustclip.statistics import mean_interval
+
+CONFIG = "configs/tecoa_photographs.yaml"
+RADII = ("0.5/255", "1/255")
+SEEDS = (0, 1, 2)
+ATTACKS = {
+    name: {"class_path": "Recipe", "init_args": {"name": "pgd10", "eps": eps}}
+    for name, eps in (("pgd10_half", RADII[0]), ("pgd10", RADII[1]))
+}
+ADAMW_RATES = ("1e-5", "3e-5", "1e-4")
+PROMPT_RATES = ("0.4", "4", "40")  # the paper's is 40, for a whole epoch of ImageNet and more
+
+
+class Method(NamedTuple):
+    """One row of the table: options of `fit` beyond those of the configuration file."""
+
+    options: tuple[str, ...]
+    rates: tuple[str, ...] = ADAMW_RATES
+    is_attacked: bool = True
+
+
+PROMPT = ("--model.prompt", "padding", "--model.prompt_size", "13")  # 30 of 224 pixels are 13 of 96
+METHODS = {
+    "clean": Method(("--model", "CleanFineTuning"), is_attacked=False),
+    "tecoa": Method(()),
+    "tecoa_prompt": Method(
+        (*PROMPT, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9"), rates=PROMPT_RATES
+    ),
+    "pmg_aft": Method(("--model", "PMGAFT")),
+    "pmg_aft_guidance": Method(("--model", "PMGAFT", "--model.beta", "0")),
+    "pmg_aft_clean_pull": Method(("--model", "PMGAFT", "--model.alpha", "0")),
+    "fare": Method(("--model", "FARE")),
+    "adversarial": Method(("--model", "AdversarialTraining", "--model.head_lr", "1e-3")),
+}
+
+
+class Cell(NamedTuple):
+    """One fit."""
+
+    method: str
+    rate: str
+    radius: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folders."""
+        return f"{self.method}_{self.radius.removesuffix('/255')}_{self.rate}_seed{self.seed}"
+
+
+class Family:
+    """Fits and tests, each once.
+
+    Args:
+        out: folder of fits, tests and selections.
+        shared: options of every command: where data and model lie.
+        epochs: of every fit.
+        samples: of every test set.
+    """
+
+    def __init__(self, out: Path, shared: Sequence[str], *, epochs: str, samples: str) -> None:
+        self.out, self.shared, self.epochs, self.samples = out, list(shared), epochs, samples
+
+    def fit(self, cell: Cell) -> Path:
+        """The run folder of a fit; what it cost lies in ``cell.json``."""
+        method, folder = METHODS[cell.method], self.out / "fits" / cell.name
+        if (folder / "cell.json").is_file():
+            return folder
+        names = ("eps", "alpha")
+        attack = [f"--model.attack.{name}={cell.radius}" for name in names] if method.is_attacked else []
+        held_out = [f"--evaluation.fit_attacks.pgd2.{name}={cell.radius}" for name in names]
+        started = time.process_time()
+        robustclip([
+            *("fit", "--config", CONFIG, *self.shared, *method.options, *attack, *held_out),
+            *("--seed_everything", str(cell.seed), "--model.optimizer.lr", cell.rate),
+            *("--trainer.max_epochs", self.epochs, "--data.batch_size", "16", "--trainer.enable_progress_bar", "false"),
+            *("--trainer.logger.save_dir", str(folder.parent), "--trainer.logger.version", cell.name),
+        ])  # fmt: skip
+        told = cell._asdict() | {"cpu_seconds": round(time.process_time() - started)}
+        (folder / "cell.json").write_text(json.dumps(told) + "\n")
+        return folder
+
+    def held_out(self, cell: Cell) -> dict[str, float]:
+        """Clean and attacked accuracy on the held-out images, in [0, 1]."""
+        rows = list(csv.DictReader((self.fit(cell) / "metrics.csv").open()))
+        last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
+        return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in ("clean", "pgd2")}
+
+    def best_rate(self, method: str) -> str:
+        """Fits at every rate, and chooses by the held-out images."""
+        cells = [Cell(method, rate, RADII[0], 0) for rate in METHODS[method].rates]
+        return max(cells, key=lambda cell: statistics.mean(self.held_out(cell).values())).rate
+
+    def test(self, name: str, options: Sequence[str]) -> Path:
+        """The result folder of a test over the eight sets."""
+        folder = self.out / "tests" / name
+        if (folder / "result.json").is_file():
+            return folder
+        baseline = () if name == "zero_shot" else ("--results.baseline", str(folder.parent / "zero_shot"))
+        robustclip([
+            *("test", "--config", CONFIG, *self.shared, *options, f"--evaluation.attacks={json.dumps(ATTACKS)}"),
+            *("--evaluation.max_samples", self.samples, "--data.eval_batch_size", "100"),
+            *("--results.folder", str(folder.parent), "--results.name", name, *baseline),
+            *("--trainer.enable_progress_bar", "false"),
+        ])  # fmt: skip
+        return folder
+
+    def run(self, method: str, radii: Sequence[str], seeds: Sequence[int]) -> None:
+        """Fits and tests a method at each radius and with each seed."""
+        rate = self.best_rate(method)
+        for radius in radii:
+            for seed in seeds:
+                cell = Cell(method, rate, radius, seed)
+                checkpoint = self.fit(cell) / "checkpoints" / "last.ckpt"
+                self.test(cell.name, (*METHODS[method].options, "--ckpt_path", str(checkpoint)))
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """What every test found: the means over the sets and their intervals, and every set."""
+        for path in sorted((self.out / "tests").glob("*/result.json")):
+            result, fit = json.loads(path.read_text()), self.out / "fits" / path.parent.name
+            row: dict[str, Any] = {"name": path.parent.name, "commit": result["commit"]}
+            if fit.is_dir():
+                told = json.loads((fit / "cell.json").read_text())
+                row |= told
+            for kind in result["mean"]:
+                counts = {
+                    name: (task[kind]["correct"], task[kind].get("n", task["n"]))
+                    for name, task in result["tasks"].items()
+                }
+                row[kind] = {"acc1": result["mean"][kind]["acc1"], "interval": mean_interval(list(counts.values()))}
+                row[kind]["by_set"] = {name: round(correct / n, 4) for name, (correct, n) in counts.items()}
+            yield row | {"audit": result["audit"]["grade"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is missing, then writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of the data sets")
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--work", type=Path, required=True, help="folder of fits and tests")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--radii", nargs="*", default=RADII)
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--epochs", default="1")
+    parser.add_argument("--samples", default="100", help="of every test set")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
+    family = Family(arguments.work, shared, epochs=arguments.epochs, samples=arguments.samples)
+    family.test("zero_shot", ("--model", "ZeroShot", "--model.image_size", "96"))
+    for method in arguments.methods:
+        family.run(method, arguments.radii if METHODS[method].is_attacked else RADII[:1], arguments.seeds)
+    if arguments.out is not None:
+        setting = {"epochs": arguments.epochs, "samples": arguments.samples, "command": shlex.join(sys.argv)}
+        rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob("fits/*/cell.json")}
+        found = setting | {"commit": commit(), "held_out": rates, "results": list(family.results())}
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _cell(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text())
+    return {name: told[name] for name in Cell._fields}
+
+
+if __name__ == "__main__":
+    main()
