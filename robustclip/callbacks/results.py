@@ -178,6 +178,7 @@ class ResultsWriter(Callback):
             "fingerprint": clip.fingerprint,
             "weights": self._identity["weights"],
             "checkpoint": str(checkpoint) if checkpoint else None,
+            "interpolation": method.interpolation,
         }
 
     def _publish(self, folder: Path) -> None:

@@ -67,6 +67,7 @@ class RobustMethod(LightningModule, ABC):
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         self.heads: dict[str, Tensor] = {}
+        self.interpolation: dict[str, Any] | None = None  # of the loaded checkpoint, with the original model
         self.counts = nn.ModuleDict()
         self._random_states: list[dict[str, Any]] = []
 
@@ -240,3 +241,4 @@ class RobustMethod(LightningModule, ABC):
         self.freeze_the_rest()
         check_belongs(checkpoint, self, self.clip)
         self._random_states = checkpoint.get("random_states", [])
+        self.interpolation = checkpoint.get("interpolation")

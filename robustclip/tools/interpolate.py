@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustclip.clip import fingerprint
 from robustclip.methods import RobustMethod
 from robustclip.methods.checkpoints import check_belongs
 from robustclip.tools.local_dir import new_folder
@@ -39,13 +40,17 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     method.freeze_the_rest()
     check_belongs(content, method, method.clip)
-    original, tuned = method.state_dict(), content["state_dict"]
+    original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
     _check_has_original(method, tuned)
+    method.load_state_dict(original | tuned)
+    weights = fingerprint(method)  # tests of models between the same two are one curve in a report
+    method.load_state_dict(original)
     kept = {name: value for name, value in content.items() if name not in OF_TRAINING}
     names = [f"alpha-{alpha:g}.ckpt" for alpha in alphas]
     with new_folder(out) as aside:
         for alpha, name in zip(alphas, names, strict=True):
-            torch.save(kept | {"state_dict": between(original, tuned, alpha)}, aside / name)
+            origin = {"alpha": alpha, "fine_tuned": weights}
+            torch.save(kept | {"state_dict": between(original, tuned, alpha), "interpolation": origin}, aside / name)
     files = [out / name for name in names]
     sys.stdout.write("".join(f"{file}\n" for file in files))
     return files

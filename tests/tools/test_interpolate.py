@@ -112,7 +112,10 @@ def test_the_command_leaves_checkpoints_that_test_takes(tmp_path: Path, capsys: 
     ledgers = {name: rows(tmp_path / name) for name in ("original", "zero", "one", tested.name)}
     assert ledgers["zero"] == ledgers["original"]
     assert ledgers["one"] == ledgers[tested.name]
-    assert json.loads((tmp_path / "one" / "result.json").read_text())["method"] == "TeCoA"
+    models = {name: json.loads((tmp_path / name / "result.json").read_text())["model"] for name in ledgers}
+    assert models["original"]["interpolation"] is None
+    for name, alpha in (("zero", 0.0), ("one", 1.0)):
+        assert models[name]["interpolation"] == {"alpha": alpha, "fine_tuned": models[tested.name]["weights"]}
 
 
 def rows(test: Path) -> list[dict[str, str]]:

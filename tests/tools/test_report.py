@@ -13,6 +13,8 @@ from report_cases import CLASSES, EPS, FEW, MEMBERS, N, Reader, axes, checks, ke
 
 from robustclip.runs import LEDGERS, PROTOCOL, RESULT
 from robustclip.tools.report import report
+from robustclip.tools.report.plots import interpolations
+from robustclip.tools.report.view import views
 
 
 def read_page(runs: list[Path], folder: Path) -> tuple[str, Reader]:
@@ -238,6 +240,20 @@ def test_radii_of_one_attack_share_a_curve(tmp_path: Path) -> None:
     _, reader = read_page([make_run(tmp_path / "run")], tmp_path)
     assert "pgd10_half, pgd10" in reader.words
     assert any("Measured at one radius only: autoattack." in word for word in reader.words)
+
+
+def test_models_between_the_same_two_are_joined_in_the_order_of_alpha(tmp_path: Path) -> None:
+    def run(name: str, alpha: float, tuned: str) -> Path:
+        model = {"pretrained": "openai", "interpolation": {"alpha": alpha, "fine_tuned": tuned}}
+        return make_run(tmp_path / name, attacks=FEW, model=model)
+
+    runs = [run("one", 1.0, "aa"), run("none", 0.0, "aa"), run("half", 0.5, "aa"), run("other", 0.5, "bb")]
+    lines = interpolations(views([*runs, make_run(tmp_path / "plain", attacks=FEW)]))
+    assert [[(alpha, view.run.name) for alpha, view in line] for line in lines] == [
+        [(0.0, "none"), (0.5, "half"), (1.0, "one")]
+    ]
+    assert "numbers are alpha" in read_page(runs, tmp_path)[0]
+    assert "numbers are alpha" not in read_page(runs[-1:], tmp_path)[0]
 
 
 def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def _radius(views: Sequence[View]) -> str:
 
 def _scatter(views: Sequence[View]) -> str:
     text = "A small mark per task, a large one for the mean. On the dashed line an attack would break nothing."
+    if plots.interpolations(views):
+        text += " A line joins the means of models between the original (0) and the fine-tuned (1); numbers are alpha."
     return tag("p", text) + plots.legend(views) + plots.scatters(views)
 
 

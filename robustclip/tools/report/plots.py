@@ -123,6 +123,11 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> str:
     def paint(axes: Axes) -> Mapping[str, str]:
         titles: dict[str, str] = {}
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        for line in interpolations(having):
+            means = [(100 * view.mean[CLEAN].value, 100 * view.mean[attack].value) for _, view in line]
+            axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.2, zorder=3)
+            for (alpha, _), at in zip(line, means, strict=True):
+                axes.annotate(f"{alpha:g}", at, xytext=(8, 6), textcoords="offset points", color=INK, fontsize=8)
         for view in having:
             colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
             for task, scores in view.scores.items():
@@ -148,6 +153,15 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> str:
     )
     picture = draw(name, f"Clean accuracy against accuracy under {attack}. {means}", paint)
     return figure(picture, tag("b", escape(attack)))
+
+
+def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
+    """The runs between the original and the same fine-tuned model, each with its alpha, in this order."""
+    lines: dict[str, list[tuple[float, View]]] = {}
+    for view in views:
+        if view.interpolation is not None:
+            lines.setdefault(view.interpolation[0], []).append((view.interpolation[1], view))
+    return [sorted(line, key=lambda point: point[0]) for line in lines.values() if len(line) > 1]
 
 
 def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:

@@ -74,6 +74,12 @@ class View:
         found: Mapping[str, Any] = self.run.result["protocol"].get(task, {}).get(kind, {}).get("axes", {})
         return found
 
+    @property
+    def interpolation(self) -> tuple[str, float] | None:
+        """The fine-tuned weights and their share, for a model between them and the original."""
+        found = (self.run.result.get("model") or {}).get("interpolation")
+        return (str(found["fine_tuned"]), float(found["alpha"])) if found else None
+
     def members(self, attack: str) -> list[str]:
         """Who can break a sample, in the order in which they try."""
         planned = [self.axes(task, attack).get("steps") for task in self.scores]
