@@ -39,16 +39,16 @@ class Method(NamedTuple):
 
     options: tuple[str, ...]
     rates: tuple[str, ...] = ADAMW_RATES
+    rate_option: str = "--model.optimizer.lr"
     is_attacked: bool = True
 
 
 PROMPT = ("--model.prompt", "padding", "--model.prompt_size", "13")  # 30 of 224 pixels are 13 of 96
+SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9")
 METHODS = {
     "clean": Method(("--model", "CleanFineTuning"), is_attacked=False),
     "tecoa": Method(()),
-    "tecoa_prompt": Method(
-        (*PROMPT, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9"), rates=PROMPT_RATES
-    ),
+    "tecoa_prompt": Method((*PROMPT, *SGD), rates=PROMPT_RATES, rate_option="--model.prompt_lr"),
     "pmg_aft": Method(("--model", "PMGAFT")),
     "pmg_aft_guidance": Method(("--model", "PMGAFT", "--model.beta", "0")),
     "pmg_aft_clean_pull": Method(("--model", "PMGAFT", "--model.alpha", "0")),
@@ -95,7 +95,7 @@ class Family:
         started = time.process_time()
         robustclip([
             *("fit", "--config", CONFIG, *self.shared, *method.options, *attack, *held_out),
-            *("--seed_everything", str(cell.seed), "--model.optimizer.lr", cell.rate),
+            *("--seed_everything", str(cell.seed), method.rate_option, cell.rate),
             *("--trainer.max_epochs", self.epochs, "--data.batch_size", "16", "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.save_dir", str(folder.parent), "--trainer.logger.version", cell.name),
         ])  # fmt: skip
@@ -128,9 +128,9 @@ class Family:
         ])  # fmt: skip
         return folder
 
-    def run(self, method: str, radii: Sequence[str], seeds: Sequence[int]) -> None:
+    def run(self, method: str, radii: Sequence[str], seeds: Sequence[int], rate: str | None) -> None:
         """Fits and tests a method at each radius and with each seed."""
-        rate = self.best_rate(method)
+        rate = rate or self.best_rate(method)
         for radius in radii:
             for seed in seeds:
                 cell = Cell(method, rate, radius, seed)
@@ -165,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--radii", nargs="*", default=RADII)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    parser.add_argument("--rate", help="learning rate, where it is not to be chosen")
     parser.add_argument("--epochs", default="1")
     parser.add_argument("--samples", default="100", help="of every test set")
     arguments = parser.parse_args(argv)
@@ -173,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     family = Family(arguments.work, shared, epochs=arguments.epochs, samples=arguments.samples)
     family.test("zero_shot", ("--model", "ZeroShot", "--model.image_size", "96"))
     for method in arguments.methods:
-        family.run(method, arguments.radii if METHODS[method].is_attacked else RADII[:1], arguments.seeds)
+        family.run(
+            method, arguments.radii if METHODS[method].is_attacked else RADII[:1], arguments.seeds, arguments.rate
+        )
     if arguments.out is not None:
         setting = {"epochs": arguments.epochs, "samples": arguments.samples, "command": shlex.join(sys.argv)}
         rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob("fits/*/cell.json")}
