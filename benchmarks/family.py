@@ -30,7 +30,7 @@ ATTACKS = {
     name: {"class_path": "Recipe", "init_args": {"name": "pgd10", "eps": eps}}
     for name, eps in (("pgd10_half", RADII[0]), ("pgd10", RADII[1]))
 }
-ADAMW_RATES = ("3e-5", "1e-4", "3e-4")
+ADAMW_RATES = ("1e-4", "3e-4", "1e-3")
 PROMPT_RATES = ("0.4", "4", "40")  # the paper's is 40, for a whole epoch of ImageNet and more
 
 
