@@ -155,6 +155,27 @@ class Family:
             yield row | {"audit": result["audit"]["grade"]}
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in percent: mean over the seeds, lowest and highest of them, and the mean of their intervals."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in results:
+        cell = (row["method"], row["radius"], row["rate"]) if "method" in row else (row["name"], "", "")
+        groups.setdefault(cell, []).append(row)
+    kinds = ["clean", *ATTACKS]
+    lines = ["| | eps | rate | seeds | " + " | ".join(kinds) + " |", "| --- " * 3 + "| --: " * (1 + len(kinds)) + "|"]
+    for cell, rows in groups.items():
+        shown = [_shown([row[kind] for row in rows]) for kind in kinds]
+        lines.append("| " + " | ".join([*cell, str(len(rows)), *shown]) + " |")
+    return "\n".join(lines)
+
+
+def _shown(scores: Sequence[dict[str, Any]]) -> str:
+    values = [100 * score["acc1"] for score in scores]
+    low, high = (100 * statistics.mean(score["interval"][end] for score in scores) for end in (0, 1))
+    seeds = f" [{min(values):.1f}, {max(values):.1f}]" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{seeds} ({low:.1f}-{high:.1f})"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, then writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -177,10 +198,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         family.run(
             method, arguments.radii if METHODS[method].is_attacked else RADII[:1], arguments.seeds, arguments.rate
         )
+    results = list(family.results())
+    print(table(results))
     if arguments.out is not None:
         setting = {"epochs": arguments.epochs, "samples": arguments.samples, "command": shlex.join(sys.argv)}
         rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob("fits/*/cell.json")}
-        found = setting | {"commit": commit(), "held_out": rates, "results": list(family.results())}
+        found = setting | {"commit": commit(), "held_out": rates, "results": results}
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -57,7 +57,7 @@ def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel
         clip: its base model.
 
     Raises:
-        ValueError: another architecture, other pre-trained weights, missing or unknown parameters.
+        ValueError: another architecture, other pre-trained weights, missing or unknown parameters, or other shapes.
     """
     saved = checkpoint.get("base_model")
     if saved is None:
@@ -68,12 +68,19 @@ def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel
                 f"the checkpoint was trained with {key} {saved.get(key)!r}, this run has {value!r};"
                 " give the model settings that it was trained with"
             )
-    known, given = set(module.state_dict()), set(checkpoint["state_dict"])
+    state = module.state_dict()
+    known, given = set(state), set(checkpoint["state_dict"])
     learns = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for words, names in (("lacks", learns - given), ("has the unknown", given - known)):
         if names:
             raise ValueError(
                 f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
+            )
+    for name, tensor in checkpoint["state_dict"].items():
+        if tensor.shape != (shape := state[name].shape):
+            raise ValueError(
+                f"the checkpoint has {name!r} of shape {tuple(tensor.shape)}, this run of {tuple(shape)};"
+                " give the model settings that it was trained with"
             )
 
 

@@ -1,6 +1,6 @@
 """TeCoA: text-guided contrastive adversarial training."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
+from robustclip.methods.prompts import PromptKind, VisualPrompt
+from robustclip.methods.teacher import ImageTeacher
 from robustclip.types import Batch
 
 
@@ -16,43 +18,97 @@ class TeCoA(RobustMethod):
     """TeCoA (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     Minimises ``-log softmax(s cos(f(x'), t))_y`` over the class prompts ``t`` of the training set, where ``s`` is the
-    frozen logit scale and ``x'`` maximises the same loss in the ball (PGD, last iterate).
+    frozen logit scale and ``x'`` maximises the same loss in the ball (PGD, last iterate). What learns is the image
+    tower ``f``, a visual prompt before it, or both; attacks see the prompt.
 
     Departures from the authors' code, none of which the paper asks for: the attack leaves no gradient behind, is
-    driven by the summed loss, and the text tower runs once instead of at every step.
+    driven by the summed loss, and the text tower runs once instead of at every step. `RandomPatch` names another.
 
     Args:
         last_blocks: train only the last N blocks of the image tower and its closing norm; null trains all of it.
+        prompt: added to the normalised pixels, of the kinds of `VisualPrompt`; the paper's is ``padding``.
+        prompt_size: width of the frame, or side of the square, in pixels of the tower's input.
+        prompt_tokens: number of tokens that follow the patches; the authors' README takes 100 with the padding.
+        prompt_lr: learning rate of prompt and tokens, the authors' for SGD; the image tower's is the optimiser's.
+        prompts_only: leave the image tower as it is where there is a prompt.
+        pseudo_labels: learn from the pre-trained model's answers to the clean images in place of the labels.
         attack: training attack.
         optimizer: the paper's is SGD with momentum 0.9 and no weight decay.
         warmup_steps: steps of linear warm-up before the cosine.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks.
+        ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks, or given for a tower that stays
+            as it is; a prompt that the tower cannot take; pseudo-labels of random weights.
     """
 
     def __init__(
         self,
         last_blocks: int | None = None,
+        prompt: PromptKind | None = None,
+        prompt_size: int = 30,
+        prompt_tokens: int = 0,
+        prompt_lr: float = 40.0,
+        prompts_only: bool = True,
+        pseudo_labels: bool = False,
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
         warmup_steps: int = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        self.last_blocks = last_blocks
         if last_blocks is not None and not 1 <= last_blocks <= len(self.clip.image_blocks()):
             available = len(self.clip.image_blocks())
             raise ValueError(f"last_blocks must be in [1, {available}], got {last_blocks}; null trains the whole tower")
+        has_prompt = prompt is not None or prompt_tokens != 0
+        self.is_tower_frozen = has_prompt and prompts_only
+        if self.is_tower_frozen and last_blocks is not None:
+            raise ValueError(f"last_blocks must be null where prompts_only is true, got {last_blocks}; set one of them")
+        self.last_blocks, self.prompt_lr = last_blocks, prompt_lr
+        self.prompt = VisualPrompt(self.clip, prompt, size=prompt_size, tokens=prompt_tokens) if has_prompt else None
+        self.labeller = ImageTeacher(self.clip) if pseudo_labels else None
+        self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The image tower, or its last blocks."""
+        """The image tower or its last blocks, unless frozen, and the prompts."""
+        groups = [] if self.is_tower_frozen else self._tower_groups()
+        if self.prompt is not None:
+            groups.append({"params": list(self.prompt.parameters()), "lr": self.prompt_lr})
+        return groups
+
+    def _tower_groups(self) -> list[dict[str, Any]]:
         if self.last_blocks is None:
             return super().parameter_groups()
         blocks = self.clip.image_blocks()[-self.last_blocks :]
         return [{"params": [parameter for block in blocks for parameter in block.parameters()]}]
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``, through the prompt."""
+        if self.prompt is None:
+            return super().image_features(images)
+        with self.prompt.inserted(self.clip):
+            return super().image_features(images)
+
+    def perturb(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `RobustMethod.perturb`; every pass of the attack draws another place for a random patch."""
+        if self.prompt is None:
+            return super().perturb(*args, **kwargs)
+        with self.prompt.moving():
+            return super().perturb(*args, **kwargs)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """With pseudo-labels, the labels end here."""
+        if self.labeller is not None:
+            batch = batch._replace(labels=(self.labeller(batch.images) @ self.heads["train"].T).argmax(-1))
+        return super().training_step(batch, batch_idx)
+
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the class prompts, on attacked images."""
         return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)).float(), batch.labels)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode, except for a frozen tower."""
+        super().train(mode)
+        if self.is_tower_frozen:
+            self.clip.eval()
+        return self

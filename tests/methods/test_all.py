@@ -11,14 +11,19 @@ from robustclip import methods
 from robustclip.methods import RobustMethod, ZeroShot
 
 EXPORTED = [getattr(methods, name) for name in methods.__all__]
+PROMPTED = {"prompt": "padding", "prompt_size": 4, "prompt_tokens": 3, "prompt_lr": 0.1}
 CASES: list[tuple[type[RobustMethod], dict[str, Any]]] = [
     *((cls, {}) for cls in EXPORTED if cls not in (RobustMethod, ZeroShot)),
     (methods.AdversarialTraining, {"head": "cosine"}),
+    (methods.TeCoA, PROMPTED),
+    (methods.TeCoA, {"prompts_only": False, **PROMPTED}),
+    (methods.PMGAFT, PROMPTED),
+    (methods.TeCoA, {"pseudo_labels": True}),
 ]
 BOLD = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=0.05)}
 
 each_method = pytest.mark.parametrize(
-    ("cls", "kwargs"), CASES, ids=["-".join([cls.__name__, *kwargs.values()]) for cls, kwargs in CASES]
+    ("cls", "kwargs"), CASES, ids=["-".join([cls.__name__, *map(str, kwargs.values())]) for cls, kwargs in CASES]
 )
 
 
