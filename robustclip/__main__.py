@@ -30,6 +30,10 @@ commands:
                                            robustclip export FILE-OR-RUN --to hf --out FOLDER
   interpolate  checkpoints between the original model and the fine-tuned one
                                            robustclip interpolate FILE --alphas 0,0.5,1 --out FOLDER
+  caption   captions of a training set's images, by an image-to-text model
+                                           robustclip caption --data ... --captioner ID-OR-FOLDER --out FILE
+  retrieve  the image-text pairs of a pool that are nearest to a training set
+                                           robustclip retrieve --data ... --pool wds:... --out FOLDER
 
 --config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
@@ -37,7 +41,10 @@ A method of your own needs no registration: --model my_module.MyMethod finds my_
 Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
-TOOLS = ("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate")
+TOOLS = (
+    *("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate"),
+    *("caption", "retrieve"),
+)
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 
 

@@ -5,6 +5,7 @@ A command's own imports stand in its branch, so that the light ones answer witho
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -26,6 +27,8 @@ def run_tool(words: list[str]) -> int:
         "import": _import,
         "export": _export,
         "interpolate": _interpolate,
+        "caption": _caption,
+        "retrieve": _retrieve,
     }
     return commands[words[0]](words[1:])
 
@@ -176,6 +179,43 @@ def _interpolate(words: list[str]) -> int:
     check_checkpoint(checkpoint)
     method = build_for(checkpoint, others)
     interpolate(method, checkpoint, Path(given.out), alphas=_numbers(given.alphas))
+    return 0
+
+
+def _caption(words: list[str]) -> int:
+    from robustclip.tools.caption import caption
+    from robustclip.tools.captioner import Decoding
+
+    parser = _parser(
+        "caption",
+        "Writes a table of captions of a data set's images. Captions that lie in the shards already, as .txt, need no"
+        " captioner: training takes them as they are.",
+    )
+    parser.add_function_arguments(caption, skip={"decoding", "out"})
+    parser.add_class_arguments(Decoding)
+    parser.add_argument("--out", type=str, required=True, help="parquet file to write")
+    given = parser.parse_args(words).as_dict()
+    decoding = Decoding(**{each.name: given.pop(each.name) for each in fields(Decoding)})
+    caption(out=Path(given.pop("out")), decoding=decoding, **given)
+    return 0
+
+
+def _retrieve(words: list[str]) -> int:
+    from robustclip.tools.retrieve import Settings, retrieve
+
+    parser = _parser("retrieve", "Writes the image-text pairs of a pool that are nearest to a data set, as shards.")
+    parser.add_class_arguments(Settings, skip={"pool", "guard"})
+    parser.add_argument(
+        "--pool",
+        type=str,
+        action="append",
+        required=True,
+        help="wds:FOLDER, wds:URL or wds:{00000..00331}.tar of images with .txt captions; may be repeated",
+    )
+    parser.add_argument("--guard", type=str, action="append", default=[], help="test set to keep out; may be repeated")
+    parser.add_argument("--out", type=str, required=True, help="folder to write")
+    given = parser.parse_args(words).as_dict()
+    retrieve(out=Path(given.pop("out")), settings=Settings(**given))
     return 0
 
 

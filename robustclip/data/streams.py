@@ -4,7 +4,7 @@ import itertools
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.request import urlopen
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -121,19 +121,27 @@ def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
     """The samples of one shard, in order.
 
     Raises:
-        ValueError: the shard cannot be fetched, is cut short, or has a sample without image or label.
+        ValueError: as `read_samples`, or a sample without image or label.
+    """
+    for position, sample in enumerate(read_samples(url)):
+        where = f"{url} key {sample['__key__']!r}"
+        image = next((sample[kind] for kind in sample if kind.lower() in IMAGE_TYPES), None)
+        if image is None or "cls" not in sample:
+            kinds = sorted(kind for kind in sample if not kind.startswith("__"))
+            raise ValueError(f"{where} needs an image and a .cls label, it has {kinds}")
+        yield StreamedImage(image, parse_label(sample["cls"], where), number << 32 | position, where)
+
+
+def read_samples(url: str) -> Iterator[dict[str, Any]]:
+    """What a shard holds of each sample, by extension, and its ``__key__``.
+
+    Raises:
+        ValueError: the shard cannot be fetched, or is cut short.
     """
     try:
         with urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
             watched = _WatchedStream(stream)
-            samples = group_by_keys(tar_file_expander([{"url": url, "stream": watched}]))
-            for position, sample in enumerate(samples):
-                where = f"{url} key {sample['__key__']!r}"
-                image = next((sample[kind] for kind in sample if kind.lower() in IMAGE_TYPES), None)
-                if image is None or "cls" not in sample:
-                    kinds = sorted(kind for kind in sample if not kind.startswith("__"))
-                    raise ValueError(f"{where} needs an image and a .cls label, it has {kinds}")
-                yield StreamedImage(image, parse_label(sample["cls"], where), number << 32 | position, where)
+            yield from group_by_keys(tar_file_expander([{"url": url, "stream": watched}]))
             # tarfile takes a stream that stops between two members for a complete one.
             if not watched.ends_in_zeros():
                 raise ValueError(f"shard {url} is cut short: it has no end-of-archive block; fetch it again")

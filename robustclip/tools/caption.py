@@ -1,0 +1,161 @@
+"""``robustclip caption``: a table of captions of a data set's images, by any Hugging Face image-to-text model."""
+
+import io
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from robustclip.data.sources import open_source
+from robustclip.ledger import write_aside
+from robustclip.tools.captioner import Captioner, Decoding
+from robustclip.tools.journal import Journal, Row, read_all
+
+log = logging.getLogger(__name__)
+
+
+def caption(
+    data: str,
+    captioner: str,
+    out: Path,
+    *,
+    root: str = ".",
+    split: str = "train",
+    decoding: Decoding = Decoding(),
+    num_workers: int = 0,
+    device: str = "auto",
+    shard: int = 0,
+    shards: int = 1,
+) -> bool:
+    """Captions the images of a data set, without augmentation; started again, it goes on where it was.
+
+    Batches are the same however the work is dealt out or interrupted, and so is the table.
+
+    Args:
+        data: source, as for ``--data.train``.
+        captioner: folder, or id on the Hugging Face hub, of an image-to-text model with weights as safetensors.
+        out: parquet file to write; until it is whole, what there is stands in ``OUT.journal``.
+        root: relative paths start here.
+        split: of the data set.
+        decoding: of the captions.
+        num_workers: loader processes.
+        device: of the captioner; ``auto`` takes a GPU if there is one.
+        shard: which share this process takes, from 0.
+        shards: number of shares.
+
+    Returns:
+        Whether the table is written; it is by the process that ends last.
+
+    Raises:
+        ValueError: bad numbers, a remote source, a captioner that does not load, ``out`` exists, or a journal that
+            belongs to another captioner, decoding or data set.
+    """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard must be in [0, {shards}), got {shard}; shards are numbered from 0")
+    if out.exists():
+        raise ValueError(f"out {str(out)!r} exists and is never overwritten; choose another --out")
+    dataset = open_source(data, root=root, split=split).dataset
+    if dataset is None:
+        raise ValueError(f"data source {data!r} is remote; captions are made of local data, fetch its shards first")
+    model = Captioner(captioner, decoding, device)
+    size = len(dataset)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"captioner": captioner, "decoding": asdict(decoding), "weights": model.fingerprint}
+    settings |= {"source": data, "split": split, "images": size}
+    folder = out.with_name(f"{out.name}.journal")
+    count = -(-size // decoding.batch_size)
+    with Journal(folder, shard, settings) as journal:
+        done = read_all(folder, settings).keys()
+        batches = Batches(dataset, model.processor, decoding.batch_size)
+        todo = [number for number in range(count) if number % shards == shard and number not in done]
+        loader: Any = DataLoader(batches, batch_size=None, sampler=todo, num_workers=num_workers)
+        label = f"captions, shard {shard} of {shards}" if shards > 1 else "captions"
+        for batch in track(loader, label, total=len(todo), console=Console(stderr=True)):
+            journal.append(batch.number, _rows(batch, model))
+    return _publish(folder, out, count, settings)
+
+
+class PictureBatch(NamedTuple):
+    """Images for the captioner.
+
+    Attributes:
+        number: of the batch.
+        index: sample ids.
+        pixels: of the images that decode, in the order of the ids; None if none does.
+        bad: ids of the others.
+    """
+
+    number: int
+    index: list[int]  # type: ignore[assignment]  # the field is worth more than tuple.index
+    pixels: Tensor | None
+    bad: list[int]
+
+
+class Batches(Dataset[PictureBatch]):
+    """Batches of a data set, in the captioner's own preprocessing.
+
+    Args:
+        source: gives image and label by position.
+        processor: of the captioner.
+        batch_size: images of a batch.
+    """
+
+    def __init__(self, source: Dataset[Any], processor: Any, batch_size: int) -> None:
+        self.source, self.processor, self.batch_size = source, processor, batch_size
+
+    def __getitem__(self, number: int) -> PictureBatch:
+        begin = number * self.batch_size
+        index = range(begin, min(begin + self.batch_size, len(self.source)))  # type: ignore[arg-type]
+        images, bad = [], []
+        for position in index:
+            try:
+                images.append(self.source[position][0].convert("RGB"))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+                where = getattr(self.source, "where", "sample {} of the data set".format)
+                log.warning("%s does not decode and gets no caption: %s", where(position), error)
+                bad.append(position)
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+        return PictureBatch(number, list(index), pixels, bad)
+
+
+def _rows(batch: PictureBatch, model: Captioner) -> list[Row]:
+    captions = [] if batch.pixels is None else model(batch.pixels, model.decoding.seed + batch.number)
+    found = iter(captions)
+    return [(index, [] if index in batch.bad else next(found)) for index in batch.index]
+
+
+def _publish(folder: Path, out: Path, count: int, settings: Mapping[str, Any]) -> bool:
+    """Joins the journals of all processes, if these are through."""
+    batches = read_all(folder, settings)
+    if len(batches) < count:
+        sys.stdout.write(f"{len(batches)} of {count} batches are done; the process that ends last writes {out}\n")
+        return False
+    rows = [row for number in range(count) for row in batches[number]]
+    write_aside(out, _table(rows, settings))
+    shutil.rmtree(folder)
+    empty = sum(not captions for _, captions in rows)
+    sys.stdout.write(f"captions of {len(rows):,} images, {empty:,} of them without any\n{out}\n")
+    return True
+
+
+def _table(rows: list[Row], settings: Mapping[str, Any]) -> bytes:
+    import pyarrow as pa  # slow to load, like all that only some commands need
+    from pyarrow import parquet
+
+    told = {name: str(settings[name]) for name in ("captioner", "weights", "source", "split")}
+    told["decoding"] = json.dumps(settings["decoding"])
+    schema = pa.schema([("index", pa.int64()), ("captions", pa.list_(pa.string()))], metadata=told)
+    columns = [[index for index, _ in rows], [captions for _, captions in rows]]
+    table = pa.table([pa.array(column, each.type) for column, each in zip(columns, schema, strict=True)], schema)
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What `robustclip retrieve` is made of: the pool, its features, and the search in them."""

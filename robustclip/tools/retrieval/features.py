@@ -1,0 +1,155 @@
+"""Features of images and texts by the zero-shot model, kept on the disk a part at a time."""
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustclip.clip import CLIPModel
+from robustclip.data.transforms import ToPixels
+from robustclip.ledger import write_aside
+from robustclip.tools.journal import check_same
+
+Part = NDArray[np.void]
+"""Records of ``digest`` (of the image; 0: cannot be used) and ``feature`` ``(D,)``, unit, in half precision."""
+
+Load = Callable[[], Image.Image]
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
+AHEAD = 2  # batches that are decoded while the model works
+
+
+class Encoder:
+    """The zero-shot model with its preprocessing.
+
+    Args:
+        clip: gives the features.
+        batch_size: images per batch.
+        num_workers: threads that decode.
+        device: of the model.
+        precision: ``fp32`` or ``bf16``.
+    """
+
+    def __init__(self, clip: CLIPModel, *, batch_size: int, num_workers: int, device: str, precision: str) -> None:
+        self.clip = clip.to(device).eval()
+        self.batch_size, self.num_workers, self.device, self.precision = batch_size, num_workers, device, precision
+        self.transform = ToPixels(clip.image_size)
+        self.width = self.texts([["a"]]).shape[1]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the features depend on."""
+        return {
+            "model": self.clip.fingerprint,
+            "image_size": self.clip.image_size,
+            "preprocessing": self.transform.description,
+            "precision": self.precision,
+        }
+
+    def images(self, loads: Iterable[Load]) -> NDArray[np.float16]:
+        """Unit features ``(N, D)``; zeros for an image that does not decode.
+
+        Args:
+            loads: each opens an image.
+        """
+        batches = [self._encode(batch) for batch in self._decoded(loads)]
+        return np.concatenate(batches) if batches else np.zeros((0, self.width), np.float16)
+
+    def texts(self, captions: Sequence[Sequence[str]]) -> NDArray[np.float16]:
+        """Unit features ``(N, D)``, the normalised mean of each one's captions; zeros where there are none."""
+        counts = torch.tensor([len(each) for each in captions])
+        flat = [text for each in captions for text in each]
+        if not flat:
+            return np.zeros((len(captions), self.width), np.float16)
+        with torch.inference_mode(), self._autocast():
+            features = self.clip.encode_text(flat).float().cpu()
+        owners = torch.repeat_interleave(torch.arange(len(captions)), counts)
+        sums = torch.zeros(len(captions), features.shape[1]).index_add_(0, owners, features)
+        return F.normalize(sums, dim=-1).half().numpy()
+
+    def _encode(self, pixels: Sequence[Tensor | None]) -> NDArray[np.float16]:
+        good = [number for number, each in enumerate(pixels) if each is not None]
+        features = np.zeros((len(pixels), self.width), np.float16)
+        if good:
+            images = torch.stack([each for each in pixels if each is not None]).to(self.device)
+            with torch.inference_mode(), self._autocast():
+                encoded = self.clip.encode_image(images).float()
+            features[good] = F.normalize(encoded, dim=-1).half().cpu().numpy()
+        return features
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _decoded(self, loads: Iterable[Load]) -> Iterator[list[Tensor | None]]:
+        """Batches, in order; PIL decodes without the interpreter's lock, so threads do."""
+        with ThreadPoolExecutor(max(1, self.num_workers)) as threads:
+            waiting: deque[list[Future[Tensor | None]]] = deque()
+            rest = iter(loads)
+            while batch := list(islice(rest, self.batch_size)):
+                waiting.append([threads.submit(self._pixels, load) for load in batch])
+                if len(waiting) > AHEAD:
+                    yield [each.result() for each in waiting.popleft()]
+            for last in waiting:
+                yield [each.result() for each in last]
+
+    def _pixels(self, load: Load) -> Tensor | None:
+        try:
+            return self.transform(load())
+        except UNDECODABLE:
+            return None
+
+
+class Store:
+    """Parts on the disk, each written whole or not at all.
+
+    Args:
+        folder: of the parts; may hold those of an earlier start.
+        settings: of the encoder.
+
+    Raises:
+        ValueError: the folder belongs to another model or preprocessing.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        told = folder / "settings.json"
+        if told.is_file():
+            check_same(folder, json.loads(told.read_text()), settings)
+        else:
+            write_aside(told, json.dumps(settings, indent=2) + "\n")
+
+    def has(self, name: str) -> bool:
+        """Whether a part is there."""
+        return self._path(name).is_file()
+
+    def part(self, name: str, make: Callable[[], tuple[Sequence[int], NDArray[np.float16]]]) -> Part:
+        """A part, mapped into memory.
+
+        Args:
+            name: of the part.
+            make: gives digests ``(N,)`` and features ``(N, D)``, if they are not there yet.
+        """
+        if not self.has(name):
+            digests, features = make()
+            records = np.zeros(len(features), [("digest", "<u8"), ("feature", "<f2", (features.shape[1],))])
+            records["digest"] = np.where(features.any(1), np.array(digests, np.uint64), 0)
+            records["feature"] = features
+            content = io.BytesIO()
+            np.save(content, records)
+            write_aside(self._path(name), content.getvalue())
+        part: Part = np.load(self._path(name), mmap_mode="r")
+        return part
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"

@@ -1,0 +1,178 @@
+"""Nearest candidates by inner product: exactly, or by an index for large pools."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustclip.tools.retrieval.features import Part
+
+CHUNK = 65_536  # candidates in single precision at a time: 128 MiB of 512 dimensions
+QUERIES = 4096
+SHORTLIST = 20  # candidates of IVF-PQ per wanted one, whose exact inner products decide
+TRAINED_PER_CELL = 64  # candidates that the cells of IVF-PQ are fitted to; faiss asks for 39 at least
+PROBED_SHARE = 1 / 16  # of the cells
+
+Ids = NDArray[np.int64]
+Features = NDArray[np.float32]
+Search = Callable[[Features, int], Ids]
+"""Takes queries ``(Q, D)`` and k; gives ids ``(Q, k)``, best first, -1 where there are no more."""
+
+
+class Candidates:
+    """Features of a pool, on the disk in half precision; a candidate's id is its position in the pool.
+
+    Args:
+        parts: of the pool, in its order.
+        is_candidate: ``(N,)``, False for what must not be found.
+    """
+
+    def __init__(self, parts: Sequence[Part], is_candidate: NDArray[np.bool_]) -> None:
+        self.parts, self.is_candidate = parts, is_candidate
+        self.begins = np.cumsum([0, *(len(part) for part in parts)])
+        self.width: int = parts[0]["feature"].shape[1]
+
+    def __len__(self) -> int:
+        return int(self.is_candidate.sum())
+
+    def chunks(self) -> Iterator[tuple[Ids, Features]]:
+        """Ids and features of all candidates, in the order of the ids."""
+        for part, begin in zip(self.parts, self.begins[:-1], strict=True):
+            for first in range(0, len(part), CHUNK):
+                is_candidate = self.is_candidate[begin + first : begin + min(first + CHUNK, len(part))]
+                if is_candidate.any():
+                    rows = np.flatnonzero(is_candidate) + first
+                    yield rows + begin, np.asarray(part["feature"][rows], np.float32, order="C")
+
+    def take(self, ids: Ids) -> Features:
+        """Features ``(M, D)`` of ids ``(M,)``."""
+        features = np.empty((len(ids), self.width), np.float32)
+        owners = np.searchsorted(self.begins, ids, side="right") - 1
+        for number in np.unique(owners):
+            is_here = owners == number
+            features[is_here] = self.parts[number]["feature"][ids[is_here] - self.begins[number]]
+        return features
+
+
+def load_faiss() -> Any:
+    """The search library, from an extra.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError("retrieval needs faiss: pip install 'robustclip[retrieval]'") from error
+    return faiss
+
+
+def flat(candidates: Candidates) -> Search:
+    """Exact search; ties go to the smaller id.
+
+    What faiss's ``IndexFlatIP`` computes, chunk by chunk, so that single precision never holds the whole pool.
+    """
+
+    def search(queries: Features, k: int) -> Ids:
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        ids = np.full((len(queries), k), -1, np.int64)
+        for chunk_ids, features in candidates.chunks():
+            for block in range(0, len(queries), QUERIES):
+                rows = slice(block, block + QUERIES)
+                found_scores, found = _top(queries[rows], features, min(k, len(features)))
+                merged = _best(np.hstack([scores[rows], found_scores]), np.hstack([ids[rows], chunk_ids[found]]), k)
+                scores[rows], ids[rows] = merged
+        return ids
+
+    return search
+
+
+def ivf_pq(candidates: Candidates, *, seed: int) -> Search:
+    """Inverted lists of product-quantised vectors find a shortlist, exact inner products order it.
+
+    Jegou et al., Product quantization for nearest neighbor search, TPAMI 2011. A candidate takes one byte for eight
+    dimensions, and eight for its id.
+
+    Args:
+        candidates: of the pool.
+        seed: of the sample that the index is fitted to.
+    """
+    faiss = load_faiss()
+    cells = 2 ** max(0, round(np.log2(max(1, len(candidates)) ** 0.5)))
+    sub = next(sub for sub in (8, 4, 2, 1) if candidates.width % sub == 0)
+    bits = 8 if len(candidates) >= 39 * 256 else 4
+    quantiser = f"PQ{candidates.width // sub}x{bits}"
+    index = faiss.index_factory(candidates.width, f"IVF{cells},{quantiser}", faiss.METRIC_INNER_PRODUCT)
+    ids = np.flatnonzero(candidates.is_candidate)
+    random = np.random.default_rng(seed)
+    sample = random.choice(ids, min(len(ids), max(TRAINED_PER_CELL * cells, 256 * TRAINED_PER_CELL)), replace=False)
+    index.train(candidates.take(np.sort(sample)))
+    for chunk_ids, features in candidates.chunks():
+        index.add_with_ids(features, chunk_ids)
+    faiss.extract_index_ivf(index).nprobe = max(1, round(cells * PROBED_SHARE))
+
+    def search(queries: Features, k: int) -> Ids:
+        best = np.full((len(queries), k), -1, np.int64)
+        block = max(1, CHUNK // (k * SHORTLIST))
+        for begin in range(0, len(queries), block):
+            part = queries[begin : begin + block]
+            _, shortlist = index.search(part, min(k * SHORTLIST, max(k, len(candidates))))
+            features = candidates.take(shortlist.clip(0).ravel()).reshape(*shortlist.shape, -1)
+            scores = np.where(shortlist < 0, -np.inf, np.einsum("qd,qsd->qs", part, features))
+            _, best[begin : begin + block] = _best(scores.astype(np.float32), shortlist, k)
+        return best
+
+    return search
+
+
+def nearest(
+    search: Search, queries: Features, k: int, count: int, refuse: Callable[[Ids], NDArray[np.bool_]]
+) -> tuple[Ids, Ids]:
+    """The k nearest that are not refused.
+
+    Args:
+        search: finds candidates.
+        queries: ``(Q, D)``.
+        k: per query.
+        count: of all candidates.
+        refuse: tells of ids ``(M,)`` which must not be taken; is asked only for what comes up.
+
+    Returns:
+        Ids ``(Q, k)``, -1 where there are no more, and the refused ones that stood before the last of these.
+    """
+    best = np.full((len(queries), k), -1, np.int64)
+    refused: set[int] = set()
+    pending, width = np.arange(len(queries)), k
+    while len(pending):
+        ids = search(queries[pending], width)
+        is_refused = np.zeros(ids.shape, bool)
+        is_refused[ids >= 0] = refuse(ids[ids >= 0])
+        is_taken = (ids >= 0) & ~is_refused
+        rank = is_taken.cumsum(1)
+        refused |= set(ids[is_refused & (rank < k)].tolist())
+        is_taken &= rank <= k
+        rows, columns = is_taken.nonzero()
+        best[pending[rows], rank[rows, columns] - 1] = ids[rows, columns]
+        is_short = (rank[:, -1] < k) & (ids[:, -1] >= 0) & (width < count)
+        pending, width = pending[is_short], min(2 * width, count)
+    return best, np.array(sorted(refused), np.int64)
+
+
+def _top(queries: Features, features: Features, k: int) -> tuple[Features, Ids]:
+    """Scores and rows of the k largest inner products; ties go to the smaller row.
+
+    faiss breaks ties by chance, so it is asked for more until none is left at the end.
+    """
+    faiss, width = load_faiss(), min(k + 1, len(features))
+    while True:
+        scores, rows = faiss.knn(queries, features, width, metric=faiss.METRIC_INNER_PRODUCT)
+        if width == len(features) or (scores[:, -1] < scores[:, k - 1]).all():
+            return _best(scores, rows, k)
+        width = min(2 * width, len(features))
+
+
+def _best(scores: Features, ids: Ids, k: int) -> tuple[Features, Ids]:
+    """The first k of each row by falling score, then by rising id."""
+    order = np.lexsort((ids, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)

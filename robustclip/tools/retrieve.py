@@ -1,0 +1,236 @@
+"""``robustclip retrieve``: the image-text pairs of a pool that are nearest to a data set, as an anchor set."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from robustclip.clip import CLIPModel
+from robustclip.data.sources import OpenedSource, open_source
+from robustclip.tools.local_dir import new_folder
+from robustclip.tools.retrieval.estimate import estimate
+from robustclip.tools.retrieval.features import Encoder, Part, Store
+from robustclip.tools.retrieval.guard import Guard
+from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chosen, write_pairs
+from robustclip.tools.retrieval.queries import Queries, image_parts, make_queries, write_neighbours
+from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, load_faiss, nearest
+
+QUERIES = ("image", "class_text", "caption")
+INDICES = ("flat", "ivfpq")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is retrieved, and how. The model is the one that will be fine-tuned, before it is.
+
+    Args:
+        data: the set to fine-tune on, as for ``--data.train``.
+        pool: ``wds:FOLDER-or-URL`` of images with ``.txt`` captions, or ``wds:`` and shards, ``{00000..00331}.tar``;
+            may be given several times.
+        guard: test set of which nothing may be retrieved, as for ``--data.test``; may be given several times.
+        root: relative paths start here.
+        split: of the data set.
+        arch: open_clip architecture; null if ``pretrained`` is a folder.
+        pretrained: open_clip tag, file or folder.
+        image_size: side in pixels of the model's images; null for its own.
+        query: ``image``: the data set's images, by image features; ``class_text``: its classes, by image features;
+            ``caption``: its captions, by text features.
+        captions: table of ``robustclip caption``, for queries by caption; null takes the ``.txt`` of the data's shards.
+        k: pairs per query.
+        guard_threshold: cosine of image features above which two images count as the same.
+        index: ``flat``, which is exact, or ``ivfpq``, an approximation for pools of tens of millions.
+        batch_size: images per batch.
+        num_workers: threads that decode images.
+        device: of the model; ``auto`` takes a GPU if there is one.
+        precision: of the model: ``fp32`` or ``bf16``.
+        cache: folder that keeps the features; null for ``OUT.work``, which goes when all is done.
+        shard: which share of the pool this process encodes, from 0.
+        shards: number of shares; several only encode, and the command without them searches.
+        seed: of the sample that ``ivfpq`` is fitted to.
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    data: str
+    pool: list[str]
+    guard: list[str]
+    root: str = "."
+    split: str = "train"
+    arch: str | None = None
+    pretrained: str | None = "shapes"
+    image_size: int | None = None
+    query: str = "image"
+    captions: str | None = None
+    k: int = 5
+    guard_threshold: float = 0.95
+    index: str = "flat"
+    batch_size: int = 64
+    num_workers: int = 2
+    device: str = "auto"
+    precision: str = "fp32"
+    cache: str | None = None
+    shard: int = 0
+    shards: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("query", QUERIES), ("index", INDICES), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("k", "batch_size", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.shard < self.shards:
+            raise ValueError(f"shard must be in [0, {self.shards}), got {self.shard}; shards are numbered from 0")
+        if not -1 <= self.guard_threshold <= 1:
+            raise ValueError(f"guard_threshold must be a cosine in [-1, 1], got {self.guard_threshold}")
+
+
+def retrieve(settings: Settings, out: Path) -> None:
+    """Writes the anchor set ``out``; started again, it takes the features that are there.
+
+    ``out/train`` holds the pairs in the order of the pool, ``out/neighbours.parquet`` for each image of the data set
+    positions in that order, best first, and ``out/retrieval.json`` what was done.
+
+    Args:
+        settings: what, and how.
+        out: folder; it must not exist.
+
+    Raises:
+        ValueError: bad settings, data or pool, a cache of another model, or ``out`` exists.
+    """
+    load_faiss()
+    if out.exists():
+        raise ValueError(f"out {str(out)!r} exists and is never overwritten; choose another --out")
+    data = open_source(settings.data, root=settings.root, split=settings.split)
+    guards = _open_guards(settings)
+    pool = pool_shards(settings.pool, settings.root)
+    encoder = _encoder(settings)
+    work = Path(settings.cache) if settings.cache else out.with_name(f"{out.name}.work")
+    store = Store(work, encoder.settings)
+    if settings.shard == 0:
+        is_exact = settings.index == "flat"
+        sys.stderr.write(estimate(pool, encoder, is_exact=is_exact, processes=settings.shards) + "\n")
+    kinds = {"caption": ["text", "image"] if guards else ["text"]}.get(settings.query, ["image"])
+    if settings.shards > 1:
+        for kind in kinds:
+            _pool_parts(store, encoder, pool, kind, settings)
+        sys.stdout.write(f"features of share {settings.shard} of {settings.shards} are in {work}\n")
+        return
+    queries = make_queries(settings.query, data, settings.data, settings.root, settings.captions, store, encoder)
+    parts = {kind: _pool_parts(store, encoder, pool, kind, settings) for kind in kinds}
+    sets = {name: image_parts(store, encoder, *each) for name, each in guards.items()}
+    best, counts = _search(settings, queries, parts, sets)
+    anchors = np.unique(best[best >= 0])
+    with new_folder(out) as aside:
+        write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[kinds[0]]], anchors))
+        write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
+        (aside / "retrieval.json").write_text(json.dumps(_report(settings, encoder, queries, counts), indent=2) + "\n")
+    if settings.cache is None:
+        shutil.rmtree(work)
+    sys.stdout.write("".join(f"{name}: {count}\n" for name, count in counts.items()) + f"{out}\n")
+
+
+def _search(
+    settings: Settings, queries: Queries, parts: Mapping[str, list[Part]], sets: Mapping[str, list[Part]]
+) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    """Ids of the nearest candidates ``(Q, k)``, -1 where there are no more, and counts."""
+    is_candidate, counts = _candidates(parts)
+    candidates = Candidates(next(iter(parts.values())), is_candidate)
+    if settings.k > len(candidates):
+        usable = f"{len(candidates)}, the pairs of the pool that can be used"
+        raise ValueError(f"k must be at most {usable}; got {settings.k}")
+    guard = Guard(sets, parts.get("image", []), settings.guard_threshold)
+    search = flat(candidates) if settings.index == "flat" else ivf_pq(candidates, seed=settings.seed)
+    best, refused = nearest(search, queries.features, settings.k, len(candidates), guard)
+    retrieved = len(np.unique(best[best >= 0]))
+    return best, counts | {"retrieved": retrieved, "guarded": len(refused), "guarded_by": guard.counts(refused)}
+
+
+def _encoder(settings: Settings) -> Encoder:
+    has_gpu = settings.device == "auto" and torch.cuda.is_available()
+    return Encoder(
+        CLIPModel(settings.arch, settings.pretrained, settings.image_size),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        device="cuda" if has_gpu else settings.device.replace("auto", "cpu"),
+        precision=settings.precision,
+    )
+
+
+def _pool_parts(store: Store, encoder: Encoder, pool: list[Shard], kind: str, settings: Settings) -> list[Part]:
+    """Features of the pool's images or texts; of several processes, those of this one's share."""
+    own = [shard for number, shard in enumerate(pool) if number % settings.shards == settings.shard]
+    label = "pool, images" if kind == "image" else "pool, texts"
+    shown = track(own, label, console=Console(stderr=True))
+    return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shown]
+
+
+def _encode(encoder: Encoder, shard: Shard, kind: str) -> tuple[list[int], NDArray[np.float16]]:
+    digests: list[int] = []
+    captions: list[list[str]] = []
+
+    def noted() -> Iterable[Pair]:
+        for pair in shard.pairs():
+            digests.append(pair.digest if pair.captions else 0)
+            if kind == "text":
+                captions.append(pair.captions)
+            yield pair
+
+    if kind == "image":
+        features = encoder.images(pair.open for pair in noted())
+    else:
+        for _ in noted():
+            pass
+        features = encoder.texts(captions)
+    return digests, features
+
+
+def _candidates(parts: Mapping[str, list[Part]]) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """Which pairs of the pool can be retrieved: with caption and image, and the first of several same images."""
+    digests = [np.concatenate([part["digest"] for part in each]) for each in parts.values()]
+    is_usable = np.all([each != 0 for each in digests], axis=0)
+    is_candidate = np.zeros(len(is_usable), bool)
+    usable = np.flatnonzero(is_usable)
+    is_candidate[usable[np.unique(digests[0][usable], return_index=True)[1]]] = True
+    count, candidates = len(is_usable), int(is_candidate.sum())
+    duplicates = len(usable) - candidates
+    return is_candidate, {
+        "pool": count,
+        "unusable": count - len(usable),
+        "duplicates": duplicates,
+        "candidates": candidates,
+    }
+
+
+def _open_guards(settings: Settings) -> dict[str, tuple[OpenedSource, str]]:
+    opened: dict[str, tuple[OpenedSource, str]] = {}
+    for name in settings.guard:
+        source = open_source(name, root=settings.root, split="test")
+        if source.task.name in opened:
+            raise ValueError(f"two guards are named {source.task.name!r}; give each set once")
+        opened[source.task.name] = source, name
+    return opened
+
+
+def _report(settings: Settings, encoder: Encoder, queries: Queries, counts: dict[str, Any]) -> dict[str, Any]:
+    packages = ("torch", "open_clip_torch", "faiss-cpu", "numpy")
+    return {
+        "settings": asdict(settings),
+        "features": encoder.settings,
+        "queries": len(queries.features),
+        "counts": counts,
+        "versions": {name: version(name) for name in packages},
+    }
