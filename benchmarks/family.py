@@ -12,15 +12,14 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from once import RUN, fit_once, test_once
 from step import commit
 
-from robustclip.cli import main as robustclip
 from robustclip.statistics import mean_interval
 
 CONFIG = "configs/tecoa_photographs.yaml"
@@ -85,27 +84,19 @@ class Family:
         self.out, self.shared, self.epochs, self.samples = out, list(shared), epochs, samples
 
     def fit(self, cell: Cell) -> Path:
-        """The run folder of a fit; what it cost lies in ``cell.json``."""
-        method, folder = METHODS[cell.method], self.out / "fits" / cell.name
-        if (folder / "cell.json").is_file():
-            return folder
-        names = ("eps", "alpha")
+        """The checkpoint of a fit."""
+        method, names = METHODS[cell.method], ("eps", "alpha")
         attack = [f"--model.attack.{name}={cell.radius}" for name in names] if method.is_attacked else []
         held_out = [f"--evaluation.fit_attacks.pgd2.{name}={cell.radius}" for name in names]
-        started = time.process_time()
-        robustclip([
-            *("fit", "--config", CONFIG, *self.shared, *method.options, *attack, *held_out),
-            *("--seed_everything", str(cell.seed), method.rate_option, cell.rate),
-            *("--trainer.max_epochs", self.epochs, "--data.batch_size", "16", "--trainer.enable_progress_bar", "false"),
-            *("--trainer.logger.save_dir", str(folder.parent), "--trainer.logger.version", cell.name),
-        ])  # fmt: skip
-        told = cell._asdict() | {"cpu_seconds": round(time.process_time() - started)}
-        (folder / "cell.json").write_text(json.dumps(told) + "\n")
-        return folder
+        words = [
+            *("--config", CONFIG, *self.shared, *method.options, *attack, *held_out, method.rate_option, cell.rate),
+            *("--seed_everything", str(cell.seed), "--trainer.max_epochs", self.epochs, "--data.batch_size", "16"),
+        ]
+        return fit_once(self.out / "fits" / cell.name, words, **cell._asdict())
 
     def held_out(self, cell: Cell) -> dict[str, float]:
         """Clean and attacked accuracy on the held-out images, in [0, 1]."""
-        rows = list(csv.DictReader((self.fit(cell) / "metrics.csv").open()))
+        rows = list(csv.DictReader((self.fit(cell).parents[1] / "metrics.csv").open()))
         last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
         return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in ("clean", "pgd2")}
 
@@ -114,19 +105,15 @@ class Family:
         cells = [Cell(method, rate, RADII[0], 0) for rate in METHODS[method].rates]
         return max(cells, key=lambda cell: statistics.mean(self.held_out(cell).values())).rate
 
-    def test(self, name: str, options: Sequence[str]) -> Path:
-        """The result folder of a test over the eight sets."""
-        folder = self.out / "tests" / name
-        if (folder / "result.json").is_file():
-            return folder
-        baseline = () if name == "zero_shot" else ("--results.baseline", str(folder.parent / "zero_shot"))
-        robustclip([
-            *("test", "--config", CONFIG, *self.shared, *options, f"--evaluation.attacks={json.dumps(ATTACKS)}"),
+    def test(self, name: str, options: Sequence[str]) -> None:
+        """Tests over the eight sets."""
+        folder = self.out / "tests"
+        baseline = () if name == "zero_shot" else ("--results.baseline", str(folder / "zero_shot"))
+        words = [
+            *("--config", CONFIG, *self.shared, *options, f"--evaluation.attacks={json.dumps(ATTACKS)}", *baseline),
             *("--evaluation.max_samples", self.samples, "--data.eval_batch_size", "100"),
-            *("--results.folder", str(folder.parent), "--results.name", name, *baseline),
-            *("--trainer.enable_progress_bar", "false"),
-        ])  # fmt: skip
-        return folder
+        ]
+        test_once(folder / name, words)
 
     def run(self, method: str, radii: Sequence[str], seeds: Sequence[int], rate: str | None) -> None:
         """Fits and tests a method at each radius and with each seed."""
@@ -134,8 +121,7 @@ class Family:
         for radius in radii:
             for seed in seeds:
                 cell = Cell(method, rate, radius, seed)
-                checkpoint = self.fit(cell) / "checkpoints" / "last.ckpt"
-                self.test(cell.name, (*METHODS[method].options, "--ckpt_path", str(checkpoint)))
+                self.test(cell.name, (*METHODS[method].options, "--ckpt_path", str(self.fit(cell))))
 
     def results(self) -> Iterator[dict[str, Any]]:
         """What every test found: the means over the sets and their intervals, and every set."""
@@ -143,7 +129,7 @@ class Family:
             result, fit = json.loads(path.read_text()), self.out / "fits" / path.parent.name
             row: dict[str, Any] = {"name": path.parent.name, "commit": result["commit"]}
             if fit.is_dir():
-                told = json.loads((fit / "cell.json").read_text())
+                told = json.loads((fit / RUN).read_text())
                 row |= told
             for kind in result["mean"]:
                 counts = {
@@ -159,7 +145,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, in percent: mean over the seeds, lowest and highest of them, and the mean of their intervals."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in results:
-        cell = (row["method"], row["radius"], row["rate"]) if "method" in row else (row["name"], "", "")
+        cell = (
+            tuple(str(row[key]) for key in ("method", "radius", "rate")) if "method" in row else (row["name"], "", "")
+        )
         groups.setdefault(cell, []).append(row)
     kinds = ["clean", *ATTACKS]
     lines = ["| | eps | rate | seeds | " + " | ".join(kinds) + " |", "| --- " * 3 + "| --: " * (1 + len(kinds)) + "|"]
@@ -202,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(results))
     if arguments.out is not None:
         setting = {"epochs": arguments.epochs, "samples": arguments.samples, "command": shlex.join(sys.argv)}
-        rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob("fits/*/cell.json")}
+        rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob(f"fits/*/{RUN}")}
         found = setting | {"commit": commit(), "held_out": rates, "results": results}
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip import text
 from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
@@ -85,9 +86,23 @@ class CLIPModel(nn.Module):
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """``N`` prompts to unit features ``(N, D)``."""
-        tokens = self.tokenizer(prompts).to(self.mean.device)
-        chunks = [F.normalize(self.net.encode_text(chunk), dim=-1) for chunk in tokens.split(PROMPTS_PER_CHUNK)]
-        return torch.cat(chunks)
+        chunks = (prompts[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(prompts), PROMPTS_PER_CHUNK))
+        return torch.cat([self.encode_tokens(self.join_tokens(self.tokenize(chunk))) for chunk in chunks])
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """``N`` prompts to tokens ``(N, L)`` on the CPU, cut behind the longest where that changes no feature.
+
+        What exceeds the context is left out, but for the end of the text.
+        """
+        return text.cut(self.net, self.tokenizer(prompts))
+
+    def join_tokens(self, *tokens: Tensor) -> Tensor:
+        """Tokens ``(N_i, L_i)`` of `tokenize` as one ``(sum N_i, L)`` on the model's device."""
+        return text.joined(self.net, [part.to(self.mean.device, non_blocking=True) for part in tokens])
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(N, L)`` on the model's device to unit features ``(N, D)``."""
+        return text.encode(self.net, tokens)
 
     def encode_classes(self, task: Task) -> Tensor:
         """Unit class features ``(C, D)``: the normalised mean over templates of normalised prompt features."""

@@ -1,8 +1,9 @@
-"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32.
+"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32; and InfoNCE.
 
 Gradients flow into both arguments; what must not learn comes detached.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,3 +35,24 @@ def l2(outputs: Tensor, reference: Tensor) -> Tensor:
 def cosine(outputs: Tensor, reference: Tensor) -> Tensor:
     """``1 - cos``, in [0, 2]."""
     return 1 - F.cosine_similarity(outputs.float(), reference.float(), dim=-1)
+
+
+def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """``(CE(S, arange) + CE(S^T, arange)) / 2``, ``S = scale images texts^T``: each image's text is the row of its own.
+
+    CLIP's loss (Radford et al., https://arxiv.org/abs/2103.00020), a mean over the batch, with at least the precision
+    of fp32 also under autocast: at scale 100, half precision cannot tell the logits apart.
+
+    Args:
+        images: unit features ``(B, D)``.
+        texts: theirs, ``(B, D)``.
+        scale: inverse temperature, a scalar.
+
+    Returns:
+        A scalar; its gradient in ``S`` is ``(softmax_rows(S) + softmax_columns(S) - 2 I) / 2B``.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        precision = torch.promote_types(images.dtype, torch.float32)
+        logits = scale.to(precision) * images.to(precision) @ texts.to(precision).T
+        targets = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -9,6 +9,20 @@ from torch import Tensor
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 
 
+class Pairs(NamedTuple):
+    """Images with a caption each.
+
+    Attributes:
+        images: ``(B, 3, H, W)`` float in [0, 1], not normalised.
+        captions: ``B`` texts.
+        index: ``(B,)`` int64 positions in the set of pairs.
+    """
+
+    images: Tensor
+    captions: tuple[str, ...]
+    index: Tensor  # type: ignore[assignment]  # the field is worth more than tuple.index
+
+
 class Batch(NamedTuple):
     """One batch of labelled images.
 
@@ -16,11 +30,15 @@ class Batch(NamedTuple):
         images: ``(B, 3, H, W)`` float in [0, 1], not normalised.
         labels: ``(B,)`` int64 class numbers of the batch's task.
         index: ``(B,)`` int64 sample ids, unique within a data set and independent of batching.
+        captions: ``B`` texts, empty where an image has none; None where the data have no captions.
+        anchors: image-text pairs of another set; None where there is none.
     """
 
     images: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field is worth more than tuple.index
+    index: Tensor  # type: ignore[assignment]
+    captions: tuple[str, ...] | None = None
+    anchors: Pairs | None = None
 
 
 @dataclass(frozen=True)
@@ -29,16 +47,19 @@ class Task:
 
     Args:
         name: matches ``[a-z0-9_]+``; it names metrics and results.
-        class_names: ``C`` names, position is the label.
+        class_names: ``C`` names; position is the label, unless there are groups.
         templates: prompts, each with ``{}`` where the class name goes.
+        groups: of each label the positions of its names, the highest of whose logits is the label's: a part of a class
+            list, or classes that are wider than those of the list. None where every name is a label of its own.
 
     Raises:
-        ValueError: a malformed name or template, or no classes.
+        ValueError: a malformed name or template, no classes, or groups of what is no class.
     """
 
     name: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ("This is a photo of a {}",)
+    groups: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not TASK_NAME.fullmatch(self.name):
@@ -50,6 +71,17 @@ class Task:
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, got {template!r}")
+        for group in () if self.groups is None else self.groups:
+            if not group or not all(0 <= member < len(self.class_names) for member in group):
+                names = f"positions among the {len(self.class_names)} class names"
+                raise ValueError(f"a group of task {self.name!r} must hold {names}, got {group}")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """A text for every label."""
+        if self.groups is None:
+            return self.class_names
+        return tuple(" or ".join(self.class_names[member] for member in group) for group in self.groups)
 
     @property
     def prompts(self) -> list[list[str]]:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from robustclip.attacks import PGD
-from robustclip.callbacks import ResultsWriter, RobustEvaluation
+from robustclip.callbacks import FeatureGeometry, ResultsWriter, RobustEvaluation
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.methods import TeCoA
 
@@ -58,6 +58,7 @@ def run_test(folder: Path, processes: int, name: str, sets: list[DataSource | st
     """Evaluates; rank 0 writes the results."""
     limit = options.pop("max_samples", None)
     callbacks = [RobustEvaluation(ATTACKS, max_samples=limit), ResultsWriter(str(folder / str(processes) / name))]
+    callbacks.append(FeatureGeometry(max_samples=5))
     runner = trainer(folder, processes, callbacks=callbacks)
     runner.test(method(folder), datamodule=data(folder, test=sets, **options), verbose=False)
 

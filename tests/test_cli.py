@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustclip.__main__ import COMMANDS, HELP, run
+from robustclip.__main__ import COMMANDS, HELP, TOOLS, run
 from robustclip.assembly import build, rebuild
 from robustclip.callbacks import ResultsWriter
 from robustclip.cli import main
@@ -128,7 +128,7 @@ def test_tools_that_need_no_model_load_none() -> None:
     assert done.stderr.startswith("error: none.json")
 
 
-@pytest.mark.parametrize("command", ["table", "compare", "report", "verify", "replay", "doctor"])
+@pytest.mark.parametrize("command", TOOLS)
 def test_tools_answer_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([command, "--help"]) == 0
     assert f"usage: robustclip {command}" in capsys.readouterr().out

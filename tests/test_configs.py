@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from anchor_cases import shapes_anchors
 
 from robustclip.cli import main
 from robustclip.runs import Run
@@ -17,14 +18,17 @@ SMALL = [
     "--trainer.limit_train_batches", "2", "--evaluation.max_samples", "2", "--evaluation.fit_max_samples", "2",
     "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null", "--data.batch_size", "2",
     "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1",
-    "--data.test", "[shapes:colours,shapes:counts]",
+    "--data.test", "[shapes:colours,shapes:counts]", "--results.averages", "null",
 ]  # fmt: skip
+OWN = {"tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"]}  # a small convolutional tower
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["--config", str(CONFIGS / name), *SMALL]
+    arguments = ["--config", str(CONFIGS / name), *SMALL, *OWN.get(name, [])]
+    if name == "arf.yaml":
+        arguments += shapes_anchors(tmp_path)
     checkpoint = []
     if yaml.safe_load((CONFIGS / name).read_text())["model"]["class_path"] != "ZeroShot":
         main(["fit", *arguments, "--checkpoint.dirpath", str(tmp_path / "weights")])

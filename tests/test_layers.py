@@ -14,7 +14,8 @@ ALLOWED = {
     "ledger": set(),
     "examples": {"ledger"},
     "runs": {"ledger"},
-    "clip": {"types"},
+    "text": set(),
+    "clip": {"types", "text"},
     "attacks": {"types"},
     "losses": {"types"},
     "data": {"types"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }
-NO_LIGHTNING = {"types", "errors", "clip", "attacks", "losses"}
+NO_LIGHTNING = {"types", "errors", "text", "clip", "attacks", "losses"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -58,7 +58,7 @@ def results(folder: Path, processes: int, name: str) -> dict[str, Any]:
     found = dict(Run.open(path).result)
     for values in found["tasks"].values():
         del values["seconds"]
-    return {key: value for key, value in found.items() if key not in ("finished", "device")}
+    return {key: value for key, value in found.items() if key not in ("finished", "device", "geometry")}
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -78,6 +78,17 @@ def test_two_processes_write_the_ledgers_of_one(folder: Path, name: str) -> None
 @pytest.mark.parametrize("name", TESTS)
 def test_two_processes_write_the_results_of_one(folder: Path, name: str) -> None:
     assert results(folder, 2, name) == results(folder, 1, name)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_two_processes_measure_the_geometry_of_one(folder: Path, name: str) -> None:
+    one, two = (Run.open(next((folder / str(number) / name).iterdir())).result for number in (1, 2))
+    assert one["geometry"].keys() == one["tasks"].keys()
+    for task, values in one["geometry"].items():
+        # Batches of other sizes change the last digits of fp32; no value is near 0.
+        assert two["geometry"][task] == pytest.approx(values, rel=1e-4), task
+        is_alone = one["tasks"][task]["n"] == 1
+        assert (values["collapse"] is None) == (values["pearson"] is None) == is_alone
 
 
 def test_every_sample_is_counted_once(folder: Path) -> None:

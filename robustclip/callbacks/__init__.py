@@ -3,7 +3,15 @@
 from robustclip.callbacks.checkpoint import Checkpoints
 from robustclip.callbacks.collapse import ChanceLevelWarning
 from robustclip.callbacks.evaluation import RobustEvaluation
+from robustclip.callbacks.geometry import FeatureGeometry
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
 
-__all__ = ["ChanceLevelWarning", "Checkpoints", "ResultsWriter", "RobustEvaluation", "TaskProgress"]
+__all__ = [
+    "ChanceLevelWarning",
+    "Checkpoints",
+    "FeatureGeometry",
+    "ResultsWriter",
+    "RobustEvaluation",
+    "TaskProgress",
+]

@@ -15,12 +15,13 @@ from robustclip.callbacks.journal import Journal, sample_rows
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.protocols import describe, members_of
 from robustclip.callbacks.results import ResultsWriter
+from robustclip.callbacks.tables import GEOMETRY
 from robustclip.methods import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.metrics import Top1
 from robustclip.types import TASK_NAME, Batch, Task
 
-NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples")  # other keys of a task's results
+NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY)  # other keys of a task's results
 
 
 class RobustEvaluation(Callback):
@@ -92,12 +93,12 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, after what an earlier start of the same test has counted."""
-        _, tasks = _stage(trainer)
+        _, tasks = stage_of(trainer)
         keys = [(task.name, attack) for task in tasks for attack in self._running]
         self._counts = {key: Top1().to(pl_module.device) for key in keys}
         self._seconds = {task.name: 0.0 for task in tasks}
         if self._journal is not None and trainer.is_global_zero:
-            self._count_again(self._journal, _method(pl_module))
+            self._count_again(self._journal, method_of(pl_module))
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -115,15 +116,15 @@ class RobustEvaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Attacks the batch."""
-        _, tasks = _stage(trainer)
-        task, method = tasks[dataloader_idx], _method(pl_module)
+        _, tasks = stage_of(trainer)
+        task, method = tasks[dataloader_idx], method_of(pl_module)
         with torch.autocast(method.device.type, enabled=False), frozen(method):
             self._examine(trainer, method, batch, outputs, task)
         self._seconds[task.name] += perf_counter() - self._start
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs accuracies, seconds and what did not decode."""
-        stage, tasks = _stage(trainer)
+        stage, tasks = stage_of(trainer)
         self._log_accuracies(pl_module, stage, tasks)
         left_out = trainer.datamodule.bad_sample_counts  # type: ignore[attr-defined]
         for task in tasks:
@@ -151,7 +152,7 @@ class RobustEvaluation(Callback):
         for name, attack in self._running.items():
             if isinstance(trainer.progress_bar_callback, TaskProgress):
                 trainer.progress_bar_callback.announce(f"{task.name} under {name}")
-            members = attack.members(len(task.class_names))
+            members = attack.members(len(task.label_names))
             verdict = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
             self._counts[task.name, name].update(verdict.by == ROBUST)
             verdicts[name] = verdict
@@ -179,7 +180,7 @@ class RobustEvaluation(Callback):
             data = trainer.datamodule  # type: ignore[attr-defined]
             members = members_of(data.test_tasks, self._running)
             identity = describe(
-                _method(module),
+                method_of(module),
                 data,
                 data.test_tasks,
                 members,
@@ -213,13 +214,18 @@ class RobustEvaluation(Callback):
                 module.log(f"{stage}/mean/{attack}/acc1", torch.stack(accuracies).mean())
 
 
-def _method(module: LightningModule) -> RobustMethod:
+def method_of(module: LightningModule) -> RobustMethod:
+    """The module as what it must be.
+
+    Raises:
+        TypeError: it is another.
+    """
     if not isinstance(module, RobustMethod):
-        raise TypeError(f"RobustEvaluation needs a RobustMethod, got {type(module).__name__}")
+        raise TypeError(f"the callbacks need a RobustMethod, got {type(module).__name__}")
     return module
 
 
-def _stage(trainer: Trainer) -> tuple[str, list[Task]]:
+def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:
     """Prefix of the metrics and tasks of what runs now."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)

@@ -12,7 +12,7 @@ from robustclip.types import Task
 
 def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[str, str], list[Member]]:
     """Members of every attack on every task; few classes may change them."""
-    return {(task.name, name): attacks[name].members(len(task.class_names)) for task in tasks for name in attacks}
+    return {(task.name, name): attacks[name].members(len(task.label_names)) for task in tasks for name in attacks}
 
 
 def describe(
@@ -36,7 +36,7 @@ def describe(
             task.name: _protocols(
                 {
                     "templates": listing(task.templates),
-                    "class_names": listing(task.class_names),
+                    "class_names": _labels(task),
                     "precision": f"attack {precision}, verdict fp32",
                     "stop_rule": stop,
                     "model_preprocessing": _preprocessing(method),
@@ -83,6 +83,18 @@ def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> d
         for name, found in attacks.items()
     }
     return {"clean": clean} | {name: {**shared, **attack_axes(given)} for name, given in settings.items()}
+
+
+def words(task: Task) -> dict[str, Any]:
+    """What the text tower was asked, in JSON's types; enough to make the task again."""
+    found: dict[str, Any] = {"class_names": task.class_names, "templates": task.templates}
+    return found if task.groups is None else {**found, "groups": task.groups, "label_names": task.label_names}
+
+
+def _labels(task: Task) -> Any:
+    """What tells the classes of a task: their names and, where there are, the groups of them."""
+    names = listing(task.class_names)
+    return names if task.groups is None else f"{names}, in {len(task.groups)} groups, digest {digest(task.groups)}"
 
 
 def _preprocessing(method: RobustMethod) -> dict[str, Any]:

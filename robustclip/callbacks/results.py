@@ -19,8 +19,16 @@ from robustclip.callbacks.evidence import Evidence, attack_columns, sample_colum
 from robustclip.callbacks.journal import keep_examples
 from robustclip.callbacks.origin import commit, versions
 from robustclip.callbacks.progress import TaskProgress
-from robustclip.callbacks.protocols import unlike, with_samples
-from robustclip.callbacks.tables import csv_table, markdown_table, rich_table, tabulate, with_intervals
+from robustclip.callbacks.protocols import unlike, with_samples, words
+from robustclip.callbacks.tables import (
+    check_averages,
+    csv_table,
+    markdown_table,
+    rich_table,
+    tabulate,
+    with_averages,
+    with_intervals,
+)
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
@@ -42,7 +50,11 @@ class ResultsWriter(Callback):
         folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
         name: of this test's folder; null takes method and time, and finds an unfinished start of the same test.
         baseline: folder of the undefended model's test under the same protocol, for the audit.
+        averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
         config: what the run was started with, kept in the file.
+
+    Raises:
+        ValueError: an average of no task or one that the test has not, or whose name is taken, before it starts.
     """
 
     def __init__(
@@ -50,15 +62,22 @@ class ResultsWriter(Callback):
         folder: str | None = None,
         name: str | None = None,
         baseline: str | None = None,
+        averages: dict[str, list[str]] | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.folder, self.name, self.config = folder, name, config
+        self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         self.baseline = None if baseline is None else Run.open(Path(baseline))
         self.path: Path | None = None
         self._result: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
         self._members: Members = {}
         self._lock: IO[str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses averages that could not be taken."""
+        if stage == "test":
+            tasks = [task.name for task in trainer.datamodule.test_tasks]  # type: ignore[attr-defined]
+            check_averages(self.averages, tasks)
 
     def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Path:
         """The folder of a test, new or as an earlier start has left it; all processes must come here.
@@ -114,7 +133,7 @@ class ResultsWriter(Callback):
             {task.name: sample_columns(rows[task.name]) for task in tasks},
             {key: attack_columns(rows[key[0]], key[1]) for key in self._members},
             self._members,
-            {task.name: len(task.class_names) for task in tasks},
+            {task.name: len(task.label_names) for task in tasks},
             protocol,
             is_undefended=isinstance(method, ZeroShot),
             baseline=self.baseline,
@@ -127,10 +146,10 @@ class ResultsWriter(Callback):
             "device": f"{trainer.world_size} x {trainer.strategy.root_device}, precision {trainer.precision}",
             "config": self.config,
             "model": self._model(method, trainer),
-            **with_intervals(tabulate(metrics, stage="test"), rows, self._members),
+            **with_averages(with_intervals(tabulate(metrics, stage="test"), rows, self._members), self.averages),
             "audit": audit(evidence),
             "notes": _notes(self._members),
-            "classes": {task.name: {"class_names": task.class_names, "templates": task.templates} for task in tasks},
+            "classes": {task.name: words(task) for task in tasks},
             "protocol": protocol,
         }
 

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,17 +13,20 @@ from rich.table import Table
 
 from robustclip.attacks import Member
 from robustclip.statistics import mean_interval, wilson
+from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
+GEOMETRY = "geometry"  # in the place of an attack
 
 Rows = Sequence[Mapping[str, str]]
 
 
 def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
-    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``."""
+    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``, and the geometry."""
     tasks: dict[str, dict[str, Any]] = {}
     mean: dict[str, dict[str, Any]] = {}
+    geometry: dict[str, dict[str, float | None]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
         if parts[0] != stage or len(parts) not in (3, 4):
@@ -29,12 +34,15 @@ def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
         number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
         if len(parts) == 3:
             tasks.setdefault(parts[1], {})[parts[2]] = number
+        elif parts[2] == GEOMETRY:
+            geometry.setdefault(parts[1], {})[parts[3]] = value if math.isfinite(value) else None  # JSON has no nan
         elif parts[1] == NOT_A_TASK:
             mean.setdefault(parts[2], {})[parts[3]] = value
         else:
             tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
     # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
-    return {"tasks": tasks, "mean": {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}}
+    ordered = {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}
+    return {"tasks": tasks, "mean": ordered} | ({GEOMETRY: geometry} if geometry else {})
 
 
 def with_intervals(
@@ -48,9 +56,47 @@ def with_intervals(
                 broken = Counter(row[f"{kind}.by"] for row in rows[task])
                 values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
     for kind, values in table["mean"].items():
-        counts = [(task[kind]["correct"], task["n"]) for task in table["tasks"].values()]
-        values["interval"] = list(mean_interval(counts))
+        values["interval"] = _interval_of_mean(table["tasks"].values(), kind)
     return table
+
+
+def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Adds unweighted means over some of the tasks, under ``averages``."""
+    found = {}
+    for name, tasks in averages.items():
+        chosen = [table["tasks"][task] for task in tasks]
+        found[name] = {"tasks": list(tasks)} | {
+            kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
+            for kind in table["mean"]
+        }
+    return table | ({"averages": found} if found else {})
+
+
+def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
+    """Compares the averages that are wanted with the tasks of a test.
+
+    Raises:
+        ValueError: a name that is taken or malformed, no task, one twice, or one that the test has not.
+    """
+    for name, wanted in averages.items():
+        if not TASK_NAME.fullmatch(name) or name in (*tasks, NOT_A_TASK):
+            raise ValueError(
+                f"average {name!r} must match [a-z0-9_]+ and be neither a task nor {NOT_A_TASK!r}; rename it"
+            )
+        unknown = [task for task in wanted if task not in tasks]
+        if unknown or not wanted or len(set(wanted)) < len(wanted):
+            raise ValueError(
+                f"average {name!r} must list tasks of the test ({', '.join(tasks)}) once each, got {wanted}"
+            )
+
+
+def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By name, the averages over some tasks and, last, the mean over all."""
+    return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
+
+
+def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
+    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
@@ -65,7 +111,7 @@ def csv_table(result: Mapping[str, Any]) -> str:
     kinds = list(result["mean"])
     limits = [name for kind in kinds for name in (kind, f"{kind}_low", f"{kind}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
-    for name, values in [*result["tasks"].items(), (NOT_A_TASK, result["mean"])]:
+    for name, values in [*result["tasks"].items(), *means_of(result).items()]:
         numbers = [number for kind in kinds for number in (values[kind]["acc1"], *values[kind]["interval"])]
         rows.append([name, values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")])
     text = io.StringIO()
@@ -87,7 +133,7 @@ def rich_table(result: Mapping[str, Any]) -> Table:
 
 
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
-    """Header, one row per task, and the mean."""
+    """Header, one row per task, and the means."""
     percent = percent_in_two_lines if in_two_lines else percent_in_one_line
     kinds = list(result["mean"])
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
@@ -97,8 +143,10 @@ def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> l
         cells = [percent(values[kind]) for kind in kinds]
         rows.append([name, str(values["n"]), *cells, f"{values.get('seconds', 0):.1f}", *bad])
     total = sum(values.get("seconds", 0) for values in result["tasks"].values())
-    cells = [percent(result["mean"][kind]) for kind in kinds]
-    return [*rows, [NOT_A_TASK, "", *cells, f"{total:.1f}", *([""] if has_bad else [])]]
+    for name, values in means_of(result).items():
+        seconds = f"{total:.1f}" if name == NOT_A_TASK else ""
+        rows.append([name, "", *(percent(values[kind]) for kind in kinds), seconds, *([""] if has_bad else [])])
+    return rows
 
 
 def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:

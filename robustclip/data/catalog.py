@@ -1,9 +1,10 @@
-"""The data sets of the zero-shot protocols of TeCoA and PMG-AFT: prompts, class names in label order, splits, sources.
+"""The data sets of the zero-shot protocols of TeCoA and PMG-AFT, and the distribution shifts of ImageNet.
 
-Class names live in `assets/class_names.json` and are read when first asked for. They are the text that goes into the
-template, so the rules of TeCoA's code have been applied: lower case; "_", "-" and "/" become blanks. Label order is
-torchvision's and, but for Caltech-101, clip_benchmark's. The lists are those published with the sets, compared with
-CLIP's `data/prompts.md`, torchvision, clip_benchmark and TensorFlow Datasets.
+Prompts, class names in label order, splits, sources. Class names live in `assets/class_names.json` and are read when
+first asked for. They are the text that goes into the template, so the rules of TeCoA's code have been applied: lower
+case; "_", "-" and "/" become blanks. Label order is torchvision's and, but for Caltech-101, clip_benchmark's. The lists
+are those published with the sets, compared with CLIP's `data/prompts.md`, torchvision, clip_benchmark and TensorFlow
+Datasets.
 
 - ImageNet, Tiny-ImageNet: the first synonym of each WordNet id in the CLS-LOC development kit, ids in sorted order.
 - CIFAR-10, CIFAR-100, STL-10, Food-101, SUN397, DTD: the labels of the sets.
@@ -17,6 +18,10 @@ CLIP's `data/prompts.md`, torchvision, clip_benchmark and TensorFlow Datasets.
 - EuroSAT: TeCoA's phrases, in folder order.
 - PCam: TeCoA's two prompts are whole sentences, with "Tthis" corrected to "This".
 - Hateful Memes: CLIP's classes and template, as TeCoA published no loader.
+- ImageNet-V2, -Sketch, -R, -A and ObjectNet have ImageNet's names, and so ImageNet's head. R and A choose among the
+  200 classes that they have (the lists of their authors' code); a class of ObjectNet has the highest logit of its
+  classes in ImageNet (the table published with it; its other 200 classes are left out). `imagenet_classes.json` names
+  the sub-folders of the sets as published, with the numbers of ImageNet's classes.
 
 Three pairs of ImageNet names are equal (crane, maillot, cardigan), so their logits tie.
 """
@@ -28,15 +33,31 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from types import MappingProxyType
+from typing import Any
 
+PARTS_OF_IMAGENET = ("imagenet_r", "imagenet_a")
 PHOTO = "This is a photo of a {}"  # no full stop: TeCoA trained with this template
 
 
 @cache
 def _assets() -> Mapping[str, tuple[str, ...]]:
-    text = resources.files("robustclip.data").joinpath("assets/class_names.json").read_text(encoding="utf-8")
-    names: dict[str, list[str]] = json.loads(text)
+    names: dict[str, list[str]] = _read("class_names.json")
     return {name: tuple(classes) for name, classes in names.items()}
+
+
+@cache
+def _folders() -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+    """Sub-folders of ImageNet and its shifts, in the order of their labels, with numbers of ImageNet's classes."""
+    found = _read("imagenet_classes.json")
+    whole = {wnid: (number,) for number, wnid in enumerate(found["imagenet"])}
+    parts = {name: {found["imagenet"][number]: (number,) for number in found[name]} for name in PARTS_OF_IMAGENET}
+    objects = {folder: tuple(numbers) for folder, numbers in found["objectnet"].items()}
+    by_number = {str(number): (number,) for number in range(len(whole))}
+    return {"imagenet": whole, "imagenet_sketch": whole, "imagenet_v2": by_number, "objectnet": objects, **parts}
+
+
+def _read(name: str) -> Any:
+    return json.loads(resources.files("robustclip.data").joinpath("assets", name).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,8 @@ class CatalogEntry:
         source: where it is read from by default, without the network: `wds:NAME` is a folder below the data root in
             the clip_benchmark layout, `torchvision:CLASS` stands where that layout has other images or other labels.
         native_size: True if images are attacked at their own size, 32 or 96 pixels, and resized inside the model.
+        words: the set whose class names it has, if not its own.
+        border: pixels that are cut off on every side of an image before anything else.
     """
 
     name: str
@@ -62,11 +85,24 @@ class CatalogEntry:
     images: int
     source: str
     native_size: bool = False
+    words: str | None = None
+    border: int = 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The (C,) names in label order, ready for a template."""
-        return _assets()[self.name]
+        """The (C,) names, ready for a template; in label order, unless there are groups."""
+        return _assets()[self.words or self.name]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Sub-folders of the set as published, in label order; none where nobody asks for them."""
+        return tuple(_folders().get(self.name, ()))
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...] | None:
+        """Of each label the positions of its class names; None where every name is a label."""
+        groups = tuple(_folders().get(self.name, {}).values())
+        return groups if groups and groups != tuple((number,) for number in range(len(self.class_names))) else None
 
 
 _ENTRIES = (
@@ -91,6 +127,13 @@ _ENTRIES = (
     CatalogEntry("eurosat", "EuroSAT", ("A centered satellite photo of {}.",), "all", 27_000, "torchvision:EuroSAT"),
     CatalogEntry("pcam", "PatchCamelyon", ("{}",), "test", 32_768, "wds:pcam"),
     CatalogEntry("hateful_memes", "Hateful Memes", ("a {}.",), "test", 3_000, "wds:hateful_memes"),
+    CatalogEntry("imagenet_v2", "ImageNet-V2", (PHOTO,), "test", 10_000, "wds:imagenetv2", words="imagenet"),
+    CatalogEntry(
+        "imagenet_sketch", "ImageNet-Sketch", (PHOTO,), "test", 50_889, "wds:imagenet_sketch", words="imagenet"
+    ),
+    CatalogEntry("imagenet_r", "ImageNet-R", (PHOTO,), "test", 30_000, "wds:imagenet-r", words="imagenet"),
+    CatalogEntry("imagenet_a", "ImageNet-A", (PHOTO,), "test", 7_500, "wds:imagenet-a", words="imagenet"),
+    CatalogEntry("objectnet", "ObjectNet", (PHOTO,), "test", 18_574, "wds:objectnet", words="imagenet", border=2),
 )
 
 CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
@@ -135,6 +178,9 @@ PMG_AFT_SETS: tuple[str, ...] = (
     "pcam",
 )
 """Tiny-ImageNet and the fifteen zero-shot sets of PMG-AFT (https://arxiv.org/abs/2401.04350)."""
+
+SHIFTS_OF_IMAGENET: tuple[str, ...] = ("imagenet_v2", "imagenet_r", "imagenet_a", "imagenet_sketch", "objectnet")
+"""ImageNet's classes under other distributions, as of WiSE-FT (https://arxiv.org/abs/2109.01903)."""
 
 
 def lookup(name: str) -> CatalogEntry:

@@ -1,7 +1,7 @@
 """Decoded samples of any source, as tensors."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from robustclip.data.streams import ShuffledShards, StreamedImage, StreamedShards
 from robustclip.data.transforms import ToPixels
+
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
 class BadSample(NamedTuple):
@@ -32,19 +34,24 @@ class Images(Dataset[Loaded]):
         positions: which samples, in this order; None for all.
     """
 
-    def __init__(self, source: Dataset[Any], transform: ToPixels, positions: list[int] | None = None) -> None:
+    def __init__(self, source: Dataset[Any], transform: ToPixels, positions: Sequence[int] | None = None) -> None:
         self.source, self.transform = source, transform
         self.positions = range(len(source)) if positions is None else positions  # type: ignore[arg-type]
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses what random transforms do."""
+        self.epoch = epoch
 
     def __getitem__(self, number: int) -> Loaded:
         position = self.positions[number]
         try:
             image, label = self.source[position]
-            return self.transform(image), int(label), position
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+            return self.transform(image, (self.epoch, position)), int(label), position
+        except DECODING_ERRORS as error:
             where = getattr(self.source, "where", "sample {} of the data set".format)
             return BadSample(where(position), str(error))
 
@@ -60,12 +67,14 @@ class StreamedImages(IterableDataset[Loaded]):
 
     def __init__(self, source: StreamedShards | ShuffledShards, transform: ToPixels, class_count: int) -> None:
         self.source, self.transform, self.class_count = source, transform, class_count
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]  # a TypeError is how a stream says that nobody knows
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of a shuffled stream."""
+        """Chooses the order of a shuffled stream, and what random transforms do."""
+        self.epoch = epoch
         if isinstance(self.source, ShuffledShards):
             self.source.epoch = epoch
 
@@ -77,6 +86,7 @@ class StreamedImages(IterableDataset[Loaded]):
 
     def _decode(self, sample: StreamedImage) -> Loaded:
         try:
-            return self.transform(Image.open(io.BytesIO(sample.data))), sample.label, sample.index
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = Image.open(io.BytesIO(sample.data))
+            return self.transform(image, (self.epoch, sample.index)), sample.label, sample.index
+        except DECODING_ERRORS as error:
             return BadSample(sample.where, str(error))

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
+from robustclip.data.anchors import Choice, anchored
+from robustclip.data.captioned import CaptionedImages
 from robustclip.data.images import Images, Loaded, StreamedImages
 from robustclip.data.sampling import ExactSampler, ImageLoader
 from robustclip.data.sources import DataSource, OpenedSource, open_source
 from robustclip.data.splits import choose, hold_out
 from robustclip.data.streams import ShuffledShards, StreamedShards
-from robustclip.data.transforms import ToPixels
+from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.types import Task
 
 RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
@@ -41,6 +44,11 @@ class CLIPDataModule(LightningDataModule):
         holdout: share of the training set, per class, that is kept for validation if ``val`` is empty; 0 for none.
         bad_samples: what evaluation does with an image that does not decode: ``error`` or ``skip``, which counts
             them. Training always skips and counts.
+        augmentation: random crops of training images; null for none.
+        captions: table of ``robustclip caption``, or ``shards`` for ``.txt`` beside the training images; null for none.
+        anchors: folder of image-text pairs, as ``robustclip retrieve`` writes it; null for none.
+        anchor_choice: ``pool`` takes any pair, ``paired`` one of the image's neighbours.
+        captioned: folder of images with captions, in whose ``test`` split `FeatureGeometry` looks for them.
 
     Raises:
         ValueError: anything about a data set that does not fit, when a stage is set up.
@@ -59,6 +67,11 @@ class CLIPDataModule(LightningDataModule):
         num_workers: int = 0,
         holdout: float = 0.1,
         bad_samples: Literal["error", "skip"] = "error",
+        augmentation: Augmentation | None = None,
+        captions: str | None = None,
+        anchors: str | None = None,
+        anchor_choice: Choice = "pool",
+        captioned: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= holdout < 1:
@@ -70,6 +83,8 @@ class CLIPDataModule(LightningDataModule):
         self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
+        self.augmentation, self.captions = augmentation, captions
+        self.anchors, self.anchor_choice, self.captioned = anchors, anchor_choice, captioned
         self.max_samples: int | None = None
         # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
         self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
@@ -123,6 +138,8 @@ class CLIPDataModule(LightningDataModule):
         self._val = self._open_all(self.wanted_val)
         if stage == "fit" or not self._val:
             self._train = open_source(self.wanted_train, root=self.root, split="train")
+            if self._train.task.groups is not None:
+                raise ValueError(f"training set {self.train_task.name!r} has labels of several class names; test on it")
             if not self._val and self.holdout and self._train.dataset is not None:
                 self.train_positions, self.val_positions = hold_out(self._train.dataset, self.holdout)
                 self._val = [self._train]
@@ -131,13 +148,18 @@ class CLIPDataModule(LightningDataModule):
         """Shuffled anew each epoch; the order follows from seed and epoch alone."""
         source, seed = self._opened_train(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
         rank, world_size = self._place()
+        transform = training_pixels(self.transform(source).size, self.augmentation, seed)
         if source.dataset is None:
             if source.length is None:
                 raise ValueError(f"training set {source.task.name!r} is remote: give its number of samples as `length`")
+            if self.captions or self.anchors:
+                raise ValueError(f"training set {source.task.name!r} is remote: captions and anchors must be null")
             shuffled = ShuffledShards(source.urls, length=source.length, seed=seed, rank=rank, world_size=world_size)
-            stream = StreamedImages(shuffled, self.transform(source), len(source.task.class_names))
-            return self._train_loader_of(stream, None)
-        images = Images(source.dataset, self.transform(source), self.train_positions)
+            return self._train_loader_of(StreamedImages(shuffled, transform, len(source.task.label_names)), None)
+        images = Images(source.dataset, transform, self.train_positions)
+        pixels = training_pixels(self.image_size, self.augmentation, seed)
+        beside = (self.captions, self.anchors, self.anchor_choice, self.root)
+        images = anchored(images, *beside, transform=pixels, seed=seed)
         sampler: DistributedSampler[Loaded] = DistributedSampler(images, world_size, rank, shuffle=True, seed=seed)
         return self._train_loader_of(images, sampler)
 
@@ -148,6 +170,13 @@ class CLIPDataModule(LightningDataModule):
     def test_dataloader(self) -> list[ImageLoader]:
         """One loader per test task."""
         return self._eval_loaders(self._test)
+
+    def captioned_images(self) -> CaptionedImages | None:
+        """The set for retrieval."""
+        if self.captioned is None:
+            return None
+        folder = Path(self.root).expanduser() / self.captioned
+        return CaptionedImages(folder, ToPixels(self.image_size), batch_size=self.eval_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training epoch stands."""
@@ -186,7 +215,7 @@ class CLIPDataModule(LightningDataModule):
         if source.dataset is None:
             limit = self.max_samples
             shards = StreamedShards(source.urls, max_samples=limit, rank=rank, world_size=world_size, done=done)
-            stream = StreamedImages(shards, self.transform(source), len(source.task.class_names))
+            stream = StreamedImages(shards, self.transform(source), len(source.task.label_names))
             return self._loader(stream, None, self.eval_batch_size, skips_bad_samples=skips)
         positions = self.val_positions if source is self._train else None
         chosen = choose(source.dataset, positions, self.max_samples)
@@ -222,7 +251,7 @@ class CLIPDataModule(LightningDataModule):
 
     def transform(self, source: OpenedSource) -> ToPixels:
         """From a decoded image of a set to the pixels that an attack works on."""
-        return ToPixels(None if self._keeps_size(source) else self.image_size)
+        return ToPixels(None if self._keeps_size(source) else self.image_size, source.border)
 
     def _keeps_size(self, source: OpenedSource) -> bool:
         return source.native_size and self.attack_resolution == "native"

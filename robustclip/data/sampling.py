@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from robustclip.data.anchors import Anchor, AnchoredSample
 from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
-from robustclip.types import Batch
+from robustclip.types import Batch, Pairs
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class ImageLoader(DataLoader[Loaded]):
         if self._has_begun:
             self._epoch, self._batches_done = self._epoch + 1, 0
         self._has_begun = True
-        if isinstance(self.dataset, StreamedImages):  # samplers are told by Lightning, streams are not
+        if isinstance(self.dataset, Images | StreamedImages):  # samplers are told by Lightning, data sets are not
             self.dataset.set_epoch(self._epoch)
         self.bad_samples.clear()
         batches = self._length()
@@ -132,11 +133,21 @@ class ImageLoader(DataLoader[Loaded]):
         self._epoch, self._batches_done, self._has_begun = state["epoch"], state["batches"], False
 
 
-def collate(samples: Sequence[Loaded]) -> tuple[Batch | None, list[BadSample]]:
+def collate(samples: Sequence[Loaded | AnchoredSample]) -> tuple[Batch | None, list[BadSample]]:
     """Stacks what was decoded; the rest is told apart."""
     bad = [sample for sample in samples if isinstance(sample, BadSample)]
     good = [sample for sample in samples if not isinstance(sample, BadSample)]
     if not good:
         return None, bad
-    images, labels, index = zip(*good, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index)), bad
+    images, labels, index = zip(*(sample[:3] for sample in good), strict=True)
+    batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index))
+    anchored = [sample for sample in good if isinstance(sample, AnchoredSample)]
+    captions = tuple(sample.caption for sample in anchored if sample.caption is not None)
+    anchors = [sample.anchor for sample in anchored if sample.anchor is not None]
+    bad += [each for anchor in anchors for each in anchor.skipped]
+    return batch._replace(captions=captions or None, anchors=_stacked(anchors) if anchors else None), bad
+
+
+def _stacked(anchors: Sequence[Anchor]) -> Pairs:
+    images, captions, index, _ = zip(*anchors, strict=True)
+    return Pairs(torch.stack(images), captions, torch.tensor(index))

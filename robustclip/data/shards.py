@@ -23,42 +23,66 @@ class Member(NamedTuple):
     key: str
     offset: int
     size: int
-    label: int
+    label: int  # -1 for none
+    text: tuple[int, int] | None  # offset and size of the captions
 
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
-    """Labelled images of local tar files, read at random by offset.
+    """Labelled images of local tar files, or images with captions, read at random by offset.
 
     Args:
-        shards: tar files with ``KEY.(jpg|png|webp|...)`` and ``KEY.cls``; samples are numbered in this order.
+        shards: tar files with ``KEY.(jpg|png|webp|...)`` and ``KEY.cls``, or with ``KEY.txt``, one caption a line;
+            samples are numbered in this order.
+        is_labelled: every image must have a label; otherwise, captions.
 
     Raises:
-        ValueError: a shard that is missing, cut short or no tar file, a sample without its label.
+        ValueError: a shard that is missing, cut short or no tar file, a sample without its label or captions.
     """
 
-    def __init__(self, shards: list[Path]) -> None:
+    def __init__(self, shards: list[Path], *, is_labelled: bool = True) -> None:
         self.shards = shards
-        self._members = [member for number, shard in enumerate(shards) for member in _scan(number, shard)]
+        members = (member for number, shard in enumerate(shards) for member in _scan(number, shard))
+        self._members = [_checked(member, shards, is_labelled) for member in members]
         self.labels = [member.label for member in self._members]
+        self.has_captions = any(member.text is not None for member in self._members)
 
     def __len__(self) -> int:
         return len(self._members)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         member = self._members[index]
-        with self.shards[member.shard].open("rb", buffering=0) as file:
-            file.seek(member.offset)
-            return Image.open(io.BytesIO(file.read(member.size))), member.label
+        return Image.open(io.BytesIO(self._read(member.shard, member.offset, member.size))), member.label
+
+    def captions(self, index: int) -> list[str]:
+        """Captions of one image; none where there is no ``.txt``."""
+        member = self._members[index]
+        if member.text is None:
+            return []
+        lines = self._read(member.shard, *member.text).decode("utf-8", errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
 
     def where(self, index: int) -> str:
         """Shard and key, for messages."""
         return f"{self.shards[self._members[index].shard]} key {self._members[index].key!r}"
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        with self.shards[shard].open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def _checked(member: Member, shards: list[Path], is_labelled: bool) -> Member:
+    lacks = "a .cls label" if is_labelled and member.label < 0 else ".txt captions"
+    if (is_labelled and member.label < 0) or (not is_labelled and member.text is None):
+        raise ValueError(f"shard {shards[member.shard]} key {member.key!r} has an image but no {lacks}")
+    return member
 
 
 def _scan(number: int, shard: Path) -> Iterator[Member]:
     if not shard.is_file():
         raise ValueError(f"shard {shard} is missing; the nshards.txt beside it counts it")
     images: dict[str, tuple[int, int]] = {}
+    texts: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     end = 0
     try:
@@ -72,14 +96,14 @@ def _scan(number: int, shard: Path) -> Iterator[Member]:
                     )
                 elif kind.lower() in IMAGE_TYPES:
                     images[key] = (entry.offset_data, entry.size)
+                elif kind == "txt":
+                    texts[key] = (entry.offset_data, entry.size)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"shard {shard} is no complete tar file: {error}; fetch it again") from error
     if end + tarfile.BLOCKSIZE > shard.stat().st_size:
         raise ValueError(f"shard {shard} is cut short: it has no end-of-archive block; fetch it again")
     for key, (offset, size) in images.items():
-        if key not in labels:
-            raise ValueError(f"shard {shard} key {key!r} has an image but no .cls label")
-        yield Member(number, key, offset, size, labels[key])
+        yield Member(number, key, offset, size, labels.get(key, -1), texts.get(key))
 
 
 def parse_label(data: bytes, where: str) -> int:

@@ -5,16 +5,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.utils.data import Dataset
 
 from robustclip.data.catalog import CATALOG, lookup
+from robustclip.data.files import ImageFiles, open_folder, open_list
 from robustclip.data.shapes import ShapesDataset
 from robustclip.data.shards import REMOTE, IndexedShards, list_shards, read_lines
 from robustclip.types import Task
 
-KINDS = ("wds", "torchvision", "folder", "shapes")
+KINDS = ("wds", "torchvision", "folder", "list", "shapes")
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
 
@@ -23,22 +25,27 @@ class DataSource:
     """One data set in a configuration; a plain string stands for one with only ``source`` given.
 
     Args:
-        source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``shapes:NAME``, or a name of the
-            catalogue, which brings the papers' class names and prompts.
+        source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH`` of a text file with
+            ``{split}`` in its name, ``shapes:NAME``, or a name of the catalogue, which brings the papers' class names
+            and prompts.
         name: of the task in metrics and results, ``[a-z0-9_]+``; null derives it from the source.
         split: null for ``train`` in training and ``test`` in evaluation.
-        class_names: in label order; null takes those beside the data, else the catalogue's.
-        templates: prompts with ``{}``; null takes those beside the data, else the catalogue's.
+        class_names: in label order; null takes those beside the data, else the catalogue's; ``openai`` for
+            OpenAI's names of the classes of ImageNet.
+        templates: prompts with ``{}``; null takes those beside the data, else the catalogue's; ``openai`` for
+            OpenAI's 80 templates.
         native_size: attack images at their own size instead of a crop of the model's; null asks the catalogue.
+        border: pixels to cut off on every side of an image first; null asks the catalogue.
         length: number of samples; only needed to train from a remote source.
     """
 
     source: str
     name: str | None = None
     split: str | None = None
-    class_names: list[str] | None = None
-    templates: list[str] | None = None
+    class_names: list[str] | Literal["openai"] | None = None
+    templates: list[str] | Literal["openai"] | None = None
     native_size: bool | None = None
+    border: int | None = None
     length: int | None = None
 
 
@@ -50,6 +57,7 @@ class OpenedSource:
         task: what the text tower needs.
         split: which part of the data set.
         native_size: whether images keep their size.
+        border: pixels that are cut off on every side.
         dataset: gives image and label by position; None for remote shards.
         urls: of remote shards.
         length: number of samples if known.
@@ -58,6 +66,7 @@ class OpenedSource:
     task: Task
     split: str
     native_size: bool
+    border: int
     dataset: Dataset[tuple[Any, int]] | None
     urls: tuple[str, ...] = ()
     length: int | None = None
@@ -75,6 +84,7 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
         ValueError: no such kind, set, path, split or name, or class names and labels that do not fit.
     """
     wanted = DataSource(wanted) if isinstance(wanted, str) else wanted
+    wanted_names, wanted_templates = _wanted_words(wanted)
     kind, separator, location = wanted.source.partition(":")
     entry = None
     if not separator:
@@ -85,29 +95,46 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
         raise ValueError(f"data source {wanted.source!r} must begin with one of {known} or be a name of the catalogue")
     name = wanted.name or (entry.name if entry else _slug(location))
     split = wanted.split or split
-    if kind == "wds" or kind == "folder":
+    if kind in ("wds", "folder", "list"):
         location = location if location.startswith((*REMOTE, "/")) else str(Path(root).expanduser() / location)
-    dataset, urls = _open(kind, location, root=root, split=split)
+    named = entry or CATALOG.get(name)
+    dataset, urls = _open(kind, location, root=root, split=split, published=named.folders if named else ())
     names_beside, templates_beside = _beside(kind, location, dataset)
-    if entry is None:  # what lies beside the data goes first; the catalogue only fills in
-        entry = CATALOG.get(name)
-        # Label orders differ between the copies of a set, so names are only taken for the copy that they belong to.
-        is_same_copy = entry is not None and entry.source.startswith(f"{kind}:")
-        class_names = wanted.class_names or names_beside or (entry.class_names if entry and is_same_copy else None)
-        templates = wanted.templates or templates_beside or (entry.templates if entry else DEFAULT_TEMPLATES)
+    has_own_labels = isinstance(dataset, ImageFiles) and dataset.classes is not None
+    if named is None or has_own_labels or (wanted_names and len(wanted_names) != len(named.class_names)):
+        groups = None
     else:
-        class_names, templates = wanted.class_names or entry.class_names, wanted.templates or entry.templates
+        groups = named.groups
+    if entry is None:  # what lies beside the data goes first; the catalogue only fills in
+        entry = named
+        is_published = isinstance(dataset, ImageFiles) and not has_own_labels
+        # Label orders differ between the copies of a set, so names are only taken for the copy that they belong to.
+        is_same_copy = entry is not None and (entry.source.startswith(f"{kind}:") or is_published)
+        names_of_labels = None if groups else names_beside
+        class_names = wanted_names or names_of_labels or (entry.class_names if entry and is_same_copy else None)
+        templates = wanted_templates or templates_beside or (entry.templates if entry else DEFAULT_TEMPLATES)
+    else:
+        class_names, templates = wanted_names or entry.class_names, wanted_templates or entry.templates
     if class_names is None:
         raise ValueError(f"data source {wanted.source!r} brings no class names; give `class_names`")
-    if names_beside and len(class_names) != len(names_beside):
-        counts = f"{len(class_names)} class names for it, but {len(names_beside)} lie beside the data"
+    task = Task(name, tuple(class_names), tuple(templates), groups)
+    if names_beside and len(task.label_names) != len(names_beside):
+        counts = f"{len(task.label_names)} class names for it, but {len(names_beside)} lie beside the data"
         raise ValueError(f"data source {wanted.source!r} has {counts}")
     if dataset is not None:
-        _check_labels(wanted.source, dataset, len(class_names))
-    task = Task(name, tuple(class_names), tuple(templates))
+        _check_labels(wanted.source, dataset, len(task.label_names))
     is_small = kind == "shapes" or (entry is not None and entry.native_size)
     native_size = is_small if wanted.native_size is None else wanted.native_size
-    return OpenedSource(task, split, native_size, dataset, urls, wanted.length)
+    border = (entry.border if entry else 0) if wanted.border is None else wanted.border
+    return OpenedSource(task, split, native_size, border, dataset, urls, wanted.length)
+
+
+def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, list[str] | None]:
+    """Class names and templates that were asked for."""
+    names, templates = wanted.class_names, wanted.templates
+    if names == "openai":
+        names = list(IMAGENET_CLASSNAMES)
+    return names, [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if templates == "openai" else templates
 
 
 def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
@@ -119,13 +146,17 @@ def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
     return None
 
 
-def _open(kind: str, location: str, *, root: str, split: str) -> tuple[Dataset[Any] | None, tuple[str, ...]]:
+def _open(
+    kind: str, location: str, *, root: str, split: str, published: Sequence[str]
+) -> tuple[Dataset[Any] | None, tuple[str, ...]]:
     if kind == "shapes":
         return ShapesDataset(location, split), ()
     if kind == "torchvision":
         return _open_torchvision(location, root, split), ()
     if kind == "folder":
-        return _open_folder(location, split), ()
+        return open_folder(location, split, published), ()
+    if kind == "list":
+        return open_list(location, split), ()
     urls = list_shards(location, split)
     if location.startswith(REMOTE):
         return None, tuple(urls)
@@ -147,39 +178,11 @@ def _open_torchvision(name: str, root: str, split: str) -> Dataset[Any]:
     return dataset
 
 
-def _open_folder(location: str, split: str) -> Dataset[Any]:
-    from torchvision.datasets import ImageFolder
-
-    folder = Path(location) / split if (Path(location) / split).is_dir() else Path(location)
-    try:
-        return _Folder(ImageFolder(str(folder)))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"folder {folder} needs one sub-folder of images per class: {error}") from error
-
-
-class _Folder(Dataset[Any]):
-    """torchvision's image folder, with labels and places told."""
-
-    def __init__(self, images: Any) -> None:
-        self.images, self.labels = images, images.targets
-        self.classes = [name.replace("_", " ") for name in images.classes]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.images[index]
-
-    def where(self, index: int) -> str:
-        """Path of an image, for messages."""
-        return str(self.images.samples[index][0])
-
-
 def _beside(
     kind: str, location: str, dataset: Dataset[Any] | None
 ) -> tuple[Sequence[str] | None, Sequence[str] | None]:
     """Class names and templates that come with the data."""
-    if kind in ("wds", "folder"):
+    if kind in ("wds", "folder", "list"):
         templates = read_lines(location, "zeroshot_classification_templates.txt")
         names = read_lines(location, "classnames.txt") or getattr(dataset, "classes", None)
         return names, templates and [template.replace("{c}", "{}") for template in templates]

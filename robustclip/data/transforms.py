@@ -1,10 +1,13 @@
 """From a decoded image to a tensor in [0, 1]."""
 
+from dataclasses import dataclass
+from random import Random
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
 
 RESIZE_RATIO = 256 / 224  # the short side before the centre crop, as in CLIP's and TeCoA's evaluation
 
@@ -14,10 +17,11 @@ class ToPixels:
 
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
+        border: pixels to cut off on every side before that.
     """
 
-    def __init__(self, size: int | None) -> None:
-        self.size = size
+    def __init__(self, size: int | None, border: int = 0) -> None:
+        self.size, self.border = size, border
         if size is not None:
             self._resize = Resize(round(size * RESIZE_RATIO), InterpolationMode.BILINEAR)
             self._crop = CenterCrop(size)
@@ -25,13 +29,66 @@ class ToPixels:
     @property
     def description(self) -> str:
         """The same in words, for the protocol of a result."""
+        start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
-            return "RGB, own size"
-        return f"RGB, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
+            return f"{start}, own size"
+        return f"{start}, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """One image."""
-        image = image.convert("RGB")
-        if self.size is not None:
-            image = self._crop(self._resize(image))
+    def __call__(self, image: Image.Image, key: tuple[int, ...] = ()) -> Tensor:
+        """One image; ``key`` is what random transforms depend on."""
+        image = self.fitted(ImageOps.crop(image.convert("RGB"), self.border), key)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+    def fitted(self, image: Image.Image, key: tuple[int, ...]) -> Image.Image:
+        """The image in its final size."""
+        return image if self.size is None else self._crop(self._resize(image))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crops of training images, resized (bicubic) to the size that they would have without.
+
+    Args:
+        scale: least and greatest share of an image's area.
+        flip: mirror every other image, by chance.
+
+    Raises:
+        ValueError: shares that are none, or out of order.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augmentation scale must rise within (0, 1], got {self.scale}; [1, 1] crops least")
+
+
+class AugmentedPixels(ToPixels):
+    """The same with an augmentation that is a function of the seed and the key alone, so that a run can be continued.
+
+    Args:
+        size: side of the result in pixels; None keeps the image's own size.
+        augmentation: what may happen.
+        seed: of the run.
+    """
+
+    def __init__(self, size: int | None, augmentation: Augmentation, seed: int) -> None:
+        super().__init__(size)
+        self.augmentation, self.seed = augmentation, seed
+        self._flip = RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
+
+    def fitted(self, image: Image.Image, key: tuple[int, ...]) -> Image.Image:
+        """A random part of the image in the final size."""
+        size = image.size[::-1] if self.size is None else (self.size, self.size)
+        crop = RandomResizedCrop(size, self.augmentation.scale, interpolation=InterpolationMode.BICUBIC)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would start every GPU's stream anew as well.
+            torch.default_generator.manual_seed(Random(repr((self.seed, *key))).getrandbits(63))
+            result: Image.Image = self._flip(crop(image))
+        return result
+
+
+def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int) -> ToPixels:
+    """What training images go through, with or without an augmentation."""
+    return ToPixels(size) if augmentation is None else AugmentedPixels(size, augmentation, seed)

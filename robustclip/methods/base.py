@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.base import Forward, Loss
 from robustclip.clip import CLIPModel
+from robustclip.methods.activations import checkpoint_activations
 from robustclip.methods.checkpoints import (
     RenamedCheckpointIO,
     check_belongs,
@@ -23,6 +24,7 @@ from robustclip.methods.checkpoints import (
 )
 from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods.freezing import frozen
+from robustclip.methods.heads import encode_heads, head_logits
 from robustclip.methods.schedule import warmup_cosine
 from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
@@ -39,11 +41,14 @@ class RobustMethod(LightningModule, ABC):
         pretrained: open_clip tag, weights file, local-dir folder, ``shapes``, or null for random weights.
         image_size: side of the tower's input in pixels; null for the model's own.
         has_fixed_batch_norm: keep BatchNorm statistics as pre-trained while fitting.
+        has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
         attack: training attack; null for methods that train on clean images.
         optimizer: called with `parameter_groups()`.
         warmup_steps: steps of linear warm-up; 0 for none.
         schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
     """
+
+    of_original: tuple[str, ...] = ("clip.net.",)  # so begin the names of tensors that the pre-trained model determines
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class RobustMethod(LightningModule, ABC):
         pretrained: str | None = "shapes",
         image_size: int | None = None,
         has_fixed_batch_norm: bool = True,
+        has_activation_checkpointing: bool = False,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: int = 0,
@@ -66,6 +72,8 @@ class RobustMethod(LightningModule, ABC):
         self.attack, self.optimizer = attack, optimizer
         self.warmup_steps, self.schedule = warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
+        if has_activation_checkpointing:
+            checkpoint_activations(self.clip.net.visual)
         self.heads: dict[str, Tensor] = {}
         self.interpolation: dict[str, Any] | None = None  # of the loaded checkpoint, with the original model
         self.counts = nn.ModuleDict()
@@ -98,7 +106,7 @@ class RobustMethod(LightningModule, ABC):
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         """Zero-shot logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], for a task whose head was built."""
-        return self.clip.logit_scale * self.image_features(images) @ self.heads[task].T
+        return head_logits(self.image_features(images), self.heads[task], self.clip.logit_scale)
 
     def perturb(
         self,
@@ -132,7 +140,7 @@ class RobustMethod(LightningModule, ABC):
             return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
 
     def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
-        """Encodes each task's classes into its zero-shot head ``(C, D)``, once and without gradients.
+        """Encodes each task's classes into its zero-shot head, once and without gradients.
 
         Args:
             tasks: what to encode.
@@ -140,8 +148,7 @@ class RobustMethod(LightningModule, ABC):
         """
         # Outside inference mode, whose tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(self):
-            for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
-                self.heads[name] = self.class_features(task).detach()
+            self.heads |= encode_heads(self.class_features, tasks, names)
 
     def count(self, task: str) -> Top1:
         """Clean answers of a task in the running evaluation."""

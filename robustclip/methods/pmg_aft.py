@@ -117,7 +117,11 @@ class PMGAFT(TeCoA):
         logits = self.clip.logit_scale * features @ self.heads["train"].T
         if self.layer == "logits":
             return logits, logits
-        return logits, features if self.layer == "features" else outputs[0]
+        if self.layer == "features":
+            return logits, features
+        if not outputs:  # timm's EfficientNet recomputes the parts of a block, past the block
+            raise ValueError(f"layer {self.layer} is not seen with has_activation_checkpointing; unset it, or layer")
+        return logits, outputs[0]
 
 
 @contextmanager

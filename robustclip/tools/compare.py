@@ -2,87 +2,27 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from robustclip import protocol
 from robustclip.runs import Run
 from robustclip.statistics import (
-    Difference,
     bootstrap_mean_difference,
     holm,
     mcnemar,
     paired_difference,
 )
+from robustclip.tools.comparisons import Comparison, Comparisons, Mean, shown
 
-ALPHA = 0.05
+MEAN = "mean"  # over all compared tasks
 Key = tuple[str, str]
 """Task and attack."""
 Protocols = Mapping[Key, protocol.Axes]
 Rows = Mapping[int, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One task under one attack, on the samples that both runs have.
-
-    Args:
-        task: its name.
-        attack: its name, or ``clean``.
-        n: pairs.
-        a: accuracy of run A in [0, 1].
-        b: the same of B.
-        difference: B minus A, with its interval.
-        only_a: samples right in A alone.
-        only_b: samples right in B alone.
-        p: of McNemar's test.
-        adjusted: Holm's, over all rows of the comparison.
-    """
-
-    task: str
-    attack: str
-    n: int
-    a: float
-    b: float
-    difference: Difference
-    only_a: int
-    only_b: int
-    p: float
-    adjusted: float
-
-    @property
-    def is_significant(self) -> bool:
-        """At 5 %, after the adjustment."""
-        return self.adjusted <= ALPHA
-
-
-@dataclass(frozen=True)
-class Mean:
-    """Unweighted mean over the compared tasks, of one attack; meanings as in `Comparison`."""
-
-    attack: str
-    a: float
-    b: float
-    difference: Difference
-
-
-@dataclass(frozen=True)
-class Comparisons:
-    """What `pair` found.
-
-    Args:
-        rows: per task and attack, in the order of run A.
-        means: per attack.
-        notes: sentences on what was not compared, or only in part.
-    """
-
-    rows: list[Comparison]
-    means: list[Mean]
-    notes: list[str]
 
 
 def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
@@ -123,25 +63,7 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
             rows.append(_row(task, attack, _right(a, task, in_a, attack), _right(b, task, in_b, attack)))
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
-    return Comparisons(rows, _means(rows), [*notes, *_unpaired(axes_a, axes_b)])
-
-
-def shown(found: Comparisons) -> Table:
-    """The comparison as a table, in percent and points."""
-    title = f"top-1 accuracy in percent\n* B differs from A at {ALPHA:.0%} (Holm, {len(found.rows)} tests)"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "attack"):
-        table.add_column(name, overflow="fold")
-    for name in ("n", "A", "B", "B - A\n95 % interval", "right only\nA / B", "p  \nHolm's p  "):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
-        cells = (str(row.n), _percent(row.a), _percent(row.b), _points(row.difference))
-        p = f"{row.p:.1g}  \n{row.adjusted:.1g} {'*' if row.is_significant else ' '}"
-        table.add_row(row.task, row.attack, *cells, f"{row.only_a} / {row.only_b}", p)
-    table.add_section()
-    for mean in found.means:
-        table.add_row("mean", mean.attack, "", _percent(mean.a), _percent(mean.b), _points(mean.difference))
-    return table
+    return Comparisons(rows, _means(rows, _averages(a, b)), [*notes, *_unpaired(axes_a, axes_b)])
 
 
 def _axes(run: Run) -> Protocols:
@@ -231,19 +153,20 @@ def _share(right: Sequence[bool]) -> float:
     return sum(right) / len(right) if right else math.nan
 
 
-def _means(rows: Sequence[Comparison]) -> list[Mean]:
+def _averages(a: Run, b: Run) -> dict[str, list[str]]:
+    """Tasks by the name of the average, where both runs agree on them."""
+    of_a, of_b = ({name: each["tasks"] for name, each in run.result.get("averages", {}).items()} for run in (a, b))
+    return {name: tasks for name, tasks in of_a.items() if of_b.get(name) == tasks}
+
+
+def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]]) -> list[Mean]:
+    """Per average and attack where all its tasks are compared, then per attack over whatever is."""
     found = []
-    for attack in dict.fromkeys(row.attack for row in rows):
-        chosen = [row for row in rows if row.attack == attack]
-        difference = bootstrap_mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
-        a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
-        found.append(Mean(attack, a, b, difference))
+    for name, attack in product([*averages, MEAN], dict.fromkeys(row.attack for row in rows)):
+        tasks = averages.get(name)
+        chosen = [row for row in rows if row.attack == attack and (tasks is None or row.task in tasks)]
+        if tasks is None or len(chosen) == len(tasks):
+            difference = bootstrap_mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
+            a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
+            found.append(Mean(name, attack, a, b, difference))
     return found
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _points(difference: Difference) -> str:
-    return "{:+.1f}\n{:+.1f} to {:+.1f}".format(*(100 * value for value in difference))

@@ -144,7 +144,7 @@ def _look_at(
     found = Examined(candidate.kind, task, size, images, labels, seconds)
     count = "uncounted samples" if size is None else f"{size:,} samples"
     sizes = ", ".join(f"{width} x {height}" for height, width in list(shapes)[:NAMED])
-    detail = f"{count} of {candidate.source.split!r}, {len(task.class_names)} classes, {sizes} pixels"
+    detail = f"{count} of {candidate.source.split!r}, {len(task.label_names)} classes, {sizes} pixels"
     detail += f"; {len(good)} of {len(samples)} images decode"
     if model is None:
         return found, [Finding(name, OK, detail), *notes]
@@ -159,7 +159,7 @@ def _samples(data: CLIPDataModule, candidate: Candidate) -> list[Loaded]:
     source, transform = candidate.source, data.transform(candidate.source)
     if source.dataset is None:
         shards = StreamedShards(source.urls[:1], max_samples=LOOKED_AT)
-        return list(StreamedImages(shards, transform, len(source.task.class_names)))
+        return list(StreamedImages(shards, transform, len(source.task.label_names)))
     images = Images(source.dataset, transform, candidate.positions)
     places = torch.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).round().int()
     return [images[number] for number in places.tolist()]
@@ -177,7 +177,7 @@ def _undecodable(data: CLIPDataModule, candidate: Candidate, samples: Sequence[L
 
 def _absent(candidate: Candidate) -> list[Finding]:
     """Classes of the whole set without a sample."""
-    dataset, classes = candidate.source.dataset, candidate.source.task.class_names
+    dataset, classes = candidate.source.dataset, candidate.source.task.label_names
     labels = None if dataset is None or candidate.kind == "hold-out" else labels_of(dataset)
     absent = [] if labels is None else [classes[number] for number in sorted({*range(len(classes))} - {*labels})]
     if not absent:
@@ -208,5 +208,5 @@ def _classify(found: Examined, model: RobustMethod) -> tuple[Examined, int, str 
     with frozen(model), torch.no_grad():
         predicted = model.logits(found.images.to(device), found.task.name).argmax(-1).cpu()
     is_one = len(set(predicted.tolist())) == 1 and len(set(found.labels.tolist())) > 1
-    only = found.task.class_names[int(predicted[0])] if is_one else None
+    only = found.task.label_names[int(predicted[0])] if is_one else None
     return found, int((predicted == found.labels).sum()), only

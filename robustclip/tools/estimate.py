@@ -135,7 +135,7 @@ def _passes_of_torchattacks(attack: TorchAttack) -> Passes | None:
 
 def attack_findings(attacks: Mapping[str, Attack], tests: Sequence[Examined]) -> Iterator[Finding]:
     """What each attack costs."""
-    classes = max((len(found.task.class_names) for found in tests), default=TYPICAL_CLASSES)
+    classes = max((len(found.task.label_names) for found in tests), default=TYPICAL_CLASSES)
     if not attacks:
         yield Finding("attacks", WARNING, "none: `evaluation.attacks` is empty, so clean accuracy alone is measured")
     for name, attack in attacks.items():
@@ -194,7 +194,7 @@ def _evaluation_seconds(
     for found in sets:
         computing = forward  # clean
         for attack in attacks.values():
-            cost = passes(attack, len(found.task.class_names)) or (0, 0)
+            cost = passes(attack, len(found.task.label_names)) or (0, 0)
             computing += cost[0] * step + cost[1] * query + forward  # and the verdict
         total += (found.size or 0) * bench.loading(found, computing) / bench.world_size + found.head_seconds
     return total, (forward, gradient)

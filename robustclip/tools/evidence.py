@@ -184,9 +184,14 @@ def _batches(folder: Path) -> Iterator[list[Example]]:
 def _prepared(method: RobustMethod, run: Run) -> RobustMethod:
     method = method.float()
     classes = _of(run, "classes")
-    names = {task: (tuple(given["class_names"]), tuple(given["templates"])) for task, given in classes.items()}
-    method.prepare([Task(task, *given) for task, given in names.items()])
+    method.prepare([_task(name, given) for name, given in classes.items()])
     return method
+
+
+def _task(name: str, given: Mapping[str, Any]) -> Task:
+    groups = given.get("groups")
+    in_tuples = None if groups is None else tuple(map(tuple, groups))
+    return Task(name, tuple(given["class_names"]), tuple(given["templates"]), in_tuples)
 
 
 def _of(run: Run, name: str) -> dict[str, Any]:

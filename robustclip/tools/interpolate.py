@@ -11,7 +11,6 @@ from torch import Tensor
 
 from robustclip.clip import fingerprint
 from robustclip.methods import RobustMethod
-from robustclip.methods.checkpoints import check_belongs
 from robustclip.tools.local_dir import new_folder
 
 # What continues a training, which there is none of between two models.
@@ -38,8 +37,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     """
     check_alphas(alphas)
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    method.freeze_the_rest()
-    check_belongs(content, method, method.clip)
+    method.on_load_checkpoint(content)
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
     _check_has_original(method, tuned)
     method.load_state_dict(original | tuned)
@@ -82,7 +80,7 @@ def check_alphas(alphas: Sequence[float]) -> None:
 def _check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
     if method.clip.pretrained is None:
         raise ValueError("model.pretrained is null: from random weights there is no original model to interpolate with")
-    added = [name for name in tuned if not name.startswith("clip.net.")]
+    added = [name for name in tuned if not name.startswith(method.of_original)]
     if added:
         raise ValueError(
             f"{type(method).__name__} learnt {added[0]!r}, which the original model does not have;"

@@ -12,7 +12,7 @@ import torchvision
 from torchvision.models import ResNet18_Weights
 
 from robustclip.data import catalog
-from robustclip.data.catalog import CATALOG, PMG_AFT_SETS, TECOA_SETS, CatalogEntry, lookup
+from robustclip.data.catalog import CATALOG, PMG_AFT_SETS, SHIFTS_OF_IMAGENET, TECOA_SETS, CatalogEntry, lookup
 
 CLASSES = {
     "imagenet": 1000,
@@ -32,6 +32,7 @@ CLASSES = {
     "eurosat": 10,
     "pcam": 2,
     "hateful_memes": 2,
+    **dict.fromkeys(SHIFTS_OF_IMAGENET, 1000),
 }
 
 # The first and the last label of each published list, and one between them: position, prompt.
@@ -77,7 +78,7 @@ def _plain(name: str) -> str:
 
 
 def test_catalog_holds_the_union_of_both_protocols() -> None:
-    assert set(CATALOG) == set(TECOA_SETS) | set(PMG_AFT_SETS) == set(CLASSES)
+    assert set(CATALOG) == set(TECOA_SETS) | set(PMG_AFT_SETS) | set(SHIFTS_OF_IMAGENET) == set(CLASSES)
 
 
 def test_protocols_have_sixteen_distinct_sets() -> None:
@@ -110,7 +111,7 @@ def test_no_default_source_reaches_the_network() -> None:
     for entry in CATALOG.values():
         scheme, _, place = entry.source.partition(":")
         assert scheme in {"wds", "torchvision"}
-        assert re.fullmatch("[A-Za-z0-9_]+", place)
+        assert re.fullmatch("[A-Za-z0-9_-]+", place)
         if scheme == "torchvision":
             assert issubclass(getattr(torchvision.datasets, place), torchvision.datasets.VisionDataset)
 
@@ -129,7 +130,9 @@ def test_known_collisions_and_no_others() -> None:
     assert _repeated(CATALOG["imagenet"]) == ["cardigan", "crane", "maillot"]
     assert len(set(CATALOG["stanford_cars"].class_names)) == 189
     assert len(_repeated(CATALOG["stanford_cars"])) == 7
-    assert not any(_repeated(CATALOG[name]) for name in set(CATALOG) - {"imagenet", "stanford_cars"})
+    assert not any(
+        _repeated(CATALOG[name]) for name in set(CATALOG) - {"imagenet", "stanford_cars", *SHIFTS_OF_IMAGENET}
+    )
 
 
 def test_imagenet_agrees_with_torchvision() -> None:
@@ -171,7 +174,7 @@ def test_unknown_name_is_answered_with_close_ones_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"got 'cifar_10'; did you mean cifar10 or cifar100\?") as error:
         lookup("cifar_10")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"got '!'; known are imagenet, .*hateful_memes$"):
+    with pytest.raises(ValueError, match=r"got '!'; known are imagenet, .*objectnet$"):
         lookup("!")
 
 

@@ -46,7 +46,7 @@ def test_the_attack_depends_on_the_batch_through_the_negatives_alone(tiny_model:
         keys = method.image_features(data.images)
 
     def attacked(rows: slice) -> Tensor:
-        part = Batch(*(column[rows] for column in data))
+        part = Batch(*(column[rows] for column in data[:3]))
         own = torch.arange(4)[rows]
         return method.perturb(part, forward=lambda images: method.similarities(images, keys), targets=own)
 

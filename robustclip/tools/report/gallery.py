@@ -99,5 +99,6 @@ def _radius(example: Example) -> str:
 
 
 def _name(view: View, task: str, number: int) -> str:
-    names = view.run.result.get("classes", {}).get(task, {}).get("class_names")
+    names = view.run.result.get("classes", {}).get(task, {})
+    names = names.get("label_names", names.get("class_names"))
     return str(names[number]) if isinstance(names, list) and number < len(names) else f"class {number}"

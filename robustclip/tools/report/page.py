@@ -6,14 +6,14 @@ from importlib.resources import files
 from typing import Any
 
 from robustclip.protocol import AXES
-from robustclip.tools.report import broken, gallery, plots, tables, unlike
+from robustclip.tools.report import broken, gallery, geometry, plots, tables, unlike
 from robustclip.tools.report.html import LEVEL, disclosure, escape, tag
 from robustclip.tools.report.view import MISSING, View, union
 
 # Nothing but the page's own styles and images: no script runs and nothing is fetched, whatever the files hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STATUSES = {"fail": "✕ failed", "warn": "! warning", "not_measured": f"{MISSING} not measured", "pass": "✓ passed"}
-SECTIONS = ("Accuracy", "Radius", "Clean and robust", "What broke it", "Images", "Audit", "Protocol")
+SECTIONS = ("Accuracy", "Radius", "Clean and robust", "What broke it", "Images", "Geometry", "Audit", "Protocol")
 
 
 def page(views: Sequence[View]) -> str:
@@ -28,10 +28,10 @@ def page(views: Sequence[View]) -> str:
         tag("title", escape(title)),
         tag("style", files(__package__).joinpath("report.css").read_text(encoding="utf-8")),
     )
-    contents = (_accuracy, _radius, _scatter, _broken, _images, _audit, _protocol)
-    sections = [_section(name, write(views)) for name, write in zip(SECTIONS, contents, strict=True)]
-    links = tag("nav", *(tag("a", name, href=f"#{_anchor(name)}") for name in SECTIONS), aria_label="Contents")
-    body = tag("body", _header(views), links, tag("main", *sections))
+    contents = (_accuracy, _radius, _scatter, _broken, _images, geometry.section, _audit, _protocol)
+    written = {name: content for name, write in zip(SECTIONS, contents, strict=True) if (content := write(views))}
+    links = tag("nav", *(tag("a", name, href=f"#{_anchor(name)}") for name in written), aria_label="Contents")
+    body = tag("body", _header(views), links, tag("main", *(_section(*item) for item in written.items())))
     return "<!doctype html>\n" + tag("html", head, body, lang="en")
 
 

@@ -126,8 +126,8 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> str:
         for line in interpolations(having):
             means = [(100 * view.mean[CLEAN].value, 100 * view.mean[attack].value) for _, view in line]
             axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.2, zorder=3)
-            for (alpha, _), at in zip(line, means, strict=True):
-                axes.annotate(f"{alpha:g}", at, xytext=(8, 6), textcoords="offset points", color=INK, fontsize=8)
+            for (alpha, _), mean in zip(line, means, strict=True):
+                axes.annotate(f"{alpha:g}", mean, xytext=(8, 6), textcoords="offset points", color=INK, fontsize=8)
         for view in having:
             colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
             for task, scores in view.scores.items():

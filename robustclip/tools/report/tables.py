@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from robustclip.tools.report.html import LEVEL, escape, tag
 from robustclip.tools.report.unlike import is_alike, said
-from robustclip.tools.report.view import CLEAN, MISSING, Score, View, union
+from robustclip.tools.report.view import CLEAN, MISSING, Score, View, averaged, union
 
 UNITS = f"Top-1 accuracy in percent, each with its {LEVEL} interval."
 BEST_RULE = (
@@ -73,12 +73,12 @@ def html(table: Table) -> str:
     return tag("div", body, class_="scroll", tabindex="0", role="region", aria_label=table.caption)
 
 
-def document(views: Sequence[View]) -> str:
-    """The tables as Markdown."""
+def document(views: Sequence[View], more: Sequence[Table] = ()) -> str:
+    """The tables as Markdown, with more tables behind them."""
     parts = [f"# Robustness report\n\n{UNITS}\n"]
     parts += [f"{BEST_RULE}\n"] if len(views) > 1 else []
     parts += [f"{line}\n" for line in said(views)]
-    for table in accuracy_tables(views):
+    for table in [*accuracy_tables(views), *more]:
         head = [table.corner, *table.columns]
         lines = [head, ["---", *["--:"] * len(table.columns)]]
         lines += [[name, *(_inline(cell) for cell in cells)] for name, cells in table.rows]
@@ -99,8 +99,9 @@ def listing(views: Sequence[View]) -> str:
             for kind, score in scores.items():
                 seconds = _seconds(values.get("seconds"))
                 writer.writerow([*head, task, kind, values["n"], score.correct, *_limits(score), seconds])
-        for kind, score in view.mean.items():
-            writer.writerow([*head, MEAN, kind, "", "", *_limits(score), ""])
+        for name, means in [*view.averages.items(), (MEAN, view.mean)]:
+            for kind, score in means.items():
+                writer.writerow([*head, name, kind, "", "", *_limits(score), ""])
     return text.getvalue()
 
 
@@ -110,6 +111,8 @@ def _one_run(view: View) -> Table:
         (task, [*(_cell(scores.get(kind)) for kind in view.kinds), *_work(view, task, has_bad)])
         for task, scores in view.scores.items()
     ]
+    nothing = [Cell("")] * (3 if has_bad else 2)
+    rows += [(name, [*(_cell(means[kind]) for kind in view.kinds), *nothing]) for name, means in view.averages.items()]
     rows.append((MEAN, [*(_cell(view.mean[kind]) for kind in view.kinds), *_total(view, has_bad)]))
     columns = [*view.kinds, "n", "seconds", *(["left out"] if has_bad else [])]
     return Table("Accuracy of every task", "task", columns, rows, last=True)
@@ -121,6 +124,11 @@ def _side_by_side(views: Sequence[View], kind: str) -> Table:
     for task in tasks:
         scores = [view.scores.get(task, {}).get(kind) for view in views]
         rows.append((task, _marked(scores, is_alike(views, task, kind))))
+    for name in union(views, of="averages"):
+        scores = [view.averages.get(name, {}).get(kind) for view in views]
+        over = averaged(next(view for view in views if name in view.averages), name)
+        is_same = all(averaged(view, name) == over for view in views)
+        rows.append((name, _marked(scores, is_same and all(is_alike(views, task, kind) for task in over))))
     same_tasks = all(set(view.scores) == set(tasks) for view in views)
     is_fair = same_tasks and all(is_alike(views, task, kind) for task in tasks)
     rows.append((MEAN, _marked([view.mean.get(kind) for view in views], is_fair)))

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class View:
         number: its place among them, from 0.
         scores: per task and attack, ``clean`` among the attacks.
         mean: per attack, over the tasks.
+        averages: over some of the tasks, by the name that they were given, per attack.
         broken: per task and attack, how many samples each member broke, in the ledger; ``clean`` for those that were
             wrong without an attack, empty for those that no attack broke.
     """
@@ -52,6 +54,7 @@ class View:
     number: int
     scores: Mapping[str, Mapping[str, Score]]
     mean: Mapping[str, Score]
+    averages: Mapping[str, Mapping[str, Score]]
     broken: Mapping[str, Mapping[str, Counter[str]]]
 
     @property
@@ -72,6 +75,12 @@ class View:
     def axes(self, task: str, kind: str) -> Mapping[str, Any]:
         """The protocol of one number; empty if the run does not have it."""
         found: Mapping[str, Any] = self.run.result["protocol"].get(task, {}).get(kind, {}).get("axes", {})
+        return found
+
+    @property
+    def geometry(self) -> Mapping[str, Mapping[str, float | None]]:
+        """What `FeatureGeometry` measured, by task or captioned set."""
+        found: Mapping[str, Mapping[str, float | None]] = self.run.result.get("geometry") or {}
         return found
 
     @property
@@ -111,8 +120,14 @@ def views(paths: Sequence[Path]) -> list[View]:
 
 
 def union(views: Sequence[View], *, of: str) -> list[str]:
-    """Tasks or kinds (``clean`` and attacks) that any run has, in the order of the runs."""
-    return list(dict.fromkeys(name for view in views for name in (view.scores if of == "tasks" else view.kinds)))
+    """Tasks, averages or kinds (``clean`` and attacks) that any run has, in the order of the runs."""
+    names = ({"tasks": view.scores, "averages": view.averages, "kinds": view.mean}[of] for view in views)
+    return list(dict.fromkeys(chain.from_iterable(names)))
+
+
+def averaged(view: View, average: str) -> list[str]:
+    """The tasks of an average; none where the run has not taken it."""
+    return list(view.run.result["averages"][average]["tasks"]) if average in view.averages else []
 
 
 def percent(value: float) -> str:
@@ -140,7 +155,11 @@ def _view(run: Run, label: str, number: int) -> View:
     for task, by_kind in scores.items():
         rows = run.rows(task)
         broken[task] = {kind: Counter(row[f"{kind}.by"] for row in rows) for kind in by_kind if kind != CLEAN}
-    return View(run, label, number, scores, {kind: _score(result["mean"][kind]) for kind in kinds}, broken)
+    mean = {kind: _score(result["mean"][kind]) for kind in kinds}
+    averages = {
+        name: {kind: _score(values[kind]) for kind in kinds} for name, values in result.get("averages", {}).items()
+    }
+    return View(run, label, number, scores, mean, averages, broken)
 
 
 def _score(values: Mapping[str, Any]) -> Score:

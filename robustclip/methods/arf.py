@@ -1,0 +1,95 @@
+"""ARF: fine-tuning anchored to captions and to retrieved image-text pairs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustclip.losses import info_nce
+from robustclip.methods.flyp import FLYP
+from robustclip.types import Batch, Pairs
+
+
+class ARF(FLYP):
+    """ARF (Han et al., CVPR 2024, https://arxiv.org/abs/2404.06244): FLYP, held by two sets of anchors.
+
+    With FLYP's ``L_ctr``, the batch's images ``Z`` and class prompts ``T``, a caption ``C`` of each of these images,
+    and image-text pairs ``(Z_r, T_r)`` retrieved from data like those of pre-training, it minimises::
+
+        L_ctr(Z, T) + a L_ctr(Z, C) + b L_ctr(Z_r, T_r)
+
+    Three matrices of one logit scale: no image is contrasted with a text of another term. Each tower runs once. An
+    image without a caption keeps its class prompt. A pair that is in the batch already counts once, since its copy
+    would be its own negative; ``train/anchor_collisions`` counts the copies.
+
+    The authors published no code, and the weights are not known; a plain sum is what reviews of the paper report.
+
+    Args:
+        caption_weight: ``a``; at 0, captions are not looked at.
+        anchor_weight: ``b``; at 0, pairs are not looked at.
+        kwargs: arguments of `FLYP`.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    def __init__(self, caption_weight: float = 1.0, anchor_weight: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, weight in (("caption_weight", caption_weight), ("anchor_weight", anchor_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0, got {weight}; 0 leaves the term out")
+        self.caption_weight, self.anchor_weight = caption_weight, anchor_weight
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """InfoNCE with class prompts, with captions, and of the retrieved pairs.
+
+        Raises:
+            ValueError: a term whose weight is not 0 has no data.
+        """
+        images, texts = [batch.images], [self.class_prompts(batch)]
+        if self.caption_weight > 0:
+            texts.append(self._captions(batch, texts[0]))
+        pairs = _anchors(batch) if self.anchor_weight > 0 else None
+        if pairs is not None:
+            images.append(pairs.images)
+            texts.append(self.clip.tokenize(list(pairs.captions)))
+        seen, read = self.encode_images(*images).chunk(len(images)), self.encode_tokens(*texts).chunk(len(texts))
+        features = self.gathered(*seen, *read)
+        seen, read, scale = features[: len(seen)], features[len(seen) :], self.clip.logit_scale
+        terms = {"prompt_nce": info_nce(seen[0], read[0], scale)}
+        if self.caption_weight > 0:
+            terms["caption_nce"] = self.caption_weight * info_nce(seen[0], read[1], scale)
+        if pairs is not None:
+            new = self._first_of_each(pairs)
+            terms["anchor_nce"] = self.anchor_weight * info_nce(seen[-1][new], read[-1][new], scale)
+        return terms
+
+    def _captions(self, batch: Batch, prompts: Tensor) -> Tensor:
+        """Tokens ``(B, L)`` of the captions, those of the class prompts where there is none."""
+        if batch.captions is None:
+            raise ValueError(
+                f"caption_weight is {self.caption_weight:g}, but the data have no captions; set data.captions, or 0"
+            )
+        tokens = self.clip.join_tokens(prompts, self.clip.tokenize(list(batch.captions)))
+        prompts, captions = tokens.chunk(2)
+        is_missing = torch.tensor([not caption for caption in batch.captions], device=tokens.device)
+        return torch.where(is_missing[:, None], prompts, captions)
+
+    def _first_of_each(self, pairs: Pairs) -> Tensor:
+        """Which rows, over all processes, hold a pair that no row before them holds."""
+        (index,) = self.gathered(pairs.index)
+        is_copy = (index[:, None] == index).tril(-1).any(1)
+        self.log("train/anchor_collisions", is_copy.sum().float(), batch_size=len(index))
+        return ~is_copy
+
+
+def _anchors(batch: Batch) -> Pairs:
+    """The pairs of a batch, with images of the size of its own."""
+    if batch.anchors is None:
+        raise ValueError("anchor_weight is above 0, but the data have no anchors; set data.anchors, or the weight to 0")
+    sizes = [tuple(images.shape[-2:]) for images in (batch.anchors.images, batch.images)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"anchors are of {sizes[0]} pixels, training images of {sizes[1]}; set data.attack_resolution to model"
+        )
+    return batch.anchors

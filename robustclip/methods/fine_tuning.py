@@ -1,0 +1,161 @@
+"""Fine-tuning with a classifier that starts as the zero-shot head: the baselines that use no text in training."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustclip.methods.base import RobustMethod
+from robustclip.methods.freezing import frozen
+from robustclip.methods.teacher import ImageTeacher
+from robustclip.types import Batch, Task
+
+
+class FineTuning(RobustMethod):
+    """Linear probing, end-to-end fine-tuning, LP-FT and L2-SP, by cross-entropy on clean images.
+
+    Minimises, over a classifier ``W`` that starts at ``s t``, the class features times the logit scale (Wortsman et
+    al., CVPR 2022, https://arxiv.org/abs/2109.01903), and over the image tower ``f`` with its pre-trained weights
+    ``theta_0``::
+
+        -log softmax(W f(x))_y + (l2_sp / 2) ||theta - theta_0||^2
+
+    - end-to-end fine-tuning: both learn from the start, ``probe_epochs: 0``;
+    - linear probing: the classifier alone, ``probe_epochs: null``;
+    - LP-FT (Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054): the classifier alone at first, then both;
+    - L2-SP (Li et al., ICML 2018, https://arxiv.org/abs/1802.01483): ``l2_sp`` above 0, the optimiser's weight decay 0.
+
+    The classifier answers for every task that has the training classes; others ask zero-shot heads of the text tower,
+    which does not learn. `robustclip interpolate` takes its original, ``s t``, from the checkpoint, as WiSE-FT does.
+
+    Departures: the classifier has no bias, which WiSE-FT's code gives it; LP-FT is one run, with one schedule.
+
+    Args:
+        probe_epochs: epochs of the classifier alone, during which the tower is in eval mode and neither learns nor
+            decays; several processes then need the strategy ``ddp_find_unused_parameters_true``. Null for all epochs.
+        l2_sp: weight of the pull towards the pre-trained tower.
+        head_lr: learning rate of the classifier; null for the optimiser's.
+        optimizer: WiSE-FT's.
+        warmup_steps: steps of linear warm-up before the cosine; WiSE-FT's.
+        kwargs: arguments of `RobustMethod`.
+
+    Raises:
+        ValueError: a negative number, or a pull without a tower that learns or without pre-trained weights.
+    """
+
+    of_original = ("clip.net.", "head", "zero_shot_head")
+    head: nn.Parameter | None
+    zero_shot_head: Tensor | None
+
+    def __init__(
+        self,
+        probe_epochs: int | None = 0,
+        l2_sp: float = 0.0,
+        head_lr: float | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-5, weight_decay=0.1),
+        warmup_steps: int = 500,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        for name, value in (("probe_epochs", probe_epochs), ("l2_sp", l2_sp)):
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if l2_sp and probe_epochs is None:
+            raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower does not learn")
+        self.probe_epochs, self.l2_sp, self.head_lr = probe_epochs, l2_sp, head_lr
+        self.start = ImageTeacher(self.clip) if l2_sp else None
+        self.class_names: tuple[str, ...] = ()
+        self.register_parameter("head", None)  # until a fit or a checkpoint tells the classes
+        self.register_buffer("zero_shot_head", None)
+        self._is_head_empty = False
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether the classifier learns alone."""
+        return self.probe_epochs is None or self.current_epoch < self.probe_epochs
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The image tower, unless it only gives features, and the classifier."""
+        groups = [] if self.probe_epochs is None else super().parameter_groups()
+        if self.head is not None:
+            groups.append({"params": [self.head]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
+        return groups
+
+    def class_features(self, task: Task) -> Tensor:
+        """``(C, D)``: ``W / s``, whose rows are no unit vectors, for the training classes; else the zero-shot head."""
+        if self.head is None or task.class_names != self.class_names:
+            return super().class_features(task)
+        return self.head / self.clip.logit_scale
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the classifier, and the pull."""
+        terms = {"clean_ce": F.cross_entropy(self.training_logits(batch.images), batch.labels)}
+        if self.start is not None and not self.is_probing:
+            pairs = zip(self.clip.net.visual.parameters(), self.start.clip.net.visual.parameters(), strict=True)
+            terms["l2_sp"] = self.l2_sp / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
+        return terms
+
+    def training_logits(self, images: Tensor) -> Tensor:
+        """The classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], in fp32.
+
+        Raises:
+            ValueError: there is no classifier yet.
+        """
+        if self.head is None:
+            raise ValueError("FineTuning has no classifier before its first fit; load a checkpoint")
+        with frozen(self.clip) if self.is_probing else nullcontext():
+            features = self.image_features(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return features.to(self.head.dtype) @ self.head.T
+
+    def add_head(self, class_names: tuple[str, ...], zero_shot_head: Tensor) -> None:
+        """Puts a classifier that starts at ``s t``, ``(C, D)``, on the image features."""
+        self.class_names = class_names
+        self.head, self.zero_shot_head = nn.Parameter(zero_shot_head.clone()), zero_shot_head
+
+    # Lightning
+
+    def setup(self, stage: str) -> None:
+        """Makes room for a classifier of the training classes; the text tower is not on its device yet."""
+        if stage == "fit" and self.head is None:
+            task = self.trainer.datamodule.train_task  # type: ignore[attr-defined]
+            with torch.no_grad(), frozen(self):
+                feature = self.clip.encode_text(task.prompts[0])
+            self.add_head(task.class_names, feature.new_zeros(len(task.class_names), feature.shape[1]))
+            self._is_head_empty = True
+        super().setup(stage)
+
+    def on_fit_start(self) -> None:
+        """Starts a new classifier at the zero-shot head."""
+        if self._is_head_empty and self.head is not None and self.zero_shot_head is not None:
+            with torch.no_grad(), frozen(self):
+                features = self.clip.encode_classes(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
+                self.head.copy_(self.clip.logit_scale * features)
+                self.zero_shot_head.copy_(self.head)
+            self._is_head_empty = False
+        super().on_fit_start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds which classes the classifier tells apart."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["head_classes"] = list(self.class_names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes room for the checkpoint's classifier, and puts its zero-shot head there.
+
+        Raises:
+            ValueError: it tells other classes apart than this run's training set.
+        """
+        classes = tuple(checkpoint.get("head_classes", ()))
+        if self.head is not None and classes != self.class_names:
+            raise ValueError(
+                f"the checkpoint has a classifier of {len(classes)} classes, this run trains {len(self.class_names)}"
+                " that are not the same; give the data.train that it was trained with"
+            )
+        if classes and self.head is None:
+            self.add_head(classes, checkpoint["state_dict"]["zero_shot_head"].to(self.clip.mean.device))
+        self._is_head_empty = False
+        super().on_load_checkpoint(checkpoint)

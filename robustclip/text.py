@@ -1,0 +1,65 @@
+"""Text towers on no more tokens than count; open_clip runs them on the whole context, padding included."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from open_clip import CLIP, CustomTextCLIP
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import TextTransformer
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+
+def cut(net: Any, tokens: Tensor) -> Tensor:
+    """Tokens ``(N, L)`` without the columns that no feature depends on.
+
+    In a causal tower that takes its feature at the end of the text, nothing behind that end reaches it; in a tower of
+    Hugging Face, attention and pooling leave padding out. Other towers get all that they were trained with.
+    """
+    ends = _ends(net, tokens)
+    return tokens if ends is None else tokens[:, : int(ends.max()) + 1]
+
+
+def joined(net: Any, parts: Sequence[Tensor]) -> Tensor:
+    """One ``(N, L)`` of several ``(N_i, L_i)``, padded as the tower's own tokenizer does."""
+    longest = max(part.shape[1] for part in parts)
+    padding = _tower(net).config.pad_token_id if isinstance(_tower(net), HFTextEncoder) else 0
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts])
+
+
+def encode(net: Any, tokens: Tensor) -> Tensor:
+    """Tokens ``(N, L)``, cut or whole, to unit features ``(N, D)``."""
+    length, tower = tokens.shape[1], _tower(net)
+    if isinstance(tower, HFTextEncoder) or length == tower.context_length:
+        return F.normalize(net.encode_text(tokens), dim=-1)
+    # open_clip adds all positions and the whole mask, so that both must be as short as the tokens.
+    shorter = {"attn_mask": tower.attn_mask[:length, :length]}
+    if tower is net:
+        shorter["positional_embedding"] = net.positional_embedding[:length]
+    names = {name if tower is net else f"text.{name}": tensor for name, tensor in shorter.items()}
+    features: Tensor = functional_call(net, names, kwargs={"text": tokens})[1]
+    return features
+
+
+def _tower(net: Any) -> Any:
+    """Where the text tower lies: beside the image tower's parts, or in a module of its own."""
+    return net if isinstance(net, CLIP) else net.text
+
+
+def _ends(net: Any, tokens: Tensor) -> Tensor | None:
+    """Position ``(N,)`` of the last token that counts in each text; None where that is not known."""
+    if not isinstance(net, CLIP | CustomTextCLIP):
+        return None
+    tower = _tower(net)
+    ends: Tensor
+    if isinstance(tower, HFTextEncoder):
+        ends = ((tokens != tower.config.pad_token_id) * torch.arange(tokens.shape[1])).amax(1)
+        return ends
+    if tower.attn_mask is None or (isinstance(tower, TextTransformer) and tower.cls_emb is not None):
+        return None
+    pooling, end = (net.text_pool_type, net.text_eos_id) if tower is net else (tower.pool_type, tower.eos_id)
+    if pooling == "argmax":
+        return tokens.argmax(1)
+    return (tokens == end).int().argmax(1) if pooling == "eos" else None

@@ -1,0 +1,57 @@
+"""Run by test_arf.py on one process or two: the same fits over the same batches, whole or shared out.
+
+usage: python arf_processes.py FOLDER PROCESSES; writes FOLDER/NAME.PROCESSES.RANK.pt
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from robustclip.data import CLIPDataModule
+from robustclip.methods import ARF
+
+IMAGES = 8
+CASES = {"even": {}, "uneven": {}, "cached": {"micro_batch": 2}}  # `uneven` has an image that does not decode
+
+
+def fit(folder: Path, processes: int, name: str) -> None:
+    """Two steps, each over all images."""
+    seed_everything(0, verbose=False)
+    method = ARF(
+        pretrained=str(folder / "model"),
+        warmup_steps=0,
+        schedule="constant",
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        **CASES[name],  # type: ignore[arg-type]
+    )
+    data = CLIPDataModule(
+        "wds:uneven" if name == "uneven" else "wds:even",
+        root=str(folder),
+        image_size=32,
+        batch_size=IMAGES // processes,
+        holdout=0,
+        captions="captions.parquet",
+        anchors="anchors",
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(method, datamodule=data)
+    weights = {key: parameter.detach() for key, parameter in method.named_parameters()}
+    logged = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("train/")}
+    torch.save((weights, logged), folder / f"{name}.{processes}.{trainer.global_rank}.pt")
+
+
+def main(folder: Path, processes: int) -> None:
+    for name in CASES:
+        fit(folder, processes, name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,151 @@
+"""One optimiser step of every method, on one process, or on two as a script: see test_big_batch.py.
+
+usage: python update_cases.py FOLDER; writes FOLDER/CASE.RANK.pt.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from robustclip.attacks import APGD, PGD, Attack, Square
+from robustclip.data import CLIPDataModule
+from robustclip.methods import (
+    FARE,
+    PMGAFT,
+    TRADES,
+    AdversarialTraining,
+    CleanFineTuning,
+    ImgCoAdv,
+    RobustMethod,
+    TeCoA,
+)
+from robustclip.types import Batch
+
+BATCH, PIECES = 8, 2
+RATE = 0.1  # an update of a few per cent of the weights, far above the rounding of their sum
+BOX = PGD(eps="8/255", alpha="2/255", steps=3)
+DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
+    "clean": (CleanFineTuning, {}),
+    "tecoa": (TeCoA, {"attack": BOX}),
+    "tecoa-l2": (TeCoA, {"attack": PGD(eps=0.5, alpha=0.2, steps=3, norm="l2")}),
+    "tecoa-apgd": (TeCoA, {"attack": APGD(eps="8/255", steps=3)}),
+    "tecoa-square": (TeCoA, {"attack": Square(eps="8/255", queries=5)}),
+    "tecoa-start-only": (TeCoA, {"attack": PGD(eps="8/255", steps=0)}),
+    "linear": (AdversarialTraining, {"attack": BOX, "head_lr": RATE}),
+    "cosine": (AdversarialTraining, {"attack": BOX, "head_lr": RATE, "head": "cosine"}),
+    "trades": (TRADES, {"attack": BOX}),
+    "fare": (FARE, {"attack": BOX, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 1000)}),
+    "pmg_aft": (PMGAFT, {"attack": BOX}),
+    "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),
+}
+OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
+    "img_coadv": (ImgCoAdv, {"attack": BOX}),
+    "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum"}),
+    "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES}),
+}
+CASES = DECOMPOSABLE | OTHER
+
+
+class Watched:
+    """An attack that keeps the images that it has made, by step and sample id."""
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack = attack
+        self.images: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, *args: Any, index: Tensor, seed: int, **kwargs: Any) -> Tensor:
+        attacked = self.attack(*args, index=index, seed=seed, **kwargs)
+        self.images |= {(seed, number): image for number, image in zip(index.tolist(), attacked, strict=True)}
+        return attacked
+
+
+class FirstStep(Callback):
+    """Keeps the batches of the first optimiser step, and how it changed what learns."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.update: Tensor | None = None
+        self._start = torch.empty(0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = learned(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, n: int
+    ) -> None:
+        if self.update is None:
+            self.batches.append(batch)
+            self.update = learned(pl_module) - self._start if trainer.global_step else None
+
+
+def learned(method: LightningModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in method.parameters() if p.requires_grad])
+
+
+def frozen_tensors(method: RobustMethod) -> dict[str, Tensor]:
+    parameters = {name: p.detach() for name, p in method.named_parameters() if not p.requires_grad}
+    return {name: tensor.clone() for name, tensor in {**parameters, **dict(method.named_buffers())}.items()}
+
+
+def build(name: str, **options: Any) -> RobustMethod:
+    """The method of a case, with an image tower that has left its teacher; a random head is drawn from a fixed seed."""
+    cls, kwargs = CASES[name]
+    defaults = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE)}
+    method = cls(pretrained="shapes", **{**defaults, **kwargs, **options})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in method.clip.net.visual.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return method
+
+
+def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> dict[str, Any]:
+    """Two steps of `BATCH` images each, seen ``BATCH / processes / pieces`` at a time; the first is looked at.
+
+    The second is there because DistributedDataParallel complains in it of parameters without gradient.
+    """
+    method, first = build(name, **options), FirstStep()
+    if method.attack is not None:
+        method.attack = Watched(method.attack)  # type: ignore[assignment]
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        accumulate_grad_batches=pieces,
+        max_steps=2,
+        limit_val_batches=0,
+        callbacks=[first],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    method.freeze_the_rest()
+    before = frozen_tensors(method)
+    data = CLIPDataModule(train="shapes:source", batch_size=BATCH // processes // pieces, image_size=32)
+    trainer.fit(method, datamodule=data)
+    after = frozen_tensors(method)
+    return {
+        "update": first.update,
+        "batches": first.batches,
+        "attacked": {} if method.attack is None else method.attack.images,
+        "moved": [key for key, tensor in before.items() if not torch.equal(tensor, after[key])],
+        "stray": [key for key, p in method.named_parameters() if not p.requires_grad and p.grad is not None],
+        "rank": trainer.global_rank,
+    }
+
+
+def main(folder: Path) -> None:
+    for name in CASES:
+        result = fit(name, processes=PIECES)
+        result["batches"] = [tuple(batch) for batch in result["batches"]]
+        torch.save(result, folder / f"{name}.{result['rank']}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
