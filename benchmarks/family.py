@@ -20,6 +20,7 @@ import torch
 from once import RUN, fit_once, test_once
 from step import commit
 
+from robustclip.__main__ import run as command
 from robustclip.statistics import mean_interval
 
 CONFIG = "configs/tecoa_photographs.yaml"
@@ -123,6 +124,17 @@ class Family:
                 cell = Cell(method, rate, radius, seed)
                 self.test(cell.name, (*METHODS[method].options, "--ckpt_path", str(self.fit(cell))))
 
+    def interpolate(self, method: str, rate: str) -> None:
+        """Tests the models between the original one and a method's, seed 0 at the smaller radius."""
+        cell, options = Cell(method, rate, RADII[0], 0), METHODS[method].options
+        folder = self.out / "alphas" / cell.name
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            words = ["--config", CONFIG, *self.shared, *options, "--alphas", "0,0.25,0.5,0.75,1"]
+            command(["interpolate", str(self.fit(cell)), "--out", str(folder), *words])
+        for path in sorted(folder.glob("*.ckpt")):
+            self.test(f"{cell.name}_{path.stem}", (*options, "--ckpt_path", str(path)))
+
     def results(self) -> Iterator[dict[str, Any]]:
         """What every test found: the means over the sets and their intervals, and every set."""
         for path in sorted((self.out / "tests").glob("*/result.json")):
@@ -172,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of fits and tests")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model")
     parser.add_argument("--radii", nargs="*", default=RADII)
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--rate", help="learning rate, where it is not to be chosen")
@@ -186,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         family.run(
             method, arguments.radii if METHODS[method].is_attacked else RADII[:1], arguments.seeds, arguments.rate
         )
+    for method in arguments.interpolate:
+        family.interpolate(method, arguments.rate or family.best_rate(method))
     results = list(family.results())
     print(table(results))
     if arguments.out is not None:

@@ -1,7 +1,6 @@
 """The one data module of all methods."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,11 @@ from robustclip.data.anchors import Choice, anchored
 from robustclip.data.captioned import CaptionedImages
 from robustclip.data.images import Images, Loaded, StreamedImages
 from robustclip.data.sampling import ExactSampler, ImageLoader
-from robustclip.data.sources import DataSource, OpenedSource, open_source
+from robustclip.data.sources import DataSource, OpenedSource, open_source, open_tests
 from robustclip.data.splits import choose, hold_out
 from robustclip.data.streams import ShuffledShards, StreamedShards
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.types import Task
-
-RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
 
 
 class CLIPDataModule(LightningDataModule):
@@ -131,11 +128,11 @@ class CLIPDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Opens the data sets that a stage needs."""
         if stage == "test":
-            self._test = self._open_all(self.wanted_test)
+            self._test = open_tests(self.wanted_test, root=self.root)
             if not self._test:
                 raise ValueError("nothing to test on: `data.test` lists no data set")
             return
-        self._val = self._open_all(self.wanted_val)
+        self._val = open_tests(self.wanted_val, root=self.root)
         if stage == "fit" or not self._val:
             self._train = open_source(self.wanted_train, root=self.root, split="train")
             if self._train.task.groups is not None:
@@ -234,15 +231,6 @@ class CLIPDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-    def _open_all(self, wanted: Sequence[DataSource | str]) -> list[OpenedSource]:
-        sources = [open_source(source, root=self.root, split="test") for source in wanted]
-        for name, count in Counter(source.task.name for source in sources).items():
-            if count > 1:
-                raise ValueError(f"{count} data sets are named {name!r}; give each its own `name`")
-            if name in RESERVED:
-                raise ValueError(f"a data set cannot be named {name!r}, which names {RESERVED[name]}; set its `name`")
-        return sources
 
     def _opened_train(self) -> OpenedSource:
         if self._train is None:

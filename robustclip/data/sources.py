@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from robustclip.data.shards import REMOTE, IndexedShards, list_shards, read_line
 from robustclip.types import Task
 
 KINDS = ("wds", "torchvision", "folder", "list", "shapes")
+RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
 
@@ -70,6 +72,25 @@ class OpenedSource:
     dataset: Dataset[tuple[Any, int]] | None
     urls: tuple[str, ...] = ()
     length: int | None = None
+
+
+def open_tests(wanted: Sequence[DataSource | str], *, root: str) -> list[OpenedSource]:
+    """Finds data sets that are evaluated side by side.
+
+    Args:
+        wanted: the configuration.
+        root: relative paths start here.
+
+    Raises:
+        ValueError: as `open_source`, or a name that is taken.
+    """
+    sources = [open_source(source, root=root, split="test") for source in wanted]
+    for name, count in Counter(source.task.name for source in sources).items():
+        if count > 1:
+            raise ValueError(f"{count} data sets are named {name!r}; give each its own `name`")
+        if name in RESERVED:
+            raise ValueError(f"a data set cannot be named {name!r}, which names {RESERVED[name]}; set its `name`")
+    return sources
 
 
 def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSource:

@@ -69,8 +69,7 @@ class RobustMethod(LightningModule, ABC):
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         self.save_hyperparameters(ignore=["attack", "optimizer"])  # objects would break weights_only loading
         self.strict_loading = False  # frozen weights are not in our checkpoints; `on_load_checkpoint` checks instead
-        self.attack, self.optimizer = attack, optimizer
-        self.warmup_steps, self.schedule = warmup_steps, schedule
+        self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
