@@ -27,7 +27,7 @@ from robustclip.data import CLIPDataModule, DataSource
 from robustclip.methods import TeCoA
 
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
-TIMEOUT_SECONDS = 230
+TIMEOUT_SECONDS = 400
 SIZES = {"first": 12, "second": 8, "third": 5}  # of which the third has one batch that does not decode
 UNDECODABLE = (2, 3)
 ATTACKS = {

@@ -17,7 +17,7 @@ from conftest import ShardWriter, write_tiny_model
 from robustclip.runs import Run
 
 SCRIPT = Path(__file__).with_name("process_cases.py")
-TIMEOUT_SECONDS = 150  # a rank that waits for ever for another must fail the test
+TIMEOUT_SECONDS = 400  # a rank that waits for ever for another must fail the test
 TESTS = ("all", "workers", "limited", "only_single", "only_stream_single")
 FITS = ("fit", "fit_stream")
 SIZES = {"odd": 7, "single": 1, "stream_odd": 7, "stream_few": 5, "stream_single": 1, "broken": 3}
@@ -85,8 +85,11 @@ def test_two_processes_measure_the_geometry_of_one(folder: Path, name: str) -> N
     one, two = (Run.open(next((folder / str(number) / name).iterdir())).result for number in (1, 2))
     assert one["geometry"].keys() == one["tasks"].keys()
     for task, values in one["geometry"].items():
-        # Batches of other sizes change the last digits of fp32; no value is near 0.
-        assert two["geometry"][task] == pytest.approx(values, rel=1e-4), task
+        found, is_number = two["geometry"][task], {name: value is not None for name, value in values.items()}
+        assert {name: value is not None for name, value in found.items()} == is_number, task
+        for name in filter(is_number.get, values):
+            # Batches of other sizes change the last digits of fp32; no value is near 0.
+            assert found[name] == pytest.approx(values[name], rel=1e-4), (task, name)
         is_alone = one["tasks"][task]["n"] == 1
         assert (values["collapse"] is None) == (values["pearson"] is None) == is_alone
 

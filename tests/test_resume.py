@@ -17,7 +17,7 @@ from robustclip.methods import checkpoints
 from robustclip.methods.checkpoints import RenamedCheckpointIO, random_state, set_random_state
 
 SCRIPT = Path(__file__).with_name("resume_cases.py")
-TIMEOUT_SECONDS = 200
+TIMEOUT_SECONDS = 400
 EPOCH = 5  # steps: 20 samples to train on, in batches of 4
 EPOCHS = 3
 

@@ -72,7 +72,7 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
 
 
 def _checked(member: Member, shards: list[Path], is_labelled: bool) -> Member:
-    lacks = "a .cls label" if is_labelled and member.label < 0 else ".txt captions"
+    lacks = ".cls label" if is_labelled and member.label < 0 else ".txt captions"
     if (is_labelled and member.label < 0) or (not is_labelled and member.text is None):
         raise ValueError(f"shard {shards[member.shard]} key {member.key!r} has an image but no {lacks}")
     return member

@@ -34,7 +34,7 @@ def case(photographs: Path, real_model: Path) -> Case:
 
 
 def test_the_same_attack_has_the_verdicts_of_torchattacks(case: Case) -> None:
-    forward, (images, labels, index) = case
+    forward, (images, labels, index, *_) = case
     ours = PGD(eps=EPS, alpha=EPS / 4, steps=5, random_start=False)
     theirs = TorchAttack("PGD", EPS, {"alpha": EPS / 4, "steps": 5, "random_start": False})
     verdict = examine(images, labels, forward, ours.members(7), index=index, stop="last")
@@ -47,7 +47,7 @@ def test_the_same_attack_has_the_verdicts_of_torchattacks(case: Case) -> None:
 
 def test_auto_pgd_and_the_recipe_leave_no_more_than_the_reference(case: Case) -> None:
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack, the reference, is missing")
-    forward, (images, labels, index) = case
+    forward, (images, labels, index, *_) = case
     model = nn.Module()
     model.forward = forward  # type: ignore[method-assign]
     reference = pyautoattack.AutoAttack(model, eps=EPS, seed=0, version="custom", attacks=["apgd-ce"], device="cpu")

@@ -13,7 +13,8 @@ from robustclip.methods import RobustMethod, ZeroShot
 EXPORTED = [getattr(methods, name) for name in methods.__all__]
 PROMPTED = {"prompt": "padding", "prompt_size": 4, "prompt_tokens": 3, "prompt_lr": 0.1}
 CASES: list[tuple[type[RobustMethod], dict[str, Any]]] = [
-    *((cls, {}) for cls in EXPORTED if cls not in (RobustMethod, ZeroShot)),
+    *((cls, {}) for cls in EXPORTED if cls not in (RobustMethod, ZeroShot, methods.ARF)),
+    (methods.ARF, {"caption_weight": 0.0, "anchor_weight": 0.0}),  # the data here have neither; see test_arf.py
     (methods.AdversarialTraining, {"head": "cosine"}),
     (methods.TeCoA, PROMPTED),
     (methods.TeCoA, {"prompts_only": False, **PROMPTED}),

@@ -23,7 +23,7 @@ from robustclip.methods import ARF, FLYP
 from robustclip.types import Batch, Pairs
 
 SCRIPT = Path(arf_processes.__file__)
-TIMEOUT_SECONDS = 150
+TIMEOUT_SECONDS = 400
 
 
 def anchored_batch() -> Batch:

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,14 @@ pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 ROUNDING = 1e-5  # of an update in fp32, relative to its norm: sums over 4 images and over 8 round differently
 Fits = dict[str, list[dict[str, Any]]]  # by name of the case, the result of each process
 Load = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_seed_of_other_tests() -> Iterator[None]:
+    """Lightning would start the random numbers of processes that it spawns from the seed that it finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        yield
 
 
 @cache
