@@ -252,8 +252,10 @@ def test_models_between_the_same_two_are_joined_in_the_order_of_alpha(tmp_path: 
     assert [[(alpha, view.run.name) for alpha, view in line] for line in lines] == [
         [(0.0, "none"), (0.5, "half"), (1.0, "one")]
     ]
-    assert "numbers are alpha" in read_page(runs, tmp_path)[0]
-    assert "numbers are alpha" not in read_page(runs[-1:], tmp_path)[0]
+    accuracies = [view.mean["pgd10"].text for _, view in lines[0]]
+    told = ", ".join(f"{text} % at {alpha}" for text, alpha in zip(accuracies, ("0", "0.5", "1"), strict=True))
+    assert f"pgd10: {told}" in read_page(runs, tmp_path)[0]
+    assert "between the original" not in read_page(runs[-1:], tmp_path)[0]
 
 
 def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def _radius(views: Sequence[View]) -> str:
 
 def _scatter(views: Sequence[View]) -> str:
     text = "A small mark per task, a large one for the mean. On the dashed line an attack would break nothing."
-    if plots.interpolations(views):
-        text += " A line joins the means of models between the original (0) and the fine-tuned (1); numbers are alpha."
-    return tag("p", text) + plots.legend(views) + plots.scatters(views)
+    between = plots.interpolated(views)
+    said = tag("p", "Means of the models between the original and a fine-tuned one; bands as above.") if between else ""
+    return tag("p", text) + plots.legend(views) + plots.scatters(views) + said + between
 
 
 def _broken(views: Sequence[View]) -> str:

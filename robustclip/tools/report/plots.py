@@ -123,11 +123,6 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> str:
     def paint(axes: Axes) -> Mapping[str, str]:
         titles: dict[str, str] = {}
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-        for line in interpolations(having):
-            means = [(100 * view.mean[CLEAN].value, 100 * view.mean[attack].value) for _, view in line]
-            axes.plot(*zip(*means, strict=True), color=INK, linewidth=1.2, zorder=3)
-            for (alpha, _), mean in zip(line, means, strict=True):
-                axes.annotate(f"{alpha:g}", mean, xytext=(8, 6), textcoords="offset points", color=INK, fontsize=8)
         for view in having:
             colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
             for task, scores in view.scores.items():
@@ -162,6 +157,35 @@ def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
         if view.interpolation is not None:
             lines.setdefault(view.interpolation[0], []).append((view.interpolation[1], view))
     return [sorted(line, key=lambda point: point[0]) for line in lines.values() if len(line) > 1]
+
+
+def interpolated(views: Sequence[View]) -> str:
+    """Accuracy between the original and the fine-tuned model, a picture per fine-tuned model."""
+    lines = [_interpolation(line, f"alpha-{number}") for number, line in enumerate(interpolations(views))]
+    return tag("div", *lines, class_="pictures") if lines else ""
+
+
+def _interpolation(line: Sequence[tuple[float, View]], name: str) -> str:
+    alphas = [alpha for alpha, _ in line]
+    kinds = union([view for _, view in line], of="kinds")
+    curves = {kind: [view.mean[kind] for _, view in line] for kind in kinds if all(kind in v.mean for _, v in line)}
+
+    def paint(axes: Axes) -> None:
+        for number, (kind, scores) in enumerate(curves.items()):
+            y, low, high = ([100 * getattr(score, of) for score in scores] for of in ("value", "low", "high"))
+            colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
+            axes.fill_between(alphas, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(alphas, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, label=kind, clip_on=False)
+        axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        axes.set(xlabel="alpha: original 0, fine-tuned 1", ylabel="mean accuracy, %")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(frameon=False)
+
+    told = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
+            for kind, scores in curves.items())  # fmt: skip
+    method = line[0][1].run.result["method"]
+    return figure(draw(name, f"Mean accuracy against alpha. {'; '.join(told)}", paint), tag("b", escape(method)))
 
 
 def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:
