@@ -1,11 +1,13 @@
 """One row per evaluated sample, appended batch by batch, so that a killed test goes on where it was."""
 
 import csv
+import fcntl
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 SAMPLE_COLUMNS = {
     "id": "sample id within the data set",
@@ -126,6 +128,28 @@ def write_aside(path: Path, content: bytes | str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def lock(path: Path, refusal: str) -> IO[str]:
+    """Keeps a second process out until the file is closed; the system takes the lock back however this process ends.
+
+    Loader workers, who outlive it for seconds, do not inherit this kind of lock. The file must be one that nothing else
+    opens, since closing any handle of it frees it.
+
+    Args:
+        path: file of the lock.
+        refusal: what the second process is told.
+
+    Raises:
+        ValueError: with the refusal.
+    """
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(refusal) from None
+    return file
 
 
 def sweep(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The folder of a test: unfinished while it runs, published whole, never overwritten."""
 
-import fcntl
 import itertools
 import json
 import shutil
@@ -91,7 +90,8 @@ class ResultsWriter(Callback):
         if trainer.is_global_zero:
             self._check_unfinished(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            refusal = f"{self.path} is being written by another process; wait for it, or stop it"
+            self._lock = ledger.lock(self.path / LOCK, refusal)
             self._check_unfinished(self.path)  # again, for it may just have been finished
             self._check_protocol(self.path / PROTOCOL, identity)
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
@@ -211,20 +211,6 @@ class ResultsWriter(Callback):
             folder = _rename_new(folder, f"{self._result['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         (folder / LOCK).unlink()  # last: until then no other start gets in
         self.path = folder
-
-
-def _lock(folder: Path) -> IO[str]:
-    """Keeps a second process out of a folder; the system takes the lock back however this process ends.
-
-    Loader workers, who outlive it for seconds, do not inherit this kind of lock.
-    """
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{folder} is being written by another process; wait for it, or stop it") from None
-    return file
 
 
 def _rename_new(folder: Path, stem: str) -> Path:

@@ -1,11 +1,12 @@
 """What a command has behind it, a batch a line in JSON, so that a killed one goes on where it was."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from robustclip import ledger
 
 Row = tuple[int, list[str]]
 """Sample id and captions."""
@@ -28,7 +29,8 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path.with_suffix(".lock"))
+        refusal = f"another process does this share of {self.path.parent}; give each its own --shard"
+        self._lock = ledger.lock(self.path.with_suffix(".lock"), refusal)
         self._file = self.path.open("a+b")
         self._file.seek(0)
         whole = self._file.read().rfind(b"\n") + 1
@@ -86,14 +88,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _lock(path: Path) -> IO[str]:
-    """Keeps a second process out; a file of its own, since closing any handle of a locked file frees it."""
-    file = path.open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"another process does this share of {path.parent}; give each its own --shard") from None
-    return file
