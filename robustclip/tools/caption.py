@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from robustclip.data.images import DECODING_ERRORS
 from robustclip.data.sources import open_source
 from robustclip.ledger import write_aside
 from robustclip.tools.captioner import Captioner, Decoding
@@ -119,7 +119,7 @@ class Batches(Dataset[PictureBatch]):
         for position in index:
             try:
                 images.append(self.source[position][0].convert("RGB"))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
+            except DECODING_ERRORS as error:
                 where = getattr(self.source, "where", "sample {} of the data set".format)
                 log.warning("%s does not decode and gets no caption: %s", where(position), error)
                 bad.append(position)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.clip import CLIPModel
+from robustclip.data.images import DECODING_ERRORS
 from robustclip.data.transforms import ToPixels
 from robustclip.ledger import write_aside
 from robustclip.tools.journal import check_same
@@ -25,7 +26,6 @@ Part = NDArray[np.void]
 """Records of ``digest`` (of the image; 0: cannot be used) and ``feature`` ``(D,)``, unit, in half precision."""
 
 Load = Callable[[], Image.Image]
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 AHEAD = 2  # batches that are decoded while the model works
 
 
@@ -105,7 +105,7 @@ class Encoder:
     def _pixels(self, load: Load) -> Tensor | None:
         try:
             return self.transform(load())
-        except UNDECODABLE:
+        except DECODING_ERRORS:
             return None
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from robustclip.data.anchors import ListTable
 from robustclip.data.sources import OpenedSource, labels_of
 from robustclip.tools.retrieval.features import Encoder, Part, Store
 from robustclip.tools.retrieval.pairs import pool_shards
@@ -130,17 +131,5 @@ def _captions(table: str | None, name: str, root: str, split: str, size: int) ->
             pair.captions for shard in pool_shards([name], root, split) for pair in shard.pairs()
         )
         return list(found)
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        columns = parquet.read_table(table, columns=["index", "captions"]).to_pydict()
-    except (OSError, ArrowInvalid) as error:
-        raise ValueError(f"captions {table!r} is no table of `robustclip caption`: {error}") from error
-    captions: list[list[str]] = [[] for _ in range(size)]
-    for index, texts in zip(columns["index"], columns["captions"], strict=True):
-        if not 0 <= index < size:
-            raise ValueError(
-                f"captions {table!r} has sample {index}, but {name!r} has {size} samples; is it of another set?"
-            )
-        captions[index] = texts or []
-    return captions
+    lists = ListTable(Path(table), "captions", size)
+    return [list(lists(index)) for index in range(size)]
