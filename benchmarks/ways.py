@@ -195,6 +195,7 @@ class Ours:
         from robustclip.attacks import PGD
         from robustclip.types import Batch, Task
 
+        self.problem = problem
         self.batch = Batch(problem.images, problem.labels, torch.arange(len(problem.labels)))
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "weights.pt"

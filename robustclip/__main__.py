@@ -34,6 +34,8 @@ commands:
                                            robustclip caption --data ... --captioner ID-OR-FOLDER --out FILE
   retrieve  the image-text pairs of a pool that are nearest to a training set
                                            robustclip retrieve --data ... --pool wds:... --out FOLDER
+  cache     embeddings of a run's images by the frozen model, to train without decoding
+                                           robustclip cache --config ... --data.features FOLDER
 
 --config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
@@ -43,7 +45,7 @@ Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 TRAINER_COMMANDS = ("fit", "validate", "test")
 TOOLS = (
     *("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate"),
-    *("caption", "retrieve"),
+    *("caption", "retrieve", "cache"),
 )
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 

@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, check_config, start
+from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
 from robustclip.tools.doctor import Plan
@@ -21,7 +22,7 @@ STAND_IN = ("--model=ZeroShot", "--model.arch=null", "--model.pretrained=shapes"
 
 
 class Assembled(RobustCLI):
-    """What ``test`` would build, but for the trainer: the run's machine may be another one."""
+    """What ``fit`` or ``test`` would build, but for the trainer: the run's machine may be another one."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer that nothing is run with."""
@@ -97,6 +98,19 @@ def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
     if settings is None:
         raise ValueError(f"there is no fit.yaml beside {checkpoint}; give the --config that it was trained with")
     return rebuild(settings, words)
+
+
+def build_fit(words: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int | None]:
+    """Method, data and number of epochs of a ``fit``.
+
+    Args:
+        words: options as on the command line.
+
+    Raises:
+        ValueError: settings that cannot be read, and whatever the classes refuse.
+    """
+    assembled = start(Assembled, ["fit", *words])
+    return assembled.model, assembled.datamodule, assembled.settings.trainer.max_epochs
 
 
 def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:

@@ -104,6 +104,11 @@ class CLIPModel(nn.Module):
         """Tokens ``(N, L)`` on the model's device to unit features ``(N, D)``."""
         return text.encode(self.net, tokens)
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The text tower's first layer."""
+        return text.embedding(self.net)
+
     def encode_classes(self, task: Task) -> Tensor:
         """Unit class features ``(C, D)``: the normalised mean over templates of normalised prompt features."""
         prompts = [prompt for prompts in task.prompts for prompt in prompts]

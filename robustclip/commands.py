@@ -29,6 +29,7 @@ def run_tool(words: list[str]) -> int:
         "interpolate": _interpolate,
         "caption": _caption,
         "retrieve": _retrieve,
+        "cache": _cache,
     }
     return commands[words[0]](words[1:])
 
@@ -173,12 +174,12 @@ def _interpolate(words: list[str]) -> int:
     given = parser.parse_args(own)
     from robustclip.assembly import build_for
     from robustclip.cli import check_checkpoint
-    from robustclip.tools.interpolate import interpolate
+    from robustclip.tools.interpolate import interpolate, parse_alphas
 
     checkpoint = Path(given.checkpoint)
     check_checkpoint(checkpoint)
     method = build_for(checkpoint, others)
-    interpolate(method, checkpoint, Path(given.out), alphas=_numbers(given.alphas))
+    interpolate(method, checkpoint, Path(given.out), alphas=parse_alphas(given.alphas))
     return 0
 
 
@@ -219,11 +220,20 @@ def _retrieve(words: list[str]) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"alphas must be numbers with commas between them, got {text!r}") from None
+def _cache(words: list[str]) -> int:
+    from robustclip.tools.cache import Settings, cache
+
+    what = "Writes embeddings of a run's images to the folder that --data.features names, which training then reads."
+    parser = _parser("cache", f"{what} Further options are those of `robustclip fit`.")
+    parser.add_class_arguments(Settings)
+    names = ("-h", "--help", *(f"--{each.name}" for each in fields(Settings)))
+    own, others = _own_options(["cache", *words], names)
+    settings = Settings(**parser.parse_args(own[1:]).as_dict())
+    from robustclip.assembly import build_fit
+
+    method, data, epochs = build_fit(others)
+    cache(method.clip, data, settings, epochs=epochs, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
+    return 0
 
 
 def _own_options(words: list[str], names: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -1,6 +1,6 @@
-"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32; and InfoNCE.
+"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32.
 
-Gradients flow into both arguments; what must not learn comes detached.
+Gradients flow into both arguments; what must not learn comes detached. Further, entropy and InfoNCE.
 """
 
 import torch
@@ -35,6 +35,12 @@ def l2(outputs: Tensor, reference: Tensor) -> Tensor:
 def cosine(outputs: Tensor, reference: Tensor) -> Tensor:
     """``1 - cos``, in [0, 2]."""
     return 1 - F.cosine_similarity(outputs.float(), reference.float(), dim=-1)
+
+
+def entropy(log_p: Tensor, eps: float = 0.0) -> Tensor:
+    """``H(p) = -sum_k p_k log(p_k + eps)`` of log-probabilities, in [0, log K]."""
+    p = log_p.exp()
+    return -(p * (log_p if eps == 0 else (p + eps).log())).sum(-1)
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:

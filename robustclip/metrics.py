@@ -4,8 +4,17 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_calibration_error,
+    binary_roc,
+    binary_specificity_at_sensitivity,
+)
+from torchmetrics.utilities import dim_zero_cat
 
 RANKS = (1, 5, 10)  # of retrieval
+KEPT = 0.95  # of the known samples, where unknown ones that pass are counted
 
 
 class Top1(Metric):
@@ -79,3 +88,86 @@ def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
         is_right = wanted(places) == truth[:, None]
         found |= {f"{name}_r{rank}": is_right[:, :rank].any(1).float().mean() for rank in RANKS}
     return found
+
+
+class Rows(Metric):
+    """A table in fp64 with a row per sample, of all batches and, where it is computed, of all processes.
+
+    Args:
+        width: number of columns.
+    """
+
+    full_state_update = False
+    values: list[Tensor]
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        # One row after the other: torchmetrics cannot join tables of which a process has no row, only lists.
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows ``(B, width)``, perhaps none."""
+        self.values.append(rows.double().flatten())
+
+    def compute(self) -> Tensor:
+        """``(N, width)``."""
+        return dim_zero_cat(self.values).view(-1, self.width)
+
+
+def class_accuracy(labels: Tensor, is_right: Tensor) -> Tensor:
+    """Mean over the classes that have a sample of the share that is right; labels and answers ``(N,)``."""
+    counts = labels.bincount()
+    return (labels.bincount(is_right.double(), minlength=len(counts)) / counts)[counts > 0].mean()
+
+
+def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
+    """``2 a b / (a + b)``, 0 where both are."""
+    return torch.where(a + b == 0, 0.0, 2 * a * b / (a + b))
+
+
+def calibration_error(confidence: Tensor, is_right: Tensor, bins: int) -> Tensor:
+    """Expected calibration error of confidences and answers ``(N,)``; nan without samples or of a nan."""
+    if not len(confidence) or confidence.isnan().any():
+        return confidence.new_tensor(torch.nan)
+    return binary_calibration_error(confidence, is_right.long(), n_bins=bins)
+
+
+def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
+    """How well a score tells known samples ``(N,)``, the positives, from unknown ones ``(M,)``.
+
+    Returns:
+        ``auroc``: the share of pairs in which the known sample scores higher, ties by half. ``aupr``: average
+        precision. ``fpr95``: the share of the unknown samples at or above the highest threshold that at least 95 % of
+        the known ones reach. All nan without known or unknown samples, or where a score is.
+    """
+    if not len(known) or not len(unknown) or torch.cat([known, unknown]).isnan().any():
+        return dict.fromkeys(("auroc", "aupr", "fpr95"), known.new_tensor(torch.nan))
+    ranks, is_known = _ranked(known, unknown)
+    specificity, _ = binary_specificity_at_sensitivity(ranks, is_known, min_sensitivity=KEPT)
+    return {
+        "auroc": binary_auroc(ranks, is_known),
+        "aupr": binary_average_precision(ranks, is_known),
+        "fpr95": 1 - specificity,
+    }
+
+
+def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Shares of unknown and of known samples above a falling threshold, from (0, 0) to (1, 1).
+
+    At most that many points, at even distances along the curve; scores as in `separation`.
+    """
+    above_unknown, above_known, _ = binary_roc(*_ranked(known, unknown))
+    chosen = torch.linspace(0, len(above_known) - 1, min(points, len(above_known)), dtype=torch.float64).round().long()
+    return above_unknown[chosen], above_known[chosen]
+
+
+def _ranked(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores as ranks in [0, 1], which keep order and ties, and which of them are known.
+
+    torchmetrics would take the sigmoid of scores beyond [0, 1], where large ones become ties.
+    """
+    scores = torch.cat([known, unknown])
+    is_known = torch.arange(len(scores), device=scores.device) < len(known)
+    return torch.searchsorted(scores.sort().values, scores).double() / len(scores), is_known.long()

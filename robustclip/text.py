@@ -1,13 +1,13 @@
 """Text towers on no more tokens than count; open_clip runs them on the whole context, padding included."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from open_clip import CLIP, CustomTextCLIP
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -41,6 +41,13 @@ def encode(net: Any, tokens: Tensor) -> Tensor:
     names = {name if tower is net else f"text.{name}": tensor for name, tensor in shorter.items()}
     features: Tensor = functional_call(net, names, kwargs={"text": tokens})[1]
     return features
+
+
+def embedding(net: Any) -> nn.Embedding:
+    """The layer that makes vectors of tokens."""
+    tower = _tower(net)
+    found = tower.transformer.get_input_embeddings() if isinstance(tower, HFTextEncoder) else tower.token_embedding
+    return cast(nn.Embedding, found)
 
 
 def _tower(net: Any) -> Any:

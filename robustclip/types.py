@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 TASK_NAME = re.compile(r"[a-z0-9_]+")
+UNKNOWN = -1
+"""Label of an image whose class is not among the task's class names."""
 
 
 class Pairs(NamedTuple):
@@ -27,8 +29,9 @@ class Batch(NamedTuple):
     """One batch of labelled images.
 
     Attributes:
-        images: ``(B, 3, H, W)`` float in [0, 1], not normalised.
-        labels: ``(B,)`` int64 class numbers of the batch's task.
+        images: ``(B, 3, H, W)`` float in [0, 1], not normalised; or ``(B, D)`` float32, embeddings by the frozen tower
+            that stand in their place, for methods that take these.
+        labels: ``(B,)`` int64 class numbers of the batch's task, or `UNKNOWN`.
         index: ``(B,)`` int64 sample ids, unique within a data set and independent of batching.
         captions: ``B`` texts, empty where an image has none; None where the data have no captions.
         anchors: image-text pairs of another set; None where there is none.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import detection_cases
 import torch
 from lightning.pytorch import Trainer
 
@@ -83,6 +84,7 @@ def main(folder: Path, processes: int) -> None:
     run_test(folder, processes, "limited", [sets["odd"], sets["stream_odd"]], max_samples=3)
     run_test(folder, processes, "only_single", [sets["single"]])
     run_test(folder, processes, "only_stream_single", [sets["stream_single"]])
+    detection_cases.run(folder, processes)
     run_fit(folder, processes, "fit", "wds:odd", val=["wds:single"])
     streamed = DataSource(f"wds:file://{folder}/odd", name="streamed", split="train", length=7)
     run_fit(folder, processes, "fit_stream", streamed, val=["wds:odd", "wds:single"], num_workers=2)

@@ -20,7 +20,26 @@ SMALL = [
     "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1",
     "--data.test", "[shapes:colours,shapes:counts]", "--results.averages", "null",
 ]  # fmt: skip
-OWN = {"tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"]}  # a small convolutional tower
+UNKNOWN = [
+    "--data.train", "{source: 'shapes:source', classes: 0-4, images: 2-6, shift: null, known: null}",
+    "--data.unknown", "[{source: 'shapes:colours', classes: 0-5, shift: null, known: null}]",
+    "--data.eval_batch_size", "32",
+]  # fmt: skip
+FEW = [
+    "--data.unknown",
+    "[{source: 'shapes:colours', classes: 0-5}]",
+    "--data.eval_batch_size",
+    "64",
+    "--data.shots",
+    "1",
+]
+OWN = {
+    **dict.fromkeys(("croft.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
+    "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
+    "tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"],  # a small convolutional tower
+    "ueo.yaml": UNKNOWN,
+    "ueo_photographs.yaml": UNKNOWN,
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -43,6 +62,16 @@ def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def _evaluation(name: str) -> str:
     return Path(yaml.safe_load((CONFIGS / name).read_text())["evaluation"]).name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_averages_are_over_sets_that_the_run_tests(name: str) -> None:
+    run = yaml.safe_load((CONFIGS / name).read_text())
+    data = yaml.safe_load((CONFIGS / run["data"]).read_text()) if isinstance(run["data"], str) else run["data"]
+    sets = data.get("init_args", data).get("test", [])
+    names = [each if isinstance(each, str) else each.get("name", each["source"]) for each in sets]
+    for tasks in run.get("results", {}).get("averages", {}).values():
+        assert set(tasks) <= {each.removeprefix("wds:") for each in names}
 
 
 def test_every_part_belongs_to_a_run() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import detection_cases
 import process_cases
 import pytest
 import torch
@@ -34,6 +35,7 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
     write_shards(folder, "few", "test", [5])
     write_shards(folder, "single", "test", [1])
     write_shards(folder, "broken", "test", [5], broken=(1, 2))
+    detection_cases.write_sets(folder, write_shards)
     with (folder / "two.log").open("w") as log:
         two = subprocess.Popen(
             [sys.executable, str(SCRIPT), str(folder), "2"],
@@ -92,6 +94,21 @@ def test_two_processes_measure_the_geometry_of_one(folder: Path, name: str) -> N
             assert found[name] == pytest.approx(values[name], rel=1e-4), (task, name)
         is_alone = one["tasks"][task]["n"] == 1
         assert (values["collapse"] is None) == (values["pearson"] is None) == is_alone
+
+
+def test_two_processes_detect_unknown_classes_exactly_as_one(folder: Path) -> None:
+    one, two = (Run.open(folder / str(number) / detection_cases.NAME).result["detection"] for number in (1, 2))
+    assert one == two
+    assert {name: found["n"] for name, found in one["tasks"].items()} == {"mixed": 9, "lone_known": 1}
+    expected = {"mixed_unknown": 6, "lone_unknown": 1}
+    assert {name: found["n"] for name, found in one["tasks"]["lone_known"]["unknown"].items()} == expected
+    ranks = ("1/detection.0.json", "2/detection.0.json", "2/detection.1.json")
+    logged = [json.loads((folder / rank).read_text()) for rank in ranks]
+    assert logged[0] == logged[1] == logged[2]
+    values = one["tasks"]["mixed"]["unknown"]["mixed_unknown"]["scores"]["energy"]["attacked"]
+    for name, value in values.items():
+        found = logged[0][f"test/mixed/detection/mixed_unknown/energy/attacked/{name}"]
+        assert found == pytest.approx(value, abs=1e-6)  # lightning logs fp32
 
 
 def test_every_sample_is_counted_once(folder: Path) -> None:

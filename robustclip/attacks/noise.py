@@ -29,7 +29,8 @@ def uniform(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) ->
         ``(B, *shape)`` float32 on the device of ``index``.
     """
     counter = torch.arange(math.prod(shape), device=index.device)
-    start = _mix(torch.tensor(seed & WORD, device=index.device))
+    # Filled on the device: a copy of a number from the host would wait for all that the device has yet to do.
+    start = _mix(torch.full((), seed & WORD, device=index.device))
     key = _mix(_mix(start ^ (index & WORD)) ^ (index >> 32))
     words = _mix(_mix(counter)[None, :] ^ key[:, None])
     return ((words >> 8).float() / 2**24).view(len(index), *shape)

@@ -2,8 +2,10 @@
 
 from robustclip.callbacks.checkpoint import Checkpoints
 from robustclip.callbacks.collapse import ChanceLevelWarning
+from robustclip.callbacks.detection import OODDetection
 from robustclip.callbacks.evaluation import RobustEvaluation
 from robustclip.callbacks.geometry import FeatureGeometry
+from robustclip.callbacks.hessians import HessianDifference
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
 
@@ -11,6 +13,8 @@ __all__ = [
     "ChanceLevelWarning",
     "Checkpoints",
     "FeatureGeometry",
+    "HessianDifference",
+    "OODDetection",
     "ResultsWriter",
     "RobustEvaluation",
     "TaskProgress",

@@ -15,13 +15,13 @@ from robustclip.callbacks.journal import Journal, sample_rows
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.protocols import describe, members_of
 from robustclip.callbacks.results import ResultsWriter
-from robustclip.callbacks.tables import GEOMETRY
+from robustclip.callbacks.tables import DETECTION, GEOMETRY
 from robustclip.methods import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.metrics import Top1
 from robustclip.types import TASK_NAME, Batch, Task
 
-NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY)  # other keys of a task's results
+NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY, DETECTION)  # other keys of a task's results
 
 
 class RobustEvaluation(Callback):
@@ -86,6 +86,8 @@ class RobustEvaluation(Callback):
             )
         self._running = self.fit_attacks if stage == "fit" else self.attacks
         limit = self.fit_max_samples if stage == "fit" else self.max_samples
+        if self._running:
+            check_has_images(trainer, f"attacks, {', '.join(self._running)},")
         data = trainer.datamodule  # type: ignore[attr-defined]
         data.max_samples, self._journal = limit, None
         if stage == "test":
@@ -223,6 +225,17 @@ def method_of(module: LightningModule) -> RobustMethod:
     if not isinstance(module, RobustMethod):
         raise TypeError(f"the callbacks need a RobustMethod, got {type(module).__name__}")
     return module
+
+
+def check_has_images(trainer: Trainer, who: str) -> None:
+    """Refuses embeddings in place of images.
+
+    Raises:
+        ValueError: the stage's batches hold embeddings.
+    """
+    if trainer.datamodule.feature_model is not None:  # type: ignore[attr-defined]
+        remedy = "run none there, as by `fit_attacks: {}`, or set data.features to null"
+        raise ValueError(f"{who} need images, and data.features gives embeddings in this stage; {remedy}")
 
 
 def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:

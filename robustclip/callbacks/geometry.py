@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.attacks import noise
-from robustclip.callbacks.evaluation import method_of, stage_of
+from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
 from robustclip.callbacks.tables import GEOMETRY
 from robustclip.clip import CLIPModel
 from robustclip.methods import RobustMethod
@@ -53,6 +53,7 @@ class FeatureGeometry(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Loads the pre-trained tower; the method's own may have learnt already."""
+        check_has_images(trainer, "geometry's two towers")
         if self._original is None:
             clip = method_of(pl_module).clip
             self._original = ImageTeacher(CLIPModel(clip.arch, clip.pretrained, clip.image_size))

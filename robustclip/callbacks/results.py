@@ -23,6 +23,7 @@ from robustclip.callbacks.tables import (
     check_averages,
     csv_table,
     markdown_table,
+    rich_detection,
     rich_table,
     tabulate,
     with_averages,
@@ -67,6 +68,7 @@ class ResultsWriter(Callback):
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         self.baseline = None if baseline is None else Run.open(Path(baseline))
         self.path: Path | None = None
+        self.sections: dict[str, Any] = {}  # what other callbacks add to the result of the running test
         self._result: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
         self._members: Members = {}
@@ -147,6 +149,7 @@ class ResultsWriter(Callback):
             "config": self.config,
             "model": self._model(method, trainer),
             **with_averages(with_intervals(tabulate(metrics, stage="test"), rows, self._members), self.averages),
+            **self.sections,
             "audit": audit(evidence),
             "notes": _notes(self._members),
             "classes": {task.name: words(task) for task in tasks},
@@ -165,6 +168,8 @@ class ResultsWriter(Callback):
                 trainer.progress_bar_callback.close()
             console = Console()
             console.print(rich_table(self._result))
+            if (detected := rich_detection(self._result)) is not None:
+                console.print(detected)
             for check in self._result["audit"]["checks"]:
                 if check["status"] != "pass":
                     console.print(f"{check['status']:>12}  {check['name']}: {check['found']}", highlight=False)

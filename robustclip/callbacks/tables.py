@@ -17,7 +17,10 @@ from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
-GEOMETRY = "geometry"  # in the place of an attack
+GEOMETRY, DETECTION = "geometry", "detection"  # in the place of an attack
+DETECTION_TITLE = "Known against unknown classes, percent"
+DETECTION_WORDS = 3  # columns of its table before the numbers
+SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -29,7 +32,7 @@ def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
     geometry: dict[str, dict[str, float | None]] = {}
     for name, value in metrics.items():
         parts = name.split("/")
-        if parts[0] != stage or len(parts) not in (3, 4):
+        if parts[0] != stage or len(parts) not in (3, 4) or parts[2] == DETECTION:
             continue
         number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
         if len(parts) == 3:
@@ -100,10 +103,11 @@ def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[flo
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table with right-aligned numbers, and what the audit says."""
-    rows = readable_rows(result)
-    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{audit_line(result)}\n"
+    """A Markdown table with right-aligned numbers, what the audit says, and the detection of unknown classes."""
+    tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
+    if detected := detection_rows(result):
+        tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
+    return "\n".join(tables)
 
 
 def csv_table(result: Mapping[str, Any]) -> str:
@@ -130,6 +134,41 @@ def rich_table(result: Mapping[str, Any]) -> Table:
     for row in rows[1:-1]:
         table.add_row(*row)
     return table
+
+
+def rich_detection(result: Mapping[str, Any]) -> Table | None:
+    """The detection of unknown classes for a terminal, under attack on a second line; None where none was measured."""
+    rows = detection_rows(result)
+    if not rows:
+        return None
+    has_attack = result[DETECTION]["attack"] is not None
+    clean = len(rows[0]) - (len(SEPARATION) if has_attack else 0)
+    table = Table(title=DETECTION_TITLE + ("; under attack below" if has_attack else ""), box=SIMPLE_HEAD)
+    for number, name in enumerate(rows[0][:clean]):
+        is_word = number < DETECTION_WORDS
+        table.add_column(name, justify="left" if is_word else "right", overflow="fold", no_wrap=not is_word)
+    for row in rows[1:]:
+        table.add_row(*row[:clean])
+        if has_attack:
+            table.add_row(*[""] * (clean - len(SEPARATION)), *row[clean:], style="dim")
+    return table
+
+
+def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a row per known task, unknown set, and score that is the headline or attacked; empty without any."""
+    section = result.get(DETECTION)
+    if not section or not section["tasks"]:
+        return []
+    rows = [["known", "unknown", "score", "class acc", "H", *SEPARATION.values()]]
+    rows[0] += [f"attacked {title}" for title in SEPARATION.values()] if section["attack"] else []
+    for task, found in section["tasks"].items():
+        for name, each in found["unknown"].items():
+            for score in dict.fromkeys([section["headline"], *section.get("attacked", [])]):
+                values = each["scores"][score]
+                numbers = [found["class_accuracy"], values["h"], *(values[key] for key in SEPARATION)]
+                numbers += [values.get("attacked", {}).get(key) for key in SEPARATION] if section["attack"] else []
+                rows.append([task, name, score, *map(_percent, numbers)])
+    return rows
 
 
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
@@ -159,6 +198,15 @@ def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
     """The same for narrow columns, the interval in whole percent."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f}\n[dim]{100 * low:.0f}-{100 * high:.0f}[/dim]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def audit_line(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The data sets of the zero-shot protocols of TeCoA and PMG-AFT, and the distribution shifts of ImageNet.
+"""The data sets of TeCoA's and PMG-AFT's zero-shot protocols, distribution shifts of ImageNet, sets of several domains.
 
 Prompts, class names in label order, splits, sources. Class names live in `assets/class_names.json` and are read when
 first asked for. They are the text that goes into the template, so the rules of TeCoA's code have been applied: lower
@@ -22,6 +22,8 @@ Datasets.
   200 classes that they have (the lists of their authors' code); a class of ObjectNet has the highest logit of its
   classes in ImageNet (the table published with it; its other 200 classes are left out). `imagenet_classes.json` names
   the sub-folders of the sets as published, with the numbers of ImageNet's classes.
+- Office-31, Office-Home, VisDA-C: the lists of UEO's code; VLCS: the folders. Prompts are UEO's. Folders as published
+  are these names with "_", in any case: in their own order, Office-Home's "TV" would stand before "Table".
 
 Three pairs of ImageNet names are equal (crane, maillot, cardigan), so their logits tie.
 """
@@ -94,8 +96,15 @@ class CatalogEntry:
         return _assets()[self.words or self.name]
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What tells the classes apart, in their names' order: WordNet ids of ImageNet's, else the names."""
+        return tuple(_folders()["imagenet"]) if "imagenet" in (self.name, self.words) else self.class_names
+
+    @property
     def folders(self) -> tuple[str, ...]:
-        """Sub-folders of the set as published, in label order; none where nobody asks for them."""
+        """Sub-folders of the set as published, in lower case and label order; none where nobody asks for them."""
+        if self.words in _DOMAINS:
+            return tuple(name.replace(" ", "_") for name in self.class_names)
         return tuple(_folders().get(self.name, ()))
 
     @property
@@ -104,6 +113,14 @@ class CatalogEntry:
         groups = tuple(_folders().get(self.name, {}).values())
         return groups if groups and groups != tuple((number,) for number in range(len(self.class_names))) else None
 
+
+_DOMAINS = {
+    "office": {"amazon": 2_817, "dslr": 498, "webcam": 795},
+    "office_home": {"art": 2_427, "clipart": 4_365, "product": 4_439, "real_world": 4_357},
+    "visda": {"train": 152_397, "validation": 55_388},
+    "vlcs": {"caltech": 1_415, "labelme": 2_656, "pascal": 3_376, "sun": 3_282},
+}
+_TITLES = {"office": "Office-31", "office_home": "Office-Home", "visda": "VisDA-C", "vlcs": "VLCS"}
 
 _ENTRIES = (
     CatalogEntry("imagenet", "ImageNet", (PHOTO,), "val", 50_000, "wds:imagenet1k"),
@@ -134,6 +151,19 @@ _ENTRIES = (
     CatalogEntry("imagenet_r", "ImageNet-R", (PHOTO,), "test", 30_000, "wds:imagenet-r", words="imagenet"),
     CatalogEntry("imagenet_a", "ImageNet-A", (PHOTO,), "test", 7_500, "wds:imagenet-a", words="imagenet"),
     CatalogEntry("objectnet", "ObjectNet", (PHOTO,), "test", 18_574, "wds:objectnet", words="imagenet", border=2),
+    *(
+        CatalogEntry(
+            f"{words}_{domain}",
+            f"{_TITLES[words]}, {domain.replace('_', ' ')}",
+            ("a photo of a {}.",),
+            "all",
+            images,
+            f"wds:{words}_{domain}",
+            words=words,
+        )
+        for words, domains in _DOMAINS.items()
+        for domain, images in domains.items()
+    ),
 )
 
 CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
@@ -181,6 +211,9 @@ PMG_AFT_SETS: tuple[str, ...] = (
 
 SHIFTS_OF_IMAGENET: tuple[str, ...] = ("imagenet_v2", "imagenet_r", "imagenet_a", "imagenet_sketch", "objectnet")
 """ImageNet's classes under other distributions, as of WiSE-FT (https://arxiv.org/abs/2109.01903)."""
+
+DOMAIN_SETS: tuple[str, ...] = tuple(f"{words}_{domain}" for words, domains in _DOMAINS.items() for domain in domains)
+"""The domains of Office-31, Office-Home, VisDA-C (of UEO, https://github.com/tim-learn/UEO) and VLCS."""
 
 
 def lookup(name: str) -> CatalogEntry:

@@ -40,7 +40,7 @@ def open_folder(location: str, split: str, published: Sequence[str]) -> ImageFil
     Args:
         location: the folder, perhaps of one folder per split.
         split: which of them.
-        published: sub-folders in the order of the labels; if any is there, the rest is left out.
+        published: sub-folders in the order of the labels, in lower case; if any is there, the rest is left out.
 
     Raises:
         ValueError: no such folder, or a sub-folder without images.
@@ -53,9 +53,9 @@ def open_folder(location: str, split: str, published: Sequence[str]) -> ImageFil
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"folder {folder} needs one sub-folder of images per class: {error}") from error
     labels = {name: label for label, name in enumerate(published)}
-    if not labels.keys() & images.class_to_idx.keys():
+    if not labels.keys() & {name.lower() for name in images.classes}:
         return ImageFiles(images.samples, images.classes)
-    named = ((path, images.classes[number]) for path, number in images.samples)
+    named = ((path, images.classes[number].lower()) for path, number in images.samples)
     return ImageFiles([(path, labels[name]) for path, name in named if name in labels], None)
 
 

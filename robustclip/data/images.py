@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from robustclip.data.streams import ShuffledShards, StreamedImage, StreamedShards
 from robustclip.data.transforms import ToPixels
+from robustclip.data.views import where_of
+from robustclip.types import UNKNOWN
 
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
@@ -52,8 +54,7 @@ class Images(Dataset[Loaded]):
             image, label = self.source[position]
             return self.transform(image, (self.epoch, position)), int(label), position
         except DECODING_ERRORS as error:
-            where = getattr(self.source, "where", "sample {} of the data set".format)
-            return BadSample(where(position), str(error))
+            return BadSample(where_of(self.source, position), str(error))
 
 
 class StreamedImages(IterableDataset[Loaded]):
@@ -62,10 +63,10 @@ class StreamedImages(IterableDataset[Loaded]):
     Args:
         source: encoded images.
         transform: from image to pixels.
-        class_count: labels must be below it.
+        class_count: labels must be below it; None for images whose classes are all unknown.
     """
 
-    def __init__(self, source: StreamedShards | ShuffledShards, transform: ToPixels, class_count: int) -> None:
+    def __init__(self, source: StreamedShards | ShuffledShards, transform: ToPixels, class_count: int | None) -> None:
         self.source, self.transform, self.class_count = source, transform, class_count
         self.epoch = 0
 
@@ -80,7 +81,9 @@ class StreamedImages(IterableDataset[Loaded]):
 
     def __iter__(self) -> Iterator[Loaded]:
         for sample in self.source:
-            if sample.label >= self.class_count:
+            if self.class_count is None:
+                sample = sample._replace(label=UNKNOWN)
+            elif sample.label >= self.class_count:
                 raise ValueError(f"{sample.where} has label {sample.label}, but there are {self.class_count} classes")
             yield self._decode(sample)
 

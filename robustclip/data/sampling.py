@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from robustclip.data.anchors import Anchor, AnchoredSample
+from robustclip.data.features import FeatureImages
 from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
 from robustclip.types import Batch, Pairs
 
@@ -55,8 +56,11 @@ class ImageLoader(DataLoader[Loaded]):
     def __init__(
         self, dataset: Dataset[Loaded], *, skips_bad_samples: bool, first_epoch: int = 0, **kwargs: Any
     ) -> None:
+        kwargs["collate_fn"] = collate
+        if isinstance(dataset, FeatureImages):  # batches come whole, sooner than a worker could be asked for them
+            kwargs |= {"collate_fn": as_it_is, "num_workers": 0}
         # An own generator: the workers' base seed must not move the global random stream.
-        super().__init__(dataset, collate_fn=collate, generator=torch.Generator().manual_seed(0), **kwargs)
+        super().__init__(dataset, generator=torch.Generator().manual_seed(0), **kwargs)
         self.skips_bad_samples = skips_bad_samples
         self.bad_samples: list[BadSample] = []
         self.cut_after: int | None = None  # batches that the trainer takes of an epoch; None for all
@@ -131,6 +135,11 @@ class ImageLoader(DataLoader[Loaded]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Lets the next iteration continue there."""
         self._epoch, self._batches_done, self._has_begun = state["epoch"], state["batches"], False
+
+
+def as_it_is(batch: tuple[Batch | None, list[BadSample]]) -> tuple[Batch | None, list[BadSample]]:
+    """A batch that needs no stacking."""
+    return batch
 
 
 def collate(samples: Sequence[Loaded | AnchoredSample]) -> tuple[Batch | None, list[BadSample]]:

@@ -1,10 +1,8 @@
 """From a line of configuration to a labelled data set and its zero-shot task."""
 
-import inspect
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +10,14 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.utils.data import Dataset
 
 from robustclip.data.catalog import CATALOG, lookup
-from robustclip.data.files import ImageFiles, open_folder, open_list
-from robustclip.data.shapes import ShapesDataset
-from robustclip.data.shards import REMOTE, IndexedShards, list_shards, read_lines
-from robustclip.types import Task
+from robustclip.data.classes import narrowed
+from robustclip.data.files import ImageFiles
+from robustclip.data.kinds import KINDS, open_kind, words_beside
+from robustclip.data.shards import REMOTE
+from robustclip.data.shifts import Part, Role, Shift, benchmark, part_by_ranges, part_by_seed, part_by_shift
+from robustclip.data.views import Relabelled, labels_of, where_of
+from robustclip.types import UNKNOWN, Task
 
-KINDS = ("wds", "torchvision", "folder", "list", "shapes")
-RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
 
@@ -39,6 +38,12 @@ class DataSource:
         native_size: attack images at their own size instead of a crop of the model's; null asks the catalogue.
         border: pixels to cut off on every side of an image first; null asks the catalogue.
         length: number of samples; only needed to train from a remote source.
+        classes: labels of the class list that is kept, such as ``0-14,25-27``; they are renumbered. Null for all.
+        images: old labels of the images that are kept, those without a class as unknown; null for those of `classes`,
+            or, in a set of unknown classes, for those of all others.
+        shift: instead of both, what a benchmark trains on: ``closed``, ``partial``, ``open`` or ``open_partial``.
+        known: number of known classes, the first of the list; null asks the benchmark that the name begins with.
+        known_seed: draws them at random instead, from all names of the list; null for the first.
     """
 
     source: str
@@ -49,6 +54,11 @@ class DataSource:
     native_size: bool | None = None
     border: int | None = None
     length: int | None = None
+    classes: str | None = None
+    images: str | None = None
+    shift: Shift | None = None
+    known: int | None = None
+    known_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,9 @@ class OpenedSource:
         dataset: gives image and label by position; None for remote shards.
         urls: of remote shards.
         length: number of samples if known.
+        keys: what tells the class names apart.
+        part: which of the classes and images, in words; empty for all.
+        is_unknown: whether no image's class is known.
     """
 
     task: Task
@@ -72,39 +85,85 @@ class OpenedSource:
     dataset: Dataset[tuple[Any, int]] | None
     urls: tuple[str, ...] = ()
     length: int | None = None
+    keys: tuple[str, ...] = ()
+    part: str = ""
+    is_unknown: bool = False
+
+    @property
+    def class_count(self) -> int | None:
+        """Labels are below it; None where they are all unknown."""
+        return None if self.is_unknown else len(self.task.label_names)
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether images are labelled as of no known class."""
+        return self.is_unknown or (self.dataset is not None and UNKNOWN in (labels_of(self.dataset) or ()))
 
 
-def open_tests(wanted: Sequence[DataSource | str], *, root: str) -> list[OpenedSource]:
-    """Finds data sets that are evaluated side by side.
-
-    Args:
-        wanted: the configuration.
-        root: relative paths start here.
-
-    Raises:
-        ValueError: as `open_source`, or a name that is taken.
-    """
-    sources = [open_source(source, root=root, split="test") for source in wanted]
-    for name, count in Counter(source.task.name for source in sources).items():
-        if count > 1:
-            raise ValueError(f"{count} data sets are named {name!r}; give each its own `name`")
-        if name in RESERVED:
-            raise ValueError(f"a data set cannot be named {name!r}, which names {RESERVED[name]}; set its `name`")
-    return sources
-
-
-def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSource:
+def open_source(wanted: DataSource | str, *, root: str, split: str, role: Role | None = None) -> OpenedSource:
     """Finds a data set; reads names and labels, no image.
 
     Args:
         wanted: the configuration.
         root: relative paths start here.
         split: default split.
+        role: what the images are for; None goes by the default split.
 
     Raises:
         ValueError: no such kind, set, path, split or name, or class names and labels that do not fit.
     """
     wanted = DataSource(wanted) if isinstance(wanted, str) else wanted
+    opened = _open_whole(wanted, root=root, split=split)
+    return _part_of(opened, wanted, role or ("train" if split == "train" else "test"))
+
+
+def _part_of(whole: OpenedSource, wanted: DataSource, role: Role) -> OpenedSource:
+    """The classes and images that are wanted of a set."""
+    where = f"data source {wanted.source!r}"
+    is_whole = all(
+        each is None for each in (wanted.classes, wanted.images, wanted.shift, wanted.known, wanted.known_seed)
+    )
+    if is_whole and role != "unknown":
+        return whole
+    if whole.dataset is None:
+        if not is_whole:
+            raise ValueError(f"{where} is remote: classes, images, shift and known must be null")
+        return replace(whole, is_unknown=True)
+    task, labels = whole.task, labels_of(whole.dataset)
+    if labels is None:
+        raise ValueError(f"{where} does not tell its labels without decoding; read it as wds:, folder: or list:")
+    if wanted.known_seed is not None and task.groups is not None:
+        task, labels = _by_name(task, labels)
+    part = _wanted_part(wanted, task, whole.keys, role)
+    dataset = Relabelled(whole.dataset, labels, part.new_labels)
+    if not dataset.labels:
+        raise ValueError(f"{where} has no sample of what is wanted, {part.words}")
+    task = narrowed(task, part.classes) if part.classes else task
+    return replace(whole, task=task, dataset=dataset, part=part.words, is_unknown=role == "unknown")
+
+
+def _wanted_part(wanted: DataSource, task: Task, keys: Sequence[str], role: Role) -> Part:
+    where, count = f"data source {wanted.source!r}", len(task.label_names)
+    if wanted.shift is None and wanted.known is None and wanted.known_seed is None:
+        return part_by_ranges(wanted.classes, wanted.images, count, role)
+    if wanted.classes is not None or wanted.images is not None:
+        raise ValueError(f"{where} has classes or images beside shift or known; give one of both")
+    if wanted.known_seed is None:
+        return part_by_shift(wanted.shift or "closed", benchmark(task.name, count, wanted.known), role)
+    if wanted.known is None or wanted.shift not in (None, "closed"):
+        raise ValueError(f"{where} has a `known_seed`: give `known`, and no shift but `closed`")
+    return part_by_seed(keys if len(keys) == count else task.class_names, wanted.known, wanted.known_seed, role)
+
+
+def _by_name(task: Task, labels: Sequence[int]) -> tuple[Task, list[int]]:
+    """The same samples, labelled by the positions of their names in the whole list."""
+    groups = task.groups or ()
+    if any(len(group) > 1 for group in groups):
+        raise ValueError(f"set {task.name!r} has labels of several class names; `known_seed` must be null")
+    return replace(task, groups=None), [groups[label][0] for label in labels]
+
+
+def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
     wanted_names, wanted_templates = _wanted_words(wanted)
     kind, separator, location = wanted.source.partition(":")
     entry = None
@@ -119,8 +178,8 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
     if kind in ("wds", "folder", "list"):
         location = location if location.startswith((*REMOTE, "/")) else str(Path(root).expanduser() / location)
     named = entry or CATALOG.get(name)
-    dataset, urls = _open(kind, location, root=root, split=split, published=named.folders if named else ())
-    names_beside, templates_beside = _beside(kind, location, dataset)
+    dataset, urls = open_kind(kind, location, root=root, split=split, published=named.folders if named else ())
+    names_beside, templates_beside = words_beside(kind, location, dataset)
     has_own_labels = isinstance(dataset, ImageFiles) and dataset.classes is not None
     if named is None or has_own_labels or (wanted_names and len(wanted_names) != len(named.class_names)):
         groups = None
@@ -147,7 +206,8 @@ def open_source(wanted: DataSource | str, *, root: str, split: str) -> OpenedSou
     is_small = kind == "shapes" or (entry is not None and entry.native_size)
     native_size = is_small if wanted.native_size is None else wanted.native_size
     border = (entry.border if entry else 0) if wanted.border is None else wanted.border
-    return OpenedSource(task, split, native_size, border, dataset, urls, wanted.length)
+    keys = named.keys if named else ()
+    return OpenedSource(task, split, native_size, border, dataset, urls, wanted.length, keys)
 
 
 def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, list[str] | None]:
@@ -158,68 +218,15 @@ def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, list[str] | Non
     return names, [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if templates == "openai" else templates
 
 
-def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
-    """Labels of every sample where the data set tells them without decoding."""
-    for attribute in ("labels", "targets", "_labels", "y"):
-        labels = getattr(dataset, attribute, None)
-        if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
-            return [int(label) for label in labels]
-    return None
-
-
-def _open(
-    kind: str, location: str, *, root: str, split: str, published: Sequence[str]
-) -> tuple[Dataset[Any] | None, tuple[str, ...]]:
-    if kind == "shapes":
-        return ShapesDataset(location, split), ()
-    if kind == "torchvision":
-        return _open_torchvision(location, root, split), ()
-    if kind == "folder":
-        return open_folder(location, split, published), ()
-    if kind == "list":
-        return open_list(location, split), ()
-    urls = list_shards(location, split)
-    if location.startswith(REMOTE):
-        return None, tuple(urls)
-    return IndexedShards([Path(url) for url in urls]), ()
-
-
-def _open_torchvision(name: str, root: str, split: str) -> Dataset[Any]:
-    from torchvision import datasets  # here because its import is slow and most runs do not need it
-
-    cls = getattr(datasets, name, None)
-    if name not in datasets.__all__ or cls is None:
-        raise ValueError(f"torchvision has no data set {name!r}")
-    takes = inspect.signature(cls).parameters
-    offered = {"root": root, "split": split, "train": split == "train", "download": False}
-    try:
-        dataset: Dataset[Any] = cls(**{key: value for key, value in offered.items() if key in takes})
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"torchvision:{name} does not open below {root!r}: {' '.join(str(error).split())}") from error
-    return dataset
-
-
-def _beside(
-    kind: str, location: str, dataset: Dataset[Any] | None
-) -> tuple[Sequence[str] | None, Sequence[str] | None]:
-    """Class names and templates that come with the data."""
-    if kind in ("wds", "folder", "list"):
-        templates = read_lines(location, "zeroshot_classification_templates.txt")
-        names = read_lines(location, "classnames.txt") or getattr(dataset, "classes", None)
-        return names, templates and [template.replace("{c}", "{}") for template in templates]
-    if isinstance(dataset, ShapesDataset):
-        return dataset.class_names, dataset.templates
-    return None, None
-
-
 def _check_labels(source: str, dataset: Dataset[Any], class_count: int) -> None:
     labels = labels_of(dataset)
     if labels is not None and not labels:
         raise ValueError(f"data source {source!r} has no samples")
     if labels and max(labels) >= class_count:
         index = max(range(len(labels)), key=labels.__getitem__)
-        where = getattr(dataset, "where", "sample {}".format)(index)
-        raise ValueError(f"{where} has label {labels[index]}, but there are {class_count} class names")
+        raise ValueError(
+            f"{where_of(dataset, index)} has label {labels[index]}, but there are {class_count} class names"
+        )
 
 
 def _slug(location: str) -> str:

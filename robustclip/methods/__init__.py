@@ -4,26 +4,39 @@ from robustclip.methods.adversarial_training import AdversarialTraining
 from robustclip.methods.arf import ARF
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.clean_fine_tuning import CleanFineTuning
+from robustclip.methods.clip_adapter import CLIPAdapter
+from robustclip.methods.coop import CoOp
+from robustclip.methods.croft import CRoFT
 from robustclip.methods.fare import FARE
 from robustclip.methods.fine_tuning import FineTuning
-from robustclip.methods.flyp import FLYP
+from robustclip.methods.flyp import FLYP, FLYPCE
 from robustclip.methods.img_coadv import ImgCoAdv
 from robustclip.methods.pmg_aft import PMGAFT
 from robustclip.methods.tecoa import TeCoA
+from robustclip.methods.tip_adapter import TipAdapter
 from robustclip.methods.trades import TRADES
+from robustclip.methods.ueo import UEO
+from robustclip.methods.upl import UPL
 from robustclip.methods.zero_shot import ZeroShot
 
 __all__ = [
     "ARF",
     "FARE",
     "FLYP",
+    "FLYPCE",
     "PMGAFT",
     "TRADES",
+    "UEO",
+    "UPL",
     "AdversarialTraining",
+    "CLIPAdapter",
+    "CRoFT",
     "CleanFineTuning",
+    "CoOp",
     "FineTuning",
     "ImgCoAdv",
     "RobustMethod",
     "TeCoA",
+    "TipAdapter",
     "ZeroShot",
 ]

@@ -72,8 +72,8 @@ class ARF(FLYP):
             )
         tokens = self.clip.join_tokens(prompts, self.clip.tokenize(list(batch.captions)))
         prompts, captions = tokens.chunk(2)
-        is_missing = torch.tensor([not caption for caption in batch.captions], device=tokens.device)
-        return torch.where(is_missing[:, None], prompts, captions)
+        is_missing = torch.tensor([[not caption] for caption in batch.captions])
+        return torch.where(is_missing.to(tokens.device, non_blocking=True), prompts, captions)
 
     def _first_of_each(self, pairs: Pairs) -> Tensor:
         """Which rows, over all processes, hold a pair that no row before them holds."""

@@ -23,8 +23,9 @@ from robustclip.methods.checkpoints import (
     set_random_state,
 )
 from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods.freezing import frozen
+from robustclip.methods.freezing import frozen, learn_only
 from robustclip.methods.heads import encode_heads, head_logits
+from robustclip.methods.intake import check_intake
 from robustclip.methods.schedule import warmup_cosine
 from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
@@ -49,6 +50,8 @@ class RobustMethod(LightningModule, ABC):
     """
 
     of_original: tuple[str, ...] = ("clip.net.",)  # so begin the names of tensors that the pre-trained model determines
+    takes_unknown: bool = False  # trains on images that are labelled UNKNOWN too
+    takes_features: bool = False  # takes embeddings (B, D) of its frozen tower in place of images
 
     def __init__(
         self,
@@ -155,11 +158,7 @@ class RobustMethod(LightningModule, ABC):
 
     def freeze_the_rest(self) -> None:
         """Leaves gradients to `parameter_groups()` alone."""
-        groups = self.parameter_groups()
-        self.requires_grad_(False)
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
+        learn_only(self, [parameter for group in self.parameter_groups() for parameter in group["params"]])
 
     # Lightning
 
@@ -169,6 +168,7 @@ class RobustMethod(LightningModule, ABC):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a person's own choice stays
             self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        check_intake(self, data, stage)
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
         self.counts = nn.ModuleDict({f"{PREFIX}{task.name}": Top1() for task in tasks})
 

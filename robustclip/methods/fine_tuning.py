@@ -8,6 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.losses import kl
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.methods.teacher import ImageTeacher
@@ -15,28 +16,31 @@ from robustclip.types import Batch, Task
 
 
 class FineTuning(RobustMethod):
-    """Linear probing, end-to-end fine-tuning, LP-FT and L2-SP, by cross-entropy on clean images.
+    """Linear probing, end-to-end fine-tuning, LP-FT, L2-SP and LwF, by cross-entropy on clean images.
 
     Minimises, over a classifier ``W`` that starts at ``s t``, the class features times the logit scale (Wortsman et
     al., CVPR 2022, https://arxiv.org/abs/2109.01903), and over the image tower ``f`` with its pre-trained weights
     ``theta_0``::
 
-        -log softmax(W f(x))_y + (l2_sp / 2) ||theta - theta_0||^2
+        -log softmax(W f(x))_y + (l2_sp / 2) ||theta - theta_0||^2 + lwf KL(softmax(s t f_0(x)) || softmax(W f(x)))
 
     - end-to-end fine-tuning: both learn from the start, ``probe_epochs: 0``;
-    - linear probing: the classifier alone, ``probe_epochs: null``;
+    - linear probing: the classifier alone, ``probe_epochs: null``, which takes ``data.features``;
     - LP-FT (Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054): the classifier alone at first, then both;
-    - L2-SP (Li et al., ICML 2018, https://arxiv.org/abs/1802.01483): ``l2_sp`` above 0, the optimiser's weight decay 0.
+    - L2-SP (Li et al., ICML 2018, https://arxiv.org/abs/1802.01483): ``l2_sp`` above 0, the optimiser's weight decay 0;
+    - LwF (Li and Hoiem, ECCV 2016, https://arxiv.org/abs/1606.09282): ``lwf`` above 0.
 
     The classifier answers for every task that has the training classes; others ask zero-shot heads of the text tower,
     which does not learn. `robustclip interpolate` takes its original, ``s t``, from the checkpoint, as WiSE-FT does.
 
-    Departures: the classifier has no bias, which WiSE-FT's code gives it; LP-FT is one run, with one schedule.
+    Departures: the classifier has no bias, which WiSE-FT's code gives it; LP-FT is one run, with one schedule; what LwF
+    keeps are the zero-shot model's answers for the training classes, at temperature 1, since there is no older head.
 
     Args:
         probe_epochs: epochs of the classifier alone, during which the tower is in eval mode and neither learns nor
             decays; several processes then need the strategy ``ddp_find_unused_parameters_true``. Null for all epochs.
         l2_sp: weight of the pull towards the pre-trained tower.
+        lwf: weight of the pull towards the zero-shot model's answers.
         head_lr: learning rate of the classifier; null for the optimiser's.
         optimizer: WiSE-FT's.
         warmup_steps: steps of linear warm-up before the cosine; WiSE-FT's.
@@ -54,19 +58,21 @@ class FineTuning(RobustMethod):
         self,
         probe_epochs: int | None = 0,
         l2_sp: float = 0.0,
+        lwf: float = 0.0,
         head_lr: float | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-5, weight_decay=0.1),
         warmup_steps: int = 500,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        for name, value in (("probe_epochs", probe_epochs), ("l2_sp", l2_sp)):
+        for name, value in (("probe_epochs", probe_epochs), ("l2_sp", l2_sp), ("lwf", lwf)):
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if l2_sp and probe_epochs is None:
             raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower does not learn")
-        self.probe_epochs, self.l2_sp, self.head_lr = probe_epochs, l2_sp, head_lr
-        self.start = ImageTeacher(self.clip) if l2_sp else None
+        self.probe_epochs, self.l2_sp, self.lwf, self.head_lr = probe_epochs, l2_sp, lwf, head_lr
+        self.start = ImageTeacher(self.clip) if l2_sp or lwf else None
+        self.takes_features = probe_epochs is None and not lwf
         self.class_names: tuple[str, ...] = ()
         self.register_parameter("head", None)  # until a fit or a checkpoint tells the classes
         self.register_buffer("zero_shot_head", None)
@@ -84,6 +90,10 @@ class FineTuning(RobustMethod):
             groups.append({"params": [self.head]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
 
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1], or for linear probing their embeddings ``(B, D)``, to unit features."""
+        return F.normalize(images, dim=-1) if images.ndim == 2 else super().image_features(images)
+
     def class_features(self, task: Task) -> Tensor:
         """``(C, D)``: ``W / s``, whose rows are no unit vectors, for the training classes; else the zero-shot head."""
         if self.head is None or task.class_names != self.class_names:
@@ -91,11 +101,15 @@ class FineTuning(RobustMethod):
         return self.head / self.clip.logit_scale
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the classifier, and the pull."""
-        terms = {"clean_ce": F.cross_entropy(self.training_logits(batch.images), batch.labels)}
-        if self.start is not None and not self.is_probing:
+        """Cross-entropy of the classifier, and the pulls."""
+        logits = self.training_logits(batch.images)
+        terms = {"clean_ce": F.cross_entropy(logits, batch.labels)}
+        if self.start is not None and self.l2_sp and not self.is_probing:
             pairs = zip(self.clip.net.visual.parameters(), self.start.clip.net.visual.parameters(), strict=True)
             terms["l2_sp"] = self.l2_sp / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
+        if self.start is not None and self.zero_shot_head is not None and self.lwf:
+            answers = _classified(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
+            terms["lwf"] = self.lwf * kl(logits, answers).mean()
         return terms
 
     def training_logits(self, images: Tensor) -> Tensor:
@@ -108,8 +122,7 @@ class FineTuning(RobustMethod):
             raise ValueError("FineTuning has no classifier before its first fit; load a checkpoint")
         with frozen(self.clip) if self.is_probing else nullcontext():
             features = self.image_features(images)
-        with torch.autocast(images.device.type, enabled=False):
-            return features.to(self.head.dtype) @ self.head.T
+        return _classified(features, self.head)
 
     def add_head(self, class_names: tuple[str, ...], zero_shot_head: Tensor) -> None:
         """Puts a classifier that starts at ``s t``, ``(C, D)``, on the image features."""
@@ -159,3 +172,9 @@ class FineTuning(RobustMethod):
             self.add_head(classes, checkpoint["state_dict"]["zero_shot_head"].to(self.clip.mean.device))
         self._is_head_empty = False
         super().on_load_checkpoint(checkpoint)
+
+
+def _classified(features: Tensor, head: Tensor) -> Tensor:
+    """Logits ``(B, C)`` in the precision of the head, also under autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return features.to(head.dtype) @ head.T

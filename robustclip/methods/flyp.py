@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, distributed
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from robustclip.attacks.noise import uniform
 from robustclip.losses import info_nce
 from robustclip.methods.base import RobustMethod
+from robustclip.methods.gathering import of_all
+from robustclip.methods.heads import head_logits
 from robustclip.types import Batch, Task
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
@@ -104,17 +107,7 @@ class FLYP(RobustMethod):
 
     def gathered(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Of each ``(B, ...)``, the rows of all processes, with gradients; only batches' sizes may differ."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return parts
-        mine = torch.stack(parts, dim=1)
-        sizes = self._of_all(torch.tensor(len(mine), device=mine.device)).tolist()
-        padded = torch.cat([mine, mine.new_zeros(max(sizes) - len(mine), *mine.shape[1:])])
-        rows = self._of_all(padded)
-        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)]).unbind(1)
-
-    def _of_all(self, tensor: Tensor) -> Tensor:
-        """One row per process."""
-        return cast(Tensor, self.all_gather(tensor, sync_grads=True)).view(-1, *tensor.shape)
+        return of_all(self, torch.stack(parts, dim=1)).unbind(1)
 
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Unit features, of all inputs at once or with their gradients cached.
@@ -134,3 +127,20 @@ class FLYP(RobustMethod):
         super().optimizer_step(*args, **kwargs)
         if self.clamp:
             self.clip.net.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+class FLYPCE(FLYP):
+    """The ablation of FLYP in its paper: cross-entropy over all classes in the place of InfoNCE.
+
+    Minimises ``-log softmax(s f(x) t^T)_y`` with a prompt ``t_c`` of every class, whose template is drawn anew in each
+    step. Both towers and ``s`` learn. Every step reads all class names.
+    """
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the prompts' answers."""
+        classes = torch.arange(len(self.prompts), device=self.device)
+        prompts = self.class_prompts(Batch(batch.images, classes, classes))
+        features, head = self.encode_images(batch.images), self.encode_tokens(prompts)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = head_logits(features.float(), head.float(), self.clip.logit_scale)
+        return {"prompt_ce": F.cross_entropy(logits, batch.labels)}

@@ -1,9 +1,16 @@
-"""Attacks look at a model without touching it."""
+"""Which parameters learn, and attacks that look at a model without touching it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+
+def learn_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves gradients to these parameters of the model alone."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 @contextmanager

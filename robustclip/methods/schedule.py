@@ -1,10 +1,12 @@
-"""Learning-rate schedule shared by the methods."""
+"""Learning-rate schedules shared by the methods."""
 
 import math
 from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+WARMUP_RATE = 1e-5  # CoOp's and CRoFT's code, whatever the rate after it
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None) -> LambdaLR:
@@ -26,3 +28,26 @@ def warmup_cosine_factor(step: int, *, warmup_steps: int, total_steps: int | Non
         return 1.0
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def constant_warmup_cosine(optimizer: Optimizer, *, warmup_epochs: int, epochs: int | None) -> LambdaLR:
+    """Per epoch: 1e-5 at first, then each group's rate times a cosine (the schedule of CoOp's and CRoFT's code).
+
+    The cosine begins after the warm-up and lasts as long as the run, so that the run ends just before it reaches 0.
+
+    Args:
+        optimizer: whose rates are scaled.
+        warmup_epochs: epochs at the constant rate.
+        epochs: of the whole run; None or -1, which do not tell its end, keep the full rate after the warm-up.
+    """
+    return LambdaLR(
+        optimizer, [partial(_epoch_factor, group["lr"], warmup_epochs, epochs) for group in optimizer.param_groups]
+    )
+
+
+def _epoch_factor(rate: float, warmup_epochs: int, epochs: int | None, epoch: int) -> float:
+    if epoch < warmup_epochs:
+        return WARMUP_RATE / rate
+    if epochs is None or epochs < 0:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / epochs))

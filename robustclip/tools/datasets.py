@@ -1,7 +1,8 @@
 """Are the data sets of a run what they should be? Looks at labels, and at a few images of each."""
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
-from robustclip.data.sources import OpenedSource, labels_of, open_source
+from robustclip.data.opening import open_training
+from robustclip.data.shifts import Role
+from robustclip.data.sources import OpenedSource, open_source
 from robustclip.data.splits import choose
 from robustclip.data.streams import StreamedShards
+from robustclip.data.views import labels_of
 from robustclip.methods import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding
@@ -26,7 +30,7 @@ class Candidate(NamedTuple):
     """A data set that opens.
 
     Attributes:
-        kind: ``test``, ``training``, ``validation`` or ``hold-out``.
+        kind: ``test``, ``unknown``, ``training``, ``validation`` or ``hold-out``.
         source: the opened set.
         positions: of the samples that a run takes; None for all, or for a stream.
     """
@@ -82,7 +86,7 @@ def examine(
     for candidate in candidates:
         try:
             found, notes = _look_at(data, candidate, model)
-            examined += [found] if found else []
+            examined += [found] if found and candidate.kind != "unknown" else []
         except (ValueError, OSError) as error:
             notes = [Finding(candidate.title, PROBLEM, str(error))]
         findings += notes
@@ -93,17 +97,12 @@ def examine(
 
 def _open(data: CLIPDataModule, stage: str) -> tuple[list[Candidate], list[Finding]]:
     """The stage's sets; where one of them fails, the others."""
-    wanted: list[tuple[str, DataSource | str]] = [("test", each) for each in data.wanted_test]
-    if stage == "fit":
-        wanted = [("training", data.wanted_train), *(("validation", each) for each in data.wanted_val)]
     candidates, findings = [], []
-    for kind, each in wanted:
-        described = DataSource(each) if isinstance(each, str) else each
-        split = "train" if kind == "training" else "test"
+    for kind, title, opened in _openers(data, stage):
         try:
-            candidates.append(Candidate(kind, open_source(described, root=data.root, split=split)))
+            candidates.append(Candidate(kind, opened()))
         except (ValueError, OSError) as error:
-            findings.append(Finding(f"{kind}: {described.source}", PROBLEM, str(error)))
+            findings.append(Finding(f"{kind}: {title}", PROBLEM, str(error)))
     if findings:
         return candidates, findings
     try:
@@ -111,6 +110,26 @@ def _open(data: CLIPDataModule, stage: str) -> tuple[list[Candidate], list[Findi
     except (ValueError, OSError) as error:
         return candidates, [Finding("data", PROBLEM, str(error))]
     return [each for one in candidates for each in _positioned(data, one)], []
+
+
+def _openers(data: CLIPDataModule, stage: str) -> Iterator[tuple[str, str, Callable[[], OpenedSource]]]:
+    """Kind and title of every set of a stage, and what opens it."""
+
+    def title(wanted: DataSource | str) -> str:
+        return wanted if isinstance(wanted, str) else wanted.source
+
+    evaluated: dict[str, tuple[Role, tuple[DataSource | str, ...]]]
+    evaluated = {"test": ("test", data.wanted_test), "unknown": ("unknown", data.wanted_unknown)}
+    if stage == "fit":
+        yield (
+            "training",
+            ", ".join(map(title, data.wanted_train)),
+            partial(open_training, data.wanted_train, root=data.root),
+        )
+        evaluated = {"validation": ("test", data.wanted_val)}
+    for kind, (role, every) in evaluated.items():
+        for each in every:
+            yield kind, title(each), partial(open_source, each, root=data.root, split="test", role=role)
 
 
 def _positioned(data: CLIPDataModule, candidate: Candidate) -> list[Candidate]:
@@ -146,7 +165,7 @@ def _look_at(
     sizes = ", ".join(f"{width} x {height}" for height, width in list(shapes)[:NAMED])
     detail = f"{count} of {candidate.source.split!r}, {len(task.label_names)} classes, {sizes} pixels"
     detail += f"; {len(good)} of {len(samples)} images decode"
-    if model is None:
+    if model is None or candidate.source.has_unknown:  # unknown classes cannot be classified rightly
         return found, [Finding(name, OK, detail), *notes]
     found, right, only = _classify(found, model)
     if only is not None:
@@ -159,7 +178,7 @@ def _samples(data: CLIPDataModule, candidate: Candidate) -> list[Loaded]:
     source, transform = candidate.source, data.transform(candidate.source)
     if source.dataset is None:
         shards = StreamedShards(source.urls[:1], max_samples=LOOKED_AT)
-        return list(StreamedImages(shards, transform, len(source.task.label_names)))
+        return list(StreamedImages(shards, transform, source.class_count))
     images = Images(source.dataset, transform, candidate.positions)
     places = torch.linspace(0, len(images) - 1, min(LOOKED_AT, len(images))).round().int()
     return [images[number] for number in places.tolist()]
@@ -178,7 +197,8 @@ def _undecodable(data: CLIPDataModule, candidate: Candidate, samples: Sequence[L
 def _absent(candidate: Candidate) -> list[Finding]:
     """Classes of the whole set without a sample."""
     dataset, classes = candidate.source.dataset, candidate.source.task.label_names
-    labels = None if dataset is None or candidate.kind == "hold-out" else labels_of(dataset)
+    has_no_classes = candidate.kind in ("hold-out", "unknown")
+    labels = None if dataset is None or has_no_classes else labels_of(dataset)
     absent = [] if labels is None else [classes[number] for number in sorted({*range(len(classes))} - {*labels})]
     if not absent:
         return []

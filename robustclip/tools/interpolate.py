@@ -54,6 +54,18 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     return files
 
 
+def parse_alphas(text: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        ValueError: what is none.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"alphas must be numbers with commas between them, got {text!r}") from None
+
+
 def between(original: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """``(1 - alpha) original + alpha tuned`` of every tensor of ``tuned``; counters are those of the nearer model."""
     return {

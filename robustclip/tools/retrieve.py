@@ -20,7 +20,7 @@ from robustclip.clip import CLIPModel
 from robustclip.data.sources import OpenedSource, open_source
 from robustclip.tools.local_dir import new_folder
 from robustclip.tools.retrieval.estimate import estimate
-from robustclip.tools.retrieval.features import Encoder, Part, Store
+from robustclip.tools.retrieval.features import Encoder, Part, Store, records
 from robustclip.tools.retrieval.guard import Guard
 from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chosen, write_pairs
 from robustclip.tools.retrieval.queries import Queries, image_parts, make_queries, write_neighbours
@@ -178,7 +178,7 @@ def _pool_parts(store: Store, encoder: Encoder, pool: list[Shard], kind: str, se
     return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shown]
 
 
-def _encode(encoder: Encoder, shard: Shard, kind: str) -> tuple[list[int], NDArray[np.float16]]:
+def _encode(encoder: Encoder, shard: Shard, kind: str) -> Part:
     digests: list[int] = []
     captions: list[list[str]] = []
 
@@ -195,7 +195,7 @@ def _encode(encoder: Encoder, shard: Shard, kind: str) -> tuple[list[int], NDArr
         for _ in noted():
             pass
         features = encoder.texts(captions)
-    return digests, features
+    return records(digests, features)
 
 
 def _candidates(parts: Mapping[str, list[Part]]) -> tuple[NDArray[np.bool_], dict[str, Any]]:

@@ -11,8 +11,17 @@ import pytest
 import torchvision
 from torchvision.models import ResNet18_Weights
 
-from robustclip.data import catalog
-from robustclip.data.catalog import CATALOG, PMG_AFT_SETS, SHIFTS_OF_IMAGENET, TECOA_SETS, CatalogEntry, lookup
+from robustclip.data import DataSource, catalog
+from robustclip.data.catalog import (
+    CATALOG,
+    DOMAIN_SETS,
+    PMG_AFT_SETS,
+    SHIFTS_OF_IMAGENET,
+    TECOA_SETS,
+    CatalogEntry,
+    lookup,
+)
+from robustclip.data.sources import open_source
 
 CLASSES = {
     "imagenet": 1000,
@@ -33,6 +42,8 @@ CLASSES = {
     "pcam": 2,
     "hateful_memes": 2,
     **dict.fromkeys(SHIFTS_OF_IMAGENET, 1000),
+    **{name: {"office": 31, "visda": 12, "vlcs": 5}.get(name.partition("_")[0], 0) for name in DOMAIN_SETS},
+    **{name: 65 for name in DOMAIN_SETS if name.startswith("office_home")},
 }
 
 # The first and the last label of each published list, and one between them: position, prompt.
@@ -66,6 +77,12 @@ PROMPTS = [
     ("eurosat", 9, "A centered satellite photo of a sea or a lake."),
     ("pcam", 0, "This is a photo of healthy lymph node tissue."),
     ("hateful_memes", 1, "a hatespeech meme."),
+    ("office_amazon", 24, "a photo of a ring binder."),  # the last known class
+    ("office_amazon", 30, "a photo of a trash can."),
+    ("office_home_art", 49, "a photo of a ruler."),  # the last known class
+    ("office_home_real_world", 63, "a photo of a tv."),
+    ("visda_validation", 7, "a photo of a person."),  # the last known class
+    ("vlcs_sun", 4, "a photo of a person."),
 ]
 
 
@@ -77,8 +94,10 @@ def _plain(name: str) -> str:
     return re.sub("[-_/]", " ", name.lower()).strip()
 
 
-def test_catalog_holds_the_union_of_both_protocols() -> None:
-    assert set(CATALOG) == set(TECOA_SETS) | set(PMG_AFT_SETS) | set(SHIFTS_OF_IMAGENET) == set(CLASSES)
+def test_catalog_holds_the_published_protocols() -> None:
+    assert (
+        set(CATALOG) == set(TECOA_SETS) | set(PMG_AFT_SETS) | set(SHIFTS_OF_IMAGENET) | set(DOMAIN_SETS) == set(CLASSES)
+    )
 
 
 def test_protocols_have_sixteen_distinct_sets() -> None:
@@ -92,6 +111,9 @@ def test_protocols_have_sixteen_distinct_sets() -> None:
 def test_images_add_up_to_the_published_totals() -> None:
     assert sum(CATALOG[name].images for name in TECOA_SETS) == 337_128
     assert sum(CATALOG[name].images for name in PMG_AFT_SETS) == 344_128
+    totals = {"office_[adw]": 4_110, "office_home_": 15_588, "visda_": 207_785, "vlcs_": 10_729}
+    for pattern, total in totals.items():
+        assert sum(CATALOG[name].images for name in DOMAIN_SETS if re.match(pattern, name)) == total
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -174,7 +196,7 @@ def test_unknown_name_is_answered_with_close_ones_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"got 'cifar_10'; did you mean cifar10 or cifar100\?") as error:
         lookup("cifar_10")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"got '!'; known are imagenet, .*objectnet$"):
+    with pytest.raises(ValueError, match=r"got '!'; known are imagenet, .*vlcs_sun$"):
         lookup("!")
 
 
@@ -186,3 +208,13 @@ def test_catalog_imports_the_standard_library_only() -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
     assert imported <= set(sys.stdlib_module_names)
+
+
+def test_the_folders_of_office_home_are_labelled_by_their_names_in_any_case(tmp_path: Path) -> None:
+    for folder in ("TV", "Table", "Trash_Can", "ToothBrush"):
+        (tmp_path / "Art" / folder).mkdir(parents=True)
+        (tmp_path / "Art" / folder / "a.png").touch()
+    opened = open_source(DataSource("folder:Art", name="office_home_art"), root=str(tmp_path), split="test")
+    names = opened.task.class_names
+    assert names == CATALOG["office_home_art"].class_names
+    assert [names[label] for label in opened.dataset.labels] == ["tv", "table", "toothbrush", "trash can"]  # type: ignore[union-attr]

@@ -9,7 +9,8 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.sources import OpenedSource, labels_of, open_source
+from robustclip.data.sources import OpenedSource, open_source
+from robustclip.data.views import labels_of
 
 
 def opened(source: DataSource | str, root: Path | str = ".", split: str = "test") -> OpenedSource:

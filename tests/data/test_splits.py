@@ -9,7 +9,7 @@ import pytest
 from conftest import ShardWriter
 
 from robustclip.data import CLIPDataModule
-from robustclip.data.splits import choose, hold_out
+from robustclip.data.splits import choose, draw_known, hold_out
 
 
 class Labelled(list[int]):
@@ -55,6 +55,30 @@ def test_no_limit_keeps_everything() -> None:
     assert choose(DATASET, None, None) is None  # type: ignore[arg-type]
     assert choose(DATASET, None, 1000) == list(range(70))  # type: ignore[arg-type]
     assert choose(DATASET, [3, 5], None) == [3, 5]  # type: ignore[arg-type]
+
+
+def test_the_hold_out_has_no_image_of_an_unknown_class() -> None:
+    train, held = hold_out(Labelled([0, -1] * 20), 0.5)  # type: ignore[arg-type]
+    assert len(held) == 10
+    assert {position % 2 for position in held} == {0}
+    assert len(train) == 30
+
+
+def test_drawn_classes_are_the_same_in_any_order_of_the_list() -> None:
+    keys = ["n07", "n03", "n11", "n02", "n05", "n13"]
+    drawn = {keys[label] for label in draw_known(keys, 3, seed=1)}
+    assert len(drawn) == 3
+    other = sorted(keys)
+    assert {other[label] for label in draw_known(other, 3, seed=1)} == drawn
+    assert any({other[label] for label in draw_known(other, 3, seed=seed)} != drawn for seed in (2, 3))
+    assert draw_known(keys, 6, seed=1) == list(range(6))
+
+
+def test_classes_are_not_drawn_by_names_that_two_of_them_share() -> None:
+    with pytest.raises(ValueError, match="by distinct keys, but 'crane' is twice; give the `name` of the catalogue"):
+        draw_known(["crane", "cardigan", "crane"], 2, seed=1)
+    with pytest.raises(ValueError, match=r"`known` must be in \[1, 2\], the number of classes, got 3"):
+        draw_known(["crane", "cardigan"], 3, seed=1)
 
 
 def ids(folder: Path) -> tuple[list[int], list[int]]:

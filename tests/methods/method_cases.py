@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustclip.attacks import PGD, Attack
 from robustclip.data import CLIPDataModule
-from robustclip.methods import AdversarialTraining, FineTuning, RobustMethod
+from robustclip.methods import UEO, UPL, AdversarialTraining, FineTuning, RobustMethod, TipAdapter
 from robustclip.types import Batch, Task
 
 TASK = Task("train", ("a red circle", "a blue square", "a green star"), ("This is a photo of a {}",))
@@ -46,6 +46,13 @@ def make(cls: type[RobustMethod], model: Path, **kwargs: Any) -> Any:
     if isinstance(method, FineTuning):
         head = torch.randn(len(TASK.class_names), 16, generator=torch.Generator().manual_seed(5))
         method.add_head(TASK.class_names, head)
+    if isinstance(method, UEO):
+        method.sample_weights = torch.rand(100, generator=torch.Generator().manual_seed(6)) * 0.6 + 0.4
+    if isinstance(method, TipAdapter):
+        keys = unit(torch.randn(6, 16, generator=torch.Generator().manual_seed(7)))
+        method.add_cache(TASK.class_names, keys, torch.arange(6) % 3)
+    if isinstance(method, UPL):
+        method.pseudo_labels = torch.arange(100) % 4 - 1  # every fourth image has none
     method.freeze_the_rest()
     method.prepare([TASK])
     if method.attack is not None:
@@ -132,9 +139,9 @@ def assert_the_attack_maximises(
     assert differs.float().mean() < 1e-2
 
 
-def fit(method: RobustMethod, *, steps: int, ckpt_path: Path | None = None) -> Trainer:
+def fit(method: RobustMethod, *, steps: int, ckpt_path: Path | None = None, shots: int | None = None) -> Trainer:
     trainer = Trainer(max_steps=steps, limit_val_batches=0, enable_checkpointing=False, **QUIET)
-    data = CLIPDataModule(train="shapes:source", batch_size=4, image_size=32)
+    data = CLIPDataModule(train="shapes:source", batch_size=4, image_size=32, shots=shots)
     trainer.fit(method, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 

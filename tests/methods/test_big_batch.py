@@ -20,6 +20,7 @@ import torch
 import update_cases as cases
 from torch import Tensor
 
+from robustclip.data import CLIPDataModule
 from robustclip.types import Batch
 
 SCRIPT = Path(__file__).with_name("update_cases.py")
@@ -68,7 +69,8 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> Fits:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)  # both ranks
     assert status == 0, (folder / "log").read_text()[-3000:]
-    return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in cases.CASES}
+    names = cases.CASES | cases.IN_TURNS
+    return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in names}
 
 
 @pytest.fixture(params=["accumulated", "distributed"])
@@ -124,6 +126,37 @@ def test_negatives_in_the_batch_are_those_of_the_piece(in_pieces: Load) -> None:
     expected = torch.stack([update_of(piece) for piece in pieces]).mean(0)
     assert error(results[0]["update"], expected) < ROUNDING
     assert error(results[0]["update"], whole("img_coadv")["update"]) > 0.1
+
+
+def test_a_marginal_over_the_batch_is_that_of_all_processes(distributed: Fits) -> None:
+    """UEO gathers answers and weights; accumulation does not, and takes the mean of two losses of half the batch."""
+    expected = whole("ueo")["update"]
+    for result in distributed["ueo"]:
+        assert error(result["update"], expected) < ROUNDING
+    assert error(accumulated("ueo")[0]["update"], expected) > 0.01
+
+
+def test_what_learns_in_turns_takes_the_mean_of_the_pieces_each_time(distributed: Fits) -> None:
+    """CRoFT: by gradient descent a step of the generator, then, with it, one of the adapters."""
+    results = distributed["croft"]
+    method: Any = cases.build("croft")
+    method.freeze_the_rest()
+    data = CLIPDataModule(train="shapes:source")
+    data.setup("fit")
+    method.prepare([data.train_task], ["train"])
+    start = cases.learned(method)
+    pieces = [Batch(*result["batches"][0]) for result in results]
+    for turn in (0, 1):
+        for piece in pieces:
+            view = method.view(piece)
+            generator, adapters = method.generator_loss(view, piece.labels), method.adapter_loss(view, piece.labels)
+            loss = sum(adapters.values()) if turn else generator
+            loss.backward(inputs=[method.image_adapter, method.text_adapter] if turn else [method.generator])
+        torch.optim.SGD(method.parameters(), lr=50 * cases.RATE / len(pieces)).step()
+        method.zero_grad()
+    for result in results:
+        assert error(result["update"], cases.learned(method) - start) < ROUNDING
+        assert result["moved"] + result["stray"] == []
 
 
 def update_of(piece: Batch) -> Tensor:

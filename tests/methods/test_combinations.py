@@ -17,9 +17,15 @@ from robustclip.callbacks import RobustEvaluation
 from robustclip.cli import main
 from robustclip.clip import CLIPModel
 from robustclip.data import CLIPDataModule
-from robustclip.methods import FARE, PMGAFT, RobustMethod, TeCoA
+from robustclip.methods import FARE, PMGAFT, UEO, CLIPAdapter, CRoFT, RobustMethod, TeCoA
 
-METHODS: list[type[RobustMethod]] = [TeCoA, PMGAFT, FARE]
+METHODS: list[type[RobustMethod]] = [TeCoA, PMGAFT, FARE, UEO]
+BEHIND: list[type[RobustMethod]] = [CRoFT, CLIPAdapter]  # a tower that is frozen
+OWN: dict[type[RobustMethod], dict[str, Any]] = {
+    UEO: {"norm_filter": "all", "weights": "uniform"},
+    CRoFT: {"warmup_epochs": 0},
+    CLIPAdapter: {"warmup_epochs": 0},
+}
 LINF, L2 = PGD(eps="4/255", alpha="2/255"), PGD(eps=0.5, alpha=0.25, norm="l2")
 ATTACKS: dict[str, Attack] = {
     "l2": L2,
@@ -70,7 +76,7 @@ def assert_it_works(method: RobustMethod, **options: Any) -> None:
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
     assert math.isfinite(trainer.callback_metrics["train/loss"])
     moved = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}
-    assert moved == {name for name, _ in method.named_parameters() if name.startswith("clip.net.visual.")}
+    assert moved == declared(method)
     metrics, logits = evaluate(method, **{key: value for key, value in options.items() if key == "precision"})
     assert logits.isfinite().all()
     assert metrics["test/colours/n"] == 4
@@ -78,17 +84,39 @@ def assert_it_works(method: RobustMethod, **options: Any) -> None:
         assert 0 <= metrics[f"test/colours/{attack}/acc1"] <= metrics["test/colours/clean/acc1"] <= 1
 
 
+def declared(method: RobustMethod) -> set[str]:
+    """The whole image tower, or the norms that are a part of it and the context, or what is behind it."""
+    learning = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    tower = {name for name, _ in method.named_parameters() if name.startswith("clip.net.visual.")}
+    if isinstance(method, UEO):
+        assert learning - tower == {"context.vectors"}
+        assert learning < tower | {"context.vectors"}
+    elif type(method) in BEHIND:
+        assert not learning & tower
+    else:
+        assert learning == tower
+    return learning
+
+
 def make(cls: type[RobustMethod], folder: Path, attack: Attack = LINF, **options: Any) -> RobustMethod:
     """Steps large enough that every weight moves by more than its last digit."""
     rate = 1e-2
     optimizer = lambda params: torch.optim.AdamW(params, lr=rate)  # noqa: E731
-    return cls(pretrained=str(folder), attack=attack, warmup_steps=0, optimizer=optimizer, **options)
+    return cls(
+        pretrained=str(folder), attack=attack, warmup_steps=0, optimizer=optimizer, **OWN.get(cls, {}), **options
+    )
 
 
 @each_tower
 @each_method
 def test_every_tower_learns_and_is_tested(cls: type[RobustMethod], tower: str, towers: dict[str, Path]) -> None:
     assert_it_works(make(cls, towers[tower]))
+
+
+@each_tower
+@pytest.mark.parametrize("cls", BEHIND)
+def test_every_tower_can_be_followed_by_adapters(cls: type[RobustMethod], tower: str, towers: dict[str, Path]) -> None:
+    assert_it_works(make(cls, towers[tower]), precision="bf16-mixed")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -108,10 +136,10 @@ def test_any_attack_generates(cls: type[RobustMethod], attack: str, towers: dict
 @each_method
 def test_every_declared_parameter_gets_a_gradient(cls: type[RobustMethod], tower: str, towers: dict[str, Path]) -> None:
     """So that DistributedDataParallel need not look for unused ones."""
-    method = cases.make(cls, towers[tower])
+    method = cases.make(cls, towers[tower], **OWN.get(cls, {}))
     torch.stack(list(method.training_loss(cases.batch(2)).values())).sum().backward()
     without = {name for name, parameter in method.named_parameters() if parameter.grad is None}
-    assert without == {name for name, _ in method.named_parameters() if not name.startswith("clip.net.visual.")}
+    assert without == {name for name, _ in method.named_parameters()} - declared(method)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +152,14 @@ def test_recomputed_activations_give_the_same_gradients(
 ) -> None:
     gradients, passes = [], []
     for is_on in (False, True):
-        method, calls = cases.make(cls, towers[tower], has_activation_checkpointing=is_on, **kwargs), []
+        method, calls = (
+            cases.make(cls, towers[tower], has_activation_checkpointing=is_on, **OWN.get(cls, {}), **kwargs),
+            [],
+        )
         for module in method.clip.net.visual.modules():
             module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.stack(list(method.training_loss(cases.batch(2)).values())).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in method.clip.net.visual.parameters()]))
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
         passes.append(len(calls))
     assert torch.equal(*gradients)
     assert passes[1] > passes[0]

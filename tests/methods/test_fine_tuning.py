@@ -1,4 +1,4 @@
-"""Linear probing, fine-tuning, LP-FT and L2-SP against their definitions: a classifier that starts as the text does."""
+"""Linear probing, fine-tuning and what holds it against their definitions; the classifier starts as the text does."""
 
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,21 @@ def test_l2_sp_pulls_the_tower_to_the_pretrained_one(tiny_model: Path) -> None:
     def expected(twin: Any, clean: Tensor, _: Tensor) -> Tensor:
         now, then = (torch.cat([p.flatten() for p in net.parameters()]) for net in (twin.clip.net.visual, start))
         return loss_by_hand(twin, clean, data.labels) + 0.3 / 2 * (now - then.detach()).square().sum()
+
+    cases.assert_the_loss_is(method, data, expected)
+
+
+def test_lwf_pulls_the_answers_to_those_of_the_zero_shot_model(tiny_model: Path) -> None:
+    """``KL(q || p) = sum_c q_c (log q_c - log p_c)``, ``q`` of the pre-trained tower and the zero-shot head."""
+    method, data = cases.make(FineTuning, tiny_model, lwf=0.7), cases.batch()
+    with torch.no_grad():
+        method.head += torch.randn(method.head.shape, generator=torch.Generator().manual_seed(6))
+    original = FineTuning(pretrained=str(tiny_model)).double()
+
+    def expected(twin: Any, clean: Tensor, _: Tensor) -> Tensor:
+        q = (cases.unit(cases.embed(original, clean)) @ twin.zero_shot_head.T).softmax(1).detach()
+        p = (cases.unit(cases.embed(twin, clean)) @ twin.head.T).softmax(1)
+        return loss_by_hand(twin, clean, data.labels) + 0.7 * (q * (q.log() - p.log())).sum(1).mean()
 
     cases.assert_the_loss_is(method, data, expected)
 
@@ -161,6 +176,7 @@ def test_the_recipe_is_wise_fts(tiny_model: Path) -> None:
     [
         ({"probe_epochs": -1}, "probe_epochs must be at least 0, got -1"),
         ({"l2_sp": -0.1}, "l2_sp must be at least 0, got -0.1"),
+        ({"lwf": -0.1}, "lwf must be at least 0, got -0.1"),
         ({"l2_sp": 0.1, "probe_epochs": None}, "l2_sp must be 0 where probe_epochs is null, got 0.1"),
     ],
 )

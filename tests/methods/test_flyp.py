@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustclip.data import CLIPDataModule
 from robustclip.losses import info_nce
-from robustclip.methods import FLYP, ZeroShot
+from robustclip.methods import FLYP, FLYPCE, ZeroShot
 from robustclip.tools.interpolate import interpolate
 from robustclip.types import Batch, Task
 
@@ -68,6 +68,31 @@ def test_the_loss_is_symmetric_info_nce_of_images_and_class_prompts(tiny_model: 
         return symmetric(cases.unit(cases.embed(twin, images)), read(twin, prompts), twin.clip.net.logit_scale.exp())
 
     cases.assert_the_loss_is(method, data, expected)
+
+
+def test_its_ablation_is_cross_entropy_over_the_prompts_of_all_classes(tiny_model: Path) -> None:
+    method, data = cases.make(FLYPCE, tiny_model), cases.batch(5)
+
+    def expected(twin: Any, images: Tensor, _: Tensor) -> Tensor:
+        head = read(twin, [prompts[0] for prompts in cases.TASK.prompts])
+        z = twin.clip.net.logit_scale.exp() * cases.unit(cases.embed(twin, images)) @ head.T
+        return cases.cross_entropy(z, data.labels).mean()
+
+    cases.assert_the_loss_is(method, data, expected)
+
+
+def test_each_class_of_the_ablation_draws_its_template_alone(tiny_model: Path) -> None:
+    class Reader(FLYPCE):
+        def encode_tokens(self, *tokens: Tensor) -> Tensor:
+            self.texts = tokens[0]
+            return super().encode_tokens(*tokens)
+
+    method = cases.make(Reader, tiny_model)
+    method.prepare([Task("train", tuple(f"thing {n}" for n in range(40)), ("a {}", "one {}", "my {}"))])
+    method.training_loss(cases.batch())
+    drawn = [(method.prompts[n] == method.texts[n]).all(1).tolist() for n in range(40)]
+    assert all(sum(each) == 1 for each in drawn)
+    assert {each.index(True) for each in drawn} == {0, 1, 2}
 
 
 def test_each_sample_draws_its_template_alone(tiny_model: Path) -> None:

@@ -17,8 +17,12 @@ from robustclip.methods import (
     FARE,
     PMGAFT,
     TRADES,
+    UEO,
     AdversarialTraining,
     CleanFineTuning,
+    CLIPAdapter,
+    CoOp,
+    CRoFT,
     ImgCoAdv,
     RobustMethod,
     TeCoA,
@@ -27,6 +31,7 @@ from robustclip.types import Batch
 
 BATCH, PIECES = 8, 2
 RATE = 0.1  # an update of a few per cent of the weights, far above the rounding of their sum
+BEHIND_THE_TOWER = {"warmup_epochs": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=50 * RATE)}
 BOX = PGD(eps="8/255", alpha="2/255", steps=3)
 DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "clean": (CleanFineTuning, {}),
@@ -39,15 +44,21 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "cosine": (AdversarialTraining, {"attack": BOX, "head_lr": RATE, "head": "cosine"}),
     "trades": (TRADES, {"attack": BOX}),
     "fare": (FARE, {"attack": BOX, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 1000)}),
+    "clip_adapter": (CLIPAdapter, BEHIND_THE_TOWER),
+    "coop": (CoOp, {"tokens": 4, **BEHIND_THE_TOWER}),
     "pmg_aft": (PMGAFT, {"attack": BOX}),
     "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),
 }
 OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "img_coadv": (ImgCoAdv, {"attack": BOX}),
+    "ueo": (UEO, {"weight_temperature": "msp", "context_lr": RATE}),
     "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum"}),
     "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES}),
 }
 CASES = DECOMPOSABLE | OTHER
+IN_TURNS: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
+    "croft": (CRoFT, BEHIND_THE_TOWER),
+}
 
 
 class Watched:
@@ -93,8 +104,9 @@ def frozen_tensors(method: RobustMethod) -> dict[str, Tensor]:
 
 def build(name: str, **options: Any) -> RobustMethod:
     """The method of a case, with an image tower that has left its teacher; a random head is drawn from a fixed seed."""
-    cls, kwargs = CASES[name]
+    cls, kwargs = (CASES | IN_TURNS)[name]
     defaults = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE)}
+    torch.manual_seed(1)
     method = cls(pretrained="shapes", **{**defaults, **kwargs, **options})
     torch.manual_seed(0)
     with torch.no_grad():
@@ -114,7 +126,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
+        strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true" if name in IN_TURNS else "ddp",
         accumulate_grad_batches=pieces,
         max_steps=2,
         limit_val_batches=0,
@@ -126,7 +138,8 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     )
     method.freeze_the_rest()
     before = frozen_tensors(method)
-    data = CLIPDataModule(train="shapes:source", batch_size=BATCH // processes // pieces, image_size=32)
+    size = BATCH // processes // pieces
+    data = CLIPDataModule(train="shapes:source", batch_size=size, eval_batch_size=256, image_size=32)
     trainer.fit(method, datamodule=data)
     after = frozen_tensors(method)
     return {
@@ -140,7 +153,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
 
 
 def main(folder: Path) -> None:
-    for name in CASES:
+    for name in CASES | IN_TURNS:
         result = fit(name, processes=PIECES)
         result["batches"] = [tuple(batch) for batch in result["batches"]]
         torch.save(result, folder / f"{name}.{result['rank']}.pt")

@@ -16,7 +16,7 @@ def report(runs: list[Path], *, out: Path = Path("report.html")) -> None:
         ValueError: no runs, one that is not finished, or another ending.
     """
     # Here, because the command line imports every tool and matplotlib takes a second.
-    from robustclip.tools.report import geometry, tables, view
+    from robustclip.tools.report import detection, geometry, tables, view
     from robustclip.tools.report.page import page
 
     if not runs:
@@ -24,9 +24,10 @@ def report(runs: list[Path], *, out: Path = Path("report.html")) -> None:
     if out.suffix != ".html":
         raise ValueError(f"out must end in .html, got {out}")
     views = view.views(runs)
+    more = [*detection.detection_tables(views), *geometry.geometry_tables(views)]
     files = {
         out: page(views),
-        out.with_suffix(".md"): tables.document(views, geometry.geometry_tables(views)),
+        out.with_suffix(".md"): tables.document(views, more),
         out.with_suffix(".csv"): tables.listing(views),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

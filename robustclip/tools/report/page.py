@@ -6,14 +6,24 @@ from importlib.resources import files
 from typing import Any
 
 from robustclip.protocol import AXES
-from robustclip.tools.report import broken, gallery, geometry, plots, tables, unlike
+from robustclip.tools.report import broken, detection, gallery, geometry, plots, tables, unlike
 from robustclip.tools.report.html import LEVEL, disclosure, escape, tag
 from robustclip.tools.report.view import MISSING, View, union
 
 # Nothing but the page's own styles and images: no script runs and nothing is fetched, whatever the files hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STATUSES = {"fail": "✕ failed", "warn": "! warning", "not_measured": f"{MISSING} not measured", "pass": "✓ passed"}
-SECTIONS = ("Accuracy", "Radius", "Clean and robust", "What broke it", "Images", "Geometry", "Audit", "Protocol")
+SECTIONS = (
+    "Accuracy",
+    "Radius",
+    "Clean and robust",
+    "What broke it",
+    "Images",
+    "Unknown classes",
+    "Geometry",
+    "Audit",
+    "Protocol",
+)
 
 
 def page(views: Sequence[View]) -> str:
@@ -28,7 +38,7 @@ def page(views: Sequence[View]) -> str:
         tag("title", escape(title)),
         tag("style", files(__package__).joinpath("report.css").read_text(encoding="utf-8")),
     )
-    contents = (_accuracy, _radius, _scatter, _broken, _images, geometry.section, _audit, _protocol)
+    contents = (_accuracy, _radius, _scatter, _broken, _images, detection.section, geometry.section, _audit, _protocol)
     written = {name: content for name, write in zip(SECTIONS, contents, strict=True) if (content := write(views))}
     links = tag("nav", *(tag("a", name, href=f"#{_anchor(name)}") for name in written), aria_label="Contents")
     body = tag("body", _header(views), links, tag("main", *(_section(*item) for item in written.items())))

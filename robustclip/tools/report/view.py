@@ -84,6 +84,12 @@ class View:
         return found
 
     @property
+    def detection(self) -> Mapping[str, Any]:
+        """What `OODDetection` measured, and how; empty if it did not."""
+        found: Mapping[str, Any] = self.run.result.get("detection") or {}
+        return found
+
+    @property
     def interpolation(self) -> tuple[str, float] | None:
         """The fine-tuned weights and their share, for a model between them and the original."""
         found = (self.run.result.get("model") or {}).get("interpolation")

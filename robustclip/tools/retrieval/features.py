@@ -23,7 +23,7 @@ from robustclip.ledger import write_aside
 from robustclip.tools.journal import check_same
 
 Part = NDArray[np.void]
-"""Records of ``digest`` (of the image; 0: cannot be used) and ``feature`` ``(D,)``, unit, in half precision."""
+"""Records: in a retrieval of ``digest`` (of the image; 0: cannot be used) and unit ``feature`` ``(D,)`` in fp16."""
 
 Load = Callable[[], Image.Image]
 AHEAD = 2  # batches that are decoded while the model works
@@ -77,14 +77,17 @@ class Encoder:
         sums = torch.zeros(len(captions), features.shape[1]).index_add_(0, owners, features)
         return F.normalize(sums, dim=-1).half().numpy()
 
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1] to embeddings ``(B, D)``, not normalised, on the model's device."""
+        with torch.inference_mode(), self._autocast():
+            return self.clip.embed_image(images.to(self.device, non_blocking=True)).float()
+
     def _encode(self, pixels: Sequence[Tensor | None]) -> NDArray[np.float16]:
         good = [number for number, each in enumerate(pixels) if each is not None]
         features = np.zeros((len(pixels), self.width), np.float16)
         if good:
-            images = torch.stack([each for each in pixels if each is not None]).to(self.device)
-            with torch.inference_mode(), self._autocast():
-                encoded = self.clip.encode_image(images).float()
-            features[good] = F.normalize(encoded, dim=-1).half().cpu().numpy()
+            embeddings = self.embeddings(torch.stack([each for each in pixels if each is not None]))
+            features[good] = F.normalize(embeddings, dim=-1).half().cpu().numpy()
         return features
 
     def _autocast(self) -> torch.autocast:
@@ -133,23 +136,31 @@ class Store:
         """Whether a part is there."""
         return self._path(name).is_file()
 
-    def part(self, name: str, make: Callable[[], tuple[Sequence[int], NDArray[np.float16]]]) -> Part:
+    def part(self, name: str, make: Callable[[], Part]) -> Part:
         """A part, mapped into memory.
 
         Args:
             name: of the part.
-            make: gives digests ``(N,)`` and features ``(N, D)``, if they are not there yet.
+            make: gives it, if it is not there yet.
         """
         if not self.has(name):
-            digests, features = make()
-            records = np.zeros(len(features), [("digest", "<u8"), ("feature", "<f2", (features.shape[1],))])
-            records["digest"] = np.where(features.any(1), np.array(digests, np.uint64), 0)
-            records["feature"] = features
             content = io.BytesIO()
-            np.save(content, records)
+            np.save(content, make(), allow_pickle=False)
             write_aside(self._path(name), content.getvalue())
-        part: Part = np.load(self._path(name), mmap_mode="r")
+        return self.read(name)
+
+    def read(self, name: str) -> Part:
+        """A part that is there, mapped into memory."""
+        part: Part = np.load(self._path(name), mmap_mode="r", allow_pickle=False)
         return part
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
+
+
+def records(digests: Sequence[int], features: NDArray[np.float16]) -> Part:
+    """A part of digests ``(N,)`` and features ``(N, D)``."""
+    part = np.zeros(len(features), [("digest", "<u8"), ("feature", "<f2", (features.shape[1],))])
+    part["digest"] = np.where(features.any(1), np.array(digests, np.uint64), 0)
+    part["feature"] = features
+    return part

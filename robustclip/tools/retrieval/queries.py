@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from robustclip.data.anchors import ListTable
-from robustclip.data.sources import OpenedSource, labels_of
-from robustclip.tools.retrieval.features import Encoder, Part, Store
+from robustclip.data.sources import OpenedSource
+from robustclip.data.views import labels_of
+from robustclip.tools.retrieval.features import Encoder, Part, Store, records
 from robustclip.tools.retrieval.pairs import pool_shards
 
 IMAGES_PER_PART = 4096
@@ -111,9 +112,9 @@ def write_neighbours(path: Path, queries: Queries, best: NDArray[np.int64], anch
             writer.write_table(pa.table([pa.array(index), lists.cast(schema.field(1).type)], schema))
 
 
-def _encode(encoder: Encoder, dataset: Any, positions: Sequence[int]) -> tuple[list[int], NDArray[np.float16]]:
+def _encode(encoder: Encoder, dataset: Any, positions: Sequence[int]) -> Part:
     loads = (lambda position=position: dataset[position][0] for position in positions)
-    return [1] * len(positions), encoder.images(loads)
+    return records([1] * len(positions), encoder.images(loads))
 
 
 def _size(source: OpenedSource, name: str) -> int:

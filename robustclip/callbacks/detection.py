@@ -1,0 +1,210 @@
+"""Are images of unknown classes told from those of known ones, also when both are attacked?"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from robustclip.attacks import PGD
+from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
+from robustclip.callbacks.progress import TaskProgress
+from robustclip.callbacks.results import ResultsWriter
+from robustclip.callbacks.separation import ATTACKED, CLEAN, Columns, column, scalars, summarise
+from robustclip.callbacks.tables import DETECTION
+from robustclip.methods import RobustMethod
+from robustclip.methods.freezing import frozen
+from robustclip.metrics import Rows
+from robustclip.scores import SCORES, ScoreName, confidence
+from robustclip.types import Batch
+
+Key = tuple[str, str]
+"""A known task and an unknown set; the task twice for its own samples."""
+
+
+class OODDetection(Callback):
+    """Scores how sure a model is that an image shows one of a test task's classes, on these and on unknown ones.
+
+    For every known task and every set of ``data.unknown``, known samples being the positives, a test logs
+    ``test/<known>/detection/<unknown>/<score>/...``:
+
+    - ``auroc``, ``aupr``: of the ranking by the score;
+    - ``fpr95``: the share of unknown samples at or above the highest threshold that 95 % of the known ones reach;
+    - ``h``: harmonic mean of ``auroc`` and ``class_accuracy``;
+    - ``attacked/auroc``, ``/aupr``, ``/fpr95``: where every image is attacked, known ones to lower the very score that
+      is reported, unknown ones to raise it; of the clean image and what the attack returns, the worse one counts.
+
+    and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
+    error of the softmax in 15 bins. Beside a `ResultsWriter`, histograms and ROC curves are kept too. A test that goes
+    on where an earlier start was ended has no detection of the tasks that had begun.
+
+    Args:
+        known: test tasks; null for all.
+        unknown: known task to the names of its unknown sets; null, or a task that is not named, for all.
+        scores: what is computed; ``mcm`` is the softmax of the cosines, ``msp`` that of the scaled logits.
+        headline: score of the tables.
+        attack: null for clean images alone; ``keep: best`` returns the best iterate by the attacked score.
+        attacked: scores that are attacked, each at the attack's cost; null for the headline.
+        is_correct_only: known samples that are wrong when clean are no positives, as in CRoFT's code; it flatters.
+        seed: of the attack's random starts.
+
+    Raises:
+        ValueError: a score that is headline or attacked but not computed, an attack with a loss of its own; when a
+            test is set up, no unknown set, a name that the data do not have, or embeddings to attack.
+    """
+
+    def __init__(
+        self,
+        known: list[str] | None = None,
+        unknown: dict[str, list[str]] | None = None,
+        scores: Sequence[ScoreName] = ("mcm", "msp", "max_logit", "energy", "entropy"),
+        headline: ScoreName = "mcm",
+        attack: PGD | None = None,
+        attacked: list[ScoreName] | None = None,
+        is_correct_only: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.known, self.unknown, self.scores, self.headline = known, unknown or {}, list(scores), headline
+        self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
+        self.attacked = [] if attack is None else [headline] if attacked is None else attacked
+        for name in (headline, *self.attacked):
+            if name not in self.scores:
+                raise ValueError(f"scores must hold the headline and what is attacked, got {self.scores}; add {name!r}")
+        if attack is not None and attack.loss is not None:
+            raise ValueError(f"attack.loss must be null, got {attack.loss!r}; it is the score that is attacked")
+        self._pairs: dict[str, list[str]] = {}
+        self._samples: dict[Key, Rows] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Pairs known tasks with unknown sets."""
+        if stage != "test":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        tasks, names = [task.name for task in data.test_tasks], list(data.unknown_names)
+        if self.attacked:
+            check_has_images(trainer, "OODDetection's attacks")
+        if not names:
+            raise ValueError("nothing to detect: `data.unknown` lists no data set of unknown classes")
+        _check_names("known", self.known or [], tasks)
+        _check_names("unknown", self.unknown, tasks)
+        for task, wanted in self.unknown.items():
+            _check_names(f"unknown.{task}", wanted, names)
+        self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts with the tasks that are evaluated whole."""
+        self._samples = {}
+        for task, unknown in self._pairs.items():
+            if trainer.datamodule.done_samples(task):  # type: ignore[attr-defined]
+                warnings.warn(f"no detection of {task}: an earlier start has tested a part of it", stacklevel=2)
+            else:
+                self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
+
+    # Not at the batch's end: a `RobustEvaluation` that follows times what lies between.
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores a batch of a known task."""
+        task = stage_of(trainer)[1][dataloader_idx].name
+        if (task, task) in self._samples:
+            self._add(method_of(pl_module), (task, task), batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scores the unknown sets, joins the processes and logs."""
+        method = method_of(pl_module)
+        for name, loader in trainer.datamodule.unknown_dataloaders().items():  # type: ignore[attr-defined]
+            keys = [key for key in self._samples if key[1] == name]
+            for batch in loader if keys else ():
+                moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                for key in keys:
+                    if isinstance(trainer.progress_bar_callback, TaskProgress):
+                        trainer.progress_bar_callback.announce(f"{name}, unknown to {key[0]}")
+                    self._add(method, key, moved)
+        tasks = {task: self._summary(trainer.datamodule, task) for task, name in self._samples if task == name}  # type: ignore[attr-defined]
+        for task, found in tasks.items():
+            method.log_dict({f"test/{task}/{DETECTION}/{name}": value for name, value in scalars(found).items()})
+        for writer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(writer, ResultsWriter):
+                writer.sections[DETECTION] = {**self._settings(), "tasks": tasks}
+
+    def _add(self, method: RobustMethod, key: Key, batch: Batch) -> None:
+        task, is_known = key[0], key[0] == key[1]
+        with torch.autocast(method.device.type, enabled=False), frozen(method):
+            logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
+            columns = {
+                "label": batch.labels,
+                "is_right": logits.argmax(-1) == batch.labels,
+                "confidence": confidence(logits),
+                **{column(name, CLEAN): SCORES[name].value(logits, scale) for name in self.scores},
+            }
+            if self.attack is not None:
+                for name in self.attacked:
+                    found = attacked_score(self.attack, method, task, batch, name, is_known=is_known, seed=self.seed)
+                    worse = torch.minimum if is_known else torch.maximum
+                    columns[column(name, ATTACKED)] = worse(columns[column(name, CLEAN)], found)
+        self._samples[key].update(torch.stack([values.double() for values in columns.values()], dim=1))
+
+    @property
+    def _columns(self) -> list[str]:
+        attacked = [column(name, ATTACKED) for name in self.attacked]
+        return ["label", "is_right", "confidence", *self.scores, *attacked]
+
+    def _no_samples(self, device: torch.device) -> Rows:
+        rows = Rows(len(self._columns)).to(device)
+        rows.update(torch.zeros(0, rows.width, device=device))  # else it warns of a process without a sample
+        return rows
+
+    def _joined(self, key: Key) -> Columns:
+        """The samples of all processes, which must all come here."""
+        return dict(zip(self._columns, self._samples[key].compute().cpu().T.contiguous(), strict=True))
+
+    def _summary(self, data: Any, task: str) -> dict[str, Any]:
+        found = summarise(
+            self._joined((task, task)),
+            {name: self._joined((task, name)) for name in self._pairs[task]},
+            self.scores,
+            drawn=[self.headline, *self.attacked],
+            is_correct_only=self.is_correct_only,
+        )
+        for name, each in found["unknown"].items():
+            each["data"] = data.protocol(name)
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """What the numbers depend on besides model and data."""
+        attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
+        shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
+        return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
+
+
+def attacked_score(
+    attack: PGD, method: RobustMethod, task: str, batch: Batch, name: ScoreName, *, is_known: bool, seed: int
+) -> Tensor:
+    """The score ``(B,)`` of what an attack returns that lowers it for known samples and raises it for unknown ones.
+
+    Args:
+        attack: without a loss of its own.
+        method: frozen.
+        task: whose classes are the known ones.
+        batch: the clean images.
+        name: of the score.
+        is_known: whether they show classes of the task.
+        seed: of the random starts.
+    """
+    sign = torch.full((len(batch.index),), -1.0 if is_known else 1.0, dtype=torch.float64, device=method.device)
+
+    def push(logits: Tensor, sign: Tensor) -> Tensor:
+        return sign * SCORES[name].evidence(logits.double(), method.clip.logit_scale.double())
+
+    forward = partial(method.logits, task=task)
+    attacked = attack(batch.images, forward, sign, push, index=batch.index, seed=seed)
+    return SCORES[name].value(forward(attacked).double(), method.clip.logit_scale.double())
+
+
+def _check_names(option: str, wanted: Iterable[str], offered: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in offered:
+            raise ValueError(f"{option} of OODDetection names {name!r}; the data have {', '.join(offered)}")

@@ -1,0 +1,99 @@
+"""UEO: unsupervised fine-tuning in the presence of unknown classes."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from robustclip.losses import entropy
+from robustclip.methods.context_and_norms import ContextAndNorms
+from robustclip.methods.gathering import of_all
+from robustclip.types import UNKNOWN, Batch
+
+TEMPERATURES = {"official": 1.0, "msp": 0.01}
+ENTROPY_EPS = 1e-5  # inside the logarithm, in the authors' code
+ORACLE_FLOOR = 1e-3  # of an unknown image's weight, whose inverse is taken
+WEIGHTS = ("confidence", "uniform", "oracle")
+
+
+class UEO(ContextAndNorms):
+    """UEO, universal entropy optimisation (Liang et al., ICML 2024, https://arxiv.org/abs/2308.12919).
+
+    Learns from images without labels, some of which may show none of the class names. The zero-shot model tells once
+    how sure it is of each image, ``w_i = max_c softmax(cos(f_0(x_i), t_0) / tau)_c``, with the test transform. With
+    ``p_i = softmax(s cos(f(x_i), t))`` and ``H(p) = -sum_c p_c log(p_c + 1e-5)`` it minimises::
+
+        sum_i v_i H(p_i) - m H(sum_i u_i p_i),   v_i = w_i / sum_j w_j,   u_i = (1 / w_i) / sum_j (1 / w_j)
+
+    so that sure images become surer, and unsure ones spread over the classes. `ContextAndNorms` says what learns.
+
+    Sums are over the batch of all processes; gradient accumulation takes the mean of the pieces' losses instead, which
+    is another loss. No labels are read, except by the oracle.
+
+    Departures from the authors' code: learning parameters, weights and losses are in fp32, where half precision loses
+    most updates; text is cut behind the longest prompt.
+
+    Args:
+        weights: ``confidence`` as above; ``uniform`` is InfoMax (SHOT-IM), and with ``marginal_weight`` 0 EntMin;
+            ``oracle`` reads who is known, for a bound: 1 + 1e-3 for images of a class, 1e-3 for the others.
+        weight_temperature: ``tau``; ``official`` is 1, the authors' code, where weights are all but uniform, and
+            ``msp`` 0.01, the softmax of OpenAI's models, which the paper describes.
+        marginal_weight: ``m``.
+        exact_entropy: leave out the 1e-5.
+        kwargs: arguments of `ContextAndNorms`.
+
+    Raises:
+        ValueError: weights of another name, or a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        weights: Literal["confidence", "uniform", "oracle"] = "confidence",
+        weight_temperature: float | str = "official",
+        marginal_weight: float = 1.0,
+        exact_entropy: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+        self.weighting, self.temperature = weights, _temperature(weight_temperature)
+        self.marginal_weight, self.eps = marginal_weight, 0.0 if exact_entropy else ENTROPY_EPS
+        self.sample_weights = torch.empty(0)
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted entropy of the answers, and the entropy of their marginal."""
+        rows = torch.cat([self.log_probabilities(batch.images), self.weights_of(batch)[:, None]], dim=1)
+        rows = of_all(self, rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.universal_entropy(rows[:, :-1], rows[:, -1])
+
+    def universal_entropy(self, log_p: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Both terms of log-probabilities ``(B, C)`` and weights ``(B,)``."""
+        sure, unsure = weights / weights.sum(), (1 / weights) / (1 / weights).sum()
+        marginal = (log_p + unsure.log()[:, None]).logsumexp(0)
+        return {
+            "entropy": sure @ entropy(log_p, self.eps),
+            "marginal_entropy": -self.marginal_weight * entropy(marginal, self.eps),
+        }
+
+    def weights_of(self, batch: Batch) -> Tensor:
+        """``(B,)``, positive."""
+        if self.weighting == "uniform":
+            return torch.ones(len(batch.labels), device=self.device)
+        if self.weighting == "oracle":
+            return (batch.labels != UNKNOWN).float() + ORACLE_FLOOR
+        return self.sample_weights[batch.index]
+
+    def on_fit_start(self) -> None:
+        """Weighs the training images."""
+        super().on_fit_start()
+        if self.weighting == "confidence":
+            self.sample_weights = self.of_every_image(lambda cosines: (cosines / self.temperature).softmax(1).amax(1))
+
+
+def _temperature(value: float | str) -> float:
+    temperature = TEMPERATURES.get(value, value) if isinstance(value, str) else value
+    if isinstance(temperature, str) or not temperature > 0:
+        raise ValueError(f"weight_temperature must be above 0 or one of {', '.join(TEMPERATURES)}, got {value!r}")
+    return temperature

@@ -1,0 +1,189 @@
+"""UEO over a whole fit: where its weights come from, what it reads, and what a checkpoint brings back."""
+
+import copy
+from pathlib import Path
+
+import method_cases as cases
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from robustclip.data import CLIPDataModule
+from robustclip.data.sources import DataSource
+from robustclip.data.transforms import Augmentation
+from robustclip.methods import UEO, UPL, TeCoA
+from robustclip.tools.interpolate import interpolate
+from robustclip.types import UNKNOWN, Batch
+
+OPTIONS = {"optimizer": lambda params: torch.optim.SGD(params, lr=0.05), "context_lr": 0.05, "norm_filter": "all"}
+STEPS = 4
+
+
+def shapes(*, is_augmented: bool = False) -> CLIPDataModule:
+    """Classes 0 to 4 of the shapes world are known; the images are of 2 to 6, so that those of 5 and 6 are unknown."""
+    source = DataSource("shapes:source", classes="0-4", images="2-6")
+    crops = Augmentation(scale=(0.5, 1.0), flip=True) if is_augmented else None
+    return CLIPDataModule(
+        train=source, batch_size=8, eval_batch_size=64, image_size=32, holdout=0.0, augmentation=crops
+    )
+
+
+class Looking(Callback):
+    """Counts the labels that a fit has shown, and changes them first if wanted."""
+
+    def __init__(self, *, is_changing: bool) -> None:
+        self.is_changing, self.labels = is_changing, []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: UEO, batch: Batch, batch_idx: int) -> None:
+        if self.is_changing:
+            batch.labels.copy_((batch.labels + 1 + batch_idx) % 5)
+        self.labels += batch.labels.tolist()
+
+
+class Save(Callback):
+    """Writes a checkpoint half-way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == STEPS // 2:
+            trainer.save_checkpoint(self.path)
+
+
+def fitted(method: UEO, *callbacks: Callback, ckpt_path: Path | None = None, **data: bool) -> UEO:
+    trainer = Trainer(
+        max_steps=STEPS, limit_val_batches=0, enable_checkpointing=False, callbacks=list(callbacks), **cases.QUIET
+    )
+    trainer.fit(method, datamodule=shapes(**data), ckpt_path=ckpt_path)
+    return method
+
+
+def ueo(**kwargs: object) -> UEO:
+    return UEO(**{**OPTIONS, **kwargs})
+
+
+def learnt(method: UEO) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in method.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize(("preset", "temperature"), [("official", 1.0), ("msp", 0.01), (0.1, 0.1)])
+def test_weights_are_the_zero_shot_certainties_of_whole_images(preset: float | str, temperature: float) -> None:
+    """``max_c exp(cos_c / tau) / sum_c exp(cos_c / tau)`` by sample id, whatever the training crops are."""
+    found = fitted(ueo(weight_temperature=preset), is_augmented=True).sample_weights
+    pretrained, data, count = UEO().eval(), shapes(), 0
+    data.setup("fit")
+    classes = pretrained.clip.encode_text([f"a photo of a {name}." for name in data.train_task.class_names])
+    with torch.no_grad():
+        for batch in data.plain_train_dataloader():
+            chances = (cases.unit(cases.embed(pretrained, batch.images)) @ classes.T / temperature).double().exp()
+            # Cosines in fp32 have an error of 1e-7, which the temperature multiplies.
+            expected = (chances / chances.sum(1, keepdim=True)).amax(1).float()
+            torch.testing.assert_close(found[batch.index], expected, rtol=1e-6 / temperature, atol=1e-6)
+            count += len(batch.index)
+    assert found.isfinite().sum() == count == 5 * 28
+
+
+def test_labels_reach_neither_weights_nor_loss_but_by_the_oracle() -> None:
+    def run(weights: str, *, is_changing: bool) -> tuple[Tensor, list[int]]:
+        looking = Looking(is_changing=is_changing)
+        return learnt(fitted(ueo(weights=weights), looking)), looking.labels
+
+    for weights in ("confidence", "uniform", "oracle"):
+        (given, labels), (changed, noise) = (run(weights, is_changing=flag) for flag in (False, True))
+        assert UNKNOWN in labels
+        assert UNKNOWN not in noise
+        assert torch.equal(given, changed) == (weights != "oracle")
+
+
+def test_statistics_and_all_that_is_not_declared_stay() -> None:
+    method = ueo()
+    tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    fitted(method)
+    moved = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}
+    norms = {
+        name for name, module in method.clip.net.visual.named_modules() if isinstance(module, torch.nn.BatchNorm2d)
+    }
+    assert len(norms) > 10
+    assert moved == {
+        "context.vectors",
+        *(f"clip.net.visual.{name}.{part}" for name in norms for part in ("weight", "bias")),
+    }
+
+
+def test_a_resumed_fit_has_the_weights_and_the_end_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    path = tmp_path / "half.ckpt"
+    whole = fitted(ueo(weight_temperature="msp"), Save(path))
+    resumed = fitted(ueo(weight_temperature="msp"), ckpt_path=path)
+    assert torch.equal(resumed.sample_weights.nan_to_num(), whole.sample_weights.nan_to_num())
+    assert torch.equal(learnt(resumed), learnt(whole))
+
+
+def test_looking_back_puts_everything_in_its_place() -> None:
+    method = fitted(ueo())
+    before, start = copy.deepcopy(method.state_dict()), UEO().state_dict()
+    with method.as_at_the_start():
+        assert all(torch.equal(tensor, start[name]) for name, tensor in method.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
+
+
+def test_a_fit_lowers_its_loss_over_the_training_set() -> None:
+    method, data = ueo(weight_temperature="msp"), shapes()
+    data.setup("fit")
+    every = Batch(*(torch.cat(parts) for parts in zip(*(b[:3] for b in data.plain_train_dataloader()), strict=True)))
+    fitted(method)
+    with torch.no_grad():
+        after = sum(method.training_loss(every).values())
+        with method.as_at_the_start():
+            before = sum(method.training_loss(every).values())
+    assert after < before - 0.01
+
+
+def test_the_zero_shot_end_of_an_interpolation_is_the_pretrained_model(tmp_path: Path) -> None:
+    """The context starts at what the pre-trained model determines, so that WiSE-FT takes it along."""
+    method = fitted(ueo())
+    method.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    paths = interpolate(ueo(), tmp_path / "a.ckpt", tmp_path / "out", alphas=(0.0, 1.0))
+    for path, expected in zip(paths, (UEO(), method), strict=True):
+        state = {**UEO().state_dict(), **torch.load(path, weights_only=True)["state_dict"]}
+        assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_upl_keeps_the_surest_answers_of_each_class() -> None:
+    method = fitted(UPL(per_class=3, norm_filter="all"))
+    pretrained, data, answers = UPL(norm_filter="all").eval(), shapes(), {}
+    data.setup("fit")
+    classes = pretrained.clip.encode_text([f"a photo of a {name}." for name in data.train_task.class_names])
+    with torch.no_grad():
+        for batch in data.plain_train_dataloader():
+            cosines = cases.unit(cases.embed(pretrained, batch.images)) @ classes.T
+            chances = (pretrained.clip.net.logit_scale.exp() * cosines).softmax(1)
+            found = zip(*(part.tolist() for part in chances.max(1)), strict=True)
+            answers |= dict(zip(batch.index.tolist(), found, strict=True))
+    for label in range(5):
+        ranked = sorted((chance, index) for index, (chance, answer) in answers.items() if answer == label)
+        kept = torch.where(method.pseudo_labels == label)[0].tolist()
+        assert len(kept) == min(3, len(ranked))
+        # Answers that are equally sure in fp32 may change places.
+        assert not kept or min(answers[index][0] for index in kept) >= ranked[-len(kept)][0] - 1e-6
+    assert (method.pseudo_labels >= 0).sum() >= 3
+
+
+def test_upl_learns_by_cross_entropy_from_what_has_an_answer(tiny_model: Path) -> None:
+    method = cases.make(UPL, tiny_model)
+    data = cases.batch()
+    log_p = method.log_probabilities(data.images)
+    labels = method.pseudo_labels[data.index]
+    assert labels.tolist() == [1, 2, -1, 0]
+    expected = -(log_p[0, 1] + log_p[1, 2] + log_p[3, 0]) / 3
+    torch.testing.assert_close(method.training_loss(data)["pseudo_ce"], expected)
+    method.pseudo_labels.fill_(-1)
+    assert method.training_loss(data)["pseudo_ce"] == 0
+
+
+def test_a_method_of_labels_refuses_unknown_images() -> None:
+    trainer = Trainer(max_steps=1, **cases.QUIET)
+    with pytest.raises(ValueError, match="TeCoA needs images of known classes"):
+        trainer.fit(TeCoA(), datamodule=shapes())
