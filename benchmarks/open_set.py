@@ -1,0 +1,169 @@
+"""Compares CRoFT with methods on the same frozen features, on photographs: under domain shift, and on unknown classes.
+
+PACS leave-one-domain-out, and Tiny-ImageNet with 80 of its 200 classes; 16 images of each class. All methods of a
+seed share one cache of features. CRoFT's weights are chosen of a grid by accuracy on held-out training images, at the
+first seed, once with and once without the energy's penalty. What is there is left out, so the script goes on where it
+was ended, and several may share the work.
+"""
+
+import argparse
+import csv
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from once import fit_once, test_once
+from step import commit
+
+from robustclip.__main__ import run as command
+
+CONFIG = "configs/croft_photographs.yaml"
+DOMAINS = ("pacs_art_painting", "pacs_cartoon", "pacs_photo", "pacs_sketch")
+TINY = "tiny_imagenet"
+TARGETS = (*DOMAINS, TINY)
+SEEDS = (1, 2, 3)
+KNOWN = 80  # of Tiny-ImageNet's classes
+LAMBDA1 = ("0", "1", "5", "10", "15")
+LAMBDA2 = ("0", "1", "10", "100", "1000")  # CRoFT's scripts for PACS
+METHODS = {
+    "clip_adapter": ("--model", "CLIPAdapter"),
+    "tip_adapter": ("--model", "TipAdapter", "--model.optimizer.lr", "1e-3"),
+    "coop": ("--model", "CoOp"),
+    "croft_no_penalty": ("--model", "CRoFT"),
+    "croft": ("--model", "CRoFT"),
+}
+LAST_ONLY = ("--checkpoint.every_n_epochs", "{epochs}", "--trainer.check_val_every_n_epoch", "{epochs}")
+
+
+class Target:
+    """All runs that are tested on one set.
+
+    Args:
+        name: of the set.
+        work: folder of features, fits and tests.
+        shared: options of every command: where data and model lie.
+        views: augmented views of each image.
+    """
+
+    def __init__(self, name: str, *, work: Path, shared: Sequence[str], views: str) -> None:
+        self.name, self.work, self.shared, self.views = name, work / name, list(shared), views
+
+    def rows(self, seeds: Sequence[int], methods: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Fits and tests what is missing, and tells the measures."""
+        zero_shot = ("--model", "ZeroShot", "--model.image_size", "96")
+        for seed in seeds if self.name == TINY else seeds[:1]:
+            yield self._test("zero_shot", seed, [*self._data(seed), *zero_shot])
+        for method in methods:
+            chosen = self.chosen(seeds[0], has_penalty=method == "croft") if method.startswith("croft") else ()
+            for seed in seeds:
+                words = [*self._data(seed), *METHODS[method], *chosen]
+                checkpoint = self._fit(method, seed, words)
+                features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
+                yield self._test(method, seed, [*words, *features, "--ckpt_path", str(checkpoint)]) | {
+                    "chosen": dict(zip(chosen[::2], chosen[1::2], strict=True))
+                }
+
+    def features(self, seed: int) -> Path:
+        """The cache of a seed's images, which is made first."""
+        out = self.work / f"features_seed{seed}"
+        if not out.is_dir():
+            words = ["--config", CONFIG, *self._data(seed), "--data.features", str(out), "--with_test", "true"]
+            command(["cache", *words, "--views", self.views, "--seed_everything", str(seed)])
+        return out
+
+    def chosen(self, seed: int, *, has_penalty: bool) -> tuple[str, ...]:
+        """The grid's point of the best held-out accuracy, and of these the one with the smallest weights."""
+        grid = [(lambda1, lambda2) for lambda2 in LAMBDA2 for lambda1 in LAMBDA1 if (lambda2 != "0") == has_penalty]
+        return _weights(*max(grid, key=lambda point: self.held_out(seed, *point)))
+
+    def held_out(self, seed: int, lambda1: str, lambda2: str) -> float:
+        """Accuracy on held-out training images after the last epoch."""
+        name = f"grid_{lambda1}_{lambda2}"
+        checkpoint = self._fit(name, seed, [*self._data(seed), "--model", "CRoFT", *_weights(lambda1, lambda2)])
+        rows = list(csv.DictReader((checkpoint.parents[1] / "metrics.csv").open()))
+        return max(float(row["val/mean/clean/acc1"]) for row in rows if row["val/mean/clean/acc1"])
+
+    def _data(self, seed: int) -> list[str]:
+        words = [*self.shared, "--data.shots_seed", str(seed)]
+        if self.name == TINY:
+            known = [{"source": f"wds:{TINY}", "known": KNOWN, "known_seed": seed}]
+            names = {"train": known, "test": known, "unknown": [{**known[0], "name": f"{TINY}_unknown"}]}
+            return [*words, *(f"--data.{key}={json.dumps(value)}" for key, value in names.items())]
+        sources = [f"wds:{domain}" for domain in DOMAINS if domain != self.name]
+        return [*words, f"--data.train={json.dumps(sources)}", f"--data.test={json.dumps([f'wds:{self.name}'])}"]
+
+    def _fit(self, name: str, seed: int, words: Sequence[str]) -> Path:
+        epochs = "5" if name == "coop" and self.name == TINY else "50" if name == "tip_adapter" else "30"
+        options = [word.format(epochs=epochs) for word in LAST_ONLY]
+        words = [*words, *options, "--trainer.max_epochs", epochs, "--data.features", str(self.features(seed))]
+        return fit_once(
+            self.work / "fits" / f"{name}_seed{seed}", ["--config", CONFIG, *words, "--seed_everything", str(seed)]
+        )
+
+    def _test(self, method: str, seed: int, words: Sequence[str]) -> dict[str, Any]:
+        result = test_once(self.work / "tests" / f"{method}_seed{seed}", ["--config", CONFIG, *words])
+        found = result["detection"]["tasks"][self.name]
+        scores = {name: each["scores"]["energy"] for name, each in found["unknown"].items()}
+        means = {key: statistics.mean(each[key] for each in scores.values()) for key in ("auroc", "fpr95")}
+        accuracy = result["tasks"][self.name]["clean"]["acc1"]
+        told = {"target": self.name, "method": method, "seed": seed, "commit": result["commit"]}
+        return told | {"accuracy": accuracy, **means, "sets": scores}
+
+
+def _weights(lambda1: str, lambda2: str) -> tuple[str, ...]:
+    return ("--model.lambda1", lambda1, "--model.lambda2", lambda2)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in percent: means over targets and seeds, and the range of the seeds' means."""
+    lines = ["| data | method | accuracy | AUROC | FPR95 |", "| --- | --- | --: | --: | --: |"]
+    for data, targets in {"PACS": DOMAINS, "Tiny-ImageNet": (TINY,)}.items():
+        for method in ("zero_shot", *METHODS):
+            found = [row for row in rows if row["method"] == method and row["target"] in targets]
+            if found:
+                cells = (_shown(found, measure) for measure in ("accuracy", "auroc", "fpr95"))
+                lines.append(f"| {data} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _shown(rows: Sequence[dict[str, Any]], measure: str) -> str:
+    seeds = sorted({row["seed"] for row in rows})
+    means = [100 * statistics.mean(row[measure] for row in rows if row["seed"] == seed) for seed in seeds]
+    spread = f" [{min(means):.1f}, {max(means):.1f}]" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.1f}{spread}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is missing, prints the table, and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True, help="folder of the data sets")
+    parser.add_argument("--model", required=True, help="folder of the model")
+    parser.add_argument("--work", type=Path, required=True, help="folder of features, fits and tests")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
+    rows = []
+    for name in arguments.targets:
+        views, started = "10" if name == TINY else "30", time.process_time()
+        rows += Target(name, work=arguments.work.resolve(), shared=shared, views=views).rows(
+            arguments.seeds, arguments.methods
+        )
+        print(f"{name}: {time.process_time() - started:.0f} CPU seconds")
+    print(table(rows))
+    if arguments.out is not None:
+        setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
