@@ -8,7 +8,7 @@
 Class prompts are of OpenAI's 80 templates. Captions, and those of the pairs, are sentences of 12 to 27 tokens.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import ways
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ways import Problem, sgd
 
 if TYPE_CHECKING:
-    from robustclip.methods import RobustMethod
+    from robustclip.methods import ARF, RobustMethod
 
 TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
@@ -133,5 +133,5 @@ class CutText(Ours):
     def step(self) -> None:
         """Read, and go back."""
         self.optimizer.zero_grad()
-        tokens = self.method.class_prompts(self.batch)
-        torch.autograd.backward(self.method.encode_tokens(tokens).sum())
+        method = cast("ARF", self.method)
+        torch.autograd.backward(method.encode_tokens(method.class_prompts(self.batch)).sum())

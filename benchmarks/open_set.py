@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in arguments.targets:
         views, started = "10" if name == TINY else "30", time.process_time()
         rows += Target(name, work=arguments.work.resolve(), shared=shared, views=views).rows(

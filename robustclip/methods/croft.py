@@ -45,7 +45,7 @@ class CRoFT(FrozenFeatures):
 
     The weight decay of 0.1 shrinks the adapters; as scale does not matter, this is a pull to the zero-shot model.
     Losses are not means over samples, so a piece of a batch does not teach what the whole teaches. Several processes
-    need the strategy ``ddp_find_unused_parameters_true``.
+    need the strategy ``ddp_find_unused_parameters_true``. ``max_steps`` counts the steps of both optimisers.
 
     Args:
         mode: see above.
