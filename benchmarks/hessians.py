@@ -71,7 +71,7 @@ class Toy:
         for _ in range(STEPS):
             loss = (self.risk(self.one) + self.risk(self.two)) / 2 + weight * PENALTIES[penalty](*self.view(both))
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
     def measures(self) -> Tensor:
