@@ -2,7 +2,9 @@
 
 Each set is adapted to alone and without labels, and tested on its own test images: known classes for accuracy, known
 against unknown ones for detection. One rate for all methods and sets; it is chosen on one set, seed 0, apart from the
-others. What is there is left out, so the script goes on where it was ended, and several may share the work.
+others. With `--attacked`, a checkpoint of TeCoA, the undefended model, TeCoA and UEO after an open shift are tested
+again with known images pushed out and unknown ones in. What is there is left out, so the script goes on where it was
+ended, and several may share the work.
 """
 
 import argparse
@@ -30,6 +32,8 @@ KNOWN = {
     "cifar10": 6,
 }
 CHOICE = "cifar10"  # where the rate is chosen; in no table
+ATTACK = {"class_path": "PGD", "init_args": {"eps": "0.5/255", "alpha": "0.125/255", "steps": 10, "keep": "best"}}
+ATTACKED = "100"  # images of every known and unknown set
 METHODS = {
     "entmin": ("--model.weights", "uniform", "--model.marginal_weight", "0"),
     "infomax": ("--model.weights", "uniform"),
@@ -67,16 +71,37 @@ class Universal:
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """Fits, tests, and tells accuracy, AUROC and H-score."""
+        seed = ("--seed_everything", str(cell.seed))
+        checkpoint = fit_once(self.work / "fits" / cell.name, [*self._fit_words(cell), *seed])
         words = [*self._words(cell.data, cell.shift), *METHODS[cell.method]]
-        checkpoint = fit_once(
-            self.work / "fits" / cell.name, [*words, *self.options, "--seed_everything", str(cell.seed)]
-        )
         return cell._asdict() | self._measures(cell.name, cell.data, [*words, "--ckpt_path", str(checkpoint)])
 
     def zero_shot(self, data: str) -> dict[str, Any]:
         """The same of the model as it was, which no shift changes."""
         words = [*self._words(data, "closed"), "--model", "ZeroShot", "--model.image_size", "96"]
         return {"data": data, "method": "zero_shot", "seed": 0} | self._measures(f"{data}_zero_shot", data, words)
+
+    def attacked(self, data: str, tecoa: str) -> Iterator[dict[str, Any]]:
+        """AUROC, clean and attacked, of the undefended model, of TeCoA and of UEO."""
+        cell = Cell(data, "open", "ueo_msp", 0)
+        ueo = fit_once(self.work / "fits" / cell.name, [*self._fit_words(cell), "--seed_everything", "0"])
+        models = {
+            "zero_shot": ("--model", "ZeroShot", "--model.image_size", "96"),
+            "tecoa": ("--model", "TeCoA", "--ckpt_path", tecoa),
+            "ueo_msp": (*METHODS[cell.method], "--ckpt_path", str(ueo)),
+        }
+        detection = {"class_path": "robustclip.callbacks.OODDetection", "init_args": {"attack": ATTACK}}
+        for method, model in models.items():
+            words = [*self._words(data, cell.shift), *model, f"--trainer.callbacks={json.dumps([detection])}"]
+            result = test_once(
+                self.work / "attacked" / f"{data}_{method}", [*words, "--evaluation.max_samples", ATTACKED]
+            )
+            scores = result["detection"]["tasks"][data]["unknown"][f"{data}_unknown"]["scores"]["mcm"]
+            told = {"data": data, "method": method, "commit": result["commit"]}
+            yield told | {"auroc": scores["auroc"], "attacked": scores["attacked"]["auroc"]}
+
+    def _fit_words(self, cell: Cell) -> list[str]:
+        return [*self._words(cell.data, cell.shift), *METHODS[cell.method], *self.options]
 
     def _words(self, data: str, shift: str) -> list[str]:
         source = {"source": f"wds:{data}", "shift": shift, "known": KNOWN[data], "templates": ["a photo of a {}."]}
@@ -101,6 +126,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for shift, method, found in _groups(rows):
         cells = [_shown(found, measure) for measure in measures]
         lines.append(f"| {shift} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attacked_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in percent: AUROC of every set, clean and attacked."""
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    lines = ["| method | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = {row["data"]: row for row in rows if row["method"] == method}
+        cells = (f"{100 * found[name]['auroc']:.1f} / {100 * found[name]['attacked']:.1f}" for name in sets)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -133,11 +169,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=range(5))
     parser.add_argument("--rate", default="1e-1", help="of context and norms")
     parser.add_argument("--steps", default="12")
+    parser.add_argument("--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     rates = ("--model.context_lr", arguments.rate, "--model.optimizer.lr", arguments.rate)
     runs = Universal(arguments.work, shared, (*rates, "--trainer.max_steps", arguments.steps))
+    setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+    if arguments.attacked is not None:
+        rows = [row for data in arguments.sets for row in runs.attacked(data, arguments.attacked)]
+        print(attacked_table(rows))
+    else:
+        rows = _rows(runs, arguments)
+        print(table(rows))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+
+
+def _rows(runs: Universal, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [runs.zero_shot(data) for data in arguments.sets]
     for seed in arguments.seeds:
         cells = (
@@ -147,10 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in arguments.methods
         )
         rows += [runs.row(cell) for cell in cells]
-    print(table(rows))
-    if arguments.out is not None:
-        setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

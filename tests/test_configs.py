@@ -25,17 +25,16 @@ UNKNOWN = [
     "--data.unknown", "[{source: 'shapes:colours', classes: 0-5, shift: null, known: null}]",
     "--data.eval_batch_size", "32",
 ]  # fmt: skip
-FEW = [
-    "--data.unknown",
-    "[{source: 'shapes:colours', classes: 0-5}]",
-    "--data.eval_batch_size",
-    "64",
-    "--data.shots",
-    "1",
-]
+SHAPES_UNKNOWN = ["--data.unknown", "[{source: 'shapes:colours', classes: 0-5}]", "--data.eval_batch_size", "64"]
+FEW = [*SHAPES_UNKNOWN, "--data.shots", "1"]
+OVERVIEW = [
+    *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02",
+    "--trainer.callbacks", "[{class_path: robustclip.callbacks.OODDetection, init_args: {known: null}}]",
+]  # fmt: skip
 OWN = {
-    **dict.fromkeys(("croft.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
+    **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
+    "overview.yaml": OVERVIEW,
     "tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"],  # a small convolutional tower
     "ueo.yaml": UNKNOWN,
     "ueo_photographs.yaml": UNKNOWN,
