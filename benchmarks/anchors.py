@@ -6,20 +6,16 @@ is at hand. Every method has the same optimiser, rate, steps and batches, and is
 original (WiSE-FT 0.5). What is there is left out, so the script goes on where it was ended.
 """
 
-import argparse
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from once import fit_once, test_once
+from once import fit_once, over_seeds, parser, test_once, write
 from pyarrow import parquet
-from step import commit
 
 from robustclip.__main__ import run as command
 from robustclip.data.shards import IndexedShards, list_shards
@@ -124,10 +120,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["method"], row["alpha"]), []).append(row)
     for (method, alpha), found in groups.items():
-        cells = []
-        for kind in kinds:
-            values = [100 * row[kind] for row in found]
-            cells.append(f"{statistics.mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
+        cells = [over_seeds(found, kind) for kind in kinds]
         collapse = [row["geometry"]["collapse"] for row in found if row["geometry"]]
         cells.append(f"{statistics.mean(collapse):.2f}" if collapse else "")
         lines.append(f"| {method} | {alpha:g} | " + " | ".join(cells) + " |")
@@ -136,27 +129,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, prints tables, and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of anchors, fits and tests")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--train", nargs="*", default=list(SHIFTS), choices=list(SHIFTS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--rate", default="1e-4")
-    parser.add_argument("--epochs", default="6")
-    arguments = parser.parse_args(argv)
+    words = parser(__doc__)
+    words.add_argument("--train", nargs="*", default=list(SHIFTS), choices=list(SHIFTS))
+    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    words.add_argument("--rate", default="1e-4")
+    words.add_argument("--epochs", default="6")
+    arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     options = ["--model.optimizer.lr", arguments.rate, "--trainer.max_epochs", arguments.epochs]
     options += ["--data.batch_size", "32", "--data.holdout", "0"]
     found = {}
     for train in arguments.train:
-        place = {"data": arguments.data.resolve(), "model": arguments.model, "work": arguments.work.resolve()}
+        place = {"data": Path(arguments.data).resolve(), "model": arguments.model, "work": arguments.work.resolve()}
         found[train] = Anchored(train, **place, options=options).rows(arguments.seeds)
         print(f"{train}\n{table(found[train])}")
-    if arguments.out is not None:
-        setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        arguments.out.write_text(json.dumps(setting | {"results": found}, indent=1) + "\n")
+    write(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,16 @@
-"""Runs of robustclip that are made once: a script that uses them goes on where it was ended."""
+"""What scripts on photographs share: runs that are made once, so that they go on where they were ended, and tables."""
 
+import argparse
 import json
+import shlex
+import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from step import commit
 
 from robustclip.cli import main as robustclip
 
@@ -31,3 +37,28 @@ def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:
         robustclip(["test", *words, *places, "--trainer.enable_progress_bar", "false"])
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Takes where everything lies."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--data", required=True, help="folder of the data sets")
+    found.add_argument("--model", required=True, help="folder of the model")
+    found.add_argument("--work", type=Path, required=True, help="folder of all that is made")
+    found.add_argument("--out", type=Path, help="JSON file to write")
+    return found
+
+
+def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
+    """``74.4 [73.9, 75.0]``: in percent, the mean of the rows and the lowest and highest mean of a seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    means = [100 * statistics.mean(row[measure] for row in rows if row["seed"] == seed) for seed in seeds]
+    spread = f" [{min(means):.1f}, {max(means):.1f}]" if len(means) > 1 else ""
+    return f"{statistics.mean(means):.1f}{spread}"
+
+
+def write(out: Path | None, results: Any) -> None:
+    """Leaves results in a file, with commit and command; none wants none."""
+    if out is not None:
+        told = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+        out.write_text(json.dumps(told | {"results": results}, indent=1) + "\n")

@@ -6,20 +6,16 @@ first seed, once with and once without the energy's penalty. What is there is le
 was ended, and several may share the work.
 """
 
-import argparse
 import csv
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from once import fit_once, test_once
-from step import commit
+from once import fit_once, over_seeds, parser, test_once, write
 
 from robustclip.__main__ import run as command
 
@@ -127,29 +123,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for method in ("zero_shot", *METHODS):
             found = [row for row in rows if row["method"] == method and row["target"] in targets]
             if found:
-                cells = (_shown(found, measure) for measure in ("accuracy", "auroc", "fpr95"))
+                cells = (over_seeds(found, measure) for measure in ("accuracy", "auroc", "fpr95"))
                 lines.append(f"| {data} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _shown(rows: Sequence[dict[str, Any]], measure: str) -> str:
-    seeds = sorted({row["seed"] for row in rows})
-    means = [100 * statistics.mean(row[measure] for row in rows if row["seed"] == seed) for seed in seeds]
-    spread = f" [{min(means):.1f}, {max(means):.1f}]" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.1f}{spread}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, prints the table, and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of features, fits and tests")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    arguments = parser.parse_args(argv)
+    words = parser(__doc__)
+    words.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     rows: list[dict[str, Any]] = []
@@ -160,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(f"{name}: {time.process_time() - started:.0f} CPU seconds")
     print(table(rows))
-    if arguments.out is not None:
-        setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+    write(arguments.out, rows)
 
 
 if __name__ == "__main__":

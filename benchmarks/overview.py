@@ -4,17 +4,11 @@ Each was trained by its own script (`family.py`, `anchors.py`, `universal.py`, `
 they share is the model that they started from, and this test.
 """
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from once import test_once
-from step import commit
+from once import parser, test_once, write
 
 CONFIG = "configs/overview.yaml"
 KNOWN, SCORE = "pacs_photo", "mcm"
@@ -45,13 +39,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Tests what is missing, prints the table, and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the tests")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("models", nargs="*", metavar="METHOD=CHECKPOINT", help="class of the method and its checkpoint")
-    arguments = parser.parse_args(argv)
+    words = parser(__doc__)
+    words.add_argument("models", nargs="*", metavar="METHOD=CHECKPOINT", help="class of the method and its checkpoint")
+    arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model)
     rows = []
@@ -62,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = test_once(arguments.work / name, [*shared, *model, *baseline])
         rows.append({"model": name, **measures(result), "audit": result["audit"]["grade"], "commit": result["commit"]})
     print(table(rows))
-    if arguments.out is not None:
-        setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+    write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ ended, and several may share the work.
 
 import argparse
 import json
-import shlex
-import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from once import fit_once, test_once
-from step import commit
+from once import fit_once, over_seeds, parser, test_once, write
 
 CONFIG = "configs/ueo_photographs.yaml"
 SHIFTS = ("closed", "partial", "open", "open_partial")
@@ -124,7 +120,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     measures = ("accuracy", "auroc", "h")
     lines = ["| shift | method | " + " | ".join(measures) + " |", "| --- | --- " + "| --: " * len(measures) + "|"]
     for shift, method, found in _groups(rows):
-        cells = [_shown(found, measure) for measure in measures]
+        cells = [over_seeds(found, measure) for measure in measures]
         lines.append(f"| {shift} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -148,42 +144,29 @@ def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dic
                 yield shift, method, found
 
 
-def _shown(rows: Sequence[dict[str, Any]], measure: str) -> str:
-    seeds = sorted({row["seed"] for row in rows})
-    means = [100 * statistics.mean(row[measure] for row in rows if row["seed"] == seed) for seed in seeds]
-    spread = f" [{min(means):.1f}, {max(means):.1f}]" if len(means) > 1 else ""
-    return f"{statistics.mean(means):.1f}{spread}"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, prints the table, and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of fits and tests")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    words = parser(__doc__)
     sets = [name for name in KNOWN if name != CHOICE]
-    parser.add_argument("--sets", nargs="*", default=sets, choices=list(KNOWN))
-    parser.add_argument("--shifts", nargs="*", default=SHIFTS, choices=SHIFTS)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="*", type=int, default=range(5))
-    parser.add_argument("--rate", default="1e-1", help="of context and norms")
-    parser.add_argument("--steps", default="12")
-    parser.add_argument("--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more")
-    arguments = parser.parse_args(argv)
+    words.add_argument("--sets", nargs="*", default=sets, choices=list(KNOWN))
+    words.add_argument("--shifts", nargs="*", default=SHIFTS, choices=SHIFTS)
+    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    words.add_argument("--seeds", nargs="*", type=int, default=range(5))
+    words.add_argument("--rate", default="1e-1", help="of context and norms")
+    words.add_argument("--steps", default="12")
+    words.add_argument("--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more")
+    arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     rates = ("--model.context_lr", arguments.rate, "--model.optimizer.lr", arguments.rate)
     runs = Universal(arguments.work, shared, (*rates, "--trainer.max_steps", arguments.steps))
-    setting = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
     if arguments.attacked is not None:
         rows = [row for data in arguments.sets for row in runs.attacked(data, arguments.attacked)]
         print(attacked_table(rows))
     else:
         rows = _rows(runs, arguments)
         print(table(rows))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(setting | {"results": rows}, indent=1) + "\n")
+    write(arguments.out, rows)
 
 
 def _rows(runs: Universal, arguments: argparse.Namespace) -> list[dict[str, Any]]:
