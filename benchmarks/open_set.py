@@ -65,6 +65,15 @@ class Target:
                     "chosen": dict(zip(chosen[::2], chosen[1::2], strict=True))
                 }
 
+    def by_penalty(self, seed: int) -> Iterator[dict[str, Any]]:
+        """Tests CRoFT at every weight of the penalty, beside the other weight that is best without it."""
+        lambda1 = self.chosen(seed, has_penalty=False)[1]
+        features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
+        for lambda2 in LAMBDA2:
+            model = ("--model", "CRoFT", *_weights(lambda1, lambda2))
+            words = [*self._data(seed), *model, *features, "--ckpt_path", str(self._point(seed, lambda1, lambda2))]
+            yield self._test(f"grid_{lambda1}_{lambda2}", seed, words) | {"method": f"lambda2={lambda2}"}
+
     def features(self, seed: int) -> Path:
         """The cache of a seed's images, which is made first."""
         out = self.work / f"features_seed{seed}"
@@ -80,10 +89,12 @@ class Target:
 
     def held_out(self, seed: int, lambda1: str, lambda2: str) -> float:
         """Accuracy on held-out training images after the last epoch."""
-        name = f"grid_{lambda1}_{lambda2}"
-        checkpoint = self._fit(name, seed, [*self._data(seed), "--model", "CRoFT", *_weights(lambda1, lambda2)])
-        rows = list(csv.DictReader((checkpoint.parents[1] / "metrics.csv").open()))
+        rows = list(csv.DictReader((self._point(seed, lambda1, lambda2).parents[1] / "metrics.csv").open()))
         return max(float(row["val/mean/clean/acc1"]) for row in rows if row["val/mean/clean/acc1"])
+
+    def _point(self, seed: int, lambda1: str, lambda2: str) -> Path:
+        words = [*self._data(seed), "--model", "CRoFT", *_weights(lambda1, lambda2)]
+        return self._fit(f"grid_{lambda1}_{lambda2}", seed, words)
 
     def _data(self, seed: int) -> list[str]:
         words = [*self.shared, "--data.shots_seed", str(seed)]
@@ -120,7 +131,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, in percent: means over targets and seeds, and the range of the seeds' means."""
     lines = ["| data | method | accuracy | AUROC | FPR95 |", "| --- | --- | --: | --: | --: |"]
     for data, targets in {"PACS": DOMAINS, "Tiny-ImageNet": (TINY,)}.items():
-        for method in ("zero_shot", *METHODS):
+        for method in ("zero_shot", *METHODS, *(f"lambda2={weight}" for weight in LAMBDA2)):
             found = [row for row in rows if row["method"] == method and row["target"] in targets]
             if found:
                 cells = (over_seeds(found, measure) for measure in ("accuracy", "auroc", "fpr95"))
@@ -140,9 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.targets:
         views, started = "10" if name == TINY else "30", time.process_time()
-        rows += Target(name, work=arguments.work.resolve(), shared=shared, views=views).rows(
-            arguments.seeds, arguments.methods
-        )
+        target = Target(name, work=arguments.work.resolve(), shared=shared, views=views)
+        rows += [*target.rows(arguments.seeds, arguments.methods), *target.by_penalty(arguments.seeds[0])]
         print(f"{name}: {time.process_time() - started:.0f} CPU seconds")
     print(table(rows))
     write(arguments.out, rows)
