@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step import commit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -123,6 +124,7 @@ def main() -> None:
         faster[f"step, {name}"] = step[name] / step["closed form"]
         faster[f"added, {name}"] = added[name] / added["closed form"]
     result = {
+        "commit": commit(),
         "size": {"batch": BATCH, "classes": CLASSES, "width": WIDTH, "turns": TURNS},
         "gradients_differ_by": difference,
         "median_cpu_milliseconds": {name: round(value, 2) for name, value in median.items()},

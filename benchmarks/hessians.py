@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step import commit
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -98,7 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    text = json.dumps({name: [mean(name, weight) for weight in WEIGHTS] for name in PENALTIES}, indent=1)
+    found = {name: [mean(name, weight) for weight in WEIGHTS] for name in PENALTIES}
+    text = json.dumps({"commit": commit(), **found}, indent=1)
     print(text)
     if out is not None:
         out.write_text(text + "\n")
