@@ -34,6 +34,7 @@ METHODS = {
     "croft_no_penalty": ("--model", "CRoFT"),
     "croft": ("--model", "CRoFT"),
 }
+DETECTED = ("auroc", "aupr", "fpr95")
 LAST_ONLY = ("--checkpoint.every_n_epochs", "{epochs}", "--trainer.check_val_every_n_epoch", "{epochs}")
 
 
@@ -116,8 +117,9 @@ class Target:
     def _test(self, method: str, seed: int, words: Sequence[str]) -> dict[str, Any]:
         result = test_once(self.work / "tests" / f"{method}_seed{seed}", ["--config", CONFIG, *words])
         found = result["detection"]["tasks"][self.name]
-        scores = {name: each["scores"]["energy"] for name, each in found["unknown"].items()}
-        means = {key: statistics.mean(each[key] for each in scores.values()) for key in ("auroc", "fpr95")}
+        energy = {name: each["scores"]["energy"] for name, each in found["unknown"].items()}
+        scores = {name: {key: each[key] for key in DETECTED} for name, each in energy.items()}
+        means = {key: statistics.mean(each[key] for each in scores.values()) for key in DETECTED}
         accuracy = result["tasks"][self.name]["clean"]["acc1"]
         told = {"target": self.name, "method": method, "seed": seed, "commit": result["commit"]}
         return told | {"accuracy": accuracy, **means, "sets": scores}
