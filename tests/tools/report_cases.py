@@ -43,7 +43,8 @@ def make_run(
         by = {attack: draw_verdicts(draw, attack, n, level, strength) for attack in attacks}
         write_ledger(folder / LEDGERS / f"{task}.csv", by, n)
         told[task] = {"n": n, "seconds": round(draw.uniform(1, 90), 3), "bad_samples": 0}
-        told[task]["clean"] = score(["" if who != "clean" else who for who in by[attacks[0]]], [])
+        first = by[attacks[0]] if attacks else draw_verdicts(draw, "pgd10", n, level, strength)
+        told[task]["clean"] = score(["" if who != "clean" else who for who in first], [])
         told[task] |= {kind: score(values, MEMBERS[kind]) for kind, values in by.items()}
     kinds = ["clean", *attacks]
     mean = {kind: sum(told[task][kind]["acc1"] for task in tasks) / len(tasks) for kind in kinds}

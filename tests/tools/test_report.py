@@ -258,6 +258,17 @@ def test_models_between_the_same_two_are_joined_in_the_order_of_alpha(tmp_path: 
     assert "between the original" not in read_page(runs[-1:], tmp_path)[0]
 
 
+def test_runs_without_an_attack_have_no_sections_of_attacks(tmp_path: Path) -> None:
+    clean, attacked = make_run(tmp_path / "clean", attacks=()), make_run(tmp_path / "attacked", attacks=FEW)
+
+    def sections(*runs: Path) -> list[str]:
+        return re.findall(r'<section id="([^"]+)">', read_page([*runs], tmp_path)[0])
+
+    assert sections(clean) == ["accuracy", "audit", "protocol"]
+    of_attacks = ["radius", "clean-and-robust", "what-broke-it", "images"]
+    assert sections(clean, attacked) == ["accuracy", *of_attacks, "audit", "protocol"]
+
+
 def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attacks=("pgd10",))
     result = json.loads((run / RESULT).read_text())

@@ -13,12 +13,11 @@ from robustclip.tools.report.view import MISSING, View, union
 # Nothing but the page's own styles and images: no script runs and nothing is fetched, whatever the files hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STATUSES = {"fail": "✕ failed", "warn": "! warning", "not_measured": f"{MISSING} not measured", "pass": "✓ passed"}
+OF_ATTACKS = ("Radius", "Clean and robust", "What broke it", "Images")  # left out where no run has one
 SECTIONS = (
     "Accuracy",
-    "Radius",
-    "Clean and robust",
-    "What broke it",
-    "Images",
+    *OF_ATTACKS,
+    "Interpolation",
     "Unknown classes",
     "Geometry",
     "Audit",
@@ -38,8 +37,12 @@ def page(views: Sequence[View]) -> str:
         tag("title", escape(title)),
         tag("style", files(__package__).joinpath("report.css").read_text(encoding="utf-8")),
     )
-    contents = (_accuracy, _radius, _scatter, _broken, _images, detection.section, geometry.section, _audit, _protocol)
-    written = {name: content for name, write in zip(SECTIONS, contents, strict=True) if (content := write(views))}
+    of_attacks, of_unknown, of_features = (_radius, _scatter, _broken, _images), detection.section, geometry.section
+    contents = (_accuracy, *of_attacks, _interpolation, of_unknown, of_features, _audit, _protocol)
+    writers = dict(zip(SECTIONS, contents, strict=True))
+    if not any(view.attacks for view in views):
+        writers = {name: write for name, write in writers.items() if name not in OF_ATTACKS}
+    written = {name: content for name, write in writers.items() if (content := write(views))}
     links = tag("nav", *(tag("a", name, href=f"#{_anchor(name)}") for name in written), aria_label="Contents")
     body = tag("body", _header(views), links, tag("main", *(_section(*item) for item in written.items())))
     return "<!doctype html>\n" + tag("html", head, body, lang="en")
@@ -110,9 +113,13 @@ def _radius(views: Sequence[View]) -> str:
 
 def _scatter(views: Sequence[View]) -> str:
     text = "A small mark per task, a large one for the mean. On the dashed line an attack would break nothing."
-    between = plots.interpolated(views)
-    said = tag("p", "Means of the models between the original and a fine-tuned one; bands as above.") if between else ""
-    return tag("p", text) + plots.legend(views) + plots.scatters(views) + said + between
+    return tag("p", text) + plots.legend(views) + plots.scatters(views)
+
+
+def _interpolation(views: Sequence[View]) -> str:
+    pictures = plots.interpolated(views)
+    text = f"Means over the tasks of the models between the original and a fine-tuned one; bands are {LEVEL} intervals."
+    return tag("p", text) + pictures if pictures else ""
 
 
 def _broken(views: Sequence[View]) -> str:
