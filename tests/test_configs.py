@@ -25,15 +25,16 @@ UNKNOWN = [
     "--data.unknown", "[{source: 'shapes:colours', classes: 0-5, shift: null, known: null}]",
     "--data.eval_batch_size", "32",
 ]  # fmt: skip
-SHAPES_UNKNOWN = ["--data.unknown", "[{source: 'shapes:colours', classes: 0-5}]", "--data.eval_batch_size", "64"]
+SHAPES_UNKNOWN = ["--data.unknown", "[shapes:colours]", "--data.eval_batch_size", "64"]
 FEW = [*SHAPES_UNKNOWN, "--data.shots", "1"]
+EVERY_TASK = "[{class_path: robustclip.callbacks.OODDetection, init_args: {known: null}}]"
 OVERVIEW = [
-    *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02",
-    "--trainer.callbacks", "[{class_path: robustclip.callbacks.OODDetection, init_args: {known: null}}]",
+    *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02", "--trainer.callbacks", EVERY_TASK,
 ]  # fmt: skip
 OWN = {
     **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
+    "croft_imagenet.yaml": [*SHAPES_UNKNOWN, "--data.shots", "1", "--trainer.callbacks", EVERY_TASK],
     "overview.yaml": OVERVIEW,
     "tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"],  # a small convolutional tower
     "ueo.yaml": UNKNOWN,
