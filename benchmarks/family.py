@@ -6,19 +6,15 @@ fit and each test is an ordinary command of robustclip and is left out if its fo
 scripts may share the work, and each goes on where it was ended.
 """
 
-import argparse
 import csv
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from once import RUN, fit_once, test_once
-from step import commit
+from once import RUN, fit_once, parser, test_once, write
 
 from robustclip.__main__ import run as command
 from robustclip.statistics import mean_interval
@@ -178,19 +174,15 @@ def _shown(scores: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing, then writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of the data sets")
-    parser.add_argument("--model", required=True, help="folder of the model")
-    parser.add_argument("--work", type=Path, required=True, help="folder of fits and tests")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model")
-    parser.add_argument("--radii", nargs="*", default=RADII)
-    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    parser.add_argument("--rate", help="learning rate, where it is not to be chosen")
-    parser.add_argument("--epochs", default="1")
-    parser.add_argument("--samples", default="100", help="of every test set")
-    arguments = parser.parse_args(argv)
+    words = parser(__doc__)
+    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    words.add_argument("--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model")
+    words.add_argument("--radii", nargs="*", default=RADII)
+    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    words.add_argument("--rate", help="learning rate, where it is not to be chosen")
+    words.add_argument("--epochs", default="1")
+    words.add_argument("--samples", default="100", help="of every test set")
+    arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     family = Family(arguments.work, shared, epochs=arguments.epochs, samples=arguments.samples)
@@ -203,11 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         family.interpolate(method, arguments.rate or family.best_rate(method))
     results = list(family.results())
     print(table(results))
-    if arguments.out is not None:
-        setting = {"epochs": arguments.epochs, "samples": arguments.samples, "command": shlex.join(sys.argv)}
-        rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob(f"fits/*/{RUN}")}
-        found = setting | {"commit": commit(), "held_out": rates, "results": results}
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    rates = {path.parent.name: family.held_out(Cell(**_cell(path))) for path in family.out.glob(f"fits/*/{RUN}")}
+    write(arguments.out, results, epochs=arguments.epochs, samples=arguments.samples, held_out=rates)
 
 
 def _cell(path: Path) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
     return f"{statistics.mean(means):.1f}{spread}"
 
 
-def write(out: Path | None, results: Any) -> None:
-    """Leaves results in a file, with commit and command; none wants none."""
+def write(out: Path | None, results: Any, **more: Any) -> None:
+    """Leaves results and ``more`` in a file, with commit and command; none wants none."""
     if out is not None:
         told = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        out.write_text(json.dumps(told | {"results": results}, indent=1) + "\n")
+        out.write_text(json.dumps({**told, **more, "results": results}, indent=1) + "\n")

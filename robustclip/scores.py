@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ScoreName = Literal["mcm", "msp", "max_logit", "energy", "entropy"]
+ScoreName = Literal["mcm", "msp", "max_logit", "energy", "entropy", "knn"]
+KNN: Literal["knn"] = "knn"  # of features and a bank of others, not of logits
 
 Of = Callable[[Tensor, Tensor], Tensor]
 """Logits ``(B, C)`` and scale, a scalar, to ``(B,)``."""
@@ -49,7 +50,8 @@ def negative_entropy(logits: Tensor) -> Tensor:
     return (log_p.exp() * log_p).sum(-1)
 
 
-def _plain(value: Of) -> Score:
+def plain(value: Of) -> Score:
+    """An attack pushes the value itself."""
     return Score(value, value)
 
 
@@ -58,7 +60,7 @@ SCORES: dict[ScoreName, Score] = {
     "mcm": Score(lambda z, scale: confidence(z / scale), lambda z, scale: log_odds(z / scale)),
     # Hendrycks & Gimpel, https://arxiv.org/abs/1610.02136
     "msp": Score(lambda z, scale: confidence(z), lambda z, scale: log_odds(z)),
-    "max_logit": _plain(lambda z, scale: z.amax(-1)),  # https://arxiv.org/abs/1911.11132
-    "energy": _plain(lambda z, scale: z.logsumexp(-1)),  # https://arxiv.org/abs/2010.03759, negated; CRoFT's score
-    "entropy": _plain(lambda z, scale: negative_entropy(z)),
+    "max_logit": plain(lambda z, scale: z.amax(-1)),  # https://arxiv.org/abs/1911.11132
+    "energy": plain(lambda z, scale: z.logsumexp(-1)),  # https://arxiv.org/abs/2010.03759, negated; CRoFT's score
+    "entropy": plain(lambda z, scale: negative_entropy(z)),
 }

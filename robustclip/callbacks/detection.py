@@ -10,7 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from robustclip.attacks import PGD
+from robustclip.attacks.base import Forward
 from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
+from robustclip.callbacks.neighbours import Neighbours, check_bank
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
 from robustclip.callbacks.separation import ATTACKED, CLEAN, Columns, column, scalars, summarise
@@ -18,7 +20,7 @@ from robustclip.callbacks.tables import DETECTION
 from robustclip.methods import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.metrics import Rows
-from robustclip.scores import SCORES, ScoreName, confidence
+from robustclip.scores import KNN, SCORES, Score, ScoreName, confidence
 from robustclip.types import Batch
 
 Key = tuple[str, str]
@@ -44,7 +46,10 @@ class OODDetection(Callback):
     Args:
         known: test tasks; null for all.
         unknown: known task to the names of its unknown sets; null, or a task that is not named, for all.
-        scores: what is computed; ``mcm`` is the softmax of the cosines, ``msp`` that of the scaled logits.
+        scores: what is computed; ``mcm`` is the softmax of the cosines, ``msp`` that of the scaled logits, ``knn`` the
+            nearness of the training images, see `Neighbours`.
+        neighbours: every K for which the result has AUROC and FPR95 of ``knn``, up to the number of training images;
+            the score itself takes 1 % of that.
         headline: score of the tables.
         attack: null for clean images alone; ``keep: best`` returns the best iterate by the attacked score.
         attacked: scores that are attacked, each at the attack's cost; null for the headline.
@@ -52,8 +57,9 @@ class OODDetection(Callback):
         seed: of the attack's random starts.
 
     Raises:
-        ValueError: a score that is headline or attacked but not computed, an attack with a loss of its own; when a
-            test is set up, no unknown set, a name that the data do not have, or embeddings to attack.
+        ValueError: a score that is headline or attacked but not computed, an attack with a loss of its own, no
+            neighbour; when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or
+            no training images for ``knn``.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class OODDetection(Callback):
         attacked: list[ScoreName] | None = None,
         is_correct_only: bool = False,
         seed: int = 0,
+        neighbours: Sequence[int] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
     ) -> None:
         self.known, self.unknown, self.scores, self.headline = known, unknown or {}, list(scores), headline
         self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
@@ -75,6 +82,10 @@ class OODDetection(Callback):
                 raise ValueError(f"scores must hold the headline and what is attacked, got {self.scores}; add {name!r}")
         if attack is not None and attack.loss is not None:
             raise ValueError(f"attack.loss must be null, got {attack.loss!r}; it is the score that is attacked")
+        if any(k < 1 for k in neighbours):
+            raise ValueError(f"neighbours must be at least 1, got {list(neighbours)}; leave out what is below")
+        self.neighbours = sorted({*neighbours})
+        self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}
         self._samples: dict[Key, Rows] = {}
 
@@ -93,9 +104,12 @@ class OODDetection(Callback):
         for task, wanted in self.unknown.items():
             _check_names(f"unknown.{task}", wanted, names)
         self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
+        if KNN in self.scores:
+            check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with the tasks that are evaluated whole."""
+        self._bank = Neighbours.of_training(method_of(pl_module), self.neighbours) if KNN in self.scores else None
         self._samples = {}
         for task, unknown in self._pairs.items():
             if trainer.datamodule.done_samples(task):  # type: ignore[attr-defined]
@@ -134,23 +148,37 @@ class OODDetection(Callback):
         task, is_known = key[0], key[0] == key[1]
         with torch.autocast(method.device.type, enabled=False), frozen(method):
             logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
-            columns = {
+            columns: dict[str, Tensor] = {
                 "label": batch.labels,
                 "is_right": logits.argmax(-1) == batch.labels,
                 "confidence": confidence(logits),
-                **{column(name, CLEAN): SCORES[name].value(logits, scale) for name in self.scores},
+                **{name: SCORES[name].value(logits, scale) for name in self.scores if name != KNN},
             }
+            if self._bank is not None:
+                columns |= self._bank.columns(method.image_features(batch.images))
             if self.attack is not None:
                 for name in self.attacked:
-                    found = attacked_score(self.attack, method, task, batch, name, is_known=is_known, seed=self.seed)
+                    read = self._read(method, task, name)
+                    found = attacked_score(self.attack, method, *read, batch, is_known=is_known, seed=self.seed)
                     worse = torch.minimum if is_known else torch.maximum
                     columns[column(name, ATTACKED)] = worse(columns[column(name, CLEAN)], found)
-        self._samples[key].update(torch.stack([values.double() for values in columns.values()], dim=1))
+        self._samples[key].update(torch.stack([columns[name].double() for name in self._columns], dim=1))
+
+    def _read(self, method: RobustMethod, task: str, name: ScoreName) -> tuple[Forward, Score]:
+        """Images to logits or features, and the score of these."""
+        if name == KNN and self._bank is not None:
+            return method.image_features, self._bank.score
+        return partial(method.logits, task=task), SCORES[name]
 
     @property
     def _columns(self) -> list[str]:
         attacked = [column(name, ATTACKED) for name in self.attacked]
-        return ["label", "is_right", "confidence", *self.scores, *attacked]
+        curve = [column(KNN, str(k)) for k in self._neighbours]
+        return ["label", "is_right", "confidence", *self.scores, *attacked, *curve]
+
+    @property
+    def _neighbours(self) -> list[int]:
+        return [] if self._bank is None else self._bank.curve
 
     def _no_samples(self, device: torch.device) -> Rows:
         rows = Rows(len(self._columns)).to(device)
@@ -168,6 +196,7 @@ class OODDetection(Callback):
             self.scores,
             drawn=[self.headline, *self.attacked],
             is_correct_only=self.is_correct_only,
+            neighbours=self._neighbours,
         )
         for name, each in found["unknown"].items():
             each["data"] = data.protocol(name)
@@ -177,31 +206,31 @@ class OODDetection(Callback):
         """What the numbers depend on besides model and data."""
         attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
         shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
+        shared |= {} if self._bank is None else {KNN: self._bank.settings}
         return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
 
 
 def attacked_score(
-    attack: PGD, method: RobustMethod, task: str, batch: Batch, name: ScoreName, *, is_known: bool, seed: int
+    attack: PGD, method: RobustMethod, forward: Forward, score: Score, batch: Batch, *, is_known: bool, seed: int
 ) -> Tensor:
     """The score ``(B,)`` of what an attack returns that lowers it for known samples and raises it for unknown ones.
 
     Args:
         attack: without a loss of its own.
         method: frozen.
-        task: whose classes are the known ones.
+        forward: its images to what the score takes.
+        score: of that.
         batch: the clean images.
-        name: of the score.
-        is_known: whether they show classes of the task.
+        is_known: whether they show known classes.
         seed: of the random starts.
     """
     sign = torch.full((len(batch.index),), -1.0 if is_known else 1.0, dtype=torch.float64, device=method.device)
 
-    def push(logits: Tensor, sign: Tensor) -> Tensor:
-        return sign * SCORES[name].evidence(logits.double(), method.clip.logit_scale.double())
+    def push(outputs: Tensor, sign: Tensor) -> Tensor:
+        return sign * score.evidence(outputs.double(), method.clip.logit_scale.double())
 
-    forward = partial(method.logits, task=task)
     attacked = attack(batch.images, forward, sign, push, index=batch.index, seed=seed)
-    return SCORES[name].value(forward(attacked).double(), method.clip.logit_scale.double())
+    return score.value(forward(attacked).double(), method.clip.logit_scale.double())
 
 
 def _check_names(option: str, wanted: Iterable[str], offered: Sequence[str]) -> None:

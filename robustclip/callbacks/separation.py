@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from robustclip.metrics import calibration_error, class_accuracy, harmonic_mean, roc, separation
+from robustclip.scores import KNN
 
 CLEAN, ATTACKED = "clean", "attacked"
+NEIGHBOURS = "neighbours"  # of an unknown set: the curve of the KNN score
 CONFIDENCE_BINS = 15  # Guo et al., https://arxiv.org/abs/1706.04599
 HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a picture
 DIGITS, CURVE_DIGITS = 6, 4  # torchmetrics computes in fp32
 
 Columns = Mapping[str, Tensor]
-"""A value per sample ``(N,)``: label, is_right, confidence, every score, and ``<score>/attacked`` where it is."""
+"""A value per sample ``(N,)``: label, is_right, confidence, every score, and where they are ``<score>/attacked`` and
+``knn/<K>``."""
 
 
 def column(score: str, kind: str) -> str:
@@ -30,6 +33,7 @@ def summarise(
     *,
     drawn: Sequence[str],
     is_correct_only: bool,
+    neighbours: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What a result holds of a known task.
 
@@ -39,6 +43,7 @@ def summarise(
         scores: to be compared.
         drawn: scores whose histograms and ROC curves are kept.
         is_correct_only: samples that are wrong when clean count in accuracy and calibration alone.
+        neighbours: every K of the curve of the KNN score.
     """
     is_right = known["is_right"].bool()
     accuracy = class_accuracy(known["label"].long(), is_right)
@@ -48,6 +53,8 @@ def summarise(
     for name, columns in unknown.items():
         found = {score: _compared(positives, columns, score, accuracy, is_drawn=score in drawn) for score in scores}
         sets[name] = {"n": len(columns["label"]), "scores": found}
+        if neighbours:
+            sets[name][NEIGHBOURS] = _over_neighbours(positives, columns, neighbours)
     return {"n": len(is_right), "class_accuracy": _number(accuracy), "ece": _number(ece), "unknown": sets}
 
 
@@ -74,6 +81,13 @@ def _compared(known: Columns, unknown: Columns, score: str, accuracy: Tensor, *,
         found["histogram"] = _histogram(sides)
         found["roc"] = {kind: _curve(*pair) for kind, pair in sides.items()}
     return found
+
+
+def _over_neighbours(known: Columns, unknown: Columns, neighbours: Sequence[int]) -> dict[str, list[Any]]:
+    """AUROC and FPR95 of the KNN score for every K."""
+    names = [column(KNN, str(k)) for k in neighbours]
+    measured = [separation(known[name], unknown[name]) for name in names]
+    return {"k": list(neighbours)} | {name: [_number(found[name]) for found in measured] for name in ("auroc", "fpr95")}
 
 
 def _histogram(sides: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class CLIPDataModule(ResumableDataModule):
 
     @property
     def train_task(self) -> Task:
-        """Classes of the training set; opened by ``setup("fit")``."""
+        """Classes of the training set."""
         return self._opened_train().task
 
     @property
@@ -168,11 +168,9 @@ class CLIPDataModule(ResumableDataModule):
             return
         self._val = open_tests(self.wanted_val, root=self.root)
         if stage == "fit" or not self._val:
-            self._train = open_training(self.wanted_train, root=self.root)
-            holdout = 0 if self._val else self.holdout
-            self.train_positions, self.val_positions = split_training(self._train, holdout, self.shots)
+            train = self._opened_train()
             if self.val_positions is not None:
-                self._val = [self._train]
+                self._val = [train]
 
     def train_dataloader(self) -> ImageLoader:
         """Shuffled anew each epoch; the order follows from seed and epoch alone."""
@@ -186,10 +184,10 @@ class CLIPDataModule(ResumableDataModule):
         return self.continued(self._loader(samples, self.batch_size, skips_bad_samples=True, first_epoch=epoch))
 
     def plain_train_dataloader(self) -> ImageLoader:
-        """The training images once and in order, each in one process, with the test transform.
+        """The training images once and in order, each in one process, with the test transform; in any stage.
 
         Raises:
-            ValueError: the training set is remote.
+            ValueError: the training set is remote, or as `setup`.
         """
         source = self._opened_train()
         if source.dataset is None:
@@ -239,8 +237,10 @@ class CLIPDataModule(ResumableDataModule):
         return ImageLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
 
     def _opened_train(self) -> OpenedSource:
-        if self._train is None:
-            raise ValueError("the training set is not open: call setup('fit') first")
+        if self._train is None:  # a test opens it where it is asked for
+            self._train = open_training(self.wanted_train, root=self.root)
+            holdout = 0 if self.wanted_val else self.holdout
+            self.train_positions, self.val_positions = split_training(self._train, holdout, self.shots)
         return self._train
 
     def _place(self) -> Place:

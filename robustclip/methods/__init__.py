@@ -7,11 +7,13 @@ from robustclip.methods.clean_fine_tuning import CleanFineTuning
 from robustclip.methods.clip_adapter import CLIPAdapter
 from robustclip.methods.coop import CoOp
 from robustclip.methods.croft import CRoFT
+from robustclip.methods.dance import DANCE
 from robustclip.methods.fare import FARE
 from robustclip.methods.fine_tuning import FineTuning
 from robustclip.methods.flyp import FLYP, FLYPCE
 from robustclip.methods.img_coadv import ImgCoAdv
 from robustclip.methods.pmg_aft import PMGAFT
+from robustclip.methods.pouf import POUF
 from robustclip.methods.tecoa import TeCoA
 from robustclip.methods.tip_adapter import TipAdapter
 from robustclip.methods.trades import TRADES
@@ -21,10 +23,12 @@ from robustclip.methods.zero_shot import ZeroShot
 
 __all__ = [
     "ARF",
+    "DANCE",
     "FARE",
     "FLYP",
     "FLYPCE",
     "PMGAFT",
+    "POUF",
     "TRADES",
     "UEO",
     "UPL",

@@ -87,18 +87,23 @@ class ContextAndNorms(RobustMethod):
             if name == "train":
                 self.prompts = self.context.tokenize(self.clip, task.class_names)
 
-    def log_probabilities(self, images: Tensor) -> Tensor:
-        """``log softmax(s cos(f(x), t))`` of images ``(B, 3, H, W)``, with gradients, in fp32, ``(B, C)``."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit features ``(B, D)`` of images ``(B, 3, H, W)``, ``(C, D)`` of the classes, with gradients, in fp32."""
         features = self.image_features(images)
         classes = self.context.encode(self.clip, self.prompts, per_pass=self.classes_per_pass)
-        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision cannot tell logits apart
-            return head_logits(features.float(), classes.float(), self.clip.logit_scale.float()).log_softmax(-1)
+        return features.float(), classes.float()
 
-    def of_every_image(self, summary: Callable[[Tensor], Tensor]) -> Tensor:
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """``log softmax(s cos(f(x), t))`` of images ``(B, 3, H, W)``, with gradients, in fp32, ``(B, C)``."""
+        features, classes = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision cannot tell logits apart
+            return head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(-1)
+
+    def of_every_image(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What the pre-trained model says of every training image, seen with the test transform, in fp32.
 
         Args:
-            summary: of the cosines ``(B, C)`` of images and classes, ``(B, ...)``.
+            summary: of unit features of images ``(B, D)`` and classes ``(C, D)``, ``(B, ...)``.
 
         Returns:
             One row per sample id, nan where there is no such image, the same on all processes.
@@ -106,11 +111,11 @@ class ContextAndNorms(RobustMethod):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         with torch.no_grad(), frozen(self), self.as_at_the_start():
             classes = self.class_features(data.train_task)
-            rows = [summary(classes.new_empty(0, len(classes)))]  # a process may have no image
+            rows = [summary(classes[:0], classes)]  # a process may have no image
             ids = [torch.empty(0, dtype=torch.int64, device=self.device)]
             for batch in data.plain_train_dataloader():
                 here = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
-                rows.append(summary(self.image_features(here.images) @ classes.T))
+                rows.append(summary(self.image_features(here.images), classes))
                 ids.append(here.index)
             index, found = of_all(self, torch.cat(ids)), of_all(self, torch.cat(rows))
         return found.new_full((int(index.max()) + 1, *found.shape[1:]), torch.nan).index_copy(0, index, found)

@@ -1,10 +1,13 @@
-"""Rows of all processes, so that a loss over the batch is that of one large batch."""
+"""Rows of all processes, so that what follows is that of one large batch."""
 
 from typing import cast
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, distributed
+
+from robustclip.methods.base import RobustMethod
+from robustclip.methods.freezing import frozen
 
 
 def of_all(module: LightningModule, rows: Tensor) -> Tensor:
@@ -18,6 +21,26 @@ def of_all(module: LightningModule, rows: Tensor) -> Tensor:
     sizes = _of_each(module, torch.tensor(len(rows), device=rows.device)).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])
     return torch.cat([each[:size] for each, size in zip(_of_each(module, padded), sizes, strict=True)])
+
+
+def training_features(method: RobustMethod) -> tuple[Tensor, Tensor, Tensor]:
+    """The training images as the method sees them now, with the test transform, in any stage.
+
+    Returns:
+        Sample ids ``(N,)``, which rise, unit features ``(N, D)`` and labels ``(N,)``, the same on all processes.
+    """
+    trainer = method.trainer
+    # Outside inference mode, whose tensors could not take part in an attack's graph.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
+        none = torch.empty(0, dtype=torch.int64, device=method.device)
+        found = [(none, method.clip.encode_text([""])[:0], none)]  # a process may have no image
+        with frozen(method):
+            for batch in trainer.datamodule.plain_train_dataloader():  # type: ignore[attr-defined]
+                here = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                found.append((here.index, method.image_features(here.images), here.labels))
+        index, features, labels = (of_all(method, torch.cat(parts)) for parts in zip(*found, strict=True))
+        order = index.argsort()
+        return index[order], features[order], labels[order]
 
 
 def _of_each(module: LightningModule, tensor: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.methods.features import FrozenFeatures
-from robustclip.methods.freezing import frozen
-from robustclip.methods.gathering import of_all
+from robustclip.methods.gathering import training_features
 from robustclip.methods.heads import head_logits
 from robustclip.types import UNKNOWN, Task
 
@@ -90,24 +89,12 @@ class TipAdapter(FrozenFeatures):
     def on_fit_start(self) -> None:
         """Fills a new cache, in the order of the sample ids; images that do not decode leave room at its end."""
         if self._is_empty and self.keys is not None and self.key_labels is not None:
-            index, features, labels = self.training_features()
-            order = index.argsort()
+            _, features, labels = training_features(self)
             with torch.no_grad():
-                self.keys[: len(order)] = features[order]
-                self.key_labels[: len(order)] = labels[order]
+                self.keys[: len(labels)] = features
+                self.key_labels[: len(labels)] = labels
             self._is_empty = False
         super().on_fit_start()
-
-    def training_features(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample ids ``(N,)``, unit features ``(N, D)`` and labels ``(N,)`` of all training images."""
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        found = [(none, torch.empty(0, self.width, device=self.device), none)]
-        with torch.no_grad(), frozen(self):
-            for batch in self.trainer.datamodule.plain_train_dataloader():  # type: ignore[attr-defined]
-                here = self.transfer_batch_to_device(batch, self.device, 0)
-                found.append((here.index, self.image_features(here.images), here.labels))
-        index, features, labels = (of_all(self, torch.cat(parts)) for parts in zip(*found, strict=True))
-        return index, features, labels
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds which classes the cache tells apart."""

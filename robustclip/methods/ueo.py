@@ -89,7 +89,9 @@ class UEO(ContextAndNorms):
         """Weighs the training images."""
         super().on_fit_start()
         if self.weighting == "confidence":
-            self.sample_weights = self.of_every_image(lambda cosines: (cosines / self.temperature).softmax(1).amax(1))
+            self.sample_weights = self.of_every_image(
+                lambda images, classes: (images @ classes.T / self.temperature).softmax(1).amax(1)
+            )
 
 
 def _temperature(value: float | str) -> float:

@@ -46,7 +46,9 @@ class UPL(ContextAndNorms):
         """Answers for the training images."""
         super().on_fit_start()
         scale = self.clip.logit_scale
-        answers = self.of_every_image(lambda cosines: torch.stack((scale * cosines).softmax(1).max(1), dim=1))
+        answers = self.of_every_image(
+            lambda images, classes: torch.stack((scale * (images @ classes.T)).softmax(1).max(1), dim=1)
+        )
         certainties, classes = answers[:, 0].nan_to_num(-1.0), answers[:, 1].nan_to_num(-1.0).long()
         self.pseudo_labels = torch.full_like(classes, -1)
         for label in range(int(classes.max()) + 1):

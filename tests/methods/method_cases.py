@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustclip.attacks import PGD, Attack
 from robustclip.data import CLIPDataModule
-from robustclip.methods import UEO, UPL, AdversarialTraining, FineTuning, RobustMethod, TipAdapter
+from robustclip.methods import DANCE, UEO, UPL, AdversarialTraining, FineTuning, RobustMethod, TipAdapter
 from robustclip.types import Batch, Task
 
 TASK = Task("train", ("a red circle", "a blue square", "a green star"), ("This is a photo of a {}",))
@@ -51,6 +51,9 @@ def make(cls: type[RobustMethod], model: Path, **kwargs: Any) -> Any:
     if isinstance(method, TipAdapter):
         keys = unit(torch.randn(6, 16, generator=torch.Generator().manual_seed(7)))
         method.add_cache(TASK.class_names, keys, torch.arange(6) % 3)
+    if isinstance(method, DANCE):
+        method.bank = unit(torch.randn(100, 16, generator=torch.Generator().manual_seed(8)))
+        method.bank[3] = 0  # no image has this id
     if isinstance(method, UPL):
         method.pseudo_labels = torch.arange(100) % 4 - 1  # every fourth image has none
     method.freeze_the_rest()

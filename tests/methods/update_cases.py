@@ -14,8 +14,10 @@ from torch import Tensor
 from robustclip.attacks import APGD, PGD, Attack, Square
 from robustclip.data import CLIPDataModule
 from robustclip.methods import (
+    DANCE,
     FARE,
     PMGAFT,
+    POUF,
     TRADES,
     UEO,
     AdversarialTraining,
@@ -52,6 +54,8 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
 OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "img_coadv": (ImgCoAdv, {"attack": BOX}),
     "ueo": (UEO, {"weight_temperature": "msp", "context_lr": RATE}),
+    "pouf": (POUF, {"context_lr": RATE}),
+    "dance": (DANCE, {"context_lr": RATE, "weight": 5.0}),
     "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum"}),
     "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES}),
 }
@@ -148,6 +152,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
         "attacked": {} if method.attack is None else method.attack.images,
         "moved": [key for key, tensor in before.items() if not torch.equal(tensor, after[key])],
         "stray": [key for key, p in method.named_parameters() if not p.requires_grad and p.grad is not None],
+        "bank": method.bank if isinstance(method, DANCE) else None,
         "rank": trainer.global_rank,
     }
 

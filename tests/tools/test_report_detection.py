@@ -62,6 +62,20 @@ def test_the_report_shows_the_detection_of_every_run(tmp_path: Path) -> None:
     assert text.index('id="images"') < text.index('id="unknown-classes"') < text.index('id="audit"')
 
 
+def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None:
+    curved, plain = (section(0, has_attack=False) for _ in range(2))
+    curved["knn"] = {"k": 3, "bank": 300}
+    found = curved["tasks"]["cifar10"]["unknown"]["svhn"]
+    found["scores"]["knn"] = {"auroc": 0.75, "aupr": 0.5, "fpr95": 0.25, "h": 0.5}
+    found["neighbours"] = {"k": [1, 5, 100], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
+    text, reader = shown(tmp_path, a=curved, b=plain)
+    assert text.count('aria-label="AUROC of knn over K. TeCoA a: 62.5 % at 1, 87.5 % at 5"') == 1
+    assert "<b>cifar10 against svhn</b>" in text
+    assert rows(reader, "Known against unknown classes: AUROC, percent")["cifar10 / svhn: knn"] == ["75.0", MISSING]
+    (tmp_path / "other").mkdir()
+    assert "knn" not in shown(tmp_path / "other", b=plain)[0]
+
+
 def test_results_without_detection_still_load_and_have_no_section_of_it(tmp_path: Path) -> None:
     text, _ = shown(tmp_path, a=None)
     assert "unknown-classes" not in text

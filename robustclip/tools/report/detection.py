@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from robustclip.tools.report import plots, tables
+from robustclip.tools.report import neighbours, plots, tables
 from robustclip.tools.report.html import disclosure, escape, figure, tag
 from robustclip.tools.report.svg import MUTED, ROBUST, draw, member_colour, run_colour
 from robustclip.tools.report.tables import Cell, Table
@@ -79,6 +79,7 @@ def section(views: Sequence[View]) -> str:
             *attacks,
             plots.legend(views),
             *pictures,
+            neighbours.section(views),
             tag("div", *map(tables.html, shown), class_="tables"),
         ]
     )
