@@ -1,9 +1,9 @@
 """Compares CRoFT with methods on the same frozen features, on photographs: under domain shift, and on unknown classes.
 
 PACS leave-one-domain-out, and Tiny-ImageNet with 80 of its 200 classes; 16 images of each class. All methods of a
-seed share one cache of features. CRoFT's weights are chosen of a grid by accuracy on held-out training images, at the
-first seed, once with and once without the energy's penalty. What is there is left out, so the script goes on where it
-was ended, and several may share the work.
+seed share one cache of features. The settings of each method are chosen of a grid by accuracy on held-out training
+images, at the first seed; CRoFT's once with and once without the energy's penalty. What is there is left out, so the
+script goes on where it was ended, and several may share the work.
 """
 
 import csv
@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ TINY = "tiny_imagenet"
 TARGETS = (*DOMAINS, TINY)
 SEEDS = (1, 2, 3)
 KNOWN = 80  # of Tiny-ImageNet's classes
-LAMBDA1 = ("0", "1", "5", "10", "15")
-LAMBDA2 = ("0", "1", "10", "100", "1000")  # CRoFT's scripts for PACS
-METHODS = {
-    "clip_adapter": ("--model", "CLIPAdapter"),
-    "tip_adapter": ("--model", "TipAdapter", "--model.optimizer.lr", "1e-3"),
-    "coop": ("--model", "CoOp"),
-    "croft_no_penalty": ("--model", "CRoFT"),
-    "croft": ("--model", "CRoFT"),
+LAMBDA1, LAMBDA2 = "--model.lambda1", "--model.lambda2"
+GENERATED = ("0", "1", "5", "10", "15")
+PENALTIES = ("0", "1", "10", "100", "1000")  # CRoFT's scripts for PACS
+RATE = "--model.optimizer.lr"
+DECAYS = {"--model.optimizer.weight_decay": ("0.1", "5e-4")}  # CRoFT's code for all methods, and CoOp's
+METHODS: dict[str, tuple[str, dict[str, Sequence[str]]]] = {
+    "clip_adapter": ("CLIPAdapter", {RATE: ("2e-3", "2e-2", "2e-1"), **DECAYS}),
+    "tip_adapter": ("TipAdapter", {RATE: ("1e-3", "1e-2", "1e-1"), **DECAYS}),
+    "coop": ("CoOp", {RATE: ("2e-3", "2e-2"), **DECAYS}),
+    "croft_no_penalty": ("CRoFT", {LAMBDA2: PENALTIES[:1], LAMBDA1: GENERATED}),
+    "croft": ("CRoFT", {LAMBDA2: PENALTIES[1:], LAMBDA1: GENERATED}),
 }
 DETECTED = ("auroc", "aupr", "fpr95")
 LAST_ONLY = ("--checkpoint.every_n_epochs", "{epochs}", "--trainer.check_val_every_n_epoch", "{epochs}")
@@ -57,23 +61,14 @@ class Target:
         for seed in seeds if self.name == TINY else seeds[:1]:
             yield self._test("zero_shot", seed, [*self._data(seed), *zero_shot])
         for method in methods:
-            chosen = self.chosen(seeds[0], has_penalty=method == "croft") if method.startswith("croft") else ()
-            for seed in seeds:
-                words = [*self._data(seed), *METHODS[method], *chosen]
-                checkpoint = self._fit(method, seed, words)
-                features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
-                yield self._test(method, seed, [*words, *features, "--ckpt_path", str(checkpoint)]) | {
-                    "chosen": dict(zip(chosen[::2], chosen[1::2], strict=True))
-                }
+            model, chosen = METHODS[method][0], self.chosen(method, seeds[0])
+            yield from (self._row(method, model, chosen, seed) for seed in seeds)
 
     def by_penalty(self, seed: int) -> Iterator[dict[str, Any]]:
         """Tests CRoFT at every weight of the penalty, beside the other weight that is best without it."""
-        lambda1 = self.chosen(seed, has_penalty=False)[1]
-        features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
-        for lambda2 in LAMBDA2:
-            model = ("--model", "CRoFT", *_weights(lambda1, lambda2))
-            words = [*self._data(seed), *model, *features, "--ckpt_path", str(self._point(seed, lambda1, lambda2))]
-            yield self._test(f"grid_{lambda1}_{lambda2}", seed, words) | {"method": f"lambda2={lambda2}"}
+        without = self.chosen("croft_no_penalty", seed)
+        for weight in PENALTIES:
+            yield self._row(f"lambda2={weight}", "CRoFT", without | {LAMBDA2: weight}, seed)
 
     def features(self, seed: int) -> Path:
         """The cache of a seed's images, which is made first."""
@@ -83,19 +78,16 @@ class Target:
             command(["cache", *words, "--views", self.views, "--seed_everything", str(seed)])
         return out
 
-    def chosen(self, seed: int, *, has_penalty: bool) -> tuple[str, ...]:
-        """The grid's point of the best held-out accuracy, and of these the one with the smallest weights."""
-        grid = [(lambda1, lambda2) for lambda2 in LAMBDA2 for lambda1 in LAMBDA1 if (lambda2 != "0") == has_penalty]
-        return _weights(*max(grid, key=lambda point: self.held_out(seed, *point)))
+    def chosen(self, method: str, seed: int) -> dict[str, str]:
+        """The grid's point of the best held-out accuracy, the first of several."""
+        model, grid = METHODS[method]
+        points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+        return max(points, key=lambda point: self.held_out(model, point, seed))
 
-    def held_out(self, seed: int, lambda1: str, lambda2: str) -> float:
+    def held_out(self, model: str, options: dict[str, str], seed: int) -> float:
         """Accuracy on held-out training images after the last epoch."""
-        rows = list(csv.DictReader((self._point(seed, lambda1, lambda2).parents[1] / "metrics.csv").open()))
+        rows = list(csv.DictReader((self._fit(model, options, seed).parents[1] / "metrics.csv").open()))
         return max(float(row["val/mean/clean/acc1"]) for row in rows if row["val/mean/clean/acc1"])
-
-    def _point(self, seed: int, lambda1: str, lambda2: str) -> Path:
-        words = [*self._data(seed), "--model", "CRoFT", *_weights(lambda1, lambda2)]
-        return self._fit(f"grid_{lambda1}_{lambda2}", seed, words)
 
     def _data(self, seed: int) -> list[str]:
         words = [*self.shared, "--data.shots_seed", str(seed)]
@@ -106,13 +98,19 @@ class Target:
         sources = [f"wds:{domain}" for domain in DOMAINS if domain != self.name]
         return [*words, f"--data.train={json.dumps(sources)}", f"--data.test={json.dumps([f'wds:{self.name}'])}"]
 
-    def _fit(self, name: str, seed: int, words: Sequence[str]) -> Path:
-        epochs = "5" if name == "coop" and self.name == TINY else "50" if name == "tip_adapter" else "30"
-        options = [word.format(epochs=epochs) for word in LAST_ONLY]
-        words = [*words, *options, "--trainer.max_epochs", epochs, "--data.features", str(self.features(seed))]
-        return fit_once(
-            self.work / "fits" / f"{name}_seed{seed}", ["--config", CONFIG, *words, "--seed_everything", str(seed)]
-        )
+    def _fit(self, model: str, options: dict[str, str], seed: int) -> Path:
+        epochs = "5" if model == "CoOp" and self.name == TINY else "50" if model == "TipAdapter" else "30"
+        once = [word.format(epochs=epochs) for word in LAST_ONLY]
+        words = ["--config", CONFIG, *self._data(seed), *_words(model, options), *once, "--trainer.max_epochs", epochs]
+        places = ("--data.features", str(self.features(seed)), "--seed_everything", str(seed))
+        folder = self.work / "fits" / f"{'_'.join([model, *options.values()])}_seed{seed}"
+        return fit_once(folder, [*words, *places])
+
+    def _row(self, method: str, model: str, options: dict[str, str], seed: int) -> dict[str, Any]:
+        features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
+        words = [*self._data(seed), *_words(model, options), *features]
+        row = self._test(method, seed, [*words, "--ckpt_path", str(self._fit(model, options, seed))])
+        return row | {"chosen": options}
 
     def _test(self, method: str, seed: int, words: Sequence[str]) -> dict[str, Any]:
         result = test_once(self.work / "tests" / f"{method}_seed{seed}", ["--config", CONFIG, *words])
@@ -125,15 +123,15 @@ class Target:
         return told | {"accuracy": accuracy, **means, "sets": scores}
 
 
-def _weights(lambda1: str, lambda2: str) -> tuple[str, ...]:
-    return ("--model.lambda1", lambda1, "--model.lambda2", lambda2)
+def _words(model: str, options: dict[str, str]) -> list[str]:
+    return ["--model", model, *(word for option in options.items() for word in option)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, in percent: means over targets and seeds, and the range of the seeds' means."""
     lines = ["| data | method | accuracy | AUROC | FPR95 |", "| --- | --- | --: | --: | --: |"]
     for data, targets in {"PACS": DOMAINS, "Tiny-ImageNet": (TINY,)}.items():
-        for method in ("zero_shot", *METHODS, *(f"lambda2={weight}" for weight in LAMBDA2)):
+        for method in ("zero_shot", *METHODS, *(f"lambda2={weight}" for weight in PENALTIES)):
             found = [row for row in rows if row["method"] == method and row["target"] in targets]
             if found:
                 cells = (over_seeds(found, measure) for measure in ("accuracy", "auroc", "fpr95"))

@@ -30,8 +30,7 @@ def training_features(method: RobustMethod) -> tuple[Tensor, Tensor, Tensor]:
         Sample ids ``(N,)``, which rise, unit features ``(N, D)`` and labels ``(N,)``, the same on all processes.
     """
     trainer = method.trainer
-    # Outside inference mode, whose tensors could not take part in an attack's graph.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(method.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(method.device.type, enabled=False):
         none = torch.empty(0, dtype=torch.int64, device=method.device)
         found = [(none, method.clip.encode_text([""])[:0], none)]  # a process may have no image
         with frozen(method):
