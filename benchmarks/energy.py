@@ -18,6 +18,7 @@ import torch
 from step import commit
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from robustclip.methods.energy import Branch, adapted, batch_penalty
 
@@ -108,6 +109,16 @@ def measure() -> dict[str, list[float]]:
     return spent
 
 
+def multiplications() -> dict[str, float]:
+    """Of the matrix products of each way, in millions."""
+    counts = {}
+    for name, way in Problem().ways().items():
+        with FlopCounterMode(display=False) as counter:
+            way()
+        counts[name] = round(counter.get_total_flops() / 2e6, 1)  # a multiplication and an addition are two
+    return counts
+
+
 def main() -> None:
     """Prints, and writes where a file is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,6 +139,7 @@ def main() -> None:
         "size": {"batch": BATCH, "classes": CLASSES, "width": WIDTH, "turns": TURNS},
         "gradients_differ_by": difference,
         "median_cpu_milliseconds": {name: round(value, 2) for name, value in median.items()},
+        "million_multiplications": multiplications(),
         "times_faster": {name: round(value, 2) for name, value in faster.items()},
     }
     text = json.dumps(result, indent=1)
