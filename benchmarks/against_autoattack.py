@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from evaluation import SETS, models
-from step import commit
 from torch import Tensor, nn
 
 from robustclip.attacks import APGD, Attack, Recipe, pixels
 from robustclip.attacks.verdict import ROBUST, examine
+from robustclip.callbacks.origin import commit
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
 

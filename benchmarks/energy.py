@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step import commit
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from robustclip.callbacks.origin import commit
 from robustclip.methods.energy import Branch, adapted, batch_penalty
 
 BATCH, CLASSES, WIDTH = 32, 400, 512  # CRoFT's batch, its classes of ImageNet, CLIP's ViT-B/16

@@ -26,7 +26,7 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Trainer
-from step import commit, summary
+from step import summary
 from torch import Tensor
 from torch.nn import functional as F
 from ways import Official, Ours, Problem
@@ -35,6 +35,7 @@ from robustclip.attacks import PGD, verdict
 from robustclip.attacks.ball import start
 from robustclip.attacks.verdict import ROBUST, examine
 from robustclip.callbacks import ResultsWriter, RobustEvaluation, journal
+from robustclip.callbacks.origin import commit
 from robustclip.data import CLIPDataModule
 from robustclip.data.shapes import SHAPES_SETS
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot

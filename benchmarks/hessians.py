@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step import commit
 from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.callbacks.hessians import spectral_norm
+from robustclip.callbacks.origin import commit
 from robustclip.methods.energy import Branch, adapted, batch_penalty, sample_penalty
 
 WIDTH, CLASSES, IMAGES, UNSEEN, SCALE, RATIO = 12, 4, 40, 400, 10.0, 0.5

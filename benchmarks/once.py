@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step import commit
-
+from robustclip.callbacks.origin import commit
 from robustclip.cli import main as robustclip
 
 RUN = "cell.json"  # beside a checkpoint: what the fit was, and what it cost

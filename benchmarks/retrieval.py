@@ -18,8 +18,8 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
-from step import commit
 
+from robustclip.callbacks.origin import commit
 from robustclip.tools.retrieval.features import Part
 from robustclip.tools.retrieval.search import Candidates, Search, flat, ivf_pq
 

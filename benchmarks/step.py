@@ -10,7 +10,6 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ import ways
 from plain_zero_shot import uniform
 from torch import Tensor
 from ways import EPS, Bare, Official, Ours, Problem
+
+from robustclip.callbacks.origin import commit
 
 Ways = Mapping[str, type[Any]]
 # The ways of each, the longest first; the last is what the others must equal.
@@ -145,12 +146,6 @@ def register_tiny() -> str:
         path.write_text(json.dumps(TINY_CLIP))
         open_clip.add_model_config(path)
     return path.stem
-
-
-def commit() -> str | None:
-    """Commit of this file's repository, if there is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def parse_options() -> argparse.Namespace:

@@ -1,0 +1,56 @@
+"""POUF: prompt-oriented unsupervised fine-tuning."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustclip.losses import entropy
+from robustclip.methods.context_and_norms import ContextAndNorms
+from robustclip.methods.gathering import of_all
+from robustclip.types import Batch
+
+
+class POUF(ContextAndNorms):
+    """POUF (Tanwisuth et al., ICML 2023, https://arxiv.org/abs/2305.00350), a baseline of UEO.
+
+    Moves images to classes and classes to images, at a cost of 1 - cos. With cosines ``S_ic = cos(f(x_i), t_c)``, each
+    image goes to the classes by ``p_ic = softmax_c(s S)_ic``, each class to the images of the batch by
+    ``r_ic = softmax_i(s S)_ic``, and InfoMax is added::
+
+        mean_i sum_c p_ic (1 - S_ic) + mean_c sum_i r_ic (1 - S_ic) + w (mean_i H(p_i) - H(mean_i p_i))
+
+    Images are those of all processes' batches; gradient accumulation takes the mean of the pieces' losses instead,
+    which is another loss. No labels are read.
+
+    Departures from the authors' code: `ContextAndNorms` says what learns, and at which rate, so that baselines differ
+    by their loss alone; theirs learns the logit scale too, by SGD with Nesterov momentum and weight decay. Entropies
+    are exact, where theirs add 1e-5 or 1e-6 inside the logarithm.
+
+    Args:
+        infomax_weight: ``w``.
+        kwargs: arguments of `ContextAndNorms`.
+    """
+
+    def __init__(self, infomax_weight: float = 0.3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.infomax_weight = infomax_weight
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Costs of the transport, and both entropies of InfoMax."""
+        features, classes = self.features(batch.images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.transport_and_infomax(of_all(self, features @ classes.T))
+
+    def transport_and_infomax(self, cosines: Tensor) -> dict[str, Tensor]:
+        """The terms for ``S`` ``(B, C)``."""
+        cost, logits = 1 - cosines, self.clip.logit_scale * cosines
+        to_classes, to_images = (cost * logits.softmax(1)).sum(1), (cost * logits.softmax(0)).sum(0)
+        log_p = logits.log_softmax(1)
+        marginal = log_p.logsumexp(0) - math.log(len(log_p))
+        return {
+            "transport": to_classes.mean() + to_images.mean(),
+            "entropy": self.infomax_weight * entropy(log_p).mean(),
+            "marginal_entropy": -self.infomax_weight * entropy(marginal),
+        }
