@@ -153,6 +153,7 @@ def test_the_domains_of_pacs_are_trained_on_but_for_one() -> None:
     if not (SHARED / "data" / "wds" / "pacs_photo").is_dir():
         pytest.skip("needs the photographs beside the project, which are not here")
     options = yaml.safe_load(LEAVE_ONE_OUT.read_text())["init_args"]
+    options |= {kind: [DataSource(**each) for each in options[kind]] for kind in ("train", "test")}
     data = CLIPDataModule(**options | {"root": str(SHARED / "data" / "wds"), "unknown": [], "num_workers": 0})
     data.setup("fit")
     data.setup("test")
