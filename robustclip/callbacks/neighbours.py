@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustclip.callbacks.separation import column
 from robustclip.methods import RobustMethod
-from robustclip.methods.gathering import training_features
+from robustclip.methods.gathering import of_training_images
 from robustclip.protocol import digest
 from robustclip.scores import KNN, Score, plain
 from robustclip.types import UNKNOWN, Task
@@ -52,7 +52,7 @@ class Neighbours:
     def of_training(cls, method: RobustMethod, curve: Sequence[int]) -> Self:
         """The bank of the method's data; all processes must come here."""
         with torch.inference_mode(False):  # whose tensors could not take part in an attack's graph
-            index, features, labels = training_features(method)
+            index, features, labels = of_training_images(method)
             is_known = labels != UNKNOWN
             found = cls(features[is_known], curve)
         task = method.trainer.datamodule.train_task  # type: ignore[attr-defined]

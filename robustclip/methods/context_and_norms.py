@@ -11,7 +11,7 @@ from torch import Tensor
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.context import LearnableContext
 from robustclip.methods.freezing import frozen
-from robustclip.methods.gathering import of_all
+from robustclip.methods.gathering import of_training_images
 from robustclip.methods.heads import head_logits
 from robustclip.methods.norms import NormFilter, norm_parameters
 from robustclip.types import Task
@@ -108,16 +108,10 @@ class ContextAndNorms(RobustMethod):
         Returns:
             One row per sample id, nan where there is no such image, the same on all processes.
         """
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        with torch.no_grad(), frozen(self), self.as_at_the_start():
-            classes = self.class_features(data.train_task)
-            rows = [summary(classes[:0], classes)]  # a process may have no image
-            ids = [torch.empty(0, dtype=torch.int64, device=self.device)]
-            for batch in data.plain_train_dataloader():
-                here = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch))
-                rows.append(summary(self.image_features(here.images), classes))
-                ids.append(here.index)
-            index, found = of_all(self, torch.cat(ids)), of_all(self, torch.cat(rows))
+        with self.as_at_the_start():
+            with torch.no_grad(), frozen(self):
+                classes = self.class_features(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
+            index, found, _ = of_training_images(self, lambda features: summary(features, classes))
         return found.new_full((int(index.max()) + 1, *found.shape[1:]), torch.nan).index_copy(0, index, found)
 
     @contextmanager

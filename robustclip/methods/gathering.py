@@ -1,5 +1,6 @@
 """Rows of all processes, so that what follows is that of one large batch."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -23,23 +24,29 @@ def of_all(module: LightningModule, rows: Tensor) -> Tensor:
     return torch.cat([each[:size] for each, size in zip(_of_each(module, padded), sizes, strict=True)])
 
 
-def training_features(method: RobustMethod) -> tuple[Tensor, Tensor, Tensor]:
+def of_training_images(
+    method: RobustMethod, summary: Callable[[Tensor], Tensor] = lambda features: features
+) -> tuple[Tensor, Tensor, Tensor]:
     """The training images as the method sees them now, with the test transform, in any stage.
 
+    Args:
+        method: of which a trainer is known.
+        summary: of unit features ``(B, D)``, ``(B, ...)``.
+
     Returns:
-        Sample ids ``(N,)``, which rise, unit features ``(N, D)`` and labels ``(N,)``, the same on all processes.
+        Sample ids ``(N,)``, which rise, summaries ``(N, ...)`` and labels ``(N,)``, the same on all processes.
     """
     trainer = method.trainer
     with torch.no_grad(), torch.autocast(method.device.type, enabled=False):
         none = torch.empty(0, dtype=torch.int64, device=method.device)
-        found = [(none, method.clip.encode_text([""])[:0], none)]  # a process may have no image
+        found = [(none, summary(method.clip.encode_text([""])[:0]), none)]  # a process may have no image
         with frozen(method):
             for batch in trainer.datamodule.plain_train_dataloader():  # type: ignore[attr-defined]
                 here = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                found.append((here.index, method.image_features(here.images), here.labels))
-        index, features, labels = (of_all(method, torch.cat(parts)) for parts in zip(*found, strict=True))
+                found.append((here.index, summary(method.image_features(here.images)), here.labels))
+        index, summaries, labels = (of_all(method, torch.cat(parts)) for parts in zip(*found, strict=True))
         order = index.argsort()
-        return index[order], features[order], labels[order]
+        return index[order], summaries[order], labels[order]
 
 
 def _of_each(module: LightningModule, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.methods.features import FrozenFeatures
-from robustclip.methods.gathering import training_features
+from robustclip.methods.gathering import of_training_images
 from robustclip.methods.heads import head_logits
 from robustclip.types import UNKNOWN, Task
 
@@ -89,7 +89,7 @@ class TipAdapter(FrozenFeatures):
     def on_fit_start(self) -> None:
         """Fills a new cache, in the order of the sample ids; images that do not decode leave room at its end."""
         if self._is_empty and self.keys is not None and self.key_labels is not None:
-            _, features, labels = training_features(self)
+            _, features, labels = of_training_images(self)
             with torch.no_grad():
                 self.keys[: len(labels)] = features
                 self.key_labels[: len(labels)] = labels
