@@ -8,9 +8,12 @@ ended, and several may share the work.
 """
 
 import argparse
+import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +117,15 @@ class Universal:
         found = result["detection"]["tasks"][data]
         scores = found["unknown"][f"{data}_unknown"]["scores"]
         measures = {"accuracy": found["class_accuracy"], "auroc": scores["mcm"]["auroc"], "h": scores["mcm"]["h"]}
-        return measures | {"auroc_msp": scores["msp"]["auroc"], "commit": result["commit"]}
+        told = {"auroc_msp": scores["msp"]["auroc"], "commit": result["commit"]}
+        return measures | told | {"commonest": commonest_answer(self.work / "tests" / name / "ledger" / f"{data}.csv")}
+
+
+def commonest_answer(ledger: Path) -> float:
+    """Share of the images of a test that get the most frequent answer, in [0, 1]."""
+    with ledger.open() as file:
+        answers = Counter(row["clean"] for row in csv.DictReader(file))
+    return round(max(answers.values()) / answers.total(), 4)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -124,6 +135,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for shift, method, found in _groups(rows):
         cells = [over_seeds(found, measure) for measure in measures]
         lines.append(f"| {shift} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_by_set(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, in percent: under open shifts, means of AUROC and of the share of the most frequent answer."""
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    lines = ["| AUROC / commonest | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
+    for method in ("zero_shot", *METHODS):
+        found = [row for row in rows if row["method"] == method and row.get("shift", "open").startswith("open")]
+        cells = []
+        for name in sets:
+            own = [row for row in found if row["data"] == name]
+            cells.append(" / ".join(f"{100 * mean(row[key] for row in own):.1f}" for key in ("auroc", "commonest")))
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -167,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(attacked_table(rows))
     else:
         rows = _rows(runs, arguments)
-        print(table(rows))
+        print(table(rows), table_by_set(rows), sep="\n\n")
     write(arguments.out, rows)
 
 
