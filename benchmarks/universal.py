@@ -144,6 +144,8 @@ def table_by_set(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| AUROC / commonest | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
     for method in ("zero_shot", *METHODS):
         found = [row for row in rows if row["method"] == method and row.get("shift", "open").startswith("open")]
+        if not found:
+            continue
         cells = []
         for name in sets:
             own = [row for row in found if row["data"] == name]
