@@ -157,7 +157,7 @@ def test_what_did_not_decode_is_left_out_and_told(written: Written) -> None:
         (["sets", "train", "split"], "val", "split 'val' of train, this run has 'train'"),
         (["sets", "train", "part"], "classes 0-1 of 3", "part 'classes 0-1 of 3' of train, this run has ''"),
         (["sets", "train", "size"], 12, "size 12 of train, this run has 11"),
-        (["sets", "train", "labels"], "0", "labels '0' of train, this run has"),
+        (["sets", "train", "labels"], "0", r"labels '0' of train, this run has '\w{16}'"),
         (["sets", "train", "preprocessing"], "RGB, own size", "preprocessing 'RGB, own size' of train"),
         (["augmentation", "flip"], False, "flip False of augmentation, this run has True"),
         (["augmentation"], None, "scale None of augmentation, this run has"),
