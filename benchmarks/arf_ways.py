@@ -108,7 +108,7 @@ class Ours(ways.Ours):
         texts = Texts(problem)
         pairs = Pairs(texts.pair_images, tuple(texts.pair_captions), self.batch.index)
         self.batch = self.batch._replace(captions=tuple(texts.captions), anchors=pairs)
-        self.method.prepare([Task("train", problem.class_names, TEMPLATES)])
+        self.method.prepare_training(Task("train", problem.class_names, TEMPLATES))
         self.parameters = list(self.method.clip.net.parameters())
 
     def build(self, **options: Any) -> "RobustMethod":

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -141,16 +142,15 @@ class RobustMethod(LightningModule, ABC):
         with frozen(self):
             return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
-        """Encodes each task's classes into its zero-shot head, once and without gradients.
-
-        Args:
-            tasks: what to encode.
-            names: of the heads; default the tasks' names.
-        """
+    def prepare(self, tasks: Sequence[Task]) -> None:
+        """Encodes each task's classes into its zero-shot head, once and without gradients."""
         # Outside inference mode, whose tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(self):
-            self.heads |= encode_heads(self.class_features, tasks, names)
+            self.heads |= encode_heads(self.class_features, tasks)
+
+    def prepare_training(self, task: Task) -> None:
+        """Encodes what `training_loss` compares images with: the head ``train``."""
+        self.prepare([replace(task, name="train")])
 
     def count(self, task: str) -> Top1:
         """Clean answers of a task in the running evaluation."""
@@ -174,7 +174,7 @@ class RobustMethod(LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Builds the training head."""
-        self.prepare([self.trainer.datamodule.train_task], ["train"])  # type: ignore[attr-defined]
+        self.prepare_training(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Continues the random streams of an interrupted run."""

@@ -1,6 +1,6 @@
 """What unsupervised methods for image-text models train: a text context and the norms of the image tower."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -80,12 +80,10 @@ class ContextAndNorms(RobustMethod):
         tokens = self.context.tokenize(self.clip, task.class_names)
         return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+    def prepare_training(self, task: Task) -> None:
         """Keeps the tokens of the training prompts, too."""
-        super().prepare(tasks, names)
-        for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
-            if name == "train":
-                self.prompts = self.context.tokenize(self.clip, task.class_names)
+        super().prepare_training(task)
+        self.prompts = self.context.tokenize(self.clip, task.class_names)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features ``(B, D)`` of images ``(B, 3, H, W)``, ``(C, D)`` of the classes, with gradients, in fp32."""

@@ -1,6 +1,5 @@
 """CoOp: learnable words before the class name."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,12 +44,10 @@ class CoOp(FrozenFeatures):
         """Tokens ``(C, L)`` to unit features ``(C, D)``."""
         return self.context.encode(self.clip, prompts, per_pass=self.classes_per_pass)
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+    def prepare_training(self, task: Task) -> None:
         """Keeps the tokens of the training prompts, too."""
-        super().prepare(tasks, names)
-        for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
-            if name == "train":
-                self.prompts = self.context.tokenize(self.clip, task.class_names)
+        super().prepare_training(task)
+        self.prompts = self.context.tokenize(self.clip, task.class_names)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy on clean images."""

@@ -1,6 +1,5 @@
 """CRoFT: linear adapters whose energy hardly depends on them, also on features under a generated shift."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -114,13 +113,11 @@ class CRoFT(FrozenFeatures):
         """Adapted unit features ``(C, D)``."""
         return adapted(super().class_features(task), self.text_adapter, self.ratio_text).unit
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+    def prepare_training(self, task: Task) -> None:
         """Keeps the text tower's own features of the training classes, too."""
-        super().prepare(tasks, names)
-        for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
-            if name == "train":
-                self.texts = super().class_features(task)
-                self.text_gram = self.texts @ self.texts.T
+        super().prepare_training(task)
+        self.texts = super().class_features(task)
+        self.text_gram = self.texts @ self.texts.T
 
     # Losses
 

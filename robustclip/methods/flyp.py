@@ -1,7 +1,7 @@
 """FLYP: fine-tuning with the loss of pre-training."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,13 +78,10 @@ class FLYP(RobustMethod):
         rest = [parameter for parameter in learning if parameter.ndim >= 2]
         return [{"params": rest}, {"params": of_norms, "weight_decay": 0.0}]
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+    def prepare_training(self, task: Task) -> None:
         """Keeps the tokens ``(C, T, L)`` of the training prompts in place of a head, which every step would move."""
-        named = dict(zip(names or [task.name for task in tasks], tasks, strict=True))
-        if (training := named.pop("train", None)) is not None:
-            tokens = self.clip.tokenize([prompt for prompts in training.prompts for prompt in prompts])
-            self.prompts = tokens.view(len(training.class_names), len(training.templates), -1).to(self.device)
-        super().prepare(list(named.values()), list(named))
+        tokens = self.clip.tokenize([prompt for prompts in task.prompts for prompt in prompts])
+        self.prompts = tokens.view(len(task.class_names), len(task.templates), -1).to(self.device)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """InfoNCE between images and class prompts."""

@@ -8,23 +8,21 @@ from torch import Tensor
 from robustclip.types import Task
 
 
-def encode_heads(
-    encode: Callable[[Task], Tensor], tasks: Sequence[Task], names: Sequence[str] | None = None
-) -> dict[str, Tensor]:
-    """Heads by name: ``(C, D)``, or ``(C, G, D)`` for labels that are the best of G class names.
+def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """Heads by the names of their tasks: ``(C, D)``, or ``(C, G, D)`` for labels that are the best of G class names.
 
     Args:
         encode: gives the features ``(C, D)`` of a task's class names.
         tasks: those with the same words are encoded once.
-        names: of the heads; default the tasks' names.
     """
     by_words: dict[tuple[tuple[str, ...], ...], Tensor] = {}
     heads = {}
-    for name, task in zip(names or [task.name for task in tasks], tasks, strict=True):
+    for task in tasks:
         words = task.class_names, task.templates
         if words not in by_words:
             by_words[words] = encode(task).detach()
-        heads[name] = by_words[words] if task.groups is None else by_words[words][torch.tensor(_rows(task.groups))]
+        found = by_words[words]
+        heads[task.name] = found if task.groups is None else found[torch.tensor(_rows(task.groups))]
     return heads
 
 

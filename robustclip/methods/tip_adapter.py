@@ -64,11 +64,10 @@ class TipAdapter(FrozenFeatures):
         values = F.one_hot(self.key_labels - UNKNOWN, len(self.class_names) + 1)[:, 1:].to(features.dtype)
         return zero_shot + self.alpha * (-self.beta * (1 - features @ self.keys.T)).exp() @ values
 
-    def prepare(self, tasks: Sequence[Task], names: Sequence[str] | None = None) -> None:
+    def prepare(self, tasks: Sequence[Task]) -> None:
         """Remembers which tasks have the training classes."""
-        super().prepare(tasks, names)
-        same = [task.class_names == self.class_names and task.groups is None for task in tasks]
-        self.asked |= {name for name, is_same in zip(names or [t.name for t in tasks], same, strict=True) if is_same}
+        super().prepare(tasks)
+        self.asked |= {task.name for task in tasks if task.class_names == self.class_names and task.groups is None}
 
     def add_cache(self, class_names: tuple[str, ...], keys: Tensor, labels: Tensor) -> None:
         """Keeps unit features ``(N, D)`` with labels ``(N,)``."""

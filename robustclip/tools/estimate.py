@@ -206,7 +206,7 @@ def _step_seconds(bench: Bench, training: Examined) -> float:
     batch = bench.batch(training, size)
     model.freeze_the_rest()
     model.train()
-    model.prepare([training.task], ["train"])
+    model.prepare_training(training.task)
 
     def step() -> None:
         with bench.training_precision():

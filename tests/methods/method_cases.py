@@ -57,7 +57,7 @@ def make(cls: type[RobustMethod], model: Path, **kwargs: Any) -> Any:
     if isinstance(method, UPL):
         method.pseudo_labels = torch.arange(100) % 4 - 1  # every fourth image has none
     method.freeze_the_rest()
-    method.prepare([TASK])
+    method.prepare_training(TASK)
     if method.attack is not None:
         method.attack = Recorded(method.attack)
     return method

@@ -1,5 +1,6 @@
 """What holds for every method that learns."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,6 @@ def test_a_checkpoint_holds_what_learned_and_restores_it(
 
 
 def answers(method: RobustMethod, task: Task) -> torch.Tensor:
-    method.prepare([task], ["head"])
+    method.prepare([replace(task, name="head")])
     with torch.no_grad():
         return method.logits(cases.batch().images, "head")

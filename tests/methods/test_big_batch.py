@@ -151,7 +151,7 @@ def test_what_learns_in_turns_takes_the_mean_of_the_pieces_each_time(distributed
     method.freeze_the_rest()
     data = CLIPDataModule(train="shapes:source")
     data.setup("fit")
-    method.prepare([data.train_task], ["train"])
+    method.prepare_training(data.train_task)
     start = cases.learned(method)
     pieces = [Batch(*result["batches"][0]) for result in results]
     for turn in (0, 1):

@@ -152,7 +152,7 @@ def test_cross_entropy_is_the_energy_less_the_logit_of_the_label(tiny_model: Pat
     with torch.no_grad():
         for parameter in (method.image_adapter, method.text_adapter):
             parameter += 0.3 * torch.randn_like(parameter)
-        method.prepare([cases.TASK])
+        method.prepare_training(cases.TASK)
         f = method.logits(data.images).double()
         energy = -f.exp().sum(1).log()
         ce = method.training_loss(data)["clean_ce"]

@@ -42,10 +42,10 @@ def test_the_tower_stays_in_eval_mode_and_only_attacks_see_it(cls: type[RobustMe
 def test_the_words_of_a_task_are_read_once(tiny_model: Path) -> None:
     method, read = cases.make(CRoFT, tiny_model), []
     method.clip.net.transformer.register_forward_hook(lambda *_: read.append(1))
-    method.prepare([cases.TASK])
+    method.prepare_training(cases.TASK)
     with torch.no_grad():
         method.text_adapter *= -1
-    method.prepare([cases.TASK])
+    method.prepare_training(cases.TASK)
     assert read == []
 
 

@@ -88,7 +88,7 @@ def test_each_class_of_the_ablation_draws_its_template_alone(tiny_model: Path) -
             return super().encode_tokens(*tokens)
 
     method = cases.make(Reader, tiny_model)
-    method.prepare([Task("train", tuple(f"thing {n}" for n in range(40)), ("a {}", "one {}", "my {}"))])
+    method.prepare_training(Task("train", tuple(f"thing {n}" for n in range(40)), ("a {}", "one {}", "my {}")))
     method.training_loss(cases.batch())
     drawn = [(method.prompts[n] == method.texts[n]).all(1).tolist() for n in range(40)]
     assert all(sum(each) == 1 for each in drawn)
@@ -98,7 +98,7 @@ def test_each_class_of_the_ablation_draws_its_template_alone(tiny_model: Path) -
 def test_each_sample_draws_its_template_alone(tiny_model: Path) -> None:
     method = cases.make(FLYP, tiny_model)
     task = Task("train", ("cat", "dog"), tuple(f"{word} {{}}" for word in ("a", "one", "two", "my")))
-    method.prepare([task])
+    method.prepare_training(task)
     data = Batch(torch.empty(400, 0), torch.arange(400) % 2, torch.arange(400))
     whole = method.class_prompts(data)
     assert torch.equal(method.class_prompts(Batch(*(part[7:9] for part in data[:3]))), whole[7:9])

@@ -129,7 +129,7 @@ def test_code_mode_is_paper_mode_at_scale_one_with_weights_of_the_batch_size(tin
 
 def test_code_mode_sees_cosines_of_pixels_in_imagenets_statistics(tiny_model: Path) -> None:
     method, images = PMGAFT(pretrained=str(tiny_model), logit_scale=1.0, normalisation="imagenet"), cases.batch().images
-    method.prepare([cases.TASK])
+    method.prepare_training(cases.TASK)
     mean, std = (torch.tensor(row).view(3, 1, 1) for row in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     features = cases.unit(method.clip.net.visual((images - mean) / std))
     torch.testing.assert_close(method.logits(images), features @ method.heads["train"].T, rtol=1e-5, atol=1e-6)
@@ -164,7 +164,7 @@ def test_the_guidance_is_nothing_at_the_start_and_its_gradient_too(tiny_model: P
     torch.manual_seed(0)
     method = PMGAFT(pretrained=str(tiny_model))
     method.freeze_the_rest()
-    method.prepare([cases.TASK])
+    method.prepare_training(cases.TASK)
     terms = method.training_loss(cases.batch())
     parameters = list(method.clip.net.visual.parameters())
     of_guidance = torch.autograd.grad(terms["guidance"], parameters, retain_graph=True)

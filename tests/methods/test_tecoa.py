@@ -22,7 +22,7 @@ def make(model: Path, **kwargs: object) -> TeCoA:
     torch.manual_seed(0)
     method = TeCoA(pretrained=str(model), **kwargs)
     method.freeze_the_rest()
-    method.prepare([TASK])
+    method.prepare_training(TASK)
     return method
 
 
@@ -130,7 +130,7 @@ def test_the_text_tower_runs_zero_times_per_step(tiny_model: Path) -> None:
     method.clip.net.transformer.register_forward_hook(lambda *_: calls.append(1))
     method.training_loss(batch())["adversarial_ce"].backward()
     assert calls == []
-    method.prepare([TASK])
+    method.prepare_training(TASK)
     assert calls == [1]
 
 
