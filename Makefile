@@ -26,7 +26,7 @@ demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fiftee
 	$(RUN) report $(DEMO)/undefended $(DEMO)/tecoa --out $(DEMO)/report.html
 	$(RUN) table $(DEMO)/undefended $(DEMO)/tecoa
 
-test: .venv/ready ## run the tests (under 10 minutes on 2 cores)
+test: .venv/ready ## run the tests (some 5 minutes on 2 cores)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready ## format, lint, types and import layers
