@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ShardWriter
+from conftest import ShardWriter, write_tiny_model
 from lightning.pytorch import Trainer
 
 from robustclip.attacks import PGD
@@ -19,6 +19,14 @@ CLASSES = ("red", "green", "blue", "black", "white")
 KNOWN = "0-2"
 TRAIN: Any = {"train": DataSource("wds:mixed", known=3, shift="open"), "holdout": 0.25}
 NAME = "detection"  # of the folder
+
+
+def write_all(folder: Path, write_shards: ShardWriter) -> Path:
+    """The tiny model and the sets."""
+    (folder / "model").mkdir()
+    write_tiny_model(folder / "model")
+    write_sets(folder, write_shards)
+    return folder
 
 
 def write_sets(folder: Path, write_shards: ShardWriter) -> None:

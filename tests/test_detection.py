@@ -7,7 +7,7 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
-from conftest import ShardWriter, write_tiny_model
+from conftest import ShardWriter
 from lightning.pytorch import Trainer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
@@ -28,11 +28,7 @@ QUIET = {
 
 @pytest.fixture(scope="module")
 def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("detection")
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    cases.write_sets(folder, write_shards)
-    return folder
+    return cases.write_all(tmp_path_factory.mktemp("detection"), write_shards)
 
 
 @pytest.fixture(scope="module")

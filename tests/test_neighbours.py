@@ -6,7 +6,7 @@ from typing import Any
 import detection_cases as cases
 import pytest
 import torch
-from conftest import ShardWriter, write_tiny_model
+from conftest import ShardWriter
 from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -71,11 +71,7 @@ def test_what_lies_in_the_banks_cluster_scores_higher_and_more_neighbours_never_
 
 @pytest.fixture(scope="module")
 def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("neighbours")
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
-    cases.write_sets(folder, write_shards)
-    return folder
+    return cases.write_all(tmp_path_factory.mktemp("neighbours"), write_shards)
 
 
 def method(folder: Path) -> CRoFT:

@@ -84,6 +84,29 @@ def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel
             )
 
 
+def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes that a part of a checkpoint tells apart, as `<part>_classes` keeps them.
+
+    Args:
+        checkpoint: as loaded.
+        part: of the method, such as "head".
+        expected: of this run's part; None where it has none yet.
+
+    Returns:
+        `()` if the checkpoint has no such part.
+
+    Raises:
+        ValueError: other classes than expected.
+    """
+    classes = tuple(checkpoint.get(f"{part}_classes", ()))
+    if expected is not None and classes != expected:
+        raise ValueError(
+            f"the checkpoint has a {part} of {len(classes)} classes, this run trains {len(expected)}"
+            " that are not the same; give the data.train that it was trained with"
+        )
+    return classes
+
+
 def random_states(device: torch.device, world_size: int) -> list[dict[str, Any]]:
     """`random_state` of every process, in the order of their ranks."""
     states = [random_state(device)] * world_size

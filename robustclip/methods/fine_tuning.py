@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from robustclip.losses import kl
 from robustclip.methods.base import RobustMethod
+from robustclip.methods.checkpoints import saved_classes
 from robustclip.methods.freezing import frozen
 from robustclip.methods.teacher import ImageTeacher
 from robustclip.types import Batch, Task
@@ -162,12 +163,7 @@ class FineTuning(RobustMethod):
         Raises:
             ValueError: it tells other classes apart than this run's training set.
         """
-        classes = tuple(checkpoint.get("head_classes", ()))
-        if self.head is not None and classes != self.class_names:
-            raise ValueError(
-                f"the checkpoint has a classifier of {len(classes)} classes, this run trains {len(self.class_names)}"
-                " that are not the same; give the data.train that it was trained with"
-            )
+        classes = saved_classes(checkpoint, "head", None if self.head is None else self.class_names)
         if classes and self.head is None:
             self.add_head(classes, checkpoint["state_dict"]["zero_shot_head"].to(self.clip.mean.device))
         self._is_head_empty = False

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.methods.checkpoints import saved_classes
 from robustclip.methods.features import FrozenFeatures
 from robustclip.methods.gathering import of_training_images
 from robustclip.methods.heads import head_logits
@@ -106,12 +107,7 @@ class TipAdapter(FrozenFeatures):
         Raises:
             ValueError: it is of other classes than this run's training set.
         """
-        classes = tuple(checkpoint.get("cache_classes", ()))
-        if self.keys is not None and classes != self.class_names:
-            raise ValueError(
-                f"the checkpoint has a cache of {len(classes)} classes, this run trains {len(self.class_names)}"
-                " that are not the same; give the data.train that it was trained with"
-            )
+        classes = saved_classes(checkpoint, "cache", None if self.keys is None else self.class_names)
         if classes and self.keys is None:
             state = checkpoint["state_dict"]
             parts = (state[name].to(self.clip.mean.device) for name in ("keys", "key_labels"))

@@ -144,7 +144,7 @@ def test_a_resumed_fit_keeps_the_classifier_and_refuses_other_classes(tiny_model
     assert torch.equal(resumed.head, first.head)
     assert torch.equal(resumed.zero_shot_head, first.zero_shot_head)
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    with pytest.raises(ValueError, match="a classifier of 2 classes, this run trains"):
+    with pytest.raises(ValueError, match="a head of 2 classes, this run trains"):
         resumed.on_load_checkpoint(content | {"head_classes": ["cat", "dog"]})
 
 
