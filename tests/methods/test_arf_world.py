@@ -1,6 +1,6 @@
 """What ARF's anchors keep of the shapes model that fine-tuning on two classes takes away (specification, T8)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from robustclip.types import Batch, Pairs, Task
 
 TUNED = ("circle", "triangle")
 TEMPLATES = ("a {}", "a picture of a {}", "an image of a {}")
-SEEDS = (0, 1)
+SEED = 0
 STEPS, BATCH, RATE = 30, 16, 5e-4
 PAIRS = 400
 
@@ -91,14 +91,14 @@ def spread(method: FLYP, world: World) -> float:
     return within / between
 
 
-@pytest.fixture(scope="module", params=SEEDS)
-def models(request: Any, world: World) -> dict[str, FLYP]:
+@pytest.fixture(scope="module")
+def models(world: World) -> dict[str, FLYP]:
     methods = {
         "flyp": FLYP(pretrained="shapes"),
         "captions": ARF(pretrained="shapes", anchor_weight=0.0),
         "pairs": ARF(pretrained="shapes", caption_weight=0.0),
     }
-    return {name: fitted(method, world, request.param) for name, method in methods.items()}
+    return {name: fitted(method, world, SEED) for name, method in methods.items()}
 
 
 # Over seeds 0 to 5 the first gap is 0.13 to 0.23, the second ratio 1.5 to 2.5; the bounds leave room for other CPUs.
