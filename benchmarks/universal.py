@@ -1,10 +1,10 @@
 """Compares UEO with what it is built on, on photographs: four category shifts, known and unknown classes.
 
 Each set is adapted to alone and without labels, and tested on its own test images: known classes for accuracy, known
-against unknown ones for detection. One rate for all methods and sets; it is chosen on one set, seed 0, apart from the
-others. With `--attacked`, a checkpoint of TeCoA, the undefended model, TeCoA and UEO after an open shift are tested
-again with known images pushed out and unknown ones in. What is there is left out, so the script goes on where it was
-ended, and several may share the work.
+against unknown ones for detection. UEO and its options have one rate for all sets, each other method its own; they are
+chosen on one set, seed 0, apart from the others. With `--attacked`, a checkpoint of TeCoA, the undefended model, TeCoA
+and UEO after an open shift are tested again with known images pushed out and unknown ones in. What is there is left
+out, so the script goes on where it was ended, and several may share the work.
 """
 
 import argparse
@@ -39,7 +39,11 @@ METHODS = {
     "ueo_official": ("--model.weights", "confidence", "--model.weight_temperature", "1"),
     "ueo_msp": ("--model.weights", "confidence", "--model.weight_temperature", "0.01"),
     "oracle": ("--model.weights", "oracle"),
+    "upl": ("--model", "UPL"),
+    "pouf": ("--model", "POUF"),
+    "dance": ("--model", "DANCE"),
 }
+RATES = {"ueo": "1e-1", "upl": "1e-2", "pouf": "1e-1", "dance": "1"}  # the best on CIFAR-10; UEO's for its options
 
 
 class Cell(NamedTuple):
@@ -62,11 +66,12 @@ class Universal:
     Args:
         work: folder of fits and tests.
         shared: options of every command: where data and model lie.
+        rate: of context and norms; None for the method's.
         options: of every fit.
     """
 
-    def __init__(self, work: Path, shared: Sequence[str], options: Sequence[str]) -> None:
-        self.work, self.shared, self.options = work, list(shared), list(options)
+    def __init__(self, work: Path, shared: Sequence[str], rate: str | None, options: Sequence[str]) -> None:
+        self.work, self.shared, self.rate, self.options = work, list(shared), rate, list(options)
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """Fits, tests, and tells accuracy, AUROC and H-score."""
@@ -102,7 +107,9 @@ class Universal:
             yield told | {"auroc": scores["auroc"], "attacked": scores["attacked"]["auroc"]}
 
     def _fit_words(self, cell: Cell) -> list[str]:
-        return [*self._words(cell.data, cell.shift), *METHODS[cell.method], *self.options]
+        rate = self.rate or RATES.get(cell.method, RATES["ueo"])
+        rates = ("--model.context_lr", rate, "--model.optimizer.lr", rate)
+        return [*self._words(cell.data, cell.shift), *METHODS[cell.method], *rates, *self.options]
 
     def _words(self, data: str, shift: str) -> list[str]:
         source = {"source": f"wds:{data}", "shift": shift, "known": KNOWN[data], "templates": ["a photo of a {}."]}
@@ -181,14 +188,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     words.add_argument("--shifts", nargs="*", default=SHIFTS, choices=SHIFTS)
     words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     words.add_argument("--seeds", nargs="*", type=int, default=range(5))
-    words.add_argument("--rate", default="1e-1", help="of context and norms")
+    words.add_argument("--rate", help="of context and norms; without it, the one that was chosen for each method")
     words.add_argument("--steps", default="12")
     words.add_argument("--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
-    rates = ("--model.context_lr", arguments.rate, "--model.optimizer.lr", arguments.rate)
-    runs = Universal(arguments.work, shared, (*rates, "--trainer.max_steps", arguments.steps))
+    runs = Universal(arguments.work, shared, arguments.rate, ("--trainer.max_steps", arguments.steps))
     if arguments.attacked is not None:
         rows = [row for data in arguments.sets for row in runs.attacked(data, arguments.attacked)]
         print(attacked_table(rows))
