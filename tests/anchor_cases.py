@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from conftest import add_member
+from inputs import add_member
 from PIL import Image
 from pyarrow import parquet
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ShardWriter, write_tiny_model
+from inputs import ShardWriter, write_tiny_model
 from lightning.pytorch import Trainer
 
 from robustclip.attacks import PGD

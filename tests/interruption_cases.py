@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from ranks import meeting_place
 from resume_cases import finish
 from torch import Tensor
 
@@ -136,10 +136,8 @@ def start_all(case: dict[str, Any], folder: Path, moment: str, processes: int) -
     """Starts one process, or all ranks of a group as Lightning's launcher would."""
     if processes == 1:
         return [start(case, folder, moment)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    ranks = [place | {"NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    place = meeting_place()
+    ranks = [place | {"LOCAL_RANK": str(rank)} for rank in range(processes)]
     return [start(case, folder, moment, rank) for rank in ranks]
 
 

@@ -7,7 +7,7 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from lightning.pytorch import Trainer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from conftest import ShardWriter, add_member, picture
+from inputs import ShardWriter, add_member, picture
 from lightning.pytorch import Trainer
 from numpy.random import default_rng
 from torch import Tensor

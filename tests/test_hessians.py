@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ShardWriter, write_tiny_model
+from inputs import ShardWriter, write_tiny_model
 from interruption_cases import BATCH, KEPT, Counted
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file

@@ -6,7 +6,7 @@ from typing import Any
 import detection_cases as cases
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors

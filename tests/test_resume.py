@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 
 from robustclip.methods import checkpoints
 from robustclip.methods.checkpoints import RenamedCheckpointIO, random_state, set_random_state

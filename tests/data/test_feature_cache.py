@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from numpy.typing import NDArray
 
 from robustclip.data import CLIPDataModule, DataSource

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from torch.utils.data import DistributedSampler
 
 from robustclip.data import CLIPDataModule

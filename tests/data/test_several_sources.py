@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SHARED, ShardWriter
+from conftest import SHARED
+from inputs import ShardWriter
 from jsonargparse import ArgumentParser
 
 from robustclip.data import CLIPDataModule, DataSource

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import ShardWriter, add_member
+from inputs import ShardWriter, add_member
 from PIL import Image
 
 from robustclip.data.images import Images

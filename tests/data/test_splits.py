@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning
 import pytest
-from conftest import ShardWriter
+from inputs import ShardWriter
 
 from robustclip.data import CLIPDataModule
 from robustclip.data.splits import choose, draw_known, hold_out

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ShardWriter
+from inputs import ShardWriter
 
 from robustclip.data import streams
 from robustclip.data.images import StreamedImages

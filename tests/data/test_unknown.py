@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import ShardWriter
+from inputs import ShardWriter
 from lightning.pytorch import Trainer
 from PIL import Image
 

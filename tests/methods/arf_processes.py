@@ -1,14 +1,15 @@
-"""Run by test_arf.py on one process or two: the same fits over the same batches, whole or shared out.
+"""Fits that test_arf.py runs in its own process, and as a script on two: the same batches, whole or shared out.
 
-usage: python arf_processes.py FOLDER PROCESSES; writes FOLDER/NAME.PROCESSES.RANK.pt
+usage: python arf_processes.py FOLDER; writes FOLDER/NAME.PROCESSES.RANK.pt
 """
 
-import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from ranks import on_both
 
 from robustclip.data import CLIPDataModule
 from robustclip.methods import ARF
@@ -53,5 +54,4 @@ def main(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    on_both(partial(main, Path(sys.argv[1]), 2))

@@ -6,7 +6,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
-from conftest import ShardWriter
+from inputs import ShardWriter
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F

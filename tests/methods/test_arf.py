@@ -1,10 +1,5 @@
 """ARF's step against its definition (specification sections 4, 10 and 11), on one process and on two."""
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +8,9 @@ import method_cases as cases
 import pytest
 import torch
 from anchor_cases import shapes_pairs, write_pairs, write_table
-from conftest import ShardWriter, write_tiny_model
+from inputs import ShardWriter, write_tiny_model
 from lightning.pytorch import Trainer, seed_everything
+from ranks import in_background
 from test_flyp import gradients, read, symmetric
 from torch import Tensor
 
@@ -23,7 +19,6 @@ from robustclip.methods import ARF, FLYP
 from robustclip.types import Batch, Pairs
 
 SCRIPT = Path(arf_processes.__file__)
-TIMEOUT_SECONDS = 400
 
 
 def anchored_batch() -> Batch:
@@ -139,17 +134,8 @@ def files(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def fits(files: Path) -> Path:
     """Weights after the cases ran on two processes and on one."""
-    with (files / "two.log").open("w") as log:
-        two = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(files), "2"], stdout=log, stderr=log, start_new_session=True
-        )
-    try:
+    with in_background(SCRIPT, files):
         arf_processes.main(files, 1)
-        status = two.wait(TIMEOUT_SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(two.pid, signal.SIGKILL)  # both ranks
-    assert status == 0, (files / "two.log").read_text()[-3000:]
     return files
 
 

@@ -5,11 +5,6 @@ batch where the loss is a mean over samples that do not know each other, where t
 id and the step alone, and where BatchNorm keeps its statistics.
 """
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,14 +13,13 @@ from typing import Any
 import pytest
 import torch
 import update_cases as cases
+from ranks import in_background
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule
 from robustclip.types import Batch
 
 SCRIPT = Path(__file__).with_name("update_cases.py")
-TIMEOUT_SECONDS = 500  # ten times what it takes, for machines that are busy with something else
-pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 ROUNDING = 1e-5  # of an update in fp32, relative to its norm: sums over 4 images and over 8 round differently
 Fits = dict[str, list[dict[str, Any]]]  # by name of the case, the result of each process
 Load = Callable[[str], list[dict[str, Any]]]
@@ -53,22 +47,9 @@ def accumulated(name: str) -> list[dict[str, Any]]:
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> Fits:
     """Every case on two gloo processes, under the plain `ddp` strategy."""
     folder = tmp_path_factory.mktemp("distributed")
-    with (folder / "log").open("w") as log:
-        job = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
+    with in_background(SCRIPT, folder):
         for name in cases.CASES:  # while the two are busy
             whole(name)
-        status = job.wait(TIMEOUT_SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)  # both ranks
-    assert status == 0, (folder / "log").read_text()[-3000:]
     names = cases.CASES | cases.IN_TURNS
     return {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in names}
 

@@ -10,7 +10,7 @@ import method_cases as cases
 import open_clip.model
 import pytest
 import torch
-from conftest import write_tiny_model
+from inputs import write_tiny_model
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file

@@ -4,11 +4,13 @@ usage: python update_cases.py FOLDER; writes FOLDER/CASE.RANK.pt.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from ranks import on_both
 from torch import Tensor
 
 from robustclip.attacks import APGD, PGD, Attack, Square
@@ -166,4 +168,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    on_both(partial(main, Path(sys.argv[1])))

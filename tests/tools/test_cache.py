@@ -12,7 +12,7 @@ import pytest
 import torch
 from cache_cases import content, die_in_write, options
 from checkpoint_cases import one_tokenizer
-from conftest import ShardWriter
+from inputs import ShardWriter
 from resume_cases import finish
 
 from robustclip.__main__ import run
