@@ -32,7 +32,9 @@ def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, KeyError) or not text.strip():
         text = f"{type(error).__name__}: {text}"
-    if found := re.search(r"unrecognized arguments: -*(\S+)|does not accept option '([^']+)'", text):
+    if (found := re.search(r"unrecognized arguments: -*(\S+)|does not accept option '([^']+)'", text)) and (
+        "Parser key" not in text
+    ):
         return _unknown_key(found[1] or found[2], keys)
     if found := re.search(r"argument -*(\S+): expected one argument", text):
         return f"{found[1]}: a value is missing; one that begins with a minus is written --KEY=-VALUE"
@@ -46,10 +48,16 @@ def _of_parser(text: str) -> str:
     where = f"{path}: " if path else ""
     block = "\n".join(reasons)
     value = _value(block) or _value(text)
-    if found := re.search(r"Option '([^']+)' is not accepted", block):
-        return _unknown_key(f"{path}.{found[1]}", [f"{path}.{name}" for name in _parameters(cls)])
-    if "Expected a path" in text and value.endswith((".yaml", ".yml", ".json")):
+    if found := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", block):
+        made = cls or _value_class(block)
+        return _unknown_key(f"{path}.{found[1] or found[2]}", [f"{path}.{name}" for name in _parameters(made)])
+    if found := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
+        value = found[1]
+    if found or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
         return f"{where}{value!r} is no file or no YAML; paths inside a config start at that config"
+    option = re.search(r"NestedArg\(key='([^']+)'", text)
+    if option and re.search("Not a valid subclass|is abstract", block):
+        return f"{path}.{option[1]} has no class to belong to; put `--{path} CLASS` before it: {_classes(path, '')}"
     if "Expected a dot import path" in block:
         return f"{where}there is no class {value!r}; {_classes(path, value)}"
     if "not correspond to a subclass" in block:
@@ -88,6 +96,11 @@ def _value(text: str) -> str:
         or re.search(r"Given value: (.*)", text)
     )
     return found[1].strip() if found else ""
+
+
+def _value_class(text: str) -> str:
+    found = re.search(r"Got value: Namespace\(class_path='([^']+)'", text)
+    return found[1] if found else ""
 
 
 def _expected(block: str) -> str:

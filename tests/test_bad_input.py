@@ -198,6 +198,10 @@ def pickled_folder(at: Path) -> None:
 ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "command": ("tset", nothing, ("'tset'", "test")),
     "key": (f"{FIT} --model.last_blcks 1", nothing, ("model.last_blcks", "last_blocks")),
+    "key of a key": (f"{FIT} --model.atack.eps 1/255", nothing, ("model.atack.eps", "model.attack")),
+    "key of the optimizer": (f"{FIT} --model.optimizer.lrr 1", nothing, ("model.optimizer.lrr", "model.optimizer.lr?")),
+    "key of no model": ("fit --model.image_size 32", nothing, ("model.image_size", "--model CLASS", "TeCoA")),
+    "unknown key of no model": ("fit --model.eps 1", nothing, ("model.eps", "--model CLASS", "TeCoA")),
     "key of the trainer": (f"{TEST} --trainer.acelerator cpu", nothing, ("trainer.acelerator", "trainer.accelerator")),
     "key without section": (f"{TEST} --batch_size 4", nothing, ("batch_size", "data.batch_size")),
     "key in a file": (
@@ -225,6 +229,11 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "config that is no YAML": (f"{TEST} --config run.yaml", text("run.yaml", "a: [1\nb: {"), ("run.yaml", "YAML")),
     "config without keys": (f"{TEST} --config run.yaml", text("run.yaml", "just words"), ("run.yaml", "words")),
     "missing part of a config": (f"{TEST} --config run.yaml", text("run.yaml", "data: no.yaml"), ("data", "no.yaml")),
+    "missing trainer of a config": (
+        f"{TEST} --config run.yaml",
+        text("run.yaml", "trainer: no.yaml"),
+        ("trainer", "'no.yaml'", "start at that config"),
+    ),
     "part of a config that is no YAML": (
         f"{TEST} --config run.yaml",
         broken_part,
