@@ -243,6 +243,16 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "module that fails": (f"{TEST} --model broken.Mine", text("broken.py", "import nonesuch"), ("model", "nonesuch")),
     "optimizer": (f"{FIT} --model.optimizer Adamm", nothing, ("model.optimizer", "Adamm", "Adam?")),
     "learning rate": (f"{FIT} --model.optimizer.lr -1", nothing, ("learning rate", "-1")),
+    "monitor without validation": (
+        f"{FIT} --checkpoint.monitor val/mean/clean/acc1",
+        nothing,
+        ("checkpoint.monitor", "val/mean/clean/acc1", "data.holdout"),
+    ),
+    "monitor": (
+        f"{FIT} --data.holdout 0.5 --checkpoint.monitor val/mean/pgd/acc1",
+        nothing,
+        ("checkpoint.monitor", "val/mean/pgd/acc1", "val/mean/clean/acc1"),
+    ),
     "accelerator": (f"{TEST} --trainer.accelerator tpuu", nothing, ("tpuu",)),
     "attack": (
         TEST + ' --evaluation.attacks {"x":{"class_path":"PGDD"}}',

@@ -1,7 +1,13 @@
 """Checkpoints to choose from and to continue from."""
 
+import re
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from robustclip.callbacks.evaluation import RobustEvaluation
+
+ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
 
 class Checkpoints(ModelCheckpoint):
@@ -10,6 +16,20 @@ class Checkpoints(ModelCheckpoint):
     Lightning 2.6 renews ``last.ckpt`` only when the monitored metric improved, so a run that is continued from it
     would lose every epoch since the best.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks before a fit, not after its first epoch, whether validation measures the monitored accuracy.
+
+        Raises:
+            ValueError: it does not.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and ACCURACY.fullmatch(self.monitor or ""):
+            known = _validated(trainer)
+            if not known:
+                raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but nothing is validated; set data.holdout")
+            if self.monitor not in known:
+                raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but validation gives {', '.join(known)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the best, then the last, where validation decides when."""
@@ -26,3 +46,11 @@ class Checkpoints(ModelCheckpoint):
     def _renew_last(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # nothing was saved at this step yet
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validated(trainer: Trainer) -> list[str]:
+    """Names of the accuracies that a fit's validation logs."""
+    tasks = [task.name for task in trainer.datamodule.val_tasks]  # type: ignore[attr-defined]
+    evaluations = [each for each in trainer.callbacks if isinstance(each, RobustEvaluation)]  # type: ignore[attr-defined]
+    names = ["clean", *(name for each in evaluations for name in each.fit_attacks)]
+    return [f"val/{task}/{name}/acc1" for task in ("mean", *tasks) for name in names] if tasks else []
