@@ -145,7 +145,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     method.freeze_the_rest()
     before = frozen_tensors(method)
     size = BATCH // processes // pieces
-    data = CLIPDataModule(train="shapes:source", batch_size=size, eval_batch_size=256, image_size=32)
+    data = CLIPDataModule("shapes:source", shots=1, batch_size=size, eval_batch_size=256, image_size=32)
     trainer.fit(method, datamodule=data)
     after = frozen_tensors(method)
     return {
