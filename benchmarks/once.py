@@ -33,7 +33,8 @@ def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """The result of a test in its folder."""
     if not (folder / "result.json").is_file():
         places = ("--results.folder", str(folder.parent), "--results.name", folder.name)
-        robustclip(["test", *words, *places, "--trainer.enable_progress_bar", "false"])
+        # Without a logger, whose folder is numbered: two tests that start together would share one.
+        robustclip(["test", *words, *places, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
