@@ -32,9 +32,8 @@ def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
         text = text.strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, KeyError) or not text.strip():
         text = f"{type(error).__name__}: {text}"
-    if (found := re.search(r"unrecognized arguments: -*(\S+)|does not accept option '([^']+)'", text)) and (
-        "Parser key" not in text
-    ):
+    is_top_level = "Parser key" not in text
+    if is_top_level and (found := re.search(r"unrecognized arguments: -*(\S+)|does not accept option '([^']+)'", text)):
         return _unknown_key(found[1] or found[2], keys)
     if found := re.search(r"argument -*(\S+): expected one argument", text):
         return f"{found[1]}: a value is missing; one that begins with a minus is written --KEY=-VALUE"

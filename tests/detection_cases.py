@@ -22,21 +22,17 @@ NAME = "detection"  # of the folder
 
 
 def write_all(folder: Path, write_shards: ShardWriter) -> Path:
-    """The tiny model and the sets."""
+    """The tiny model, and three sets; returns the folder.
+
+    9 known and 6 unknown samples in `mixed`; of the other two sets, one each: a second process has none. Of the
+    training images of `mixed` 11 show known classes, of which a hold-out of a quarter leaves 8, and 3 another.
+    """
     (folder / "model").mkdir()
     write_tiny_model(folder / "model")
-    write_sets(folder, write_shards)
-    return folder
-
-
-def write_sets(folder: Path, write_shards: ShardWriter) -> None:
-    """9 known and 6 unknown samples in `mixed`; of the other two sets, one each: a second process has none.
-
-    Of the training images of `mixed` 11 show known classes, of which a hold-out of a quarter leaves 8, and 3 another.
-    """
     write_shards(folder, "mixed", "train", [9, 8], CLASSES, seed=7)
     for seed, (name, count) in enumerate({"mixed": 15, "lone_known": 1, "lone_unknown": 4}.items()):
         write_shards(folder, name, "test", [count], CLASSES, seed=seed)
+    return folder
 
 
 def data(folder: Path, *, test: list[str], unknown: list[str], **options: Any) -> CLIPDataModule:

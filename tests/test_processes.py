@@ -8,7 +8,7 @@ import detection_cases
 import process_cases
 import pytest
 import torch
-from inputs import ShardWriter, write_tiny_model
+from inputs import ShardWriter
 from ranks import in_background
 
 from robustclip.runs import Run
@@ -22,15 +22,12 @@ SIZES = {"odd": 7, "single": 1, "stream_odd": 7, "stream_few": 5, "stream_single
 @pytest.fixture(scope="module")
 def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds everything, after the cases ran on two processes and on one."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
+    folder = detection_cases.write_all(tmp_path_factory.mktemp("processes"), write_shards)
     write_shards(folder, "odd", "train", [4, 3], seed=1)
     write_shards(folder, "odd", "test", [4, 3])
     write_shards(folder, "few", "test", [5])
     write_shards(folder, "single", "test", [1])
     write_shards(folder, "broken", "test", [5], broken=(1, 2))
-    detection_cases.write_sets(folder, write_shards)
     with in_background(SCRIPT, folder, "2"):
         process_cases.main(folder, 1)
     return folder
