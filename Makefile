@@ -26,8 +26,11 @@ demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fiftee
 	$(RUN) report $(DEMO)/undefended $(DEMO)/tecoa --out $(DEMO)/report.html
 	$(RUN) table $(DEMO)/undefended $(DEMO)/tecoa
 
-test: .venv/ready ## run the tests (some 5 minutes on 2 cores)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: .venv/ready ## run the slow tests: kills, resumes and mutated files by the thousand
+	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
 check: .venv/ready ## format, lint, types and import layers
 	$(BIN)/ruff format --check .
@@ -43,4 +46,4 @@ bench: .venv/ready ## time training step and evaluation against the official way
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 	$(BIN)/python benchmarks/evaluation.py --out benchmarks/results/evaluation.json
 
-.PHONY: help demo test check format bench
+.PHONY: help demo test test-slow check format bench
