@@ -157,10 +157,13 @@ def test_wrong_arguments_are_refused() -> None:
 def test_square_is_as_strong_as_the_authors(norm: str, name: str, eps: float) -> None:
     reference = pytest.importorskip("pyautoattack.square", reason="pyautoattack, the reference, is missing")
     victim = learnt()
-    found = []
-    for seed in range(3):  # theirs moves one square over the whole batch, so its accuracy varies by 2 points
-        theirs = reference.SquareAttack(victim.model, norm=name, n_queries=149, eps=eps, seed=seed, device="cpu")
-        found.append(victim.accuracy(theirs.perturb(victim.images, victim.labels)))
-    ours = victim.accuracy(Square(eps, 150, norm)(victim.images, victim.model, victim.labels, index=IDS))
-    assert all(0.2 < accuracy < 0.8 for accuracy in found)
-    assert ours <= sum(found) / 3 + 0.03
+    theirs, ours = [], []
+    for seed in range(6):  # theirs moves one square over the whole batch, so its accuracy varies by some points
+        reference_attack = reference.SquareAttack(
+            victim.model, norm=name, n_queries=149, eps=eps, seed=seed, device="cpu"
+        )
+        theirs.append(victim.accuracy(reference_attack.perturb(victim.images, victim.labels)))
+        attacked = Square(eps, 150, norm)(victim.images, victim.model, victim.labels, index=IDS, seed=seed)
+        ours.append(victim.accuracy(attacked))
+    assert all(0.2 < accuracy < 0.8 for accuracy in theirs)
+    assert sum(ours) / 6 <= sum(theirs) / 6 + 0.03
