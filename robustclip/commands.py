@@ -69,10 +69,13 @@ def _report(words: list[str]) -> int:
     parser = _parser("report", "Writes one page about several runs.")
     parser.add_argument("runs", nargs="+", type=str, help="folder that `robustclip test` left")
     parser.add_argument("--out", type=str, default="report.html", help="file to write")
+    parser.add_argument("--images", type=str | None, help="folder for the kept adversarial examples as PNG files")
+    parser.add_argument("--sections", type=list[str], default=[], help="class paths of report sections of your own")
     given = parser.parse_args(words)
     from robustclip.tools.report import report
 
-    report([Path(name) for name in given.runs], out=Path(given.out))
+    images = Path(given.images) if given.images else None
+    report([Path(name) for name in given.runs], out=Path(given.out), images=images, sections=given.sections)
     return 0
 
 

@@ -97,7 +97,9 @@ def write_ledger(path: Path, by: dict[str, list[str]], n: int) -> None:
         writer = csv.DictWriter(file, columns(list(by)), restval="")
         writer.writeheader()
         for number in range(n):
-            writer.writerow({"id": number, "label": 0, **{f"{attack}.by": who[number] for attack, who in by.items()}})
+            verdicts = {f"{attack}.by": who[number] for attack, who in by.items()}
+            is_wrong = any(verdict == "clean" for verdict in verdicts.values())
+            writer.writerow({"id": number, "label": 0, "clean": int(is_wrong), **verdicts})
 
 
 def axes(task: str, kind: str, templates: tuple[str, ...]) -> dict[str, Any]:

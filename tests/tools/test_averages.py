@@ -121,12 +121,12 @@ def test_the_report_shows_averages_and_geometry_of_every_run(tmp_path: Path) -> 
     assert "TeCoA b, cifar10: 1.12" in text
     assert "| cifar10 | 1.250 | 1.125 |" in (tmp_path / "report.md").read_text()
     lines = [line.split(",") for line in (tmp_path / "report.csv").read_text().splitlines()]
-    assert ["a", "TeCoA", "shift", "clean", "", "", "43.2", "40.0", "50.0", ""] in lines
+    assert ["a", "TeCoA", "B", "shift", "clean", "", "", "43.2", "40.0", "50.0", ""] in lines
 
 
 def test_a_report_without_geometry_has_no_section_of_it(tmp_path: Path) -> None:
     text, _ = shown(tmp_path, method=["TeCoA", "FARE"])
-    sections = ["images", "audit"]
+    sections = ["accuracy", "audit"]
     assert all(text.index(f'id="{a}"') < text.index(f'id="{b}"') for a, b in pairwise(sections))
     assert 'id="geometry"' not in text
     assert 'href="#geometry"' not in text

@@ -1,20 +1,26 @@
 """The report says what the result and the ledgers say, and nothing in them can harm it."""
 
 import csv
-import html
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from markupsafe import escape
+from PIL import Image
 from report_cases import CLASSES, EPS, FEW, MEMBERS, N, Reader, axes, checks, keep_example, make_run
 
-from robustclip.runs import LEDGERS, PROTOCOL, RESULT
+from robustclip.runs import LEDGERS, PROTOCOL, RESULT, Run
+from robustclip.tools.compare import pair
 from robustclip.tools.report import report
+from robustclip.tools.report.blocks import Block, Cell, Table
 from robustclip.tools.report.plots import interpolations
-from robustclip.tools.report.view import views
+from robustclip.tools.report.section import Section
+from robustclip.tools.report.view import View, views
 
 
 def read_page(runs: list[Path], folder: Path) -> tuple[str, Reader]:
@@ -41,10 +47,9 @@ def test_one_run_shows_every_number_of_its_result(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     result = json.loads((run / RESULT).read_text())
     _, reader = read_page([run], tmp_path)
-    shown = cells(reader, "Accuracy of every task")
+    shown, effort = cells(reader, "Accuracy of every task"), cells(reader, "Samples and seconds")
     for task, values in result["tasks"].items():
-        assert shown[task]["n"] == [str(values["n"])]
-        assert shown[task]["seconds"] == [f"{values['seconds']:.1f}"]
+        assert effort[task] == {"n": [str(values["n"])], "TeCoA, seconds": [f"{values['seconds']:.1f}"]}
         for kind in result["mean"]:
             assert shown[task][kind] == formatted(values[kind])
     for kind, values in result["mean"].items():
@@ -58,7 +63,7 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, count: int) -> None:
     for kind in ("clean", *EPS):
         title = "Clean accuracy" if kind == "clean" else f"Accuracy under {kind}"
         shown = cells(reader, title)
-        means = cells(reader, "Mean over the tasks")
+        means = cells(reader, "Mean accuracy over the tasks")
         for run in runs:
             result = json.loads((run / RESULT).read_text())
             assert means[f"TeCoA {run.name}"][kind] == formatted(result["mean"][kind])
@@ -85,21 +90,25 @@ def test_best_is_marked_only_above_all_intervals(tmp_path: Path) -> None:
             runs.append(run)
         return read_page(runs, folder)[0].count('<abbr title="best">')
 
-    assert marks(0.2, 0.4) == 2  # the task and the mean
+    assert marks(0.2, 0.4) == 3  # the task, the mean, and the mean in the summary
     assert marks(0.2, 0.29) == 0  # the intervals overlap
     assert marks(0.2, 0.4, 0.45) == 0
     assert marks(0.2, 0.4, templates="another {}") == 0  # another protocol
 
 
-def test_who_broke_what_equals_the_ledger(tmp_path: Path) -> None:
+def test_successes_of_members_equal_the_ledger(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     _, reader = read_page([run], tmp_path)
     for attack, members in MEMBERS.items():
-        shown = cells(reader, f"What broke the samples under {attack}")
+        shown = cells(reader, f"Successes of the members of {attack}")
         for task in ("cifar10", "pcam"):
             with (run / LEDGERS / f"{task}.csv").open() as file:
                 by = [row[f"{attack}.by"] for row in csv.DictReader(file)]
-            named = {"wrong when clean": "clean", "robust": "", **{name: name for name in members if name in by}}
+            named = {
+                "misclassified without attack": "clean",
+                "robust": "",
+                **{name: name for name in members if name in by},
+            }
             assert {name: shown[task][name] for name in named} == {k: [str(by.count(v))] for k, v in named.items()}
             assert shown[task]["samples"] == [str(N)]
 
@@ -110,7 +119,7 @@ def test_markdown_and_csv_hold_the_numbers_of_the_page(tmp_path: Path) -> None:
     shown = cells(reader, "Accuracy of every task")
     rows = [line.strip("| \n").split(" | ") for line in (tmp_path / "report.md").read_text().splitlines()]
     for task, values in shown.items():
-        (row,) = [row for row in rows if row[0] == task]
+        row = next(row for row in rows if row[0] == task)
         written = [word.strip("()") for cell in row[1:] for word in cell.split()]
         assert written == [word for cell in values.values() for word in cell]
     with (tmp_path / "report.csv").open() as file:
@@ -156,7 +165,7 @@ def test_text_of_files_is_escaped(tmp_path: Path) -> None:
     keep_example(run, 3)
     text, reader = read_page([run], tmp_path)
     assert "script" not in reader.names
-    assert html.escape(CLASSES[1]) in text
+    assert escape(CLASSES[1]) in text
     assert evil in reader.words
     assert "<script" not in (tmp_path / "report.md").read_text()
 
@@ -171,6 +180,12 @@ def test_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
         assert first.with_suffix(ending).read_bytes() == second.with_suffix(ending).read_bytes()
 
 
+def test_no_page_has_an_empty_section_of_images(tmp_path: Path) -> None:
+    text, reader = read_page([make_run(tmp_path / "run", attacks=FEW)], tmp_path)
+    assert 'id="images"' not in text
+    assert not reader.names["img"]
+
+
 def test_gallery_shows_names_and_is_limited(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attacks=FEW)
     for number in range(5):
@@ -181,14 +196,18 @@ def test_gallery_shows_names_and_is_limited(tmp_path: Path) -> None:
     assert "3 of 6 images kept" in text
     assert any("sample 9" in word for word in reader.words)  # attacks take turns
     assert any(
-        "difference \N{MULTIPLICATION SIGN}127" in word for word in reader.words
+        "perturbation \N{MULTIPLICATION SIGN}127" in word for word in reader.words
     )  # half of the range, over 1/255
 
 
-def test_no_examples_says_how_to_keep_them(tmp_path: Path) -> None:
-    text, reader = read_page([make_run(tmp_path / "run", attacks=FEW)], tmp_path)
-    assert "--evaluation.save_examples N" in text
-    assert not reader.names["img"]
+def test_images_are_exported_as_png_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", attacks=FEW)
+    keep_example(run, 3)
+    report([run], out=tmp_path / "report.html", images=tmp_path / "png")
+    folder = tmp_path / "png" / "run" / "cifar10" / "pgd10"
+    assert {path.name for path in folder.iterdir()} == {f"3_{n}.png" for n in ("clean", "perturbation", "attacked")}
+    clean, attacked = (np.asarray(Image.open(folder / f"3_{name}.png"), int) for name in ("clean", "attacked"))
+    assert 1 <= abs(clean - attacked).max() <= 2  # 1/255, and the rounding of both images
 
 
 def test_audit_shows_every_check_and_the_grade(tmp_path: Path) -> None:
@@ -210,8 +229,8 @@ def test_unlike_protocols_are_flagged_above_the_tables(tmp_path: Path) -> None:
         make_run(tmp_path / "b", attacks=FEW, method="B", templates=("{}",)),
     ]
     text, _ = read_page(runs, tmp_path)
-    assert text.index("Unlike protocols") < text.index("<table>")
-    assert html.escape('A and B differ in templates: ["a photo of a {}"] against ["{}"]') in text
+    assert text.index("Unlike protocols") < text.index("<caption>Clean accuracy")
+    assert escape('A and B differ in templates: ["a photo of a {}"] against ["{}"]') in text
     assert "runs differ in templates" in text
     runs[1] = make_run(tmp_path / "c", attacks=FEW, method="C")
     assert "UNLIKE PROTOCOLS" in (tmp_path / "report.md").read_text()
@@ -228,12 +247,54 @@ def test_what_only_one_run_has_is_flagged(tmp_path: Path) -> None:
     assert "attack autoattack is only in TeCoA a" in text
 
 
-def test_ledger_that_disagrees_with_the_result_is_flagged(tmp_path: Path) -> None:
+def test_a_run_whose_audit_failed_is_marked_and_never_best(tmp_path: Path) -> None:
+    failed = {"grade": "F", "checks": [{"name": "black_box", "status": "fail", "found": "found 9", "why": "masked"}]}
+    runs = [
+        make_run(tmp_path / "weak", attacks=FEW, method="Weak", strength=0.9),
+        make_run(tmp_path / "masked", attacks=FEW, method="Masked", strength=0.0, audit=failed),
+    ]
+    text, reader = read_page(runs, tmp_path)
+    assert "Masked ✕ failed audit" in reader.tables["Mean accuracy over the tasks"][2][0]
+    for caption in ("Clean accuracy", "Accuracy under pgd10"):
+        head, *rows = reader.tables[caption]
+        assert head[2].strip() == "Masked ✕ failed audit"
+        assert not any("▲" in row[2] for row in rows)
+    assert "Masked failed black_box: found 9" in text
+    assert text.count('aria-label="Mean accuracy against radius. Weak: ') == 1
+    assert "Masked ✕ failed audit: mean" in text
+    assert "Masked is best" not in text
+
+
+def test_the_summary_states_the_paired_difference_of_the_best_run(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / name, attacks=FEW, method=name, n=200, strength=s) for name, s in (("A", 0.9), ("B", 0.1))
+    ]
+    differences = {each.attack: each.difference for each in pair(*map(Run.open, runs)).means}
+    value, low, high = (f"{100 * number:+.1f}" for number in differences["pgd10"])
+    text, _ = read_page(runs, tmp_path)
+    interval = f"95\N{NO-BREAK SPACE}% interval of the paired difference {low} to {high}"
+    sentence = f"Under pgd10: B is best, {value} points, {interval}"
+    assert sentence in text
+    assert text.index(sentence) < text.index("<nav")
+
+
+class Peak(Section):
+    title = "Memory"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        rows = [(view.label, [Cell(str(view.run.result["config"].get("peak", 3)))]) for view in views]
+        return [Table("Peak memory, MiB", "run", ["peak"], rows)]
+
+
+def test_a_section_of_a_user_is_accepted_by_its_class_path(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", attacks=FEW)
-    result = json.loads((run / RESULT).read_text())
-    result["tasks"]["pcam"]["pgd10"]["correct"] += 1
-    (run / RESULT).write_text(json.dumps(result))
-    assert "pcam under pgd10: the ledger has" in read_page([run], tmp_path)[0]
+    report([run], out=tmp_path / "report.html", sections=[f"{__name__}.Peak"])
+    text = (tmp_path / "report.html").read_text()
+    assert cells(Reader(text), "Peak memory, MiB") == {"TeCoA": {"peak": ["3"]}}
+    assert "| TeCoA | 3 |" in (tmp_path / "report.md").read_text()
+    for wrong in ("nowhere.Peak", f"{__name__}.Path", "Peak"):
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            report([run], out=tmp_path / "report.html", sections=[wrong])
 
 
 def test_radii_of_one_attack_share_a_curve(tmp_path: Path) -> None:
@@ -264,9 +325,9 @@ def test_runs_without_an_attack_have_no_sections_of_attacks(tmp_path: Path) -> N
     def sections(*runs: Path) -> list[str]:
         return re.findall(r'<section id="([^"]+)">', read_page([*runs], tmp_path)[0])
 
-    assert sections(clean) == ["accuracy", "audit", "protocol"]
-    of_attacks = ["radius", "clean-and-robust", "what-broke-it", "images"]
-    assert sections(clean, attacked) == ["accuracy", *of_attacks, "audit", "protocol"]
+    assert sections(clean) == ["summary", "accuracy", "audit", "protocol", "runs"]
+    of_attacks = ["clean-and-robust", "accuracy", "which-member-succeeded"]
+    assert sections(clean, attacked) == ["summary", *of_attacks, "audit", "protocol", "runs"]
 
 
 def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:
@@ -275,7 +336,7 @@ def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:
     for task in result["protocol"].values():
         task["pgd10"]["axes"]["eps"] = "linf None"
     (run / RESULT).write_text(json.dumps(result))
-    assert "No radius is known of pgd10" in read_page([run], tmp_path)[0]
+    assert "No curve shows pgd10: the radius is not known." in read_page([run], tmp_path)[0]
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:

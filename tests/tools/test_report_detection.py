@@ -57,9 +57,9 @@ def test_the_report_shows_the_detection_of_every_run(tmp_path: Path) -> None:
     assert rows(reader, "Mean accuracy of the known classes, percent")["cifar10"] == ["56.2", "43.8", MISSING]
     assert len(re.findall(r'aria-label="ROC of mcm\. TeCoA a: AUROC 87\.5 %, 12\.5 % attacked; TeCoA b', text)) == 1
     assert len(re.findall('aria-label="Histograms of mcm', text)) == 2
-    assert "TeCoA a: all known samples; attack {&quot;class&quot;: &quot;PGD&quot;" in text
+    assert "TeCoA a: all known samples; attack {&#34;class&#34;: &#34;PGD&#34;" in text
     assert "| cifar10 / svhn: mcm, attacked | 12.5 |" in (tmp_path / "report.md").read_text()
-    assert text.index('id="images"') < text.index('id="unknown-classes"') < text.index('id="audit"')
+    assert text.index('id="accuracy"') < text.index('id="unknown-classes"') < text.index('id="audit"')
 
 
 def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None:

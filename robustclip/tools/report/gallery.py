@@ -1,8 +1,9 @@
-"""Clean and attacked images of each run."""
+"""Adversarial examples that the tests kept: on the page and as PNG files."""
 
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -10,77 +11,92 @@ from torch import Tensor
 
 from robustclip import examples
 from robustclip.examples import Example
+from robustclip.ledger import write_aside
 from robustclip.runs import EXAMPLES
-from robustclip.tools.report.html import disclosure, escape, tag
+from robustclip.tools.report.blocks import Block, Card, Cards, Fold, Shot, Text
+from robustclip.tools.report.section import Section
 from robustclip.tools.report.view import View
 
 PER_TASK = 3
 LARGEST_GREY = 255
-HOW = "No images: the test kept none. Run it with --evaluation.save_examples N to keep N per task and attack."
 
 
-def section(views: Sequence[View]) -> str:
-    """Per run, what `examples` finds; the first run's are open."""
-    parts = []
+class Images(Section):
+    """Clean images, perturbations and attacked images."""
+
+    title = "Images"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """Some adversarial examples of each run; nothing where no run kept any."""
+        folds: list[Block] = []
+        for view in views:
+            kept = list(examples.load_all(view.run.folder / EXAMPLES))
+            chosen = _chosen(kept)
+            tasks = dict.fromkeys(example.task for example in chosen)
+            cards = [Cards(task, [_card(view, each) for each in chosen if each.task == task]) for task in tasks]
+            note = f"{len(chosen)} of {len(kept)} images kept"
+            folds += [Fold(view.label, cards, note=note, is_open=not folds)] if kept else []
+        text = (
+            f"At most {PER_TASK} per task, shown at 8 bits. The perturbation is amplified by the factor below it, "
+            "around grey."
+        )
+        return [Text(text), *folds] if folds else []
+
+
+def export(views: Sequence[View], folder: Path) -> None:
+    """Write every kept adversarial example as PNG files.
+
+    Args:
+        views: runs of the report.
+        folder: receives ``RUN/TASK/ATTACK/SAMPLE_(clean|perturbation|attacked).png``.
+    """
     for view in views:
-        found = list(examples.load_all(view.run.folder / EXAMPLES))
-        shown = _chosen(found)
-        if not found:
-            parts.append(tag("h3", escape(view.label)) + tag("p", escape(HOW), class_="aside"))
-            continue
-        summary = f"{escape(view.label)} <small>{len(shown)} of {len(found)} images kept</small>"
-        tasks = dict.fromkeys(example.task for example in shown)
-        groups = [_group(view, task, [each for each in shown if each.task == task]) for task in tasks]
-        parts.append(disclosure(summary, *groups, is_open=view.number == 0))
-    return "".join(parts)
+        for example in examples.load_all(view.run.folder / EXAMPLES):
+            place = folder / view.run.name / example.task / example.attack
+            place.mkdir(parents=True, exist_ok=True)
+            images = {"clean": example.clean, "perturbation": _amplified(example)[0], "attacked": example.attacked}
+            for name, image in images.items():
+                write_aside(place / f"{example.number}_{name}.png", _png(image))
 
 
-def _chosen(found: Iterable[Example]) -> list[Example]:
-    """The first of each task, its attacks in turn."""
+def _chosen(kept: Iterable[Example]) -> list[Example]:
+    """The first examples of each task, in turn from its attacks."""
     turns: dict[str, dict[str, list[Example]]] = {}
-    for example in found:
+    for example in kept:
         turns.setdefault(example.task, {}).setdefault(example.attack, []).append(example)
     chosen = []
     for by_attack in turns.values():
         ranked = [
-            (turn, place, each) for place, kept in enumerate(by_attack.values()) for turn, each in enumerate(kept)
+            (turn, place, each)
+            for place, of_attack in enumerate(by_attack.values())
+            for turn, each in enumerate(of_attack)
         ]
         chosen += [each for _, _, each in sorted(ranked, key=lambda item: item[:2])[:PER_TASK]]
     return chosen
 
 
-def _group(view: View, task: str, shown: Sequence[Example]) -> str:
-    return tag("h4", escape(task)) + tag("div", *(_card(view, each) for each in shown), class_="cards")
-
-
-def _card(view: View, example: Example) -> str:
+def _card(view: View, example: Example) -> Card:
     perturbation, factor = _amplified(example)
-    pictures = [
-        _picture(example.clean, "clean", _predicted(view, example, example.clean_prediction)),
-        _picture(perturbation, f"difference \N{MULTIPLICATION SIGN}{factor:.3g}", ""),
-        _picture(example.attacked, "attacked", _predicted(view, example, example.prediction)),
+    shots = [
+        _shot(view, example, example.clean, "clean", example.clean_prediction),
+        Shot(_url(perturbation), f"perturbation \N{MULTIPLICATION SIGN}{factor:.3g}"),
+        _shot(view, example, example.attacked, "attacked", example.prediction),
     ]
-    by = "wrong without an attack" if example.by == "clean" else f"broken by {example.by}" if example.by else "robust"
+    by = {"clean": "misclassified without attack", "": "robust"}.get(example.by, f"misclassified by {example.by}")
     facts = [example.attack, f"{example.norm} {_radius(example)}", by, f"sample {example.number}"]
-    label = tag("b", escape(_name(view, example.task, example.label)))
-    caption = tag("figcaption", f"label {label} ", tag("small", escape(" · ".join(facts))))
-    return tag("figure", tag("div", *pictures, class_="triple"), caption, class_="card")
+    return Card(shots, _name(view, example.task, example.label), " · ".join(facts))
 
 
-def _picture(image: Tensor, what: str, prediction: str) -> str:
-    source = "data:image/png;base64," + base64.b64encode(_png(image)).decode()
-    text = tag("span", escape(what)) + prediction
-    return tag("div", tag("img", src=source, alt=f"{what} image"), text)
+def _shot(view: View, example: Example, image: Tensor, title: str, prediction: int) -> Shot:
+    return Shot(_url(image), title, _name(view, example.task, prediction), prediction == example.label)
 
 
-def _predicted(view: View, example: Example, prediction: int) -> str:
-    sign, said = ("✓", "right") if prediction == example.label else ("✕", "wrong")
-    mark = tag("abbr", sign, title=said, class_=said)
-    return tag("span", f"{mark} {escape(_name(view, example.task, prediction))}", class_="prediction")
+def _url(image: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
 
 
 def _amplified(example: Example) -> tuple[Tensor, float]:
-    """The difference around grey, so large that its largest value just fits."""
+    """The perturbation around grey, amplified until its largest value just fits."""
     difference = torch.nan_to_num(example.attacked - example.clean, nan=0.0, posinf=0.0, neginf=0.0)
     largest = float(difference.abs().max())
     factor = 0.5 / largest if largest else 1.0

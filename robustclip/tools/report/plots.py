@@ -1,4 +1,4 @@
-"""Accuracy against the radius, and clean against robust accuracy."""
+"""Plots of accuracy: against the radius, clean against robust, and between two sets of weights."""
 
 import json
 import math
@@ -7,19 +7,56 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from robustclip.protocol import digest
-from robustclip.tools.report.html import escape, figure, tag
-from robustclip.tools.report.svg import INK, MARKER_SIGNS, MARKERS, MUTED, RUN_COLOURS, draw, run_colour
-from robustclip.tools.report.view import CLEAN, Score, View, percent, union
+from robustclip.tools.report.blocks import Block, Legend, Picture, Pictures, Text
+from robustclip.tools.report.section import Section
+from robustclip.tools.report.svg import INK, MARKERS, MUTED, draw, run_colour, run_entry, run_style
+from robustclip.tools.report.view import CLEAN, LEVEL, Score, View, percent, union
 
 SCALES_WITH_RADIUS = ("alpha", "step_size")  # settings that may differ between radii of the same attack
 GREY_LEVELS = 255
 Point = tuple[float, Score]
 
 
-def legend(views: Sequence[View]) -> str:
-    """Which marker and colour is which run."""
-    items = [tag("li", swatch(view.number), escape(view.label)) for view in views]
-    return tag("ul", *items, class_="legend", aria_label="Runs")
+class TradeOff(Section):
+    """Accuracy against the radius, and clean against robust accuracy."""
+
+    title = "Clean and robust"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """The plots side by side; nothing where no run has an attack."""
+        attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
+        if not attacks:
+            return []
+        text = (
+            "The curves show mean accuracy against the radius of the attack; 0 is the clean image, bands are "
+            f"{LEVEL} intervals, and one plot holds attacks that differ in the radius alone. Other plots show clean "
+            "against robust accuracy: a small mark per task, a large one for the mean, a dashed line for an attack "
+            "without any success. Pale marks belong to runs whose audit failed."
+        )
+        curves, lines = _curves(views)
+        scatters = [_scatter(views, name, f"scatter-{i}") for i, name in enumerate(attacks)]
+        asides = [Text(line, "aside") for line in lines]
+        return [Text(text), legend(views), Pictures([*curves, *scatters]), *asides]
+
+
+class Interpolation(Section):
+    """Accuracy of models between the original and a fine-tuned one."""
+
+    title = "Interpolation"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """One plot per fine-tuned model with at least two interpolations; nothing without."""
+        pictures = [_interpolation(line, f"alpha-{number}") for number, line in enumerate(interpolations(views))]
+        text = (
+            "Means over the tasks of the models between the original and a fine-tuned one; "
+            f"bands are {LEVEL} intervals."
+        )
+        return [Text(text), Pictures(pictures)] if pictures else []
+
+
+def legend(views: Sequence[View]) -> Legend:
+    """Marker and colour of every run."""
+    return Legend("Runs", [run_entry(view) for view in views])
 
 
 def radius(view: View, attack: str) -> tuple[str, float] | None:
@@ -34,8 +71,8 @@ def radius(view: View, attack: str) -> tuple[str, float] | None:
     return (norm, value) if math.isfinite(value) else None
 
 
-def curves(views: Sequence[View]) -> str:
-    """A picture per kind of attack: its radii, from the clean image on; says what cannot be drawn."""
+def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
+    """A plot per kind of attack over its radii, from the clean image on, and lines about attacks it cannot show."""
     groups: dict[str, list[str]] = {}
     without = []
     for attack in [kind for kind in union(views, of="kinds") if kind != CLEAN]:
@@ -46,23 +83,14 @@ def curves(views: Sequence[View]) -> str:
             groups.setdefault(_kind(having, attack), []).append(attack)
     pictures = [_curve(views, attacks, f"curve-{number}") for number, attacks in enumerate(groups.values())]
     lone = [attacks[0] for attacks in groups.values() if len(attacks) == 1]
-    said = (
-        [f"Measured at one radius only: {', '.join(lone)}. The line just joins it to the clean accuracy."]
-        if lone
-        else []
+    lines = (
+        [f"Measured at one radius only: {', '.join(lone)}. The line joins it to the clean accuracy."] if lone else []
     )
-    said += [f"No radius is known of {', '.join(without)}, so that no curve shows it."] if without else []
-    said += [] if groups or without else ["These runs have no attack."]
-    return tag("div", *pictures, class_="pictures") + "".join(tag("p", escape(line), class_="aside") for line in said)
+    lines += [f"No curve shows {', '.join(without)}: the radius is not known."] if without else []
+    return pictures, lines
 
 
-def scatters(views: Sequence[View]) -> str:
-    """Clean against robust accuracy, a picture per attack."""
-    attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
-    return tag("div", *(_scatter(views, name, f"scatter-{i}") for i, name in enumerate(attacks)), class_="pictures")
-
-
-def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> str:
+def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
     lines = {view.number: _points(view, attacks) for view in views}
     norm = next(
         found[0] for view in views for attack in attacks if attack in view.attacks if (found := radius(view, attack))
@@ -70,12 +98,12 @@ def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> str:
     scale = GREY_LEVELS if norm == "linf" else 1
 
     def paint(axes: Axes) -> None:
-        for number, points in lines.items():
+        for view in views:
+            points, style = lines[view.number], run_style(view)
             x = [scale * eps for eps, _ in points]
             y, low, high = ([100 * getattr(score, of) for _, score in points] for of in ("value", "low", "high"))
-            colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, clip_on=False)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18 * style["alpha"], linewidth=0)
+            axes.plot(x, y, markersize=5.5, linewidth=1.6, clip_on=False, **style)
         ticks = sorted({scale * eps for points in lines.values() for eps, _ in points})
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.set_xlabel(f"radius, {norm}" + (f", in 1/{GREY_LEVELS}" if norm == "linf" else ""))
@@ -84,8 +112,7 @@ def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> str:
         axes.grid(axis="y")
 
     text = "; ".join(f"{view.label}: {_told(lines[view.number], scale)}" for view in views)
-    caption = tag("b", escape(", ".join(attacks)))
-    return figure(draw(name, f"Mean accuracy against radius. {text}", paint), caption)
+    return Picture(draw(name, f"Mean accuracy against radius. {text}", paint), ", ".join(attacks))
 
 
 def _points(view: View, attacks: Sequence[str]) -> list[Point]:
@@ -117,28 +144,25 @@ def _without_lengths(given: object) -> object:
     return given
 
 
-def _scatter(views: Sequence[View], attack: str, name: str) -> str:
+def _scatter(views: Sequence[View], attack: str, name: str) -> Picture:
     having = [view for view in views if attack in view.attacks and CLEAN in view.mean]
 
     def paint(axes: Axes) -> Mapping[str, str]:
         titles: dict[str, str] = {}
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for view in having:
-            colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
+            style = run_style(view)
             for task, scores in view.scores.items():
                 if attack in scores and CLEAN in scores:
                     gid = f"{view.number}-{len(titles)}"
                     titles[gid] = _point_title(view, task, scores[CLEAN], scores[attack])
                     x, y = [100 * scores[CLEAN].value], [100 * scores[attack].value]
-                    axes.scatter(
-                        x, y, s=30, color=colour, marker=marker, alpha=0.75, linewidth=0, gid=gid, clip_on=False
-                    )
+                    pale = {**style, "alpha": 0.75 * style["alpha"]}
+                    axes.scatter(x, y, s=30, linewidth=0, gid=gid, clip_on=False, **pale)
             gid = f"{view.number}-mean"
             titles[gid] = _point_title(view, "mean", view.mean[CLEAN], view.mean[attack])
             at = [100 * view.mean[CLEAN].value], [100 * view.mean[attack].value]
-            axes.scatter(
-                *at, s=130, color=colour, marker=marker, edgecolor=INK, linewidth=1.2, gid=gid, zorder=4, clip_on=False
-            )
+            axes.scatter(*at, s=130, edgecolor=INK, linewidth=1.2, gid=gid, zorder=4, clip_on=False, **style)
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="clean accuracy, %", ylabel=f"under {attack}, %")
         axes.grid(axis="both")
         return titles
@@ -147,7 +171,7 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> str:
         f"{view.label}: mean {view.mean[CLEAN].text} % clean, {view.mean[attack].text} %" for view in having
     )
     picture = draw(name, f"Clean accuracy against accuracy under {attack}. {means}", paint)
-    return figure(picture, tag("b", escape(attack)))
+    return Picture(picture, f"clean against {attack}")
 
 
 def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
@@ -159,13 +183,7 @@ def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
     return [sorted(line, key=lambda point: point[0]) for line in lines.values() if len(line) > 1]
 
 
-def interpolated(views: Sequence[View]) -> str:
-    """Accuracy between the original and the fine-tuned model, a picture per fine-tuned model."""
-    lines = [_interpolation(line, f"alpha-{number}") for number, line in enumerate(interpolations(views))]
-    return tag("div", *lines, class_="pictures") if lines else ""
-
-
-def _interpolation(line: Sequence[tuple[float, View]], name: str) -> str:
+def _interpolation(line: Sequence[tuple[float, View]], name: str) -> Picture:
     alphas = [alpha for alpha, _ in line]
     kinds = union([view for _, view in line], of="kinds")
     curves = {kind: [view.mean[kind] for _, view in line] for kind in kinds if all(kind in v.mean for _, v in line)}
@@ -185,14 +203,8 @@ def _interpolation(line: Sequence[tuple[float, View]], name: str) -> str:
     told = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
             for kind, scores in curves.items())  # fmt: skip
     method = line[0][1].run.result["method"]
-    return figure(draw(name, f"Mean accuracy against alpha. {'; '.join(told)}", paint), tag("b", escape(method)))
+    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(told)}", paint), str(method))
 
 
 def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:
     return f"{view.label}, {task}: {percent(clean.value)} % clean, {percent(robust.value)} % attacked"
-
-
-def swatch(number: int) -> str:
-    """The sign of a run."""
-    sign = MARKER_SIGNS[number % len(MARKER_SIGNS)]
-    return tag("span", sign, class_=f"sign run{number % RUN_COLOURS}", aria_hidden="true")

@@ -1,15 +1,18 @@
 """Pictures by matplotlib that follow the page: its colours in light and dark, its fonts, unique ids."""
 
+import html
 import io
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robustclip.tools.report.html import escape
+from robustclip.tools.report.blocks import Entry
+from robustclip.tools.report.view import View
 
 RUN_COLOURS = 6
 MEMBER_COLOURS = 7
@@ -19,6 +22,7 @@ MARKER_SIGNS = "●■▲◆▼✚✖"
 INK, RULE, PAPER = "#0a0a01", "#0a0a02", "#0a0a03"
 WRONG, ROBUST = "#0a0a04", "#0a0a05"
 MUTED = "#0a0a06"
+FAILED_ALPHA = 0.35
 NAMES = {INK: "ink", RULE: "rule", PAPER: "paper", WRONG: "wrong", ROBUST: "robust", MUTED: "muted"}
 STYLE = {
     "svg.fonttype": "none",
@@ -48,9 +52,20 @@ def member_colour(number: int) -> str:
     return f"#0c0a{number % MEMBER_COLOURS:02x}"
 
 
+def run_entry(view: View) -> Entry:
+    """The legend entry of a run."""
+    return Entry(f"sign run{view.number % RUN_COLOURS}", MARKER_SIGNS[view.number % len(MARKER_SIGNS)], view.label)
+
+
+def run_style(view: View) -> dict[str, Any]:
+    """Colour and marker of a run; a run whose audit failed is drawn pale."""
+    alpha = FAILED_ALPHA if view.has_failed else 1.0
+    return {"color": run_colour(view.number), "marker": MARKERS[view.number % len(MARKERS)], "alpha": alpha}
+
+
 def draw(
     name: str, alt: str, paint: Callable[[Axes], Mapping[str, str] | None], *, size: tuple[float, float] = (5.0, 3.6)
-) -> str:
+) -> Markup:
     """An inline picture, the same bytes for the same content.
 
     Args:
@@ -65,7 +80,7 @@ def draw(
         figure = Figure(figsize=size, layout="constrained")
         titles = paint(figure.add_subplot()) or {}
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
-    return _follow_page(text.getvalue(), name, alt, titles)
+    return Markup(_follow_page(text.getvalue(), name, alt, titles))  # every text in it is escaped
 
 
 def _follow_page(svg: str, name: str, alt: str, titles: Mapping[str, str]) -> str:
@@ -77,7 +92,7 @@ def _follow_page(svg: str, name: str, alt: str, titles: Mapping[str, str]) -> st
     svg = re.sub(r"; font-family: [^;\"]*", "", svg)
     svg = svg.replace("xlink:href", "href")
     for gid, title in titles.items():
-        svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(title)}</title>')
+        svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{html.escape(title)}</title>')
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     for placeholder, variable in NAMES.items():
@@ -88,4 +103,4 @@ def _follow_page(svg: str, name: str, alt: str, titles: Mapping[str, str]) -> st
 
 
 def _literal(text: str) -> str:
-    return escape(text).replace("\\", "\\\\")
+    return html.escape(text).replace("\\", "\\\\")

@@ -1,4 +1,4 @@
-"""What the report shows of a run, taken from its result once and checked."""
+"""A run as the report reads it: its result and ledgers, read once and checked."""
 
 import math
 from collections import Counter
@@ -11,7 +11,9 @@ from typing import Any
 from robustclip.runs import Run
 
 CLEAN = "clean"
+LEVEL = "95\N{NO-BREAK SPACE}%"
 MISSING = "\N{EN DASH}"
+FAILED = "✕ failed audit"
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,55 @@ class Score:
         """Both limits in percent."""
         return f"{percent(self.low)} to {percent(self.high)}"
 
+    @property
+    def limits(self) -> list[str]:
+        """Value and both limits in percent."""
+        return [percent(value) for value in (self.value, self.low, self.high)]
+
 
 @dataclass(frozen=True)
 class View:
     """A run as the report shows it.
 
     Args:
-        run: where it lies.
-        label: tells it from the other runs of the report.
+        run: the finished test.
+        name: distinguishes it from the other runs of the report.
         number: its place among them, from 0.
         scores: per task and attack, ``clean`` among the attacks.
         mean: per attack, over the tasks.
-        averages: over some of the tasks, by the name that they were given, per attack.
-        broken: per task and attack, how many samples each member broke, in the ledger; ``clean`` for those that were
-            wrong without an attack, empty for those that no attack broke.
+        averages: per named average over some of the tasks, per attack.
+        successes: per task and attack the number of samples that each member misclassified, from the ledger; ``clean``
+            counts samples that were misclassified without attack, the empty name counts robust ones.
     """
 
     run: Run
-    label: str
+    name: str
     number: int
     scores: Mapping[str, Mapping[str, Score]]
     mean: Mapping[str, Score]
     averages: Mapping[str, Mapping[str, Score]]
-    broken: Mapping[str, Mapping[str, Counter[str]]]
+    successes: Mapping[str, Mapping[str, Counter[str]]]
+
+    @property
+    def grade(self) -> str:
+        """Grade of the audit; a dash without one."""
+        return str((self.run.result.get("audit") or {}).get("grade") or MISSING)
+
+    @property
+    def checks(self) -> Sequence[Mapping[str, Any]]:
+        """Checks of the audit."""
+        found: Sequence[Mapping[str, Any]] = (self.run.result.get("audit") or {}).get("checks") or []
+        return found
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the audit failed, so that the accuracy under attack is no evidence."""
+        return self.grade == "F"
+
+    @property
+    def label(self) -> str:
+        """Name of the run, with a mark that every table and legend shows if its audit failed."""
+        return f"{self.name} {FAILED}" if self.has_failed else self.name
 
     @property
     def kinds(self) -> list[str]:
@@ -100,7 +128,7 @@ class View:
         planned = [self.axes(task, attack).get("steps") for task in self.scores]
         tried = [name for steps in planned if isinstance(steps, dict) for name in steps]
         named = [name for task in self.scores for name in self.task(task).get(attack, {}).get("broken_by") or {}]
-        found = [name for task in self.scores for name in sorted(self.broken[task].get(attack, {}))]
+        found = [name for task in self.scores for name in sorted(self.successes[task].get(attack, {}))]
         return [name for name in dict.fromkeys([*tried, *named, *found]) if name in {*named, *found} - {"", CLEAN}]
 
 
@@ -147,7 +175,7 @@ def _label(run: Run) -> str:
     return run.name if run.name.lower().startswith(method.lower()) else f"{method} {run.name}"
 
 
-def _view(run: Run, label: str, number: int) -> View:
+def _view(run: Run, name: str, number: int) -> View:
     result = run.result
     kinds = list(result["mean"])
     scores = {
@@ -157,15 +185,15 @@ def _view(run: Run, label: str, number: int) -> View:
     for task, values in result["tasks"].items():
         if "n" not in values or task not in result["protocol"]:
             raise KeyError(f"n or protocol of {task}")
-    broken = {}
+    successes = {}
     for task, by_kind in scores.items():
         rows = run.rows(task)
-        broken[task] = {kind: Counter(row[f"{kind}.by"] for row in rows) for kind in by_kind if kind != CLEAN}
+        successes[task] = {kind: Counter(row[f"{kind}.by"] for row in rows) for kind in by_kind if kind != CLEAN}
     mean = {kind: _score(result["mean"][kind]) for kind in kinds}
     averages = {
         name: {kind: _score(values[kind]) for kind in kinds} for name, values in result.get("averages", {}).items()
     }
-    return View(run, label, number, scores, mean, averages, broken)
+    return View(run, name, number, scores, mean, averages, successes)
 
 
 def _score(values: Mapping[str, Any]) -> Score:

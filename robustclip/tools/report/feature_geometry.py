@@ -1,14 +1,14 @@
-"""What `FeatureGeometry` measured, as tables and a picture of the classes' collapse."""
+"""Geometry of the image features: tables and a plot of the class scatter."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from robustclip.tools.report import plots, tables
-from robustclip.tools.report.html import escape, figure, tag
-from robustclip.tools.report.svg import MARKERS, RULE, draw, run_colour
-from robustclip.tools.report.tables import Cell, Table
+from robustclip.tools.report.blocks import Block, Cell, Picture, Pictures, Table, Tables, Text
+from robustclip.tools.report.plots import legend
+from robustclip.tools.report.section import Section
+from robustclip.tools.report.svg import RULE, draw, run_style
 from robustclip.tools.report.view import MISSING, View, percent
 
 COLLAPSE = "collapse"
@@ -20,7 +20,26 @@ CAPTIONS = {
 FRAME, ROW = 0.9, 0.3  # inches
 
 
-def geometry_tables(views: Sequence[View]) -> list[Table]:
+class Geometry(Section):
+    """Class scatter, similarity to the pre-trained features, and retrieval."""
+
+    title = "Geometry"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """A plot and tables; nothing where no run measured it."""
+        shown = _tables(views)
+        if not shown:
+            return []
+        text = (
+            "Collapse divides the scatter of the unit image features around their class means by the scatter of these "
+            "means: 0 where every class is a point. Correlations compare the cosines of all pairs of samples with "
+            "those of the pre-trained model."
+        )
+        pictures = [Pictures([_picture(views)])] if _names(views, COLLAPSE) else []
+        return [Text(text), legend(views), *pictures, Tables(shown)]
+
+
+def _tables(views: Sequence[View]) -> list[Table]:
     """A table per measure with a column per run, and one of the retrieval; none that would be empty."""
     found = []
     for measure, caption in CAPTIONS.items():
@@ -35,20 +54,7 @@ def geometry_tables(views: Sequence[View]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def section(views: Sequence[View]) -> str:
-    """Tables and picture in HTML; nothing where no run has measured it."""
-    shown = geometry_tables(views)
-    if not shown:
-        return ""
-    text = (
-        "Scatter of the unit image features around their class means against the scatter of these: 0 where every class "
-        "is a point. Correlations are of the cosines of all pairs of samples with those in the pre-trained model."
-    )
-    picture = tag("div", _picture(views), class_="pictures") if _names(views, COLLAPSE) else ""
-    return tag("p", text) + plots.legend(views) + picture + tag("div", *map(tables.html, shown), class_="tables")
-
-
-def _picture(views: Sequence[View]) -> str:
+def _picture(views: Sequence[View]) -> Picture:
     """A line per task, from the run of the least collapse ratio to that of the greatest."""
     names = _names(views, COLLAPSE)[::-1]  # matplotlib counts from below
 
@@ -61,9 +67,8 @@ def _picture(views: Sequence[View]) -> str:
                 if view.number in values:
                     gid = f"{view.number}-{place}"
                     titles[gid] = f"{view.label}, {name}: {values[view.number]:.3g}"
-                    colour, marker = run_colour(view.number), MARKERS[view.number % len(MARKERS)]
                     at = [values[view.number]], [place]
-                    axes.scatter(*at, s=45, color=colour, marker=marker, linewidth=0, gid=gid, zorder=2)
+                    axes.scatter(*at, s=45, linewidth=0, gid=gid, zorder=2, **run_style(view))
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("within classes / between classes")
         axes.set_xlim(left=0)
@@ -72,7 +77,7 @@ def _picture(views: Sequence[View]) -> str:
 
     told = "; ".join(f"{name}: " + ", ".join(_told(view, name) for view in views) for name in names[::-1])
     picture = draw("collapse", f"Class collapse of every task. {told}", paint, size=(5.0, FRAME + ROW * len(names)))
-    return figure(picture, tag("b", escape("Class collapse, before and after")))
+    return Picture(picture, "Class collapse, before and after")
 
 
 def _names(views: Sequence[View], measure: str) -> list[str]:
