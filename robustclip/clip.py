@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip import text
+from robustclip.arguments import Count, checked
 from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
@@ -29,6 +30,7 @@ LOADING_ERRORS = (
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+@checked
 class CLIPModel(nn.Module):
     """Image and text tower of an open_clip model.
 
@@ -53,7 +55,7 @@ class CLIPModel(nn.Module):
         self,
         arch: str | None = None,
         pretrained: str | None = "shapes",
-        image_size: int | None = None,
+        image_size: Count | None = None,
         has_fixed_batch_norm: bool = True,
     ) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from robustclip.arguments import checked
+
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 UNKNOWN = -1
 """Label of an image whose class is not among the task's class names."""
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
     anchors: Pairs | None = None
 
 
+@checked
 @dataclass(frozen=True)
 class Task:
     """A zero-shot classification problem: what the text tower needs to know of a data set.

@@ -175,7 +175,7 @@ def test_what_goes_on_where_an_earlier_start_was_ended_has_no_geometry(data: CLI
 
 
 def test_what_cannot_be_compared_is_refused(data: CLIPDataModule, tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="max_samples must be at least 3, got 2"):
+    with pytest.raises(ValueError, match=r"max_samples must be .*at least 3, got 2"):
         FeatureGeometry(max_samples=2)
     data.captioned = "tints"
     with pytest.raises(ValueError, match=r"has an image but no \.txt captions"):

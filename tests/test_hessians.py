@@ -77,5 +77,5 @@ def test_tasks_of_other_classes_have_nothing_to_compare(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("name", ["max_samples", "iterations"])
 def test_what_cannot_be_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be .*at least 1, got 0"):
         HessianDifference(**{name: 0})

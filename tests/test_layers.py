@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "robustclip"
 RECORDS = {"statistics", "protocol", "ledger", "examples", "runs"}
 ALLOWED = {
-    "types": set(),
+    "arguments": set(),
+    "types": {"arguments"},
     "errors": set(),
     "metrics": {"types"},
     "statistics": set(),
@@ -15,21 +16,21 @@ ALLOWED = {
     "examples": {"ledger"},
     "runs": {"ledger"},
     "text": set(),
-    "clip": {"types", "text"},
-    "attacks": {"types"},
+    "clip": {"arguments", "types", "text"},
+    "attacks": {"arguments", "types"},
     "losses": {"types"},
     "scores": set(),
-    "data": {"types"},
-    "methods": {"types", "clip", "attacks", "losses", "metrics"},
-    "callbacks": {"types", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
-    "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
+    "data": {"arguments", "types"},
+    "methods": {"arguments", "types", "clip", "attacks", "losses", "metrics"},
+    "callbacks": {"arguments", "types", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
+    "tools": {"arguments", "types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
     "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
     "assembly": {"cli", "data", "errors", "methods", "tools"},
     "commands": {"assembly", "cli", "runs", "tools"},
     "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }
-NO_LIGHTNING = {"types", "errors", "text", "clip", "attacks", "losses", "scores"}
+NO_LIGHTNING = {"arguments", "types", "errors", "text", "clip", "attacks", "losses", "scores"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -185,7 +185,7 @@ def test_other_classes_than_the_banks_are_told(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sets", "words"),
     [
-        ({"neighbours": [5, 0]}, {}, r"neighbours must be at least 1, got \[5, 0\]"),
+        ({"neighbours": [5, 0]}, {}, r"OODDetection: neighbours must be .*at least 1, got \[5, 0\]"),
         (
             {},
             {"train": []},

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from robustclip.arguments import Count, CountOrZero, Share
 from robustclip.attacks import ball
 from robustclip.attacks.base import (
     Attack,
@@ -17,6 +17,7 @@ from robustclip.attacks.base import (
     Worst,
     check_own_loss,
     gradient_of,
+    on_open,
     pixels,
     scaled_count,
     scaled_radius,
@@ -55,7 +56,7 @@ class APGD(Attack):
         norm: ``linf`` or ``l2``.
         loss: ``ce``, ``margin`` or ``dlr``; for targeted runs ``margin`` or ``dlr``.
         targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
-        restarts: random starts of each run; samples that are broken keep their image.
+        restarts: random starts of each run; samples that are broken keep their image and are not computed any more.
         rho: share of rising steps that halves the step size.
 
     Raises:
@@ -68,16 +69,13 @@ class APGD(Attack):
     def __init__(
         self,
         eps: Radius = "4/255",
-        steps: int = 100,
-        norm: Literal["linf", "l2"] = "linf",
+        steps: Count = 100,
+        norm: ball.Norm = "linf",
         loss: LossName = "ce",
-        targets: int = 0,
-        restarts: int = 1,
-        rho: float = 0.75,
+        targets: CountOrZero = 0,
+        restarts: Count = 1,
+        rho: Share = 0.75,
     ) -> None:
-        for name, count, least in (("steps", steps, 1), ("targets", targets, 0), ("restarts", restarts, 1)):
-            if count < least:
-                raise ValueError(f"{name} must be at least {least}, got {count}")
         if targets and loss == "ce":
             raise ValueError("loss must be 'dlr' or 'margin' where targets > 0, got 'ce'")
         self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
@@ -102,7 +100,7 @@ class APGD(Attack):
         for _ in range(self.restarts):
             for objective in objectives:
                 start = ball.surface_start(images, self.eps, self.norm, index, ball.stream(seed, run))
-                found = self._run(images, start, forward, targets, objective)
+                found = self._run(images, start, on_open(forward, worst.is_broken), targets, objective)
                 worst, run = worst.or_worse(found, where=~worst.is_broken), run + 1
                 if bool(worst.is_broken.all()):
                     return worst.images

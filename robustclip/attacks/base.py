@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from robustclip.arguments import Checked, fitted
 from robustclip.attacks.losses import Loss, cross_entropy
 
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
@@ -35,6 +36,7 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
         ValueError: not a number, negative, or above the limit, as when grey levels are meant.
     """
     try:
+        value = fitted(value, Radius)
         parts = [Fraction(part.strip()) for part in value.split("/")] if isinstance(value, str) else [Fraction(value)]
         number = float(parts[0] / parts[1]) if len(parts) == 2 else float(parts[0])
         if len(parts) > 2:
@@ -63,7 +65,7 @@ def check_range(images: Tensor) -> None:
         raise ValueError(f"attacks work on images in [0, 1], got {found}; normalisation belongs in the model")
 
 
-class Attack(ABC):
+class Attack(Checked, ABC):
     """Perturbs images inside a norm ball and [0, 1]. Immutable: one instance may serve everywhere.
 
     Attributes:
@@ -189,6 +191,28 @@ class Worst(NamedTuple):
             torch.where(is_worse, other.value, self.value),
             torch.where(is_worse, other.is_broken, self.is_broken),
         )
+
+
+class SkipsMisclassified:
+    """Base of models that leave out misclassified samples of a batch on their own, such as the evaluation's."""
+
+
+def on_open(forward: Forward, is_broken: Tensor) -> Forward:
+    """Restricts a model to the samples that are not misclassified yet; the others get zero logits without gradient.
+
+    Args:
+        forward: images to logits ``(B, C)``.
+        is_broken: ``(B,)``, misclassified.
+    """
+    if isinstance(forward, SkipsMisclassified) or not bool(is_broken.any()):
+        return forward
+    rows = (~is_broken).nonzero()[:, 0]
+
+    def restricted(images: Tensor) -> Tensor:
+        logits = forward(images[rows])
+        return logits.new_zeros(len(images), logits.shape[1]).index_copy(0, rows, logits)
+
+    return restricted
 
 
 def gradient_of(value: Tensor, images: Tensor) -> Tensor:

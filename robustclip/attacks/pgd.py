@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustclip.arguments import CountOrZero
 from robustclip.attacks import ball
 from robustclip.attacks.base import (
     Attack,
@@ -46,14 +47,12 @@ class PGD(Attack):
         self,
         eps: Radius = "1/255",
         alpha: Radius = "1/255",
-        steps: int = 2,
-        norm: Literal["linf", "l2"] = "linf",
+        steps: CountOrZero = 2,
+        norm: ball.Norm = "linf",
         random_start: bool = True,
         keep: Literal["last", "best"] = "last",
         loss: LossName | None = None,
     ) -> None:
-        if steps < 0:
-            raise ValueError(f"steps must be at least 0, got {steps}")
         limit = 1.0 if norm == "linf" else None
         self.eps, self.alpha = pixels(eps, name="eps", limit=limit), pixels(alpha, name="alpha", limit=limit)
         self.steps, self.norm, self.random_start, self.keep, self.loss = steps, norm, random_start, keep, loss

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from robustclip.arguments import Positive
 from robustclip.attacks.apgd import APGD
 from robustclip.attacks.ball import Norm
 from robustclip.attacks.base import (
@@ -74,13 +75,7 @@ class Recipe(Attack):
 
     eps: float
 
-    def __init__(
-        self, name: RecipeName, eps: Radius = "4/255", norm: Literal["linf", "l2"] = "linf", budget: float = 1.0
-    ) -> None:
-        if name not in RECIPES:
-            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
-        if not budget > 0:
-            raise ValueError(f"budget must be above 0, got {budget}")
+    def __init__(self, name: RecipeName, eps: Radius = "4/255", norm: Norm = "linf", budget: Positive = 1.0) -> None:
         self.name, self.norm, self.budget = name, norm, budget
         self.eps = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None)
 

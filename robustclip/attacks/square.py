@@ -2,11 +2,11 @@
 
 import math
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from robustclip.arguments import Count, PositiveShare
 from robustclip.attacks import ball
 from robustclip.attacks.base import (
     Attack,
@@ -16,6 +16,7 @@ from robustclip.attacks.base import (
     Radius,
     Worst,
     check_own_loss,
+    on_open,
     pixels,
     scaled_count,
     scaled_radius,
@@ -57,15 +58,11 @@ class Square(Attack):
     def __init__(
         self,
         eps: Radius = "4/255",
-        queries: int = 5000,
-        norm: Literal["linf", "l2"] = "linf",
-        p_init: float = 0.8,
+        queries: Count = 5000,
+        norm: ball.Norm = "linf",
+        p_init: PositiveShare = 0.8,
         loss: LossName = "margin",
     ) -> None:
-        if queries < 1:
-            raise ValueError(f"queries must be at least 1, got {queries}")
-        if not 0 < p_init <= 1:
-            raise ValueError(f"p_init must be in (0, 1], got {p_init}")
         self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
         self.queries, self.p_init, self.loss = queries, p_init, loss
 
@@ -85,8 +82,8 @@ class Square(Attack):
         """Start, then one patch per query; stops early once every sample is broken."""
         check_own_loss(self, loss)
 
-        def evaluate(attacked: Tensor) -> Worst:
-            outputs = forward(attacked)
+        def evaluate(attacked: Tensor, model: Forward = forward) -> Worst:
+            outputs = model(attacked)
             return Worst(attacked, LOSSES[self.loss](outputs, targets), outputs.argmax(1) != targets)
 
         is_linf = self.norm == "linf"
@@ -97,10 +94,11 @@ class Square(Attack):
             is_open = ~worst.is_broken
             if not bool(is_open.any()):
                 break
+            model = on_open(forward, worst.is_broken)
             for query in range(first, min(first + BLOCK, self.queries - 1)):
                 share = area(query, self.queries, self.p_init)
                 candidate = propose(images, worst.images, draws[:, query - first], share, self.eps)
-                worst = worst.or_worse(evaluate(candidate), where=is_open)
+                worst = worst.or_worse(evaluate(candidate, model), where=is_open)
         return worst.images
 
 

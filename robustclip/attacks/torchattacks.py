@@ -1,11 +1,12 @@
 """Any attack of the torchattacks library, made harmless."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from robustclip.arguments import Count, argument
 from robustclip.attacks import ball
 from robustclip.attacks.base import (
     Attack,
@@ -18,6 +19,7 @@ from robustclip.attacks.base import (
     scaled_radius,
 )
 
+SpelledNorm = Literal["Linf", "L2", "L1"]  # as the library spells it; some of its attacks take anything else for L2
 COUNTS = ("steps", "n_queries")  # the library's names for how long an attack runs
 ROUNDING = 1e-6  # of radii that the library's attacks reach in fp32
 
@@ -45,14 +47,17 @@ class TorchAttack(Attack):
         available = torchattacks.attack.Attack.__subclasses__()
         found = {attack.__name__: attack for attack in available if hasattr(torchattacks, attack.__name__)}
         if name not in found:
-            raise ValueError(f"torchattacks has no attack {name!r}; it has {', '.join(sorted(found))}")
+            raise ValueError(f"name: torchattacks has no attack {name!r}; it has {', '.join(sorted(found))}")
         self.name, self._attack, self.kwargs = name, found[name], dict(kwargs or {})
         if eps is not None:
             self.kwargs["eps"] = eps
         takes = inspect.signature(self._attack).parameters
         unknown = self.kwargs.keys() - takes.keys()
         if unknown:
-            raise ValueError(f"{name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)[1:]}")
+            raise ValueError(f"kwargs: {name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)[1:]}")
+        for key in self.kwargs.keys() & {"norm", *COUNTS}:
+            hint = SpelledNorm if key == "norm" else Count
+            self.kwargs[key] = argument(self.kwargs[key], hint, f"TorchAttack: kwargs.{key}")
         self.norm = "l2" if "L2" in name else str(self.kwargs.get("norm", "Linf")).lower()
         for radius in self.kwargs.keys() & {"eps", "alpha"}:
             limit = None if self.norm == "l2" else 1.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robustclip.attacks.ball import distance
-from robustclip.attacks.base import BOX_TOLERANCE, Attack, Forward, Member
+from robustclip.attacks.base import BOX_TOLERANCE, Attack, Forward, Member, SkipsMisclassified
 from robustclip.attacks.losses import cross_entropy
 
 ROBUST, WRONG = -1, -2  # in place of a member's number
@@ -119,7 +119,7 @@ class _AllBroken(Exception):  # noqa: N818  # a signal
     """Nothing is left to attack."""
 
 
-class _Watch:
+class _Watch(SkipsMisclassified):
     """The model as an attack sees it: notes what breaks a sample, and computes only samples that are not broken.
 
     The attack works on all its samples as if nothing had happened; those that are broken get constant logits and no

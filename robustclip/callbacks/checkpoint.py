@@ -5,11 +5,13 @@ import re
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from robustclip.arguments import checked
 from robustclip.callbacks.evaluation import RobustEvaluation
 
 ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
 
+@checked
 class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, whose ``last.ckpt`` is the last one.
 

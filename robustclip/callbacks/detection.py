@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from robustclip.arguments import Count, checked
 from robustclip.attacks import PGD
 from robustclip.attacks.base import Forward
 from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
@@ -27,6 +28,7 @@ Key = tuple[str, str]
 """A known task and an unknown set; the task twice for its own samples."""
 
 
+@checked
 class OODDetection(Callback):
     """Scores how sure a model is that an image shows one of a test task's classes, on these and on unknown ones.
 
@@ -72,7 +74,7 @@ class OODDetection(Callback):
         attacked: list[ScoreName] | None = None,
         is_correct_only: bool = False,
         seed: int = 0,
-        neighbours: Sequence[int] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
+        neighbours: Sequence[Count] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
     ) -> None:
         self.known, self.unknown, self.scores, self.headline = known, unknown or {}, list(scores), headline
         self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
@@ -82,8 +84,6 @@ class OODDetection(Callback):
                 raise ValueError(f"scores must hold the headline and what is attacked, got {self.scores}; add {name!r}")
         if attack is not None and attack.loss is not None:
             raise ValueError(f"attack.loss must be null, got {attack.loss!r}; it is the score that is attacked")
-        if any(k < 1 for k in neighbours):
-            raise ValueError(f"neighbours must be at least 1, got {list(neighbours)}; leave out what is below")
         self.neighbours = sorted({*neighbours})
         self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack
 from robustclip.attacks.base import Forward
 from robustclip.attacks.verdict import ROBUST, StopRule, examine
@@ -24,6 +25,7 @@ from robustclip.types import TASK_NAME, Batch, Task
 NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY, DETECTION)  # other keys of a task's results
 
 
+@checked
 class RobustEvaluation(Callback):
     """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
 
@@ -49,14 +51,14 @@ class RobustEvaluation(Callback):
     def __init__(
         self,
         attacks: dict[str, Attack] | None = None,
-        max_samples: int | None = None,
+        max_samples: Count | None = None,
         fit_attacks: dict[str, Attack] | None = None,
-        fit_max_samples: int | None = None,
+        fit_max_samples: Count | None = None,
         seed: int = 0,
         stop: StopRule = "worst",
         attack_precision: Literal["fp32", "bf16"] = "fp32",
-        check_every: int = 1,
-        save_examples: int = 0,
+        check_every: Count = 1,
+        save_examples: CountOrZero = 0,
     ) -> None:
         self.attacks, self.max_samples, self.seed = attacks or {}, max_samples, seed
         self.fit_attacks = self.attacks if fit_attacks is None else fit_attacks
@@ -66,12 +68,6 @@ class RobustEvaluation(Callback):
         for name in {**self.attacks, **self.fit_attacks}:
             if not TASK_NAME.fullmatch(name) or name in NOT_AN_ATTACK:
                 raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {NOT_AN_ATTACK}, got {name!r}")
-        for key, count in {"max_samples": max_samples, "fit_max_samples": fit_max_samples}.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{key} must be at least 1, got {count}; null evaluates all")
-        for key, count, least in (("check_every", check_every, 1), ("save_examples", save_examples, 0)):
-            if count < least:
-                raise ValueError(f"{key} must be at least {least}, got {count}")
         self._running: dict[str, Attack] = {}
         self._journal: Journal | None = None
         self._counts: dict[tuple[str, str], Top1] = {}

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import Interval, checked
 from robustclip.attacks import noise
 from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
 from robustclip.callbacks.tables import GEOMETRY
@@ -22,6 +23,7 @@ from robustclip.types import Batch
 CHOICE_SEED = 0x9E0  # of the project, not of the run: every run compares the same samples
 
 
+@checked
 class FeatureGeometry(Callback):
     """Measures the unit image features of every validation and test task, and compares them with the pre-trained ones.
 
@@ -43,9 +45,7 @@ class FeatureGeometry(Callback):
         ValueError: fewer than three samples, or random weights in the place of pre-trained ones.
     """
 
-    def __init__(self, max_samples: int = 500) -> None:
-        if max_samples < 3:
-            raise ValueError(f"max_samples must be at least 3, got {max_samples}; fewer have no two pairs")
+    def __init__(self, max_samples: Annotated[int, Interval(3)] = 500) -> None:
         self.max_samples = max_samples
         self._original: ImageTeacher | None = None
         self._sums: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import Count, checked
 from robustclip.callbacks.evaluation import method_of, stage_of
 from robustclip.methods import RobustMethod
 from robustclip.methods.heads import head_logits
@@ -18,6 +19,7 @@ SEED = 0x4E5  # of the first direction
 EPS = 1e-30  # of a difference that is zero, which has no direction
 
 
+@checked
 class HessianDifference(Callback):
     """Compares the Hessians of the cross-entropy on the first images of every two tasks of the same classes.
 
@@ -37,10 +39,7 @@ class HessianDifference(Callback):
         ValueError: a number below 1; when a stage is set up, no two tasks of the same classes.
     """
 
-    def __init__(self, max_samples: int = 256, iterations: int = 20) -> None:
-        for name, value in (("max_samples", max_samples), ("iterations", iterations)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+    def __init__(self, max_samples: Count = 256, iterations: Count = 20) -> None:
         self.max_samples, self.iterations = max_samples, iterations
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # images and labels by task
 

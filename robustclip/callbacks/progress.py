@@ -5,7 +5,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from robustclip.arguments import CountOrZero, checked
 
+
+@checked
 class TaskProgress(RichProgressBar):
     """Lightning's rich progress bar, with elapsed and remaining time, under the name of what is being evaluated.
 
@@ -13,7 +16,7 @@ class TaskProgress(RichProgressBar):
         refresh_rate: redraws per second.
     """
 
-    def __init__(self, refresh_rate: int = 5) -> None:
+    def __init__(self, refresh_rate: CountOrZero = 5) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._label = ""
 

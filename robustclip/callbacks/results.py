@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from robustclip import ledger
+from robustclip.arguments import checked
 from robustclip.attacks import Member
 from robustclip.callbacks.audit import audit
 from robustclip.callbacks.evidence import Evidence, attack_columns, sample_columns
@@ -40,6 +41,7 @@ Members = Mapping[tuple[str, str], Sequence[Member]]
 Rows = list[dict[str, str]]
 
 
+@checked
 class ResultsWriter(Callback):
     """Leaves what a test measured as a folder, prints a table, and prints the folder's path last.
 

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
+from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.data.anchors import Choice
 from robustclip.data.captioned import CaptionedImages
 from robustclip.data.features import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
@@ -20,6 +21,7 @@ from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.types import Task
 
 
+@checked
 class CLIPDataModule(ResumableDataModule):
     """Labelled images for training and for any number of zero-shot tasks.
 
@@ -63,13 +65,13 @@ class CLIPDataModule(ResumableDataModule):
         test: Sequence[DataSource | str] = (),
         unknown: Sequence[DataSource | str] = (),
         root: str = ".",
-        image_size: int = 224,
+        image_size: Count = 224,
         attack_resolution: Literal["native", "model"] = "native",
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        holdout: float = 0.1,
-        shots: int | None = None,
+        batch_size: Count = 64,
+        eval_batch_size: Count | None = None,
+        num_workers: CountOrZero = 0,
+        holdout: Annotated[float, Interval(0, 1, excludes=(1,))] = 0.1,
+        shots: Count | None = None,
         shots_seed: int = 0,
         shots_rule: ShotsRule = "balanced",
         bad_samples: Literal["error", "skip"] = "error",
@@ -82,10 +84,6 @@ class CLIPDataModule(ResumableDataModule):
         features_in_test: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= holdout < 1:
-            raise ValueError(f"holdout must be in [0, 1), got {holdout}")
-        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
-            raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
         self.wanted_train = tuple(train) if isinstance(train, list) else (train,)
         self.wanted_val, self.wanted_test, self.wanted_unknown = tuple(val), tuple(test), tuple(unknown)

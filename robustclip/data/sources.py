@@ -9,6 +9,7 @@ from typing import Any, Literal
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.utils.data import Dataset
 
+from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.data.catalog import CATALOG, lookup
 from robustclip.data.classes import narrowed
 from robustclip.data.files import ImageFiles
@@ -21,6 +22,7 @@ from robustclip.types import UNKNOWN, Task
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
 
+@checked
 @dataclass(frozen=True)
 class DataSource:
     """One data set in a configuration; a plain string stands for one with only ``source`` given.
@@ -50,14 +52,14 @@ class DataSource:
     name: str | None = None
     split: str | None = None
     class_names: list[str] | Literal["openai"] | None = None
-    templates: list[str] | Literal["openai"] | None = None
+    templates: Sequence[str] | Literal["openai"] | None = None
     native_size: bool | None = None
-    border: int | None = None
-    length: int | None = None
+    border: CountOrZero | None = None
+    length: Count | None = None
     classes: str | None = None
     images: str | None = None
     shift: Shift | None = None
-    known: int | None = None
+    known: Count | None = None
     known_seed: int | None = None
 
 
@@ -210,7 +212,7 @@ def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
     return OpenedSource(task, split, native_size, border, dataset, urls, wanted.length, keys)
 
 
-def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, list[str] | None]:
+def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, Sequence[str] | None]:
     """Class names and templates that were asked for."""
     names, templates = wanted.class_names, wanted.templates
     if names == "openai":

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
 
+from robustclip.arguments import PositiveShare, checked
+
 RESIZE_RATIO = 256 / 224  # the short side before the centre crop, as in CLIP's and TeCoA's evaluation
 
 
@@ -44,6 +46,7 @@ class ToPixels:
         return image if self.size is None else self._crop(self._resize(image))
 
 
+@checked
 @dataclass(frozen=True)
 class Augmentation:
     """Random crops of training images, resized (bicubic) to the size that they would have without.
@@ -56,11 +59,11 @@ class Augmentation:
         ValueError: shares that are none, or out of order.
     """
 
-    scale: tuple[float, float] = (0.9, 1.0)
+    scale: tuple[PositiveShare, PositiveShare] = (0.9, 1.0)
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+        if self.scale[0] > self.scale[1]:
             raise ValueError(f"augmentation scale must rise within (0, 1], got {self.scale}; [1, 1] crops least")
 
 

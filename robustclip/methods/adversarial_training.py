@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.freezing import frozen
@@ -43,15 +44,13 @@ class AdversarialTraining(RobustMethod):
     def __init__(
         self,
         head: Literal["linear", "cosine"] = "linear",
-        head_lr: float = 1e-2,
+        head_lr: NonNegative = 1e-2,
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: int = 1000,
+        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        if head not in ("linear", "cosine"):
-            raise ValueError(f"head must be 'linear' or 'cosine', got {head!r}")
         self.head, self.head_lr = head, head_lr
         self.classifier: nn.Module = nn.Identity()  # until a fit tells the number of classes
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustclip.arguments import NonNegative
 from robustclip.losses import info_nce
 from robustclip.methods.flyp import FLYP
 from robustclip.types import Batch, Pairs
@@ -33,11 +34,8 @@ class ARF(FLYP):
         ValueError: a negative weight.
     """
 
-    def __init__(self, caption_weight: float = 1.0, anchor_weight: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, caption_weight: NonNegative = 1.0, anchor_weight: NonNegative = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, weight in (("caption_weight", caption_weight), ("anchor_weight", anchor_weight)):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be at least 0, got {weight}; 0 leaves the term out")
         self.caption_weight, self.anchor_weight = caption_weight, anchor_weight
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:

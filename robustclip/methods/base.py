@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.base import Forward, Loss
 from robustclip.clip import CLIPModel
@@ -32,7 +33,7 @@ from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
 
 
-class RobustMethod(LightningModule, ABC):
+class RobustMethod(Checked, LightningModule, ABC):
     """Base of every method: frozen zero-shot heads, the training attack, metrics, optimiser, checkpoints.
 
     A method overrides `training_loss` and, where its paper differs, `parameter_groups`, `image_features` and
@@ -58,19 +59,15 @@ class RobustMethod(LightningModule, ABC):
         self,
         arch: str | None = None,
         pretrained: str | None = "shapes",
-        image_size: int | None = None,
+        image_size: Count | None = None,
         has_fixed_batch_norm: bool = True,
         has_activation_checkpointing: bool = False,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
-        warmup_steps: int = 0,
-        schedule: str = "cosine",
+        warmup_steps: CountOrZero = 0,
+        schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
         super().__init__()
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule must be 'cosine' or 'constant', got {schedule!r}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         self.save_hyperparameters(ignore=["attack", "optimizer"])  # objects would break weights_only loading
         self.strict_loading = False  # frozen weights are not in our checkpoints; `on_load_checkpoint` checks instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule

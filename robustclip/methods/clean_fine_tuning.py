@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero
 from robustclip.methods.base import RobustMethod
 from robustclip.types import Batch
 
@@ -26,7 +27,7 @@ class CleanFineTuning(RobustMethod):
     def __init__(
         self,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: int = 1000,
+        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.arguments import Count, Share
 from robustclip.methods.features import FrozenFeatures
 
 
@@ -26,11 +27,9 @@ class CLIPAdapter(FrozenFeatures):
         ValueError: a ratio outside [0, 1], or a bottleneck without any width.
     """
 
-    def __init__(self, ratio: float = 0.2, narrowing: int = 4, **kwargs: Any) -> None:
+    def __init__(self, ratio: Share = 0.2, narrowing: Count = 4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"ratio must be in [0, 1], got {ratio}; 0 keeps the zero-shot features")
-        if not 1 <= narrowing <= self.width:
+        if narrowing > self.width:
             raise ValueError(f"narrowing must be in [1, {self.width}], the width of the embeddings, got {narrowing}")
         self.ratio, inner = ratio, self.width // narrowing
         down, up = nn.Linear(self.width, inner, bias=False), nn.Linear(inner, self.width, bias=False)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from robustclip.arguments import Count, NonNegative
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.context import LearnableContext
 from robustclip.methods.freezing import frozen
@@ -15,8 +16,6 @@ from robustclip.methods.gathering import of_training_images
 from robustclip.methods.heads import head_logits
 from robustclip.methods.norms import NormFilter, norm_parameters
 from robustclip.types import Task
-
-PARTS = ("both", "context", "norms")
 
 
 class ContextAndNorms(RobustMethod):
@@ -48,14 +47,12 @@ class ContextAndNorms(RobustMethod):
         learns: Literal["both", "context", "norms"] = "both",
         norm_filter: NormFilter = "official",
         phrase: str = "a photo of a",
-        context_lr: float = 1e-4,
-        classes_per_pass: int | None = None,
+        context_lr: NonNegative = 1e-4,
+        classes_per_pass: Count | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-4),
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, **kwargs)
-        if learns not in PARTS:
-            raise ValueError(f"learns must be one of {', '.join(PARTS)}, got {learns!r}")
         self.learns, self.context_lr, self.classes_per_pass = learns, context_lr, classes_per_pass
         self.context = LearnableContext(self.clip, phrase)
         self.norms = [] if learns == "context" else norm_parameters(self.clip.net.visual, norm_filter)

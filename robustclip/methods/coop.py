@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import Count
 from robustclip.methods.context import LearnableContext
 from robustclip.methods.features import FrozenFeatures
 from robustclip.methods.heads import head_logits
@@ -26,7 +27,7 @@ class CoOp(FrozenFeatures):
     """
 
     def __init__(
-        self, tokens: int = 16, phrase: str | None = None, classes_per_pass: int | None = None, **kwargs: Any
+        self, tokens: Count = 16, phrase: str | None = None, classes_per_pass: Count | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.classes_per_pass = classes_per_pass

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustclip.arguments import NonNegative, Positive
 from robustclip.losses import entropy
 from robustclip.methods.context_and_norms import ContextAndNorms
 from robustclip.methods.gathering import of_all
@@ -42,10 +43,10 @@ class DANCE(ContextAndNorms):
         ValueError: a temperature that is not positive.
     """
 
-    def __init__(self, temperature: float = 0.05, margin: float = 0.5, weight: float = 0.05, **kwargs: Any) -> None:
+    def __init__(
+        self, temperature: Positive = 0.05, margin: NonNegative = 0.5, weight: NonNegative = 0.05, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature, self.margin, self.weight = temperature, margin, weight
         self.bank = torch.empty(0)  # (N, D) by sample id, zeros where there is no such image
 

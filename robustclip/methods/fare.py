@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from robustclip.arguments import CountOrZero
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.teacher import ImageTeacher
@@ -37,7 +38,7 @@ class FARE(RobustMethod):
         self,
         attack: Attack = PGD(eps="4/255", alpha="1/255", steps=10),
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=1e-4),
-        warmup_steps: int = 1400,
+        warmup_steps: CountOrZero = 1400,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)

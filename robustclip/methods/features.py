@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.schedule import constant_warmup_cosine
 from robustclip.types import Batch, Task
@@ -33,13 +34,11 @@ class FrozenFeatures(RobustMethod):
 
     def __init__(
         self,
-        warmup_epochs: int = 1,
+        warmup_epochs: CountOrZero = 1,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=2e-3, momentum=0.9, weight_decay=0.1),
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, **kwargs)
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
         if self.warmup_steps:
             name = type(self).__name__
             raise ValueError(f"warmup_steps must be 0 for {name}, got {self.warmup_steps}; set warmup_epochs")

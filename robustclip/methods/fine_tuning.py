@@ -8,6 +8,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.losses import kl
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.checkpoints import saved_classes
@@ -57,18 +58,15 @@ class FineTuning(RobustMethod):
 
     def __init__(
         self,
-        probe_epochs: int | None = 0,
-        l2_sp: float = 0.0,
-        lwf: float = 0.0,
-        head_lr: float | None = None,
+        probe_epochs: CountOrZero | None = 0,
+        l2_sp: NonNegative = 0.0,
+        lwf: NonNegative = 0.0,
+        head_lr: NonNegative | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=3e-5, weight_decay=0.1),
-        warmup_steps: int = 500,
+        warmup_steps: CountOrZero = 500,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        for name, value in (("probe_epochs", probe_epochs), ("l2_sp", l2_sp), ("lwf", lwf)):
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
         if l2_sp and probe_epochs is None:
             raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower does not learn")
         self.probe_epochs, self.l2_sp, self.lwf, self.head_lr = probe_epochs, l2_sp, lwf, head_lr

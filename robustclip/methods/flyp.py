@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from robustclip.arguments import Count, CountOrZero
 from robustclip.attacks.noise import uniform
 from robustclip.losses import info_nce
 from robustclip.methods.base import RobustMethod
@@ -56,14 +57,12 @@ class FLYP(RobustMethod):
         self,
         decay_all: bool = False,
         clamp: bool = True,
-        micro_batch: int | None = None,
+        micro_batch: Count | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.1),
-        warmup_steps: int = 500,
+        warmup_steps: CountOrZero = 500,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}; null encodes the batch at once")
         if micro_batch is not None and not kwargs.get("has_fixed_batch_norm", True):
             raise ValueError(f"micro_batch must be null where has_fixed_batch_norm is false, got {micro_batch}")
         self.decay_all, self.clamp, self.micro_batch = decay_all, clamp, micro_batch

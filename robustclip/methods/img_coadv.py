@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero, Positive
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
 from robustclip.types import Batch
@@ -36,15 +37,13 @@ class ImgCoAdv(RobustMethod):
 
     def __init__(
         self,
-        temperature: float = 0.07,
+        temperature: Positive = 0.07,
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: int = 1000,
+        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:

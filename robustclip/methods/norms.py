@@ -19,15 +19,13 @@ def norm_parameters(visual: nn.Module, norm_filter: NormFilter) -> list[nn.Param
             ResNet's shortcuts; ``all`` takes every layer of a kind that is known.
 
     Raises:
-        ValueError: a filter of another name, or one that lets nothing through.
+        ValueError: a filter that lets nothing through.
     """
     if norm_filter == "official":
         found = [each for name, each in visual.named_parameters() if "bn" in name or "ln" in name]
-    elif norm_filter == "all":
+    else:
         norms = (module for module in visual.modules() if isinstance(module, NORMS))
         found = [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
-    else:
-        raise ValueError(f"norm_filter must be 'official' or 'all', got {norm_filter!r}")
     if not found:
         raise ValueError(f"norm_filter {norm_filter!r} finds no norm in a {type(visual).__name__}; take 'all'")
     return found

@@ -11,6 +11,7 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.arguments import NonNegative, Positive
 from robustclip.attacks import PGD, Attack
 from robustclip.clip import CLIPModel
 from robustclip.losses import cosine, kl, l1, l2, reverse_kl
@@ -62,25 +63,20 @@ class PMGAFT(TeCoA):
 
     def __init__(
         self,
-        alpha: float = 1.0,
-        beta: float = 1.0,
+        alpha: NonNegative = 1.0,
+        beta: NonNegative = 1.0,
         distance: Literal["kl", "l1", "l2", "cosine"] = "kl",
         layer: int | Literal["features", "logits"] = "logits",
         kl_direction: Literal["forward", "reverse"] = "forward",
         reduction: Literal["mean", "sum"] = "mean",
         detach_clean: bool = False,
-        logit_scale: float | None = None,
+        logit_scale: Positive | None = None,
         normalisation: Literal["model", "imagenet"] = "model",
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=5e-5, momentum=0.9),
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, **kwargs)
-        for name, weight in (("alpha", alpha), ("beta", beta)):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be at least 0, got {weight}; 0 leaves the term out")
-        if logit_scale is not None and not logit_scale > 0:
-            raise ValueError(f"logit_scale must be positive, got {logit_scale}; null takes the model's own")
         if isinstance(layer, int) and not -(blocks := len(self.clip.image_blocks())) <= layer < blocks:
             raise ValueError(f"layer must be a block in [{-blocks}, {blocks - 1}], got {layer}; -1 is the last")
         self.alpha, self.beta, self.layer, self.detach_clean = alpha, beta, layer, detach_clean

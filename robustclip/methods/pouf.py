@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustclip.arguments import NonNegative
 from robustclip.losses import entropy
 from robustclip.methods.context_and_norms import ContextAndNorms
 from robustclip.methods.gathering import of_all
@@ -33,7 +34,7 @@ class POUF(ContextAndNorms):
         kwargs: arguments of `ContextAndNorms`.
     """
 
-    def __init__(self, infomax_weight: float = 0.3, **kwargs: Any) -> None:
+    def __init__(self, infomax_weight: NonNegative = 0.3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.infomax_weight = infomax_weight
 

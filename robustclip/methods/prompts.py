@@ -39,8 +39,6 @@ class VisualPrompt(nn.Module):
     def __init__(self, clip: CLIPModel, kind: PromptKind | None, *, size: int, tokens: int) -> None:
         super().__init__()
         self.pixels = _for_pixels(kind, size, clip.image_size)
-        if tokens < 0:
-            raise ValueError(f"prompt_tokens must be at least 0, got {tokens}")
         self.tokens = nn.Parameter(torch.randn(1, tokens, _token_width(clip.net.visual))) if tokens else None
 
     @contextmanager
@@ -146,8 +144,6 @@ KINDS: dict[PromptKind, type[Padding | FixedPatch]] = {
 def _for_pixels(kind: PromptKind | None, size: int, side: int) -> nn.Module:
     if kind is None:
         return nn.Identity()
-    if kind not in KINDS:
-        raise ValueError(f"prompt must be one of {', '.join(KINDS)} or null, got {kind!r}")
     largest = (side - 1) // 2 if kind == "padding" else side
     if not 1 <= size <= largest:
         raise ValueError(f"prompt_size must be in [1, {largest}] for {kind} on images of {side} pixels, got {size}")

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import Count, CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.prompts import PromptKind, VisualPrompt
@@ -44,20 +45,20 @@ class TeCoA(RobustMethod):
 
     def __init__(
         self,
-        last_blocks: int | None = None,
+        last_blocks: Count | None = None,
         prompt: PromptKind | None = None,
-        prompt_size: int = 30,
-        prompt_tokens: int = 0,
-        prompt_lr: float = 40.0,
+        prompt_size: Count = 30,
+        prompt_tokens: CountOrZero = 0,
+        prompt_lr: NonNegative = 40.0,
         prompts_only: bool = True,
         pseudo_labels: bool = False,
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: int = 1000,
+        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        if last_blocks is not None and not 1 <= last_blocks <= len(self.clip.image_blocks()):
+        if last_blocks is not None and last_blocks > len(self.clip.image_blocks()):
             available = len(self.clip.image_blocks())
             raise ValueError(f"last_blocks must be in [1, {available}], got {last_blocks}; null trains the whole tower")
         has_prompt = prompt is not None or prompt_tokens != 0

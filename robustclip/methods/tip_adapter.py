@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustclip.arguments import Positive
 from robustclip.methods.checkpoints import saved_classes
 from robustclip.methods.features import FrozenFeatures
 from robustclip.methods.gathering import of_training_images
@@ -39,11 +40,8 @@ class TipAdapter(FrozenFeatures):
     keys: nn.Parameter | None
     key_labels: Tensor | None
 
-    def __init__(self, alpha: float = 1.0, beta: float = 10.0, **kwargs: Any) -> None:
+    def __init__(self, alpha: Positive = 1.0, beta: Positive = 10.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
         self.alpha, self.beta = alpha, beta
         self.class_names: tuple[str, ...] = ()
         self.register_parameter("keys", None)  # until a fit or a checkpoint tells how many

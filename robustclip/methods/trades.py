@@ -7,6 +7,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.losses import kl
 from robustclip.methods.base import RobustMethod
@@ -36,15 +37,13 @@ class TRADES(RobustMethod):
 
     def __init__(
         self,
-        beta: float = 6.0,
+        beta: NonNegative = 6.0,
         attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: int = 1000,
+        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
-        if not beta >= 0:
-            raise ValueError(f"beta must be at least 0, got {beta}; 0 trains on clean images alone")
         self.beta = beta
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:

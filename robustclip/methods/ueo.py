@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robustclip.arguments import NonNegative, Positive
 from robustclip.losses import entropy
 from robustclip.methods.context_and_norms import ContextAndNorms
 from robustclip.methods.gathering import of_all
@@ -13,7 +14,6 @@ from robustclip.types import UNKNOWN, Batch
 TEMPERATURES = {"official": 1.0, "msp": 0.01}
 ENTROPY_EPS = 1e-5  # inside the logarithm, in the authors' code
 ORACLE_FLOOR = 1e-3  # of an unknown image's weight, whose inverse is taken
-WEIGHTS = ("confidence", "uniform", "oracle")
 
 
 class UEO(ContextAndNorms):
@@ -49,15 +49,14 @@ class UEO(ContextAndNorms):
     def __init__(
         self,
         weights: Literal["confidence", "uniform", "oracle"] = "confidence",
-        weight_temperature: float | str = "official",
-        marginal_weight: float = 1.0,
+        weight_temperature: Positive | Literal["official", "msp"] = "official",
+        marginal_weight: NonNegative = 1.0,
         exact_entropy: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-        self.weighting, self.temperature = weights, _temperature(weight_temperature)
+        temperature = TEMPERATURES[weight_temperature] if isinstance(weight_temperature, str) else weight_temperature
+        self.weighting, self.temperature = weights, temperature
         self.marginal_weight, self.eps = marginal_weight, 0.0 if exact_entropy else ENTROPY_EPS
         self.sample_weights = torch.empty(0)
 
@@ -92,10 +91,3 @@ class UEO(ContextAndNorms):
             self.sample_weights = self.of_every_image(
                 lambda images, classes: (images @ classes.T / self.temperature).softmax(1).amax(1)
             )
-
-
-def _temperature(value: float | str) -> float:
-    temperature = TEMPERATURES.get(value, value) if isinstance(value, str) else value
-    if isinstance(temperature, str) or not temperature > 0:
-        raise ValueError(f"weight_temperature must be above 0 or one of {', '.join(TEMPERATURES)}, got {value!r}")
-    return temperature

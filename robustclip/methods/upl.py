@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from robustclip.arguments import Count
 from robustclip.methods.context_and_norms import ContextAndNorms
 from robustclip.methods.gathering import of_all
 from robustclip.types import Batch
@@ -29,10 +30,8 @@ class UPL(ContextAndNorms):
         ValueError: fewer than one image per class.
     """
 
-    def __init__(self, per_class: int = 16, **kwargs: Any) -> None:
+    def __init__(self, per_class: Count = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if per_class < 1:
-            raise ValueError(f"per_class must be at least 1, got {per_class}")
         self.per_class, self.pseudo_labels = per_class, torch.empty(0, dtype=torch.int64)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.lib.format import open_memmap
 from rich.console import Console
 from rich.progress import track
 
+from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.clip import CLIPModel
 from robustclip.data import CLIPDataModule
 from robustclip.data.features import IDS, LABELS, MANIFEST, ImageSet, digest, file_name
@@ -28,6 +29,7 @@ from robustclip.tools.retrieval.features import Encoder, Part, Store
 IMAGES_PER_PART = 4096
 
 
+@checked
 @dataclass(frozen=True)
 class Settings:
     """What is kept, and how it is made.
@@ -45,19 +47,15 @@ class Settings:
         ValueError: a value that is none of these.
     """
 
-    views: int | None = None
+    views: Count | None = None
     with_test: bool = False
     device: str = "auto"
-    precision: str = "fp32"
-    shard: int = 0
-    shards: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shard: CountOrZero = 0
+    shards: Count = 1
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be one of fp32, bf16, got {self.precision!r}")
-        if self.views is not None and self.views < 1:
-            raise ValueError(f"views must be at least 1, got {self.views}; leave `data.augmentation` out for none")
-        if not 0 <= self.shard < self.shards:
+        if self.shard >= self.shards:
             raise ValueError(f"shard must be in [0, {self.shards}), got {self.shard}; shards are numbered from 0")
 
 

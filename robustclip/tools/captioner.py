@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from robustclip.arguments import Count, CountOrZero, PositiveShare, checked
 from robustclip.clip import fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@checked
 @dataclass(frozen=True)
 class Decoding:
     """How captions are made from an image; the defaults are common ones, the ARF paper tells none.
@@ -30,28 +32,21 @@ class Decoding:
         ValueError: numbers that do not fit together.
     """
 
-    captions_per_image: int = 1
-    num_beams: int = 5
-    max_new_tokens: int = 30
-    min_new_tokens: int = 5
-    top_p: float | None = None
-    precision: str = "fp32"
-    batch_size: int = 32
+    captions_per_image: Count = 1
+    num_beams: Count = 5
+    max_new_tokens: Count = 30
+    min_new_tokens: CountOrZero = 5
+    top_p: PositiveShare | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: Count = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("captions_per_image", "num_beams", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+        if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens must be in [0, {self.max_new_tokens}], got {self.min_new_tokens}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_p is None and self.captions_per_image > self.num_beams:
             counts = f"{self.captions_per_image} captions_per_image but {self.num_beams} num_beams"
             raise ValueError(f"a beam gives one caption, got {counts}; raise num_beams or set top_p")
-        if self.precision not in DTYPES:
-            raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.clip import CLIPModel
 from robustclip.data.sources import OpenedSource, open_source
 from robustclip.tools.local_dir import new_folder
@@ -26,10 +27,8 @@ from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chos
 from robustclip.tools.retrieval.queries import Queries, image_parts, make_queries, write_neighbours
 from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, load_faiss, nearest
 
-QUERIES = ("image", "class_text", "caption")
-INDICES = ("flat", "ivfpq")
 
-
+@checked
 @dataclass(frozen=True)
 class Settings:
     """What is retrieved, and how. The model is the one that will be fine-tuned, before it is.
@@ -70,32 +69,24 @@ class Settings:
     split: str = "train"
     arch: str | None = None
     pretrained: str | None = "shapes"
-    image_size: int | None = None
-    query: str = "image"
+    image_size: Count | None = None
+    query: Literal["image", "class_text", "caption"] = "image"
     captions: str | None = None
-    k: int = 5
-    guard_threshold: float = 0.95
-    index: str = "flat"
-    batch_size: int = 64
-    num_workers: int = 2
+    k: Count = 5
+    guard_threshold: Annotated[float, Interval(-1, 1)] = 0.95
+    index: Literal["flat", "ivfpq"] = "flat"
+    batch_size: Count = 64
+    num_workers: CountOrZero = 2
     device: str = "auto"
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     cache: str | None = None
-    shard: int = 0
-    shards: int = 1
+    shard: CountOrZero = 0
+    shards: Count = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("query", QUERIES), ("index", INDICES), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("k", "batch_size", "shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.shard < self.shards:
+        if self.shard >= self.shards:
             raise ValueError(f"shard must be in [0, {self.shards}), got {self.shard}; shards are numbered from 0")
-        if not -1 <= self.guard_threshold <= 1:
-            raise ValueError(f"guard_threshold must be a cosine in [-1, 1], got {self.guard_threshold}")
 
 
 def retrieve(settings: Settings, out: Path) -> None:

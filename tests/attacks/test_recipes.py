@@ -192,7 +192,7 @@ def test_a_loss_given_to_pgd_replaces_the_callers() -> None:
 
 
 def test_wrong_recipes_are_refused() -> None:
-    with pytest.raises(ValueError, match="recipe must be one of pgd10, pgd100, cascade, autoattack, got 'pgd20'"):
+    with pytest.raises(ValueError, match="name must be one of pgd10, pgd100, cascade, autoattack, got 'pgd20'"):
         Recipe("pgd20", 0.1)
     with pytest.raises(ValueError, match="budget must be above 0"):
         Recipe("pgd10", 0.1, budget=0)

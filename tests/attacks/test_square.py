@@ -147,7 +147,7 @@ def test_the_pyramid_of_side_6_is_that_of_the_formula() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="queries must be at least 1"):
+    with pytest.raises(ValueError, match=r"queries must be .*at least 1"):
         Square(0.1, 0)
     with pytest.raises(ValueError, match="p_init"):
         Square(0.1, p_init=0)

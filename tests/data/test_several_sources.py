@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.splits import Shots, few_shots
+from robustclip.data.transforms import Augmentation
 from robustclip.data.views import Joined, where_of
 
 DOMAINS = ["wds:art", "wds:cartoon", "wds:photo"]
@@ -155,6 +156,7 @@ def test_the_domains_of_pacs_are_trained_on_but_for_one() -> None:
         pytest.skip("needs the photographs beside the project, which are not here")
     options = yaml.safe_load(LEAVE_ONE_OUT.read_text())["init_args"]
     options |= {kind: [DataSource(**each) for each in options[kind]] for kind in ("train", "test")}
+    options["augmentation"] = Augmentation(**options["augmentation"])
     data = CLIPDataModule(**options | {"root": str(SHARED / "data" / "wds"), "unknown": [], "num_workers": 0})
     data.setup("fit")
     data.setup("test")

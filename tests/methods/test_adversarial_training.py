@@ -75,5 +75,5 @@ def test_a_test_discards_the_classifier_and_a_resumed_fit_keeps_it(tiny_model: P
 
 
 def test_an_unknown_head_is_refused(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match="head must be 'linear' or 'cosine', got 'mlp'"):
+    with pytest.raises(ValueError, match="head must be one of linear, cosine, got 'mlp'"):
         AdversarialTraining(head="mlp", pretrained=str(tiny_model))

@@ -99,7 +99,7 @@ def test_logits_keep_full_precision_under_autocast(tiny_model: Path) -> None:
     ("options", "words"),
     [
         ({"learns": "all"}, "learns must be one of both, context, norms, got 'all'"),
-        ({"norm_filter": "some"}, "norm_filter must be 'official' or 'all', got 'some'"),
+        ({"norm_filter": "some"}, "norm_filter must be one of official, all, got 'some'"),
     ],
 )
 def test_what_cannot_learn_is_refused(options: dict[str, Any], words: str, tiny_model: Path) -> None:

@@ -232,8 +232,8 @@ def test_accumulation_is_refused_in_one_line(tiny_model: Path) -> None:
         ({"ratio": 1.5}, r"ratio must be in \[0, 1\], got 1.5"),
         ({"ratio_text": -0.1}, r"ratio_text must be in \[0, 1\], got -0.1"),
         ({"generator_steps": 0}, "generator_steps must be at least 1 in mode 'clean', got 0"),
-        ({"generator_steps": -1, "mode": "official"}, "generator_steps must be at least 0 in mode 'official', got -1"),
-        ({"lambda2": -1.0}, "lambda2 must be at least 0 in mode 'clean', got -1.0"),
+        ({"generator_steps": -1, "mode": "official"}, "generator_steps must be .*at least 0, got -1"),
+        ({"lambda2": -1.0}, "lambda2 must be at least 0, got -1.0"),
         ({"mode": "official", "penalty": "sample"}, "penalty must be 'batch' in mode 'official'"),
     ],
 )

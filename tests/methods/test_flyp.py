@@ -213,7 +213,7 @@ def test_the_ends_of_wise_ft_are_the_two_models(tuned: tuple[FLYP, Path], tiny_m
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"micro_batch": 0}, "at least 1, got 0"),
+        ({"micro_batch": 0}, "micro_batch must be an integer at least 1 or null, got 0"),
         ({"micro_batch": 4, "has_fixed_batch_norm": False}, "must be null where has_fixed_batch_norm is false"),
     ],
 )

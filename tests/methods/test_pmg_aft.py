@@ -271,7 +271,7 @@ def test_the_default_recipe_is_the_papers(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("alpha", -1.0, "alpha must be at least 0"), ("beta", float("nan"), "beta must be at least 0"),
-     ("logit_scale", 0.0, "logit_scale must be positive"), ("layer", 2, r"layer must be a block in \[-2, 1\], got 2"),
+     ("logit_scale", 0.0, "logit_scale must be above 0"), ("layer", 2, r"layer must be a block in \[-2, 1\], got 2"),
      ("pretrained", None, "pretrained")],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_refused(option: str, value: Any, message: str, tiny_model: Path) -> None:

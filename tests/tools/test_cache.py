@@ -181,9 +181,13 @@ PGD = ["--evaluation.attacks", "{{pgd: {{class_path: PGD}}}}"]
         ("cache", [], "exist and are never overwritten"),
         ("cache", ["--data.features", "null"], "data.features must name the folder to write, got null"),
         ("cache", ["--data.features", "other", "--trainer.max_epochs", "null"], "views must be set"),
-        ("cache", ["--data.features", "other", "--views", "0"], "views must be at least 1, got 0"),
+        ("cache", ["--data.features", "other", "--views", "0"], "views must be an integer at least 1 or null, got 0"),
         ("cache", ["--data.features", "other", "--shard", "2"], "shard must be in [0, 1), got 2"),
-        ("cache", ["--data.features", "other", "--precision", "fp8"], "precision must be one of fp32, bf16, got 'fp8'"),
+        (
+            "cache",
+            ["--data.features", "other", "--precision", "fp8"],
+            "precision: expected 'fp32' or 'bf16'",
+        ),
         ("cache", ["--data.features", "other", "--data.train", "wds:file://{}/tiny"], "'tiny' is remote; features are"),
     ],
 )

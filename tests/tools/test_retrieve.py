@@ -207,8 +207,8 @@ def test_queries_by_caption_find_the_same_text(pool: Path, tmp_path: Path) -> No
     ("options", "told"),
     [
         (["--k", "9999"], "k must be at most"),
-        (["--k", "0"], "k must be at least 1, got 0"),
-        (["--query", "sound"], "query must be one of image, class_text, caption, got 'sound'"),
+        (["--k", "0"], "k must be an integer at least 1, got 0"),
+        (["--query", "sound"], "query: expected 'image' or 'class_text' or 'caption', got 'sound'"),
         (["--query", "caption"], "has no .txt captions"),
         (["--pool", "folder:x"], "pool 'folder:x' must be wds:"),
         (["--pool", "wds:none"], "no such data set"),
