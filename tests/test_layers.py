@@ -7,7 +7,9 @@ PACKAGE = Path(__file__).parents[1] / "robustclip"
 RECORDS = {"statistics", "protocol", "ledger", "examples", "runs"}
 ALLOWED = {
     "types": set(),
-    "errors": set(),
+    "names": set(),
+    "display": {"names"},
+    "errors": {"names"},
     "metrics": {"types"},
     "statistics": set(),
     "protocol": set(),
@@ -21,15 +23,16 @@ ALLOWED = {
     "scores": set(),
     "data": {"types"},
     "methods": {"types", "clip", "attacks", "losses", "metrics"},
-    "callbacks": {"types", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
-    "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
-    "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
-    "assembly": {"cli", "data", "errors", "methods", "tools"},
-    "commands": {"assembly", "cli", "runs", "tools"},
-    "__main__": {"cli", "commands", "errors"},
+    "callbacks": {"types", "display", "names", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
+    "tools": {"types", "display", "names", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
+    "settings": {"errors", "runs"},
+    "cli": {"types", "errors", "attacks", "callbacks", "data", "methods", "settings", "tools"},
+    "assembly": {"cli", "data", "errors", "methods", "settings", "tools"},
+    "commands": {"assembly", "cli", "errors", "runs", "tools"},
+    "__main__": {"cli", "commands", "errors", "settings"},
     "__init__": set(),
 }
-NO_LIGHTNING = {"types", "errors", "text", "clip", "attacks", "losses", "scores"}
+NO_LIGHTNING = {"types", "names", "display", "settings", "errors", "text", "clip", "attacks", "losses", "scores"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -2,13 +2,15 @@
 
 import html
 
+from robustclip.names import plain
+
 LEVEL = "95\N{NO-BREAK SPACE}%"
 VOID = ("img", "meta")
 
 
 def escape(value: object) -> str:
     """Any value as text, safe in elements and in quoted attributes."""
-    return html.escape(str(value), quote=True)
+    return html.escape(plain(value, keep="\n"), quote=True)
 
 
 def tag(name: str, /, *content: str, **attributes: str) -> str:

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from robustclip.names import csv_cell, markdown
 from robustclip.tools.report.html import LEVEL, escape, tag
 from robustclip.tools.report.unlike import is_alike, said
 from robustclip.tools.report.view import CLEAN, MISSING, Score, View, averaged, union
@@ -77,13 +78,13 @@ def document(views: Sequence[View], more: Sequence[Table] = ()) -> str:
     """The tables as Markdown, with more tables behind them."""
     parts = [f"# Robustness report\n\n{UNITS}\n"]
     parts += [f"{BEST_RULE}\n"] if len(views) > 1 else []
-    parts += [f"{line}\n" for line in said(views)]
+    parts += [f"{markdown(line)}\n" for line in said(views)]
     for table in [*accuracy_tables(views), *more]:
-        head = [table.corner, *table.columns]
+        head = [markdown(name) for name in (table.corner, *table.columns)]
         lines = [head, ["---", *["--:"] * len(table.columns)]]
-        lines += [[name, *(_inline(cell) for cell in cells)] for name, cells in table.rows]
-        text = "".join(f"| {' | '.join(_plain(word) for word in line)} |\n" for line in lines)
-        parts.append(f"## {_plain(table.caption)}\n\n{text}")
+        lines += [[markdown(name), *(_inline(cell) for cell in cells)] for name, cells in table.rows]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(f"## {markdown(table.caption)}\n\n{text}")
     return "\n".join(parts)
 
 
@@ -93,15 +94,17 @@ def listing(views: Sequence[View]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "method", "task", "attack", "n", "correct", "percent", "low", "high", "task_seconds"])
     for view in views:
-        head = [view.run.name, view.run.result["method"]]
+        head = [csv_cell(name) for name in (view.run.name, view.run.result["method"])]
         for task, scores in view.scores.items():
             values = view.task(task)
             for kind, score in scores.items():
                 seconds = _seconds(values.get("seconds"))
-                writer.writerow([*head, task, kind, values["n"], score.correct, *_limits(score), seconds])
+                writer.writerow(
+                    [*head, csv_cell(task), csv_cell(kind), values["n"], score.correct, *_limits(score), seconds]
+                )
         for name, means in [*view.averages.items(), (MEAN, view.mean)]:
             for kind, score in means.items():
-                writer.writerow([*head, name, kind, "", "", *_limits(score), ""])
+                writer.writerow([*head, csv_cell(name), csv_cell(kind), "", "", *_limits(score), ""])
     return text.getvalue()
 
 
@@ -202,9 +205,5 @@ def _data(cell: Cell) -> str:
 
 
 def _inline(cell: Cell) -> str:
-    number = f"**{cell.text}** ▲" if cell.is_best else cell.text
-    return f"{number} ({cell.note})" if cell.note else number
-
-
-def _plain(text: str) -> str:
-    return escape(" ".join(text.split())).replace("|", "\\|")
+    number = f"**{markdown(cell.text)}** ▲" if cell.is_best else markdown(cell.text)
+    return f"{number} ({markdown(cell.note)})" if cell.note else number
