@@ -186,7 +186,7 @@ def check_words(words: list[str]) -> None:
     for key, value in options(words):
         if key == "config" or (key in SECTIONS and value.endswith(SUFFIXES)):
             tree = read_config(Path(value))
-        elif value.startswith(("{", "[")):
+        elif value.startswith(("{", "[")) or key.endswith(".init_args"):
             tree = parse(value, f"--{key}")
         else:
             continue

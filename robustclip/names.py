@@ -26,4 +26,6 @@ def csv_cell(name: object) -> str:
 
 def markdown(text: object) -> str:
     """Escapes all that Markdown or HTML would take for more than text, on one line."""
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", html.escape(plain(" ".join(str(text).split())), quote=False))
+    return re.sub(
+        r"([\\`*|\[\]])", r"\\\1", html.escape(plain(re.sub(r"[ \t\r\n]+", " ", str(text)).strip()), quote=False)
+    )
