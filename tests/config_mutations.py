@@ -2,8 +2,9 @@
 
 import copy
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ PERHAPS: tuple[Any, ...] = ("many", None, True, -1, 10**30, float("nan"), float(
 
 @dataclass(frozen=True)
 class Mutation:
-    """One command line, its files, and the key that a refusal must name.
+    """One command line, its configuration, and the key that a refusal must name.
 
     Args:
         name: of the case.
         words: command line; ``{at}`` stands for the folder of the files.
         key: last part of the dotted key that is at fault.
-        files: by name.
+        content: makes ``run.yaml``, since most mutations of a long list are not drawn.
         may_pass: whether the value may be a valid one.
+        kind: of the fault.
     """
 
     name: str
     words: tuple[str, ...]
     key: str
-    files: dict[str, bytes] = field(default_factory=dict)
+    content: Callable[[], bytes]
     may_pass: bool = False
+    kind: str = ""
 
 
 def whole(path: Path) -> dict[str, Any]:
@@ -80,6 +83,25 @@ def named(path: tuple[Any, ...]) -> str:
     return next(key for key in reversed(path) if isinstance(key, str) and key not in ("class_path", "init_args"))
 
 
+def without(tree: Any, path: tuple[Any, ...]) -> Any:
+    tree = copy.deepcopy(tree)
+    del get(tree, path[:-1])[path[-1]]
+    return tree
+
+
+def moved(tree: Any, path: tuple[Any, ...], to: tuple[Any, ...]) -> Any:
+    found = without(tree, path)
+    for key in to[:-1]:
+        found.setdefault(key, {})
+    get(found, to[:-1])[to[-1]] = get(tree, path)
+    return found
+
+
+def dumped(change: Callable[..., Any], tree: Any, *values: Any) -> bytes:
+    content = change(tree, *values)
+    return content if isinstance(content, bytes) else yaml.safe_dump(content, sort_keys=False).encode()
+
+
 FREE = ("attacks", "averages")  # mappings whose keys are the user's own
 
 
@@ -91,42 +113,41 @@ def misspelt(name: str, chance: random.Random) -> str:
 def of_tree(config: str, tree: dict[str, Any], chance: random.Random) -> Iterator[Mutation]:
     command = "test" if "class_path: ZeroShot" in yaml.safe_dump(tree) else "fit"
 
-    def case(kind: str, path: tuple[Any, ...], content: Any, key: str, *, may_pass: bool = False) -> Mutation:
-        text = content if isinstance(content, bytes) else yaml.safe_dump(content, sort_keys=False).encode()
+    def case(
+        kind: str, path: tuple[Any, ...], change: Callable[..., Any], *values: Any, key: str, may_pass: bool = False
+    ) -> Mutation:
+        content = partial(dumped, change, tree, path, *values)
         name = f"{config} {kind} {'.'.join(map(str, path))}"
-        return Mutation(name, (command, "--config", "{at}/run.yaml"), key, {"run.yaml": text}, may_pass)
+        return Mutation(name, (command, "--config", "{at}/run.yaml"), key, content, may_pass, kind.partition(" as ")[0])
 
     for path in paths(tree):
-        value, last = get(tree, path), path[-1]
+        last = path[-1]
         is_free = len(path) > 1 and path[-2] in FREE
         if isinstance(last, str) and last not in ("class_path", "init_args") and not is_free:
             name = misspelt(last, chance)
             if name != last:
-                yield case(f"misspelt as {name}", path, renamed(tree, path, name), name)
+                yield case(f"misspelt as {name}", path, renamed, name, key=name)
         if isinstance(last, str):
-            yield case("twice", path, twice(tree, path), last)
+            yield case("twice", path, twice, key=last)
         if last == "class_path":
             for other in ("TeCoAA", "torch.nn.Linear", "nonesuch.Nonesuch", "torch.nonesuch", 3, None, ["PGD"], ""):
-                yield case(f"set to {other!r}", path, changed(tree, path, other), named(path))
-            without = copy.deepcopy(tree)
-            del get(without, path[:-1])["class_path"]
-            yield case("left out", path, without, named(path), may_pass=path[:-1] in (("model",), ("data",)))
+                yield case(f"set to {other!r}", path, changed, other, key=named(path))
+            has_default = isinstance(path[-2], str) and path[-3:-2] not in [(name,) for name in FREE]
+            yield case("left out", path, without, key=named(path), may_pass=has_default)
         elif last == "init_args":
             for other in ("text", ["a", "b"], 3, True):
-                yield case(f"set to {other!r}", path, changed(tree, path, other), named(path))
+                yield case(f"set to {other!r}", path, changed, other, key=named(path))
         else:
             for other in NEVER:
-                yield case(f"set to {other!r}", path, changed(tree, path, other), named(path), may_pass=is_free)
+                yield case(f"set to {other!r}", path, changed, other, key=named(path), may_pass=is_free)
             for other in PERHAPS:
-                yield case(f"set to {other!r}", path, changed(tree, path, other), named(path), may_pass=True)
+                # The parser takes null for every argument; what the class makes of it is for the class to say.
+                key = "" if other is None and "init_args" in path else named(path)
+                yield case(f"set to {other!r}", path, changed, other, key=key, may_pass=True)
         if len(path) == 2 and path[0] in ("trainer", "checkpoint", "results") and last not in ("class_path",):
-            moved = changed(tree, (last,), value)
-            del moved[path[0]][last]
-            yield case("moved to the top", path, moved, str(last))
+            yield case("moved to the top", path, moved, (last,), key=str(last))
             other = "trainer" if path[0] != "trainer" else "checkpoint"
-            moved = copy.deepcopy(tree)
-            moved.setdefault(other, {})[last] = moved[path[0]].pop(last)
-            yield case(f"moved to {other}", path, moved, str(last))
+            yield case(f"moved to {other}", path, moved, (other, last), key=str(last))
 
 
 def twice(tree: Any, path: tuple[Any, ...]) -> bytes:
@@ -141,7 +162,7 @@ def spread(mutations: list[Mutation], chance: random.Random, count: int) -> list
     """Draws as many of each kind, since values of a wrong type would outnumber all others."""
     kinds: dict[str, list[Mutation]] = {}
     for mutation in mutations:
-        kinds.setdefault(" ".join(mutation.name.split()[1:3]).partition(" as")[0], []).append(mutation)
+        kinds.setdefault(mutation.kind, []).append(mutation)
     for members in kinds.values():
         chance.shuffle(members)
     chosen: list[Mutation] = []
@@ -263,11 +284,11 @@ OPTIONS: dict[str, str] = {
 def of_files() -> Iterator[Mutation]:
     for name, (content, key) in FILES.items():
         words = ("fit", "--model", "TeCoA", "--model.pretrained", "shapes", "--config", "{at}/run.yaml")
-        yield Mutation(f"file: {name}", words, key, {"run.yaml": content})
+        yield Mutation(f"file: {name}", words, key, partial(bytes, content))
 
 
 def of_options() -> Iterator[Mutation]:
     base = yaml.safe_dump(whole(CONFIGS / "demo.yaml")).encode()
     for option, key in OPTIONS.items():
         words = ("fit", "--config", "{at}/run.yaml", *option.split(" ", 1 if "{" in option else -1))
-        yield Mutation(f"option: {option}", words, key, {"run.yaml": base}, option.endswith("val_check_interval 7.5"))
+        yield Mutation(f"option: {option}", words, key, partial(bytes, base), option.endswith("val_check_interval 7.5"))

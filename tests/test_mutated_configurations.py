@@ -38,8 +38,7 @@ def mutations(count: int, *, seed: int) -> list[Mutation]:
 def faults(cases: list[Mutation], at: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[str]:
     """Runs each case; yields those that end in another way than the promised one."""
     for case in cases:
-        for name, content in case.files.items():
-            (at / name).write_bytes(content)
+        (at / "run.yaml").write_bytes(case.content())
         capfd.readouterr()
         try:
             status = run([word.replace("{at}", str(at)) for word in case.words])
@@ -69,7 +68,7 @@ def test_a_few_mutated_configurations_name_the_key(at: Path, capfd: pytest.Captu
 def test_mutated_configurations_name_the_key(at: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cases = mutations(MANY, seed=SEED + 1)
     assert len({case.name for case in cases}) == MANY
-    kinds = Counter(case.name.split()[1] for case in cases)
+    kinds = Counter(case.kind.split()[0] for case in cases)
     assert kinds.keys() >= {"misspelt", "twice", "set", "moved", "left"}
     assert not list(faults(cases, at, capfd))
 
