@@ -102,7 +102,7 @@ def dumped(change: Callable[..., Any], tree: Any, *values: Any) -> bytes:
     return content if isinstance(content, bytes) else yaml.safe_dump(content, sort_keys=False).encode()
 
 
-FREE = ("attacks", "averages")  # mappings whose keys are the user's own
+FREE = ("attacks", "fit_attacks", "averages")  # mappings whose keys are the user's own
 
 
 def misspelt(name: str, chance: random.Random) -> str:
