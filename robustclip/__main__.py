@@ -47,28 +47,33 @@ TOOLS = (
     *("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate"),
     *("caption", "retrieve", "cache"),
 )
+CONFIGURABLE = (*TRAINER_COMMANDS, "doctor", "replay", "export", "interpolate", "cache")  # take --config
+INTERRUPTED, UNREAD, TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM, as in a shell
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    That is 0, 1 where `doctor` or `verify` found something, or 2 after a line on stderr that says what is wrong.
+    The status is 0 after success, 1 where `doctor` or `verify` found something, 2 after a line on stderr that names
+    what is wrong with the input, 130 after Ctrl-C, 143 after SIGTERM, and 141 where the reader of the output is gone.
+    An exit with another number than 0 keeps it. An error of the program itself is raised; Python then ends with 1.
+
+    Args:
+        arguments: as on the command line, without the program's name; None takes the program's own.
     """
-    given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
-        return 0
-    if arguments[0] == "--version":
-        sys.stdout.write(f"robustclip {__version__}\n")
-        return 0
-    if arguments[0] not in COMMANDS:
-        sys.stderr.write(f"error: no command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}\n")
-        return 2
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(given, arguments)
-    except SystemExit as stop:  # of the parser, after `--help`, `--print_config` and the like
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        status = _answer(words)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return _interrupted("Ctrl-C", INTERRUPTED)
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
+        return UNREAD
+    except SystemExit as stop:
+        return _status(stop)
     except Exception as error:
         if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, _expected()):
             raise
@@ -78,15 +83,48 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _dispatch(given: list[str] | None, arguments: list[str]) -> int:
-    if arguments[0] in TOOLS:
+def _answer(words: list[str]) -> int:
+    command = words[0] if words else "help"
+    if command in ("-h", "--help", "help", "--version"):
+        sys.stdout.write(f"robustclip {__version__}\n" if command == "--version" else HELP)
+        return 0
+    if command not in COMMANDS:
+        sys.stderr.write(f"error: no command {command!r}; the commands are {', '.join(COMMANDS)}\n")
+        return 2
+    if command in CONFIGURABLE:
+        from robustclip.settings import check_files
+
+        check_files(words[1:], needs_results=command in TRAINER_COMMANDS)
+    if command in TOOLS:
         from robustclip.commands import run_tool
 
-        return run_tool(arguments)
+        return run_tool(words)
     from robustclip.cli import main  # slow: loads torch and lightning
 
-    main(given)
+    main(words)
     return 0
+
+
+def _status(stop: SystemExit) -> int:
+    """Exit status of an exit; only the parser's may be 0, since others say nothing of whether the command is done."""
+    from robustclip.errors import Answered
+
+    if isinstance(stop, Answered):
+        return int(stop.code or 0)
+    if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with 1
+        return _interrupted("Ctrl-C", INTERRUPTED)
+    if isinstance(stop.code, int) and stop.code:
+        return int(stop.code)
+    if type(stop).__name__ == "SIGTERMException":  # Lightning's
+        return _interrupted("SIGTERM", TERMINATED)
+    reason = stop.code or "sys.exit() was called before the command was done"
+    sys.stderr.write(f"error: {reason}\n")
+    return 1
+
+
+def _interrupted(by: str, status: int) -> int:
+    sys.stderr.write(f"error: interrupted by {by}\n")
+    return status
 
 
 def _expected() -> tuple[type[BaseException], ...]:

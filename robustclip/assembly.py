@@ -9,10 +9,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, check_config, start
+from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, start
 from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
+from robustclip.settings import read_config
 from robustclip.tools.doctor import Plan
 
 # Settings of a run that make its method; the seed decides where there are no pre-trained weights.
@@ -121,9 +122,7 @@ def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
     """
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / "fit.yaml").is_file():
-            check_config(folder / "fit.yaml")
-            settings: dict[str, Any] = yaml.safe_load((folder / "fit.yaml").read_text())
-            return settings
+            return read_config(folder / "fit.yaml")
     return None
 
 

@@ -6,12 +6,13 @@ import pickle
 import sys
 import warnings
 from argparse import ArgumentError
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -19,9 +20,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustclip import __version__
+from robustclip.attacks import Attack
 from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.data import CLIPDataModule
+from robustclip.errors import AnsweringParser, parameters_below
 from robustclip.methods import RobustMethod
+from robustclip.settings import SECTIONS, SUFFIXES, check_keys, check_order, get, joined, options, parse, read_config
 
 EXPECTED_ERRORS = (
     ArgumentError,
@@ -32,7 +36,13 @@ EXPECTED_ERRORS = (
     ProcessRaisedException,
     ValueError,
 )
+# Mappings whose keys are the user's own, and the type of their values.
+ENTRIES = {"evaluation.attacks": Attack, "evaluation.fit_attacks": Attack, "results.averages": list[str]}
 Interface = TypeVar("Interface", bound="RobustCLI")
+
+
+class Parser(AnsweringParser, LightningArgumentParser):
+    """Lightning's, whose exits can be told from those of other code."""
 
 
 class RobustCLI(LightningCLI):
@@ -76,11 +86,24 @@ class RobustCLI(LightningCLI):
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}.yaml", "overwrite": True}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction."""
+        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction.
+
+        Raises:
+            ValueError: settings that the trainer refuses.
+        """
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (LookupError, MisconfigurationException, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"trainer: {error}") from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ValueError(f"seed_everything: {error}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Checkpoints are data: no code in them runs, wherever they come from.
@@ -127,9 +150,8 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
     words = sys.argv[1:] if args is None else args
     if isinstance(words, list):
-        for word, following in pairwise([*words, ""]):
-            if word == "--config" or word.startswith("--config="):
-                check_config(Path(word.removeprefix("--config=") if "=" in word else following))
+        args = joined(words)
+        check_words(args)
     return interface(
         RobustMethod,
         CLIPDataModule,
@@ -143,9 +165,57 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
             "version": __version__,
             **{name: {"exit_on_error": False} for name in ("fit", "validate", "test")},
             "exit_on_error": False,
+            "allow_abbrev": False,  # a misspelt key could begin another one
         },
+        parser_class=Parser,
         args=args,
     )
+
+
+def check_words(words: list[str]) -> None:
+    """Checks options and configurations before the parser does, whose messages leave out where a fault is.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        ValueError: a file that cannot be read, or a key, a class or an entry that is not valid.
+    """
+    check_order(words)
+    keys = known_keys()
+    for key, value in options(words):
+        if key == "config" or (key in SECTIONS and value.endswith(SUFFIXES)):
+            tree = read_config(Path(value))
+        elif value.startswith(("{", "[")) or key.endswith(".init_args"):
+            tree = parse(value, f"--{key}")
+        else:
+            continue
+        for part in reversed(key.split(".") if key != "config" else []):
+            tree = {part: tree}
+        check_keys(tree, keys)
+        for name, kind in ENTRIES.items():
+            check_entries(name, get(tree, name.split(".")), kind)
+
+
+def check_entries(key: str, entries: Any, kind: Any) -> None:
+    """Checks a mapping entry by entry, since the parser does not say which entry it refuses.
+
+    Args:
+        key: of the mapping.
+        entries: the mapping; anything else is left to the parser.
+        kind: type of an entry.
+
+    Raises:
+        ArgumentError: an entry of another type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--entry", type=kind, required=True)
+    for name, value in entries.items() if isinstance(entries, Mapping) else ():
+        try:
+            parser.parse_object({"entry": value})
+        except ArgumentError as error:
+            text = str(error).replace('Parser key "entry"', f'Parser key "{key}.{name}"', 1)
+            raise ArgumentError(None, text.replace("required: entry", f"required: {key}.{name}")) from error
 
 
 def known_keys() -> list[str]:
@@ -161,24 +231,8 @@ def known_keys() -> list[str]:
     names = {section: list(inspect.signature(cls).parameters) for section, cls in sections.items()}
     keys = [f"{section}.{name}" for section in names for name in names[section]]
     wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
-    return ["config", "ckpt_path", "seed_everything", *sections, *wholes, *keys]
-
-
-def check_config(path: Path) -> None:
-    """Tells which of several files is broken; the parser does not.
-
-    Raises:
-        ValueError: no such file, or no mapping in YAML.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        mark = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"config {path} is no YAML: {error.problem}{mark}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {str(path)!r} cannot be read: {error}; --config takes a YAML file") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {str(content)[:40]!r}")
+    below = [f"model.{name}" for name in parameters_below(("attack", "optimizer"))]
+    return ["config", "ckpt_path", "seed_everything", "verbose", *sections, *wholes, *keys, *below]
 
 
 def check_checkpoint(path: Path) -> None:

@@ -178,7 +178,9 @@ def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> t
             raise ValueError(f"model arch must be null for the folder {source!r}, which has its own; got {arch!r}")
         return _load_folder(Path(source).resolve(), image_size)
     if arch is None:
-        raise ValueError(f"model arch is missing: {pretrained!r} is no folder; give an open_clip architecture")
+        raise ValueError(
+            f"model arch is missing: pretrained {pretrained!r} is no folder; give an open_clip architecture"
+        )
     if arch not in open_clip.list_models():
         close = difflib.get_close_matches(arch, open_clip.list_models())
         remedy = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from robustclip.errors import AnsweringParser
+from robustclip.runs import Run
+
 
 def run_tool(words: list[str]) -> int:
     """Runs one of the commands and returns the exit status.
@@ -34,8 +37,12 @@ def run_tool(words: list[str]) -> int:
     return commands[words[0]](words[1:])
 
 
-def _parser(command: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"robustclip {command}", description=description, exit_on_error=False)
+class Parser(AnsweringParser, ArgumentParser):
+    """Parses the arguments of one command."""
+
+
+def _parser(command: str, description: str) -> Parser:
+    return Parser(prog=f"robustclip {command}", description=description, exit_on_error=False)
 
 
 # Paths are taken as strings: the parser would take what a path points to for a configuration.
@@ -83,6 +90,7 @@ def _verify(words: list[str]) -> int:
     parser = _parser("verify", "Rebuilds a run's model and checks its stored images; status 1 if something disagrees.")
     parser.add_argument("run", type=str, help="folder that `robustclip test` left")
     given = parser.parse_args(words)
+    Run.open(Path(given.run))
     from robustclip.assembly import build
     from robustclip.tools.evidence import verify
 
@@ -97,14 +105,13 @@ def _replay(words: list[str]) -> int:
     )
     parser.add_argument("run", type=str, help="folder that `robustclip test` left; comes before the options")
     given = parser.parse_args([word for word in words[:1] if word in ("-h", "--help") or not word.startswith("-")])
-    from robustclip.assembly import rebuild
-    from robustclip.runs import Run
-    from robustclip.tools.evidence import replay
-
     run = Run.open(Path(given.run))
     config = run.result.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{run.folder} has no settings that its model could be built from")
+    from robustclip.assembly import rebuild
+    from robustclip.tools.evidence import replay
+
     replay(run.folder, rebuild(config, words[1:]))
     return 0
 

@@ -6,7 +6,9 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NoReturn
+
+from robustclip.names import plain
 
 LONGEST = 400  # characters: some libraries print the whole configuration
 LONGEST_VALUE = 80
@@ -16,8 +18,23 @@ HEADER = re.compile(
 # jsonargparse frames the reason with these, none of which a user wrote or can act on.
 FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a")
 
+# A class whose arguments stand for those of all classes that a key takes, to suggest from.
+TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
 # Which modules' classes to suggest for a key whose last part has this word.
 OFFERED = {"model": "robustclip.methods", "attack": "robustclip.attacks", "optimizer": "torch.optim"}
+
+
+class Answered(SystemExit):
+    """A parser has printed what it was asked for, as after ``--help``; any other exit is of other code."""
+
+
+class AnsweringParser:
+    """Makes the exits of an argument parser `Answered`."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Ends the program."""
+        sys.stderr.write(message or "")
+        raise Answered(status)
 
 
 def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
@@ -33,10 +50,11 @@ def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
     if isinstance(error, KeyError) or not text.strip():
         text = f"{type(error).__name__}: {text}"
     is_top_level = "Parser key" not in text
-    if is_top_level and (found := re.search(r"unrecognized arguments: -*(\S+)|does not accept option '([^']+)'", text)):
-        return _unknown_key(found[1] or found[2], keys)
-    if found := re.search(r"argument -*(\S+): expected one argument", text):
-        return f"{found[1]}: a value is missing; one that begins with a minus is written --KEY=-VALUE"
+    if is_top_level and (found := re.search(r"unrecognized arguments: (-*)(\S+)", text)):
+        dashes, key = found.groups()
+        return unknown_key(key, keys) if dashes == "--" else f"{dashes + key!r} is no option; write --KEY VALUE"
+    if is_top_level and (found := re.search(r"does not accept option '([^']+)'", text)):
+        return unknown_key(found[1], keys)
     if found := re.search(r"arguments are required: (.+)", text):
         return _required(found[1])
     return _shorten(_of_parser(text), LONGEST)
@@ -49,7 +67,9 @@ def _of_parser(text: str) -> str:
     value = _value(block) or _value(text)
     if found := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", block):
         made = cls or _value_class(block)
-        return _unknown_key(f"{path}.{found[1] or found[2]}", [f"{path}.{name}" for name in _parameters(made)])
+        names = _parameters(made)
+        names += parameters_below(names)
+        return unknown_key(f"{path}.{found[1] or found[2]}", [f"{path}.{name}" for name in names])
     if found := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
         value = found[1]
     if found or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
@@ -63,6 +83,10 @@ def _of_parser(text: str) -> str:
         return f"{where}{value!r} is no subclass of {block.split('subclass of ')[1].split()[0]}"
     if found := re.search(r"No module named '([^']+)'", block):
         return f"{where}there is no module {found[1]!r} for {cls or value!r}; it would be found in the current folder"
+    if found := re.search(r"Not a valid subclass of (\w+)", block):
+        return (
+            f"{where}expected a class of kind {found[1]}, got {_shorten(value, LONGEST_VALUE)!r}; {_classes(path, '')}"
+        )
     told = [line for line in reasons if not line.startswith(FRAME)]
     if not told and (expected := _expected(block)):
         return f"{where}expected {expected}, got {_shorten(value, LONGEST_VALUE)!r}"
@@ -120,16 +144,30 @@ def _required(names: str) -> str:
     return f"{key} is missing; `robustclip COMMAND --help` tells what it takes"
 
 
-def _unknown_key(key: str, keys: Iterable[str]) -> str:
+def unknown_key(key: str, keys: Iterable[str]) -> str:
+    """States that a key does not exist, and suggests others.
+
+    Args:
+        key: dotted key.
+        keys: dotted keys that exist.
+    """
     key, known = key.partition("=")[0], list(keys)
     parent, _, leaf = key.rpartition(".")
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
-    close = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
-    close = close or [name for name in known if name.endswith(f".{key}")]
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    siblings = {leaves[name]: name for name in known if name.rpartition(".")[0] == parent}
+    below = [name for name in known if leaves[name] == leaf and name.startswith(f"{parent}." if parent else "")]
+    close = below[:1] + [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    alike = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.8)
+    close = close or [name for name in known if leaves[name] in alike][:2]
     if close:
-        return f"there is no key {key}; did you mean {' or '.join(close)}?"
+        return f"there is no key {key}; did you mean {' or '.join(dict.fromkeys(close))}?"
     return f"there is no key {key}" + (f"; known are {', '.join(sorted(siblings.values()))}" if siblings else "")
+
+
+def parameters_below(names: Collection[str]) -> list[str]:
+    """Dotted names of the arguments that some keys' classes usually take, as in ``optimizer.lr``."""
+    return [f"{key}.{name}" for key, cls in TYPICAL.items() if key in names for name in _parameters(cls)]
 
 
 def _parameters(cls: str) -> list[str]:
@@ -163,5 +201,5 @@ def _names(module: str) -> list[str]:
 
 
 def _shorten(text: str, length: int) -> str:
-    text = " ".join(text.split())
+    text = plain(" ".join(text.split()))
     return text if len(text) <= length else f"{text[: length - 3]}..."

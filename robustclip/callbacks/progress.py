@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from robustclip import display
 from robustclip.arguments import CountOrZero, checked
 
 
@@ -32,10 +33,10 @@ class TaskProgress(RichProgressBar):
 
     def announce(self, label: str) -> None:
         """Renames the running bar."""
-        self._label = label
+        self._label = display.label(label)
         bar = self.test_progress_bar_id if self.trainer.testing else self.val_progress_bar_id
         if self.progress is not None and bar is not None and bar in self.progress.task_ids:
-            self.progress.update(bar, description=label)
+            self.progress.update(bar, description=self._label)
 
     def close(self) -> None:
         """Takes the bar off the screen, so that a table can be printed."""
@@ -46,14 +47,14 @@ class TaskProgress(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the bar of a new data set."""
-        self._label = trainer.datamodule.test_tasks[dataloader_idx].name  # type: ignore[attr-defined]
+        self._label = display.label(trainer.datamodule.test_tasks[dataloader_idx].name)  # type: ignore[attr-defined]
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the bar of a new data set."""
-        self._label = trainer.datamodule.val_tasks[dataloader_idx].name  # type: ignore[attr-defined]
+        self._label = display.label(trainer.datamodule.val_tasks[dataloader_idx].name)  # type: ignore[attr-defined]
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:

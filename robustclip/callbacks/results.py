@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
 
-from robustclip import ledger
+from robustclip import display, ledger
 from robustclip.arguments import checked
 from robustclip.attacks import Member
 from robustclip.callbacks.audit import audit
@@ -168,13 +167,13 @@ class ResultsWriter(Callback):
         if self._result:
             if isinstance(trainer.progress_bar_callback, TaskProgress):
                 trainer.progress_bar_callback.close()
-            console = Console()
+            console = display.console()
             console.print(rich_table(self._result))
             if (detected := rich_detection(self._result)) is not None:
                 console.print(detected)
             for check in self._result["audit"]["checks"]:
                 if check["status"] != "pass":
-                    console.print(f"{check['status']:>12}  {check['name']}: {check['found']}", highlight=False)
+                    console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
             console.print(f"The table, the ledgers and the protocol lie in\n{self.path}", soft_wrap=True)
             self._result = {}
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from robustclip.attacks import Member
+from robustclip.names import csv_cell, markdown
 from robustclip.statistics import mean_interval, wilson
 from robustclip.types import TASK_NAME
 
@@ -113,11 +115,13 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 def csv_table(result: Mapping[str, Any]) -> str:
     """The same as shares in [0, 1], limits of the intervals in columns of their own."""
     kinds = list(result["mean"])
-    limits = [name for kind in kinds for name in (kind, f"{kind}_low", f"{kind}_high")]
+    limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
     for name, values in [*result["tasks"].items(), *means_of(result).items()]:
         numbers = [number for kind in kinds for number in (values[kind]["acc1"], *values[kind]["interval"])]
-        rows.append([name, values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")])
+        rows.append(
+            [csv_cell(name), values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")]
+        )
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
@@ -130,9 +134,11 @@ def rich_table(result: Mapping[str, Any]) -> Table:
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0]):
         title = name.replace("_", "_\n")
-        table.add_column(title, justify="right" if number else "left", footer=rows[-1][number], no_wrap=number == 0)
+        table.add_column(
+            title, justify="right" if number else "left", footer=_dimmed(rows[-1][number]), no_wrap=number == 0
+        )
     for row in rows[1:-1]:
-        table.add_row(*row)
+        table.add_row(*map(_dimmed, row))
     return table
 
 
@@ -197,15 +203,22 @@ def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
 def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
     """The same for narrow columns, the interval in whole percent."""
     low, high = accuracy["interval"]
-    return f"{100 * accuracy['acc1']:.1f}\n[dim]{100 * low:.0f}-{100 * high:.0f}[/dim]"
+    return f"{100 * accuracy['acc1']:.1f}\n{100 * low:.0f}-{100 * high:.0f}"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def _dimmed(cell: str) -> Text:
+    """The second line of a cell is less important than the first."""
+    first, newline, rest = cell.partition("\n")
+    return Text.assemble(first, newline, (rest, "dim"))
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---", *["--:"] * (len(rows[0]) - 1)], *rows[1:]]
+    head, *body = [[markdown(cell) for cell in row] for row in rows]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from rich.console import Console
-from rich.progress import track
 
+from robustclip import display
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.clip import CLIPModel
 from robustclip.data import CLIPDataModule
@@ -116,7 +115,7 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
     work = out.with_name(f"{out.name}.work")
     store = Store(work, made | _told(data.image_sets))
     label = f"{sum(len(piece.positions) for piece in own):,} images"
-    for piece in track(own, label, console=Console(stderr=True)):
+    for piece in display.progress(own, label):
         store.part(piece.name, partial(_encode, piece, encoder))
     if settings.shards > 1:
         sys.stdout.write(f"features of share {settings.shard} of {settings.shards} are in {work}\n")

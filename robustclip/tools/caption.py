@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from robustclip import display
 from robustclip.data.images import DECODING_ERRORS
 from robustclip.data.sources import open_source
 from robustclip.ledger import write_aside
@@ -79,7 +78,7 @@ def caption(
         todo = [number for number in range(count) if number % shards == shard and number not in done]
         loader: Any = DataLoader(batches, batch_size=None, sampler=todo, num_workers=num_workers)
         label = f"captions, shard {shard} of {shards}" if shards > 1 else "captions"
-        for batch in track(loader, label, total=len(todo), console=Console(stderr=True)):
+        for batch in display.progress(loader, label, len(todo)):
             journal.append(batch.number, _rows(batch, model))
     return _publish(folder, out, count, settings)
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
-
-from robustclip import protocol
+from robustclip import display, protocol
 from robustclip.runs import Run
 from robustclip.statistics import (
     bootstrap_mean_difference,
@@ -38,7 +36,7 @@ def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
     """
     run_a, run_b = Run.open(a), Run.open(b)
     found = pair(run_a, run_b, shared_samples=shared_samples)
-    console = Console()
+    console = display.console()
     console.print(f"A: {run_a.folder} ({run_a.result['method']})\nB: {run_b.folder} ({run_b.result['method']})")
     console.print(shown(found))
     for note in found.notes:

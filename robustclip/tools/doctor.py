@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from robustclip import display
 from robustclip.callbacks import RobustEvaluation
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod, ZeroShot
@@ -71,9 +71,9 @@ def doctor(plan: Plan) -> int:
     for title in ("check", "result", "detail"):
         shown.add_column(title, overflow="fold")
     for finding in findings:
-        shown.add_row(escape(finding.check), f"[{STYLES[finding.mark]}]{finding.mark}[/]", escape(finding.detail))
+        shown.add_row(finding.check, Text(finding.mark, style=STYLES[finding.mark]), finding.detail)
     problems = sum(finding.mark == PROBLEM for finding in findings)
-    console = Console()
+    console = display.console()
     console.print(shown)
     console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing stands in the way")
     return problems

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from robustclip import display
 from robustclip.attacks import pixels
 from robustclip.examples import Example, load_all
 from robustclip.methods import RobustMethod
@@ -69,7 +69,7 @@ def verify(run: Path, build: Callable[[dict[str, Any]], RobustMethod]) -> int:
     opened = Run.open(run)
     folder = _examples(opened)
     found = check(opened, _prepared(build(_of(opened, "config")), opened), folder)
-    Console().print(_verified(found))
+    display.console().print(_verified(found))
     return sum(bool(reasons) for examples in found.values() for reasons in examples.values())
 
 
@@ -92,7 +92,7 @@ def replay(run: Path, method: RobustMethod) -> None:
     for (task, attack), found in transfers(opened, method).items():
         counts = ((found.clean, found.n), (found.attacked, found.n), (found.broken, found.clean))
         table.add_row(task, attack, str(found.n), *(_rate(*count) for count in counts))
-    Console().print(table)
+    display.console().print(table)
 
 
 def check(run: Run, method: RobustMethod, folder: Path) -> dict[Key, dict[int, list[str]]]:

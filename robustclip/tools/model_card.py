@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustclip.callbacks.tables import markdown_table
+from robustclip.names import markdown
 from robustclip.protocol import digest
 from robustclip.runs import Run
 
@@ -26,8 +27,8 @@ def model_card(
         run: a test of this model.
     """
     facts = {"method": method, "base model": base, **_facts(training)}
-    table = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return f"""# {method} on {base}
+    table = "".join(f"| {name} | {markdown(value)} |\n" for name, value in facts.items())
+    return f"""# {markdown(method)} on {markdown(base)}
 
 Fine-tuned and exported by robustclip.
 
@@ -67,7 +68,7 @@ def _flat(value: Any) -> str:
         return f"{value['class_path'].rpartition('.')[2]}({listed})"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_flat(each)}" for name, each in value.items() if each is not None)
-    return "none" if value is None else str(value).replace("|", "/")
+    return "none" if value is None else str(value)
 
 
 def _results(run: Run | None) -> str:

@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
+from robustclip import display
 from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.clip import CLIPModel
 from robustclip.data.sources import OpenedSource, open_source
@@ -165,7 +164,7 @@ def _pool_parts(store: Store, encoder: Encoder, pool: list[Shard], kind: str, se
     """Features of the pool's images or texts; of several processes, those of this one's share."""
     own = [shard for number, shard in enumerate(pool) if number % settings.shards == settings.shard]
     label = "pool, images" if kind == "image" else "pool, texts"
-    shown = track(own, label, console=Console(stderr=True))
+    shown = display.progress(own, label)
     return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shown]
 
 

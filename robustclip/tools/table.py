@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from robustclip import display
 from robustclip.runs import Run
 
 
@@ -27,4 +27,4 @@ def table(results: list[Path]) -> None:
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
         cells = [run["tasks"].get(name, {}).get(kind, {}).get("acc1") for run, kind in columns]
         shown.add_row(name, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
-    Console().print(shown)
+    display.console().print(shown)

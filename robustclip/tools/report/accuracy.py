@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+from robustclip.names import csv_cell
 from robustclip.protocol import differences
 from robustclip.tools.compare import pair
 from robustclip.tools.report.blocks import Block, Cell, Notice, Table, Tables, Text
@@ -69,15 +70,15 @@ def csv_of(views: Sequence[View]) -> str:
     head = ["run", "method", "grade", "task", "attack", "n", "correct", "percent", "low", "high", "task_seconds"]
     writer.writerow(head)
     for view in views:
-        own = [view.run.name, view.run.result["method"], view.grade]
-        for task, scores in view.scores.items():
-            values = view.task(task)
-            for kind, score in scores.items():
-                seconds = _seconds(values.get("seconds"))
-                writer.writerow([*own, task, kind, values["n"], score.correct, *score.limits, seconds])
+        own = [csv_cell(view.run.name), csv_cell(view.run.result["method"]), view.grade]
+        rows = [
+            [task, kind, view.task(task)["n"], score.correct, *score.limits, _seconds(view.task(task).get("seconds"))]
+            for task, scores in view.scores.items()
+            for kind, score in scores.items()
+        ]
         for name, means in [*view.averages.items(), (MEAN, view.mean)]:
-            for kind, score in means.items():
-                writer.writerow([*own, name, kind, "", "", *score.limits, ""])
+            rows += [[name, kind, "", "", *score.limits, ""] for kind, score in means.items()]
+        writer.writerows([*own, csv_cell(task), csv_cell(kind), *numbers] for task, kind, *numbers in rows)
     return text.getvalue()
 
 

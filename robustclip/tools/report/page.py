@@ -4,9 +4,12 @@ import importlib
 from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from robustclip.names import markdown as escape
+from robustclip.names import plain
 from robustclip.tools.report.accuracy import Accuracy, summary, warning_lines
-from robustclip.tools.report.blocks import Block, Table, Text, tables_of
+from robustclip.tools.report.blocks import Block, Cell, Table, Text, tables_of
 from robustclip.tools.report.feature_geometry import Geometry
 from robustclip.tools.report.gallery import Images
 from robustclip.tools.report.misclassified import Misclassified
@@ -44,7 +47,12 @@ def html(views: Sequence[View], content: Content) -> str:
     """The whole page; the same runs give the same bytes."""
     loader = PackageLoader("robustclip.tools.report")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value, keep="\n"),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     title = f"Robustness of {', '.join(view.name for view in views)}"
@@ -55,25 +63,21 @@ def html(views: Sequence[View], content: Content) -> str:
 def markdown(views: Sequence[View], content: Content) -> str:
     """Summary, warnings and all tables that are not folded away."""
     texts = [block.text for block in content[SUMMARY] if isinstance(block, Text)]
-    parts = ["# Robustness report\n", *(f"{_plain(line)}\n" for line in [*texts, *warning_lines(views)])]
+    parts = ["# Robustness report\n", *(f"{escape(line)}\n" for line in [*texts, *warning_lines(views)])]
     for blocks in content.values():
-        parts += [f"## {_plain(table.caption)}\n\n{_rows(table)}" for table in tables_of(blocks)]
+        parts += [f"## {escape(table.caption)}\n\n{_rows(table)}" for table in tables_of(blocks)]
     return "\n".join(parts)
 
 
 def _rows(table: Table) -> str:
-    lines: list[list[str]] = [[table.corner, *table.columns], ["---", *["--:"] * len(table.columns)]]
-    for name, cells in table.rows:
-        texts = [f"**{cell.text}** ▲" if cell.is_best else cell.text for cell in cells]
-        notes = [f" ({cell.note})" if cell.note else "" for cell in cells]
-        lines.append([name, *(text + note for text, note in zip(texts, notes, strict=True))])
-    return "".join(f"| {' | '.join(_plain(text) for text in line)} |\n" for line in lines)
+    lines = [[escape(name) for name in (table.corner, *table.columns)], ["---", *["--:"] * len(table.columns)]]
+    lines += [[escape(name), *map(_cell, cells)] for name, cells in table.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    replaced = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return replaced.replace("|", "\\|")
+def _cell(cell: Cell) -> str:
+    number = f"**{escape(cell.text)}** ▲" if cell.is_best else escape(cell.text)
+    return f"{number} ({escape(cell.note)})" if cell.note else number
 
 
 def _section(path: str) -> type[Section]:

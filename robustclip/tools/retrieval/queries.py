@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
+from robustclip import display
 from robustclip.data.anchors import ListTable
 from robustclip.data.sources import OpenedSource
 from robustclip.data.views import labels_of
@@ -82,7 +81,7 @@ def image_parts(store: Store, encoder: Encoder, source: OpenedSource, name: str)
     stem = f"set-{source.task.name}-{hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}"
     parts = []
     begins = range(0, size, IMAGES_PER_PART)
-    for begin in track(begins, f"{source.task.name}, images", console=Console(stderr=True)):
+    for begin in display.progress(begins, f"{source.task.name}, images"):
         positions = range(begin, min(begin + IMAGES_PER_PART, size))
         parts.append(store.part(f"{stem}-{begin}", partial(_encode, encoder, source.dataset, positions)))
     return parts
