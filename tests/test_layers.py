@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"
-RECORDS = {"statistics", "protocol", "ledger", "examples", "runs"}
+RECORDS = {"statistics", "protocol", "ledger", "examples", "runs", "paths"}
 ALLOWED = {
     "types": set(),
     "errors": set(),
@@ -13,19 +13,20 @@ ALLOWED = {
     "protocol": set(),
     "ledger": set(),
     "examples": {"ledger"},
-    "runs": {"ledger"},
+    "paths": set(),
+    "runs": {"ledger", "paths"},
     "text": set(),
     "clip": {"types", "text"},
     "attacks": {"types"},
     "losses": {"types"},
     "scores": set(),
-    "data": {"types"},
+    "data": {"types", "paths"},
     "methods": {"types", "clip", "attacks", "losses", "metrics"},
     "callbacks": {"types", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
     "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
     "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
-    "assembly": {"cli", "data", "errors", "methods", "tools"},
-    "commands": {"assembly", "cli", "runs", "tools"},
+    "assembly": {"cli", "data", "errors", "methods", "paths", "tools"},
+    "commands": {"assembly", "cli", "paths", "runs", "tools"},
     "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }

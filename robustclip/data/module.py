@@ -17,6 +17,7 @@ from robustclip.data.sampling import ImageLoader
 from robustclip.data.sources import DataSource, OpenedSource
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
+from robustclip.paths import local_path
 from robustclip.types import Task
 
 
@@ -86,6 +87,9 @@ class CLIPDataModule(ResumableDataModule):
             raise ValueError(f"holdout must be in [0, 1), got {holdout}")
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
             raise ValueError(f"batch sizes must be at least 1, got {batch_size} and {eval_batch_size}")
+        paths = {"root": root, "features": features, "captions": captions, "anchors": anchors, "captioned": captioned}
+        for key, path in paths.items():
+            local_path(path or ".", f"data.{key}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
         self.wanted_train = tuple(train) if isinstance(train, list) else (train,)
         self.wanted_val, self.wanted_test, self.wanted_unknown = tuple(val), tuple(test), tuple(unknown)

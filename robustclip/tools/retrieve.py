@@ -18,6 +18,7 @@ from rich.progress import track
 
 from robustclip.clip import CLIPModel
 from robustclip.data.sources import OpenedSource, open_source
+from robustclip.paths import local_path
 from robustclip.tools.local_dir import new_folder
 from robustclip.tools.retrieval.estimate import estimate
 from robustclip.tools.retrieval.features import Encoder, Part, Store, records
@@ -89,6 +90,8 @@ class Settings:
         for name, known in (("query", QUERIES), ("index", INDICES), ("precision", ("fp32", "bf16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("captions", "cache"):
+            local_path(getattr(self, name) or ".", name)
         for name in ("k", "batch_size", "shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
