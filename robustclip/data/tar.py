@@ -21,7 +21,8 @@ MAX_MEMBER_BYTES = 1 << 30  # the largest image that Pillow decodes, 2 * 89 mill
 MAX_TEXT_BYTES = 1 << 24  # the 21,843 class names of ImageNet-21k take 0.6 MB
 MAX_EXTENSIONS = 8  # headers in front of a member's own; GNU tar writes two, for a long name and a long link
 CHUNK = 1 << 20
-EXTENSIONS = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENSIONS = (*NAMES, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 TYPE_NAMES = {
     tarfile.LNKTYPE: "a hard link",
@@ -140,7 +141,7 @@ def _members(file: Readable, shard: str, loads: Container[str]) -> Iterator[tupl
             raise ValueError(f"shard {shard} member {info.name!r} is too large: its size is {info.size} bytes")
         data = _read(file, info.size) if kind in loads else b""
         if kind in loads and len(data) < info.size:
-            raise _damaged(shard, info.offset_data + len(data), f"it is cut short within {info.name!r}")
+            raise _cut(shard, info)
         yield posixpath.join(folder, stem), Member(kind, info.offset_data, info.size, data)
 
 
@@ -158,8 +159,11 @@ def _files(file: Readable, shard: str) -> Iterator[TarInfo]:
             limit = f"a member must have between 0 and {MAX_MEMBER_BYTES} bytes"
             raise ValueError(f"shard {shard} member {info.name!r} declares {info.size} bytes; {limit}")
         yield info
-        offset += _padded(info.size)
-        file.seek(offset)
+        if info.size:
+            offset += _padded(info.size)
+            file.seek(offset - 1)
+            if not file.read(1):
+                raise _cut(shard, info)
 
 
 def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
@@ -183,8 +187,8 @@ def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
         if not 0 <= info.size <= MAX_TEXT_BYTES:
             raise _damaged(shard, begin, f"an extension header declares {info.size} bytes")
         payload = _read(file, _padded(info.size))
-        if len(payload) < _padded(info.size):
-            raise _damaged(shard, begin + BLOCKSIZE + len(payload), "it is cut short within a header")
+        if not _is_whole(info, payload):
+            raise _damaged(shard, begin, "an extension header is cut short or longer than its content")
         named = NAMING.search(payload)
         if found := SPARSE.search(payload) or (info.type == tarfile.XGLTYPE and named):
             refused = f"the pax header {found[1].decode()} at byte {begin}"
@@ -193,6 +197,18 @@ def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
             blocks += block + payload
         begin += BLOCKSIZE + len(payload)
     raise _damaged(shard, offset, f"a member has more than {MAX_EXTENSIONS} extension headers")
+
+
+def _is_whole(info: TarInfo, payload: bytes) -> bool:
+    """Whether an extension header holds one name, or pax records, up to its declared size, and zeros behind them."""
+    if info.type in NAMES:
+        return len(payload) == _padded(info.size) and b"\0" not in payload.rstrip(b"\0")
+    position = 0
+    while position < info.size and (length := re.compile(rb"\d{1,9}(?= )").match(payload, position)):
+        position += max(1, int(length[0]))
+        if payload[position - 1 : position] != b"\n":
+            return False
+    return position == info.size and payload[position:] == bytes(_padded(info.size) - position)
 
 
 def _extended(blocks: bytes, shard: str, offset: int) -> TarInfo:
@@ -231,6 +247,10 @@ def _read(file: Readable, size: int) -> bytes:
 
 def _padded(size: int, unit: int = BLOCKSIZE) -> int:
     return -(-size // unit) * unit
+
+
+def _cut(shard: str, info: TarInfo) -> ValueError:
+    return _damaged(shard, info.offset_data, f"it is cut short within {info.name!r}")
 
 
 def _damaged(shard: str, offset: int, reason: str) -> ValueError:
