@@ -10,11 +10,11 @@ from http.client import HTTPException, HTTPResponse, InvalidURL
 from types import TracebackType
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 TIMEOUT_SECONDS = 60
-RETRY_DELAYS = (1, 2, 4, 8, 16, 32, 60)  # seconds before each further try: two minutes, as long as a server restarts
+RETRY_DELAYS = (1, 2, 4, 8, 16, 30)  # seconds before each further try: one minute, as long as a service restarts
 TRANSIENT = (408, 425, 429)  # and all of 5xx
 CHUNK = 1 << 16
 
@@ -49,6 +49,10 @@ class HttpFile:
     """
 
     def __init__(self, url: str, *, is_first_contact: bool = False) -> None:
+        try:
+            urlsplit(url).port  # noqa: B018  # parses the address
+        except ValueError as error:
+            raise ValueError(f"{url!r} is no valid address: {error}") from error
         self.url, self.is_first_contact = url, is_first_contact
         self._offset = self._failures = self._failed_at = 0
         self._version: Version | None = None

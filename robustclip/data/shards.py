@@ -92,7 +92,7 @@ def _opened(place: str) -> AbstractContextManager[tar.Readable]:
         return HttpFile(place)
     path = _local(place)
     if not path.is_file():
-        raise ValueError(f"shard {place} is missing, or is no file")
+        raise ValueError(f"shard {place} is missing, or is no file; see how many nshards.txt counts")
     return path.open("rb")
 
 

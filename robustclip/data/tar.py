@@ -177,8 +177,8 @@ def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
         try:
             info = TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            is_cut = len(block) < BLOCKSIZE
-            raise _damaged(shard, begin, "it has no end-of-archive block" if is_cut else str(error)) from error
+            reason = str(error) if len(block) == BLOCKSIZE else "it is cut short, without an end-of-archive block"
+            raise _damaged(shard, begin, reason) from error
         if info.type not in EXTENSIONS:
             is_extended = bool(blocks) and info.type in (*REGULAR, tarfile.DIRTYPE)
             info = _extended(blocks + block, shard, offset) if is_extended else info
