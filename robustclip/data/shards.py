@@ -16,7 +16,7 @@ from robustclip.data.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
 
 HTTP = ("http://", "https://")
 REMOTE = (*HTTP, "file://")
-MAX_SHARDS = 10**7  # more than any public set has; beyond it a count is a mistake
+MAX_SHARDS = 2_000_000  # DataComp's pool of 12.8 billion pairs has 1.28 million
 
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
@@ -65,7 +65,10 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
     def _read(self, number: int, member: tar.Member) -> bytes:
         with self.shards[number].open("rb", buffering=0) as file:
             file.seek(member.offset)
-            return file.read(member.size)
+            data = file.read(member.size)
+        if len(data) < member.size:
+            raise ValueError(f"shard {self.shards[number]} has changed since it was opened; start again")
+        return data
 
 
 def read_samples(shard: str, *, needs: str, loads: Container[str]) -> Iterator[Sample]:
