@@ -4,6 +4,7 @@ import io
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import unquote
 
@@ -17,6 +18,25 @@ from robustclip.data.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
 HTTP = ("http://", "https://")
 REMOTE = (*HTTP, "file://")
 MAX_SHARDS = 2_000_000  # DataComp's pool of 12.8 billion pairs has 1.28 million
+
+
+class Place(NamedTuple):
+    """Where one sample lies: number of the shard, key, and offset and size of image and captions.
+
+    Flat, since ImageNet has 1.3 million of them.
+    """
+
+    shard: int
+    key: str
+    offset: int
+    size: int
+    text: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, shard: int, sample: Sample) -> "Place":
+        """The place of a sample in a shard of this number."""
+        image, text = sample.image, sample.text
+        return cls(shard, sample.key, image.offset, image.size, None if text is None else (text.offset, text.size))
 
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
@@ -34,40 +54,44 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
     def __init__(self, shards: list[Path], *, is_labelled: bool = True) -> None:
         self.shards = shards
         needs = LABEL if is_labelled else TEXT
-        self._samples = [
-            (number, sample)
-            for number, shard in enumerate(shards)
-            for sample in read_samples(str(shard), needs=needs, loads=(LABEL,))
-        ]
-        self.labels = [sample.label for _, sample in self._samples]
-        self.has_captions = any(sample.text is not None for _, sample in self._samples)
+        self._places: list[Place] = []
+        self.labels: list[int] = []
+        for number, shard in enumerate(shards):
+            for sample in read_samples(str(shard), needs=needs, loads=(LABEL,)):
+                self._places.append(Place.of(number, sample))
+                self.labels.append(sample.label)
+        self.has_captions = any(place.text is not None for place in self._places)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        number, sample = self._samples[index]
-        return Image.open(io.BytesIO(self._read(number, sample.image))), sample.label
+        return Image.open(io.BytesIO(self.encoded(index))), self.labels[index]
+
+    def encoded(self, index: int) -> bytes:
+        """Bytes of one image as they lie in the shard."""
+        place = self._places[index]
+        return self._read(place.shard, place.offset, place.size)
 
     def captions(self, index: int) -> list[str]:
         """Captions of one image; none where there is no ``.txt``."""
-        number, sample = self._samples[index]
-        if sample.text is None:
+        place = self._places[index]
+        if place.text is None:
             return []
-        lines = self._read(number, sample.text).decode("utf-8", errors="replace").splitlines()
+        lines = self._read(place.shard, *place.text).decode("utf-8", errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()]
 
     def where(self, index: int) -> str:
         """Shard and key, for messages."""
-        number, sample = self._samples[index]
-        return f"{self.shards[number]} key {sample.key!r}"
+        place = self._places[index]
+        return f"{self.shards[place.shard]} key {place.key!r}"
 
-    def _read(self, number: int, member: tar.Member) -> bytes:
-        with self.shards[number].open("rb", buffering=0) as file:
-            file.seek(member.offset)
-            data = file.read(member.size)
-        if len(data) < member.size:
-            raise ValueError(f"shard {self.shards[number]} has changed since it was opened; start again")
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        with self.shards[shard].open("rb", buffering=0) as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) < size:
+            raise ValueError(f"shard {self.shards[shard]} has changed since it was opened; start again")
         return data
 
 

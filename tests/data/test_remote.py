@@ -278,12 +278,11 @@ def test_local_and_remote_readers_agree_on_a_damaged_shard(server: Server, tmp_p
         readers[2]()
 
 
-def test_photographs_are_the_same_over_http(server: Server, tmp_path: Path, write_shards: ShardWriter) -> None:
+def test_images_are_the_same_over_http(server: Server, tmp_path: Path, write_shards: ShardWriter) -> None:
     base = write_shards(tmp_path, "set", "test", [5])
     server.files["/test/0.tar"] = (base / "test" / "0.tar").read_bytes()
     local = IndexedShards([base / "test" / "0.tar"])
     found = [*read_shard(f"{server.url}/test/0.tar", 0)]
     assert [sample.label for sample in found] == local.labels
     assert [sample.index for sample in found] == [*range(5)]
-    for number, (_, sample) in enumerate(local._samples):
-        assert found[number].data == local._read(0, sample.image)
+    assert [sample.data for sample in found] == [local.encoded(number) for number in range(5)]

@@ -134,3 +134,11 @@ def test_a_malformed_count_of_shards_is_told(tmp_path: Path, write_shards: Shard
     (base / "test" / "nshards.txt").write_text(count)
     with pytest.raises(ValueError, match=r"nshards\.txt must hold the number of shards"):
         list_shards(str(base), "test")
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_named(tmp_path: Path, write_shards: ShardWriter) -> None:
+    base = write_shards(tmp_path, "set", "test", [3])
+    shards, path = opened(base), base / "test" / "0.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"0\.tar has changed since it was opened"):
+        shards[2]

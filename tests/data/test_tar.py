@@ -91,10 +91,8 @@ def time_limit() -> Iterator[None]:
 
 def in_place(path: Path) -> Samples:
     shards = IndexedShards([path])
-    found = []
-    for index, (_, sample) in enumerate(shards._samples):
-        found.append((sample.key, shards._read(0, sample.image), shards.labels[index]))
-    return found
+    keys = [shards.where(index).split("key ")[1].strip("'") for index in range(len(shards))]
+    return [(key, shards.encoded(index), shards.labels[index]) for index, key in enumerate(keys)]
 
 
 def streamed(path: Path) -> Samples:
