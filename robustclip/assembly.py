@@ -13,6 +13,7 @@ from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, start
 from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
+from robustclip.paths import local_path
 from robustclip.settings import read_config
 from robustclip.tools.doctor import Plan
 
@@ -131,7 +132,7 @@ def plan(words: Sequence[str]) -> Plan:
     assembled = start(_Examined, ["test", *words])
     settings = assembled.settings
     results = settings.results.folder or Path(settings.trainer.default_root_dir or ".") / "results"
-    found = Plan(results=Path(results), ckpt_path=settings.get("ckpt_path"))
+    found = Plan(results=local_path(results, "results.folder"), ckpt_path=settings.get("ckpt_path"))
     is_stand_in = assembled.failure is not None
     if assembled.failure is not None:
         why = in_one_line(assembled.failure)

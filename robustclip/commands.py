@@ -11,6 +11,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from robustclip.errors import AnsweringParser
+from robustclip.paths import local_path
 from robustclip.runs import Run
 
 
@@ -81,8 +82,9 @@ def _report(words: list[str]) -> int:
     given = parser.parse_args(words)
     from robustclip.tools.report import report
 
-    images = Path(given.images) if given.images else None
-    report([Path(name) for name in given.runs], out=Path(given.out), images=images, sections=given.sections)
+    images = local_path(given.images, "images") if given.images else None
+    out = local_path(given.out, "out")
+    report([Path(name) for name in given.runs], out=out, images=images, sections=given.sections)
     return 0
 
 
@@ -138,7 +140,7 @@ def _import(words: list[str]) -> int:
     from robustclip.tools.import_checkpoint import import_checkpoint
 
     options = {"arch": given.arch, "pretrained": given.pretrained, "activation": given.activation}
-    import_checkpoint(Path(given.source), Path(given.out), **options)
+    import_checkpoint(local_path(given.source, "source"), local_path(given.out, "out"), **options)
     return 0
 
 
@@ -158,7 +160,7 @@ def _export(words: list[str]) -> int:
     from robustclip.runs import Run
     from robustclip.tools.export import export
 
-    source = Path(given.source)
+    source = local_path(given.source, "source")
     if source.is_dir():
         if others or given.results:
             raise ValueError(f"{source} has its own settings and results; leave out further options")
@@ -167,7 +169,13 @@ def _export(words: list[str]) -> int:
     else:
         method, checkpoint, results = build_for(source, [*others, "--ckpt_path", str(source)]), source, given.results
     training = settings_of_fit(Path(checkpoint)) if checkpoint else None
-    export(method, Path(given.out), to=given.to, training=training, results=Path(results) if results else None)
+    export(
+        method,
+        local_path(given.out, "out"),
+        to=given.to,
+        training=training,
+        results=local_path(results, "results") if results else None,
+    )
     return 0
 
 
@@ -186,10 +194,10 @@ def _interpolate(words: list[str]) -> int:
     from robustclip.cli import check_checkpoint
     from robustclip.tools.interpolate import interpolate, parse_alphas
 
-    checkpoint = Path(given.checkpoint)
+    checkpoint = local_path(given.checkpoint, "checkpoint")
     check_checkpoint(checkpoint)
     method = build_for(checkpoint, others)
-    interpolate(method, checkpoint, Path(given.out), alphas=parse_alphas(given.alphas))
+    interpolate(method, checkpoint, local_path(given.out, "out"), alphas=parse_alphas(given.alphas))
     return 0
 
 
@@ -207,7 +215,7 @@ def _caption(words: list[str]) -> int:
     parser.add_argument("--out", type=str, required=True, help="parquet file to write")
     given = parser.parse_args(words).as_dict()
     decoding = Decoding(**{each.name: given.pop(each.name) for each in fields(Decoding)})
-    caption(out=Path(given.pop("out")), decoding=decoding, **given)
+    caption(out=local_path(given.pop("out"), "out"), decoding=decoding, **given)
     return 0
 
 
@@ -226,7 +234,7 @@ def _retrieve(words: list[str]) -> int:
     parser.add_argument("--guard", type=str, action="append", default=[], help="test set to keep out; may be repeated")
     parser.add_argument("--out", type=str, required=True, help="folder to write")
     given = parser.parse_args(words).as_dict()
-    retrieve(out=Path(given.pop("out")), settings=Settings(**given))
+    retrieve(out=local_path(given.pop("out"), "out"), settings=Settings(**given))
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from robustclip import ledger
+from robustclip.paths import local_path
 
 RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
 PARTS = "ledger/parts"  # of each process, until the test is finished
@@ -29,6 +30,7 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """A run by its folder or by the ``result.json`` in it."""
+        path = local_path(path, "run")
         run = cls(path.parent if path.name == RESULT else path)
         run.result  # noqa: B018  # reads it, and tells what is wrong
         return run

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"
-RECORDS = {"statistics", "protocol", "ledger", "examples", "runs"}
+RECORDS = {"statistics", "protocol", "ledger", "examples", "runs", "paths"}
 ALLOWED = {
     "arguments": set(),
     "types": {"arguments"},
@@ -14,13 +14,14 @@ ALLOWED = {
     "protocol": set(),
     "ledger": set(),
     "examples": {"ledger"},
-    "runs": {"ledger"},
+    "paths": set(),
+    "runs": {"ledger", "paths"},
     "text": set(),
     "clip": {"arguments", "text", "types"},
     "attacks": {"arguments", "types"},
     "losses": {"types"},
     "scores": set(),
-    "data": {"arguments", "types"},
+    "data": {"arguments", "paths", "types"},
     "methods": {"arguments", "attacks", "clip", "losses", "metrics", "types"},
     "callbacks": {
         "arguments",
@@ -32,6 +33,7 @@ ALLOWED = {
         "methods",
         "metrics",
         "names",
+        "paths",
         "protocol",
         "runs",
         "scores",
@@ -50,14 +52,15 @@ ALLOWED = {
         "methods",
         "metrics",
         "names",
+        "paths",
         "protocol",
         "runs",
         "statistics",
         "types",
     },
     "cli": {"attacks", "callbacks", "data", "errors", "methods", "settings", "tools", "types"},
-    "assembly": {"cli", "data", "errors", "methods", "settings", "tools"},
-    "commands": {"assembly", "cli", "errors", "runs", "tools"},
+    "assembly": {"cli", "data", "errors", "methods", "paths", "settings", "tools"},
+    "commands": {"assembly", "cli", "errors", "paths", "runs", "tools"},
     "__main__": {"cli", "commands", "errors", "settings"},
     "__init__": set(),
     "names": set(),

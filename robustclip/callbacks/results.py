@@ -30,6 +30,7 @@ from robustclip.callbacks.tables import (
     with_intervals,
 )
 from robustclip.methods import RobustMethod, ZeroShot
+from robustclip.paths import local_path
 from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
 from robustclip.types import Task
@@ -67,7 +68,9 @@ class ResultsWriter(Callback):
         config: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
-        self.baseline = None if baseline is None else Run.open(Path(baseline))
+        if folder is not None:
+            local_path(folder, "results.folder")
+        self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
         self.path: Path | None = None
         self.sections: dict[str, Any] = {}  # what other callbacks add to the result of the running test
         self._result: dict[str, Any] = {}
@@ -87,7 +90,7 @@ class ResultsWriter(Callback):
         Raises:
             ValueError: the name is taken, by a finished test or by an unfinished one of another protocol.
         """
-        root = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "results"
+        root = Path(self.folder or local_path(trainer.default_root_dir, "trainer.default_root_dir") / "results")
         unfinished = f"unfinished-{identity['method'].lower()}-{digest(identity)[:8]}"
         self.path, self._identity, self._members = root / (self.name or unfinished), identity, members
         if trainer.is_global_zero:

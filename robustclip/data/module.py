@@ -18,6 +18,7 @@ from robustclip.data.sampling import ImageLoader
 from robustclip.data.sources import DataSource, OpenedSource
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
+from robustclip.paths import local_path
 from robustclip.types import Task
 
 
@@ -84,6 +85,9 @@ class CLIPDataModule(ResumableDataModule):
         features_in_test: bool = False,
     ) -> None:
         super().__init__()
+        paths = {"root": root, "features": features, "captions": captions, "anchors": anchors, "captioned": captioned}
+        for key, path in paths.items():
+            local_path(path or ".", f"data.{key}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
         self.wanted_train = tuple(train) if isinstance(train, list) else (train,)
         self.wanted_val, self.wanted_test, self.wanted_unknown = tuple(val), tuple(test), tuple(unknown)

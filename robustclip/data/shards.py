@@ -1,30 +1,42 @@
 """Image sets in the WebDataset layout of clip_benchmark, read where they lie: nothing is unpacked or held in memory."""
 
 import io
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import NamedTuple
 from urllib.error import HTTPError
-from urllib.request import urlopen
+from urllib.parse import unquote
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
-REMOTE = ("http://", "https://", "file://")
-TIMEOUT_SECONDS = 60
+from robustclip.data import tar
+from robustclip.data.remote import HttpFile
+from robustclip.data.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
+
+HTTP = ("http://", "https://")
+REMOTE = (*HTTP, "file://")
+MAX_SHARDS = 2_000_000  # DataComp's pool of 12.8 billion pairs has 1.28 million
 
 
-class Member(NamedTuple):
-    """Where one sample lies in a tar file."""
+class Place(NamedTuple):
+    """Where one sample lies: number of the shard, key, and offset and size of image and captions.
+
+    Flat, since ImageNet has 1.3 million of them.
+    """
 
     shard: int
     key: str
     offset: int
     size: int
-    label: int  # -1 for none
-    text: tuple[int, int] | None  # offset and size of the captions
+    text: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, shard: int, sample: Sample) -> "Place":
+        """The place of a sample in a shard of this number."""
+        image, text = sample.image, sample.text
+        return cls(shard, sample.key, image.offset, image.size, None if text is None else (text.offset, text.size))
 
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
@@ -36,93 +48,97 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
         is_labelled: every image must have a label; otherwise, captions.
 
     Raises:
-        ValueError: a shard that is missing, cut short or no tar file, a sample without its label or captions.
+        ValueError: as `read_samples`.
     """
 
     def __init__(self, shards: list[Path], *, is_labelled: bool = True) -> None:
         self.shards = shards
-        members = (member for number, shard in enumerate(shards) for member in _scan(number, shard))
-        self._members = [_checked(member, shards, is_labelled) for member in members]
-        self.labels = [member.label for member in self._members]
-        self.has_captions = any(member.text is not None for member in self._members)
+        needs = LABEL if is_labelled else TEXT
+        self._places: list[Place] = []
+        self.labels: list[int] = []
+        for number, shard in enumerate(shards):
+            for sample in read_samples(str(shard), needs=needs, loads=(LABEL,)):
+                self._places.append(Place.of(number, sample))
+                self.labels.append(sample.label)
+        self.has_captions = any(place.text is not None for place in self._places)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        member = self._members[index]
-        return Image.open(io.BytesIO(self._read(member.shard, member.offset, member.size))), member.label
+        return Image.open(io.BytesIO(self.encoded(index))), self.labels[index]
+
+    def encoded(self, index: int) -> bytes:
+        """Bytes of one image as they lie in the shard."""
+        place = self._places[index]
+        return self._read(place.shard, place.offset, place.size)
 
     def captions(self, index: int) -> list[str]:
         """Captions of one image; none where there is no ``.txt``."""
-        member = self._members[index]
-        if member.text is None:
+        place = self._places[index]
+        if place.text is None:
             return []
-        lines = self._read(member.shard, *member.text).decode("utf-8", errors="replace").splitlines()
+        lines = self._read(place.shard, *place.text).decode("utf-8", errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()]
 
     def where(self, index: int) -> str:
         """Shard and key, for messages."""
-        return f"{self.shards[self._members[index].shard]} key {self._members[index].key!r}"
+        place = self._places[index]
+        return f"{self.shards[place.shard]} key {place.key!r}"
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         with self.shards[shard].open("rb", buffering=0) as file:
             file.seek(offset)
-            return file.read(size)
+            data = file.read(size)
+        if len(data) < size:
+            raise ValueError(f"shard {self.shards[shard]} has changed since it was opened; start again")
+        return data
 
 
-def _checked(member: Member, shards: list[Path], is_labelled: bool) -> Member:
-    lacks = ".cls label" if is_labelled and member.label < 0 else ".txt captions"
-    if (is_labelled and member.label < 0) or (not is_labelled and member.text is None):
-        raise ValueError(f"shard {shards[member.shard]} key {member.key!r} has an image but no {lacks}")
-    return member
+def read_samples(shard: str, *, needs: str, loads: Container[str]) -> Iterator[Sample]:
+    """Reads the samples of a shard in their order, whether it is local or remote.
 
-
-def _scan(number: int, shard: Path) -> Iterator[Member]:
-    if not shard.is_file():
-        raise ValueError(f"shard {shard} is missing; the nshards.txt beside it counts it")
-    images: dict[str, tuple[int, int]] = {}
-    texts: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    end = 0
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for entry in archive:
-                key, _, kind = entry.name.partition(".")
-                end = entry.offset_data + entry.size
-                if kind == "cls":
-                    labels[key] = parse_label(
-                        cast(IO[bytes], archive.extractfile(entry)).read(), f"{shard} key {key!r}"
-                    )
-                elif kind.lower() in IMAGE_TYPES:
-                    images[key] = (entry.offset_data, entry.size)
-                elif kind == "txt":
-                    texts[key] = (entry.offset_data, entry.size)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"shard {shard} is no complete tar file: {error}; fetch it again") from error
-    if end + tarfile.BLOCKSIZE > shard.stat().st_size:
-        raise ValueError(f"shard {shard} is cut short: it has no end-of-archive block; fetch it again")
-    for key, (offset, size) in images.items():
-        yield Member(number, key, offset, size, labels.get(key, -1), texts.get(key))
-
-
-def parse_label(data: bytes, where: str) -> int:
-    """The number in a ``.cls`` file.
+    Args:
+        shard: path or URL.
+        needs: extension that every sample has beside its image, `tar.LABEL` or `tar.TEXT`.
+        loads: extensions of the members whose data are loaded; labels must be among them.
 
     Raises:
-        ValueError: anything but a non-negative integer.
+        ValueError: the shard is missing, cannot be read, is damaged or cut short, or holds anything but files of whole
+            samples.
     """
-    text = data.decode("ascii", errors="replace").strip()
-    if not text.isdecimal():
-        raise ValueError(f"{where} has the label {text[:20]!r}; expected a class number")
-    return int(text)
+    try:
+        with _opened(shard) as file:
+            yield from tar.read_samples(file, shard, needs=needs, loads=loads)
+    except OSError as error:
+        raise ValueError(f"shard {shard} cannot be read: {error}") from error
+
+
+def _opened(place: str) -> AbstractContextManager[tar.Readable]:
+    if place.startswith(HTTP):
+        return HttpFile(place)
+    path = _local(place)
+    if not path.is_file():
+        raise ValueError(f"shard {place} is missing, or is no file; see how many nshards.txt counts")
+    return path.open("rb")
+
+
+def _local(place: str) -> Path:
+    """A local path, perhaps written as a URL."""
+    if not place.startswith("file://"):
+        return Path(place)
+    path = unquote(place.removeprefix("file://").removeprefix("localhost"))
+    if not path.startswith("/"):
+        raise ValueError(f"{place!r} names a host or a relative path; a local URL is written file:///PATH")
+    return Path(path)
 
 
 def list_shards(location: str, split: str) -> list[str]:
     """Paths or URLs of a split's shards: ``LOCATION/SPLIT/{0..N-1}.tar`` with N from ``nshards.txt``.
 
     Raises:
-        ValueError: no such folder or split, or an ``nshards.txt`` that is no count.
+        ValueError: no such folder or split, an ``nshards.txt`` that is no count, or, in a local folder, tar files that
+            it does not count.
     """
     base = f"{location.rstrip('/')}/{split}"
     if not location.startswith(REMOTE) and not Path(base).is_dir():
@@ -132,9 +148,13 @@ def list_shards(location: str, split: str) -> list[str]:
     count = read_text(f"{base}/nshards.txt")
     if count is None:
         raise ValueError(f"{base} has no nshards.txt, which holds the number of shards")
-    if not count.strip().isdecimal() or int(count) == 0:
-        raise ValueError(f"{base}/nshards.txt must hold the number of shards, found {count.strip()[:20]!r}")
-    return [f"{base}/{number}.tar" for number in range(int(count))]
+    digits = count.strip()
+    if not digits.isdecimal() or len(digits) > 8 or not 0 < int(digits) <= MAX_SHARDS:
+        raise ValueError(f"{base}/nshards.txt must hold the number of shards, found {digits[:20]!r}")
+    names = [f"{number}.tar" for number in range(int(digits))]
+    if not base.startswith(HTTP) and (others := {path.name for path in _local(base).glob("*.tar")} - set(names)):
+        raise ValueError(f"{base} has tar files that its nshards.txt, {digits}, does not count: {sorted(others)[:3]}")
+    return [f"{base}/{name}" for name in names]
 
 
 def read_lines(location: str, name: str) -> list[str] | None:
@@ -147,17 +167,18 @@ def read_text(path: str) -> str | None:
     """Content of a small local or remote file; None where there is none.
 
     Raises:
-        ValueError: a remote file that cannot be asked for.
+        ValueError: a remote file that cannot be read, or that is too large for text.
     """
-    local = path.removeprefix("file://")
-    if not local.startswith(REMOTE):
-        return Path(local).read_text() if Path(local).is_file() else None
+    if not path.startswith(HTTP):
+        local = _local(path)
+        return local.read_text() if local.is_file() else None
     try:
-        with urlopen(path, timeout=TIMEOUT_SECONDS) as response:
-            return cast(bytes, response.read()).decode()
-    except HTTPError as error:
-        if error.code == 404:
+        with HttpFile(path, is_first_contact=True) as file:
+            content = file.read(MAX_TEXT_BYTES + 1)
+    except ValueError as error:
+        if isinstance(error.__cause__, HTTPError) and error.__cause__.code == 404:
             return None
-        raise ValueError(f"cannot read {path}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error}; check the address and the network") from error
+        raise
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"{path} has more than {MAX_TEXT_BYTES} bytes; expected a small text file")
+    return content.decode()

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
@@ -17,6 +16,7 @@ from robustclip.data.kinds import KINDS, open_kind, words_beside
 from robustclip.data.shards import REMOTE
 from robustclip.data.shifts import Part, Role, Shift, benchmark, part_by_ranges, part_by_seed, part_by_shift
 from robustclip.data.views import Relabelled, labels_of, where_of
+from robustclip.paths import local_path, located
 from robustclip.types import UNKNOWN, Task
 
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
@@ -115,6 +115,7 @@ def open_source(wanted: DataSource | str, *, root: str, split: str, role: Role |
         ValueError: no such kind, set, path, split or name, or class names and labels that do not fit.
     """
     wanted = DataSource(wanted) if isinstance(wanted, str) else wanted
+    local_path(root, "root")
     opened = _open_whole(wanted, root=root, split=split)
     return _part_of(opened, wanted, role or ("train" if split == "train" else "test"))
 
@@ -178,7 +179,7 @@ def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
     name = wanted.name or (entry.name if entry else _slug(location))
     split = wanted.split or split
     if kind in ("wds", "folder", "list"):
-        location = location if location.startswith((*REMOTE, "/")) else str(Path(root).expanduser() / location)
+        location = located(location, root, "data source", REMOTE if kind == "wds" else ())
     named = entry or CATALOG.get(name)
     dataset, urls = open_kind(kind, location, root=root, split=split, published=named.folders if named else ())
     names_beside, templates_beside = words_beside(kind, location, dataset)

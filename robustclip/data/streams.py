@@ -2,16 +2,14 @@
 
 import itertools
 import random
-import tarfile
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
-from urllib.request import urlopen
+from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from robustclip.data.shards import IMAGE_TYPES, TIMEOUT_SECONDS, parse_label
+from robustclip.data.shards import read_samples
+from robustclip.data.tar import IMAGE_TYPES, LABEL
 
 SHUFFLE_BUFFER = 4096  # encoded images held per loader worker while training
 
@@ -118,53 +116,18 @@ class ShuffledShards(IterableDataset[StreamedImage]):
 
 
 def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
-    """The samples of one shard, in order.
+    """Reads the labelled images of one shard in their order.
+
+    Args:
+        url: of the shard.
+        number: of the shard among those of its set.
 
     Raises:
-        ValueError: as `read_samples`, or a sample without image or label.
+        ValueError: as `read_samples`.
     """
-    for position, sample in enumerate(read_samples(url)):
-        where = f"{url} key {sample['__key__']!r}"
-        image = next((sample[kind] for kind in sample if kind.lower() in IMAGE_TYPES), None)
-        if image is None or "cls" not in sample:
-            kinds = sorted(kind for kind in sample if not kind.startswith("__"))
-            raise ValueError(f"{where} needs an image and a .cls label, it has {kinds}")
-        yield StreamedImage(image, parse_label(sample["cls"], where), number << 32 | position, where)
-
-
-def read_samples(url: str) -> Iterator[dict[str, Any]]:
-    """What a shard holds of each sample, by extension, and its ``__key__``.
-
-    Raises:
-        ValueError: the shard cannot be fetched, or is cut short.
-    """
-    try:
-        with urlopen(url, timeout=TIMEOUT_SECONDS) as stream:
-            watched = _WatchedStream(stream)
-            yield from group_by_keys(tar_file_expander([{"url": url, "stream": watched}]))
-            # tarfile takes a stream that stops between two members for a complete one.
-            if not watched.ends_in_zeros():
-                raise ValueError(f"shard {url} is cut short: it has no end-of-archive block; fetch it again")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"shard {url} cannot be read to its end: {error}; check the address") from error
-
-
-class _WatchedStream:
-    """Remembers the last block that was read."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._last = stream, b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._last = (self._last + data)[-tarfile.BLOCKSIZE :]
-        return data
-
-    def ends_in_zeros(self) -> bool:
-        """Reads to the end, which must be the empty block that closes an archive."""
-        while self.read(tarfile.RECORDSIZE):
-            pass
-        return self._last == bytes(tarfile.BLOCKSIZE)
+    for position, sample in enumerate(read_samples(url, needs=LABEL, loads=(*IMAGE_TYPES, LABEL))):
+        where = f"{url} key {sample.key!r}"
+        yield StreamedImage(sample.image.data, sample.label, number << 32 | position, where)
 
 
 def _is_dealt_to(reader: int, readers: int, sample: StreamedImage) -> bool:

@@ -18,6 +18,7 @@ from robustclip import display
 from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.clip import CLIPModel
 from robustclip.data.sources import OpenedSource, open_source
+from robustclip.paths import local_path
 from robustclip.tools.local_dir import new_folder
 from robustclip.tools.retrieval.estimate import estimate
 from robustclip.tools.retrieval.features import Encoder, Part, Store, records
@@ -84,6 +85,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("captions", "cache"):
+            local_path(getattr(self, name) or ".", name)
         if self.shard >= self.shards:
             raise ValueError(f"shard must be in [0, {self.shards}), got {self.shard}; shards are numbered from 0")
 

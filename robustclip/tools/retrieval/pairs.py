@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
-from robustclip.data.shards import IMAGE_TYPES, REMOTE, list_shards
-from robustclip.data.streams import read_samples
+from robustclip.data.shards import REMOTE, list_shards, read_samples
+from robustclip.data.tar import IMAGE_TYPES, LABEL, TEXT
+from robustclip.paths import located
 
 PAIRS_PER_SHARD = 10_000
 
@@ -71,18 +72,14 @@ class Shard(NamedTuple):
         return f"{Path(self.url).stem[:40]}-{digest}"
 
     def pairs(self) -> Iterator[Pair]:
-        """In their order.
+        """Reads the pairs in their order.
 
         Raises:
-            ValueError: the shard cannot be read to its end, or has a sample without image or text.
+            ValueError: as `read_samples`.
         """
-        for sample in read_samples(self.url):
-            kind = next((kind for kind in sample if kind in IMAGE_TYPES), None)
-            if kind is None or "txt" not in sample:
-                kinds = sorted(kind for kind in sample if not kind.startswith("__"))
-                where = f"{self.url} key {sample['__key__']!r}"
-                raise ValueError(f"{where} needs an image and a .txt caption, it has {kinds}")
-            yield Pair(sample[kind], kind, sample["txt"])
+        for sample in read_samples(self.url, needs=TEXT, loads=(*IMAGE_TYPES, LABEL, TEXT)):
+            assert sample.text is not None
+            yield Pair(sample.image.data, sample.image.kind, sample.text.data)
 
 
 def pool_shards(pools: Iterable[str], root: str, split: str = "train") -> list[Shard]:
@@ -104,8 +101,7 @@ def _urls(pool: str, root: str, split: str) -> list[str]:
     kind, _, location = pool.partition(":")
     if kind != "wds" or not location:
         raise ValueError(f"pool {pool!r} must be wds:FOLDER, wds:URL or wds:FOLDER/{{0..N}}.tar")
-    if not location.startswith((*REMOTE, "/")):
-        location = str(Path(root).expanduser() / location)
+    location = located(location, root, "pool", REMOTE)
     return list(expand_urls(location)) if location.endswith(".tar") else list_shards(location, split)
 
 
