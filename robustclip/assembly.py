@@ -13,6 +13,7 @@ from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, check_c
 from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
+from robustclip.textfiles import read_text
 from robustclip.tools.doctor import Plan
 
 # Settings of a run that make its method; the seed decides where there are no pre-trained weights.
@@ -122,7 +123,7 @@ def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / "fit.yaml").is_file():
             check_config(folder / "fit.yaml")
-            settings: dict[str, Any] = yaml.safe_load((folder / "fit.yaml").read_text())
+            settings: dict[str, Any] = yaml.safe_load(read_text(folder / "fit.yaml"))
             return settings
     return None
 
@@ -172,7 +173,7 @@ def load_checkpoint(model: RobustMethod, path: str) -> None:
 def _method(config: Mapping[str, Any], words: Sequence[str]) -> RobustMethod:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump({key: config[key] for key in OF_THE_METHOD if key in config}))
+        file.write_text(yaml.safe_dump({key: config[key] for key in OF_THE_METHOD if key in config}), encoding="utf-8")
         assembled = start(Assembled, ["test", "--config", str(file), *words])
     model: RobustMethod = assembled.model
     if assembled.settings.get("ckpt_path"):

@@ -1,6 +1,8 @@
 """Command line: Lightning's, with a data module, an evaluation section and results of our own."""
 
+import codecs
 import inspect
+import locale
 import logging
 import pickle
 import sys
@@ -22,6 +24,7 @@ from robustclip import __version__
 from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
+from robustclip.textfiles import read_text
 
 EXPECTED_ERRORS = (
     ArgumentError,
@@ -171,12 +174,18 @@ def check_config(path: Path) -> None:
         ValueError: no such file, or no mapping in YAML.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        text = read_text(path)
+        content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"config {path} is no YAML: {error.problem}{mark}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}; --config takes a YAML file") from error
+    encoding = locale.getpreferredencoding(False)
+    if not text.isascii() and codecs.lookup(encoding).name != "utf-8":  # the parser opens files in the locale's
+        raise ValueError(
+            f"config {path} has letters outside of ASCII, and the locale reads {encoding}; set PYTHONUTF8=1"
+        )
     if not isinstance(content, dict):
         raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {str(content)[:40]!r}")
 

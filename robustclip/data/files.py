@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from robustclip.textfiles import read_text
+
 
 class ImageFiles(Dataset[Any]):
     """Images by their paths.
@@ -72,7 +74,7 @@ def open_list(location: str, split: str) -> ImageFiles:
     file = Path(location.replace("{split}", split))
     if not file.is_file():
         raise ValueError(f"list {file} is no file; it holds lines such as `real/zebra/1.jpg 344`")
-    lines = [line.rpartition(" ") for line in file.read_text().splitlines() if line.strip()]
+    lines = [line.rpartition(" ") for line in read_text(file).split("\n") if line.strip()]
     if bad := [line for line in lines if not line[0] or not line[2].isdecimal()]:
         raise ValueError(f"list {file} must hold lines `PATH LABEL`, found {''.join(bad[0])[:60]!r}")
     samples = [(str(file.parent / path), int(label)) for path, _, label in lines]

@@ -11,6 +11,9 @@ from urllib.request import urlopen
 from PIL import Image
 from torch.utils.data import Dataset
 
+from robustclip import textfiles
+from robustclip.textfiles import check_printable
+
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 REMOTE = ("http://", "https://", "file://")
 TIMEOUT_SECONDS = 60
@@ -138,23 +141,39 @@ def list_shards(location: str, split: str) -> list[str]:
 
 
 def read_lines(location: str, name: str) -> list[str] | None:
-    """Non-empty lines of a text file beside the shards, such as ``classnames.txt``; None where there is none."""
-    text = read_text(f"{location.rstrip('/')}/{name}")
-    return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]
+    """Lines of a text file beside the data, such as ``classnames.txt``; None if there is no such file.
+
+    Args:
+        location: folder or URL of the data set.
+        name: name of the file in it.
+
+    Raises:
+        ValueError: another encoding, an empty line between others, or a line with a control character.
+    """
+    path = f"{location.rstrip('/')}/{name}"
+    text = read_text(path)
+    if text is None:
+        return None
+    lines = [line.strip(" \t\xa0") for line in text.rstrip().split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise ValueError(f"{path} line {number} is empty; every line must hold a name, since labels count lines")
+        check_printable(line, f"{path} line {number}")
+    return lines
 
 
 def read_text(path: str) -> str | None:
-    """Content of a small local or remote file; None where there is none.
+    """Content of a small local or remote file; None if there is no such file.
 
     Raises:
-        ValueError: a remote file that cannot be asked for.
+        ValueError: another encoding, or a remote file that cannot be requested.
     """
     local = path.removeprefix("file://")
     if not local.startswith(REMOTE):
-        return Path(local).read_text() if Path(local).is_file() else None
+        return textfiles.read_text(Path(local)) if Path(local).is_file() else None
     try:
         with urlopen(path, timeout=TIMEOUT_SECONDS) as response:
-            return cast(bytes, response.read()).decode()
+            return textfiles.decode_text(response.read(), path)
     except HTTPError as error:
         if error.code == 404:
             return None
