@@ -61,7 +61,9 @@ def read_folder(location: str, split: str, *, is_asked: bool) -> ClassImages:
     folder = _split_folder(base, split, is_asked=is_asked)
     if annotated := _annotated(folder):
         return annotated
-    return _class_folders(folder)
+    images = _class_folders(folder)
+    _report_absent(images.keys, folder, base)
+    return images
 
 
 def content(folder: Path) -> Content:
@@ -136,6 +138,15 @@ def _class_folders(folder: Path) -> ClassImages:
         others += held.others
     _report_others(others)
     return ClassImages([each.name for each in inside.folders], samples)
+
+
+def _report_absent(keys: list[str], folder: Path, base: Path) -> None:
+    """Counts classes that only other splits have: they are no answers, unless a list of class names has them."""
+    others = [each for each in _splits(base) if each != folder] if folder != base else []
+    for other in others:
+        names = [each.name for each in content(other).folders]
+        if set(keys) & set(names) and (absent := [name for name in names if name not in keys]):
+            log.warning("%s lacks %d classes of %s: %s", folder, len(absent), other.name, shown(absent))
 
 
 def _report_others(others: list[Path]) -> None:

@@ -88,8 +88,9 @@ def open_kind(kind: str, location: str, *, root: str, split: str, is_asked: bool
     if kind == "torchvision":
         dataset = _open_torchvision(location, root, split, is_asked=is_asked)
         return Found(dataset, keys=_torchvision_keys(dataset))
-    names = read_lines(location, "classnames.txt")
-    templates = read_lines(location, "zeroshot_classification_templates.txt")
+    place = str(Path(location).parent) if kind == "list" else location
+    names = read_lines(place, "classnames.txt")
+    templates = read_lines(place, "zeroshot_classification_templates.txt")
     templates = templates and [template.replace("{c}", "{}") for template in templates]
     if kind == "folder":
         images = read_folder(location, split, is_asked=is_asked)

@@ -91,6 +91,8 @@ def join(keys: Sequence[str], words: Words, where: str) -> Named:
         return _named(words, count, where)._replace(labels=numbers)
     has_own_names = words.given is None and words.beside is None and not any(matches.values())
     if has_own_names and (entry is None or entry.class_count == len(keys)):
+        if equal := [key for key, count in Counter(key.replace("_", " ") for key in keys).items() if count > 1]:
+            raise ValueError(f"{where} has several classes that are named {equal[0]!r}; rename their folders")
         return Named(tuple(key.replace("_", " ") for key in keys))
     title = max(matches, key=lambda each: len(matches[each]))
     unknown = [key for number, key in enumerate(keys) if number not in matches[title]]
