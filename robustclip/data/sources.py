@@ -208,6 +208,8 @@ def _wanted_words(wanted: DataSource) -> tuple[Sequence[str] | Mapping[str, str]
     names, templates = wanted.class_names, wanted.templates
     if names == "openai":
         names = list(IMAGENET_CLASSNAMES)
+    elif isinstance(names, Mapping):
+        names = {str(folder): name for folder, name in names.items()}  # YAML reads 0 as a number
     return names, [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if templates == "openai" else templates
 
 

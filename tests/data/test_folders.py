@@ -199,6 +199,12 @@ def test_other_names_than_the_folders_need_a_mapping(tmp_path: Path) -> None:
         opened(tmp_path, class_names={"a": "alpha"})
 
 
+def test_a_mapping_may_have_numbers_for_keys_as_yaml_reads_them(tmp_path: Path) -> None:
+    write(tmp_path, ["1", "2"])
+    mapping: Any = {1: "cat", 2: "dog"}
+    assert pairs(opened(tmp_path, class_names=mapping)) == {("1", "cat"), ("2", "dog")}
+
+
 def test_folders_with_equal_names_are_refused(tmp_path: Path) -> None:
     write(tmp_path, ["big_cat", "big cat", "dog"])
     with pytest.raises(ValueError, match="several classes that are named 'big cat'"):
