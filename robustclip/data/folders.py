@@ -15,7 +15,7 @@ from robustclip.textfiles import read_text
 
 log = logging.getLogger(__name__)
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 HIDDEN_FILES = {"thumbs.db", "desktop.ini"}
 SOLUTION = "LOC_val_solution.csv"  # of ImageNet's validation images, as Kaggle publishes them
@@ -23,11 +23,11 @@ ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation images
 
 
 class Content(NamedTuple):
-    """What a folder holds, sorted by name, without hidden files and folders."""
+    """Paths in a folder, sorted by name, without hidden files and folders; strings, since files are many."""
 
     folders: list[Path]
-    images: list[Path]
-    others: list[Path]
+    images: list[str]
+    others: list[str]
 
 
 class ClassImages(NamedTuple):
@@ -71,15 +71,15 @@ def content(folder: Path) -> Content:
     found = Content([], [], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda each: each.name):
-            name, path = entry.name.casefold(), Path(entry.path)
+            name = entry.name.casefold()
             if name.startswith(".") or name in HIDDEN or name in HIDDEN_FILES:
                 continue
             if entry.is_dir():
-                found.folders.append(path)
-            elif path.suffix.lower() in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
-                found.images.append(path)
+                found.folders.append(Path(entry.path))
+            elif name.endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+                found.images.append(entry.path)
             else:
-                found.others.append(path)
+                found.others.append(entry.path)
     return found
 
 
@@ -117,12 +117,12 @@ def _class_folders(folder: Path) -> ClassImages:
     if inside.images:
         raise ValueError(
             f"folder {folder} has {len(inside.images)} images beside its class folders, "
-            f"the first {inside.images[0].name!r}; move them into the folder of their class, or away"
+            f"the first {Path(inside.images[0]).name!r}; move them into the folder of their class, or away"
         )
     if [each.name for each in inside.folders] == ["images"]:
         raise ValueError(f"folder {folder} has all images in one folder, without labels; give the `split` of another")
     samples: list[tuple[str, int]] = []
-    others: list[Path] = []
+    others: list[str] = []
     for number, each in enumerate(inside.folders):
         held = content(each)
         if WORDNET_ID.fullmatch(each.name) and not held.images and [sub.name for sub in held.folders] == ["images"]:
@@ -134,7 +134,7 @@ def _class_folders(folder: Path) -> ClassImages:
             )
         if not held.images:
             raise ValueError(f"class folder {each} has no image, found {_found(held)}; remove it or fill it")
-        samples += [(str(path), number) for path in held.images]
+        samples += [(path, number) for path in held.images]
         others += held.others
     _report_others(others)
     return ClassImages([each.name for each in inside.folders], samples)
@@ -149,12 +149,12 @@ def _report_absent(keys: list[str], folder: Path, base: Path) -> None:
             log.warning("%s lacks %d classes of %s: %s", folder, len(absent), other.name, shown(absent))
 
 
-def _report_others(others: list[Path]) -> None:
+def _report_others(others: list[str]) -> None:
     """Refuses images of types that are not read; counts files that are no images."""
     if not others:
         return
     Image.init()
-    if images := [path for path in others if path.suffix.lower() in Image.EXTENSION]:
+    if images := [path for path in others if Path(path).suffix.lower() in Image.EXTENSION]:
         raise ValueError(
             f"{images[0]} is of an image type that is not read, and {len(images) - 1} more files; "
             f"convert them to one of {' '.join(sorted(IMAGE_SUFFIXES))} or remove them"
@@ -164,7 +164,7 @@ def _report_others(others: list[Path]) -> None:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     inside = content(folder)
-    yield from inside.images
+    yield from map(Path, inside.images)
     for each in inside.folders:
         yield from _images_below(each)
 
@@ -181,7 +181,7 @@ def _annotated(folder: Path) -> ClassImages | None:
         if bad := [line for line in lines if len(line) < 2]:
             raise ValueError(f"{folder / ANNOTATIONS} must hold an image and its class in each line, found {bad[0]}")
         return _by_list(folder / "images", {line[0]: line[1] for line in lines}, folder / ANNOTATIONS)
-    if inside.images and not inside.folders and inside.images[0].name.startswith("ILSVRC2012_val_"):
+    if inside.images and not inside.folders and Path(inside.images[0]).name.startswith("ILSVRC2012_val_"):
         lists = [each / SOLUTION for each in (folder, *folder.resolve().parents[:4]) if (each / SOLUTION).is_file()]
         if not lists:
             raise ValueError(
@@ -196,7 +196,7 @@ def _annotated(folder: Path) -> ClassImages | None:
 
 def _by_list(folder: Path, classes: Mapping[str, str], origin: Path) -> ClassImages:
     """The images of one folder, with the class that a list gives to each."""
-    images = content(folder).images if folder.is_dir() else []
+    images = [Path(path) for path in content(folder).images] if folder.is_dir() else []
     names = {path.name for path in images}
     without, absent = [name for name in names if name not in classes], [name for name in classes if name not in names]
     if without or absent:
