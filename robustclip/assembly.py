@@ -172,7 +172,7 @@ def load_checkpoint(model: RobustMethod, path: str) -> None:
 def _method(config: Mapping[str, Any], words: Sequence[str]) -> RobustMethod:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump({key: config[key] for key in OF_THE_METHOD if key in config}))
+        file.write_text(yaml.safe_dump({key: config[key] for key in OF_THE_METHOD if key in config}), encoding="utf-8")
         assembled = start(Assembled, ["test", "--config", str(file), *words])
     model: RobustMethod = assembled.model
     if assembled.settings.get("ckpt_path"):

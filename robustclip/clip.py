@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from robustclip import text
 from robustclip.arguments import Count, checked
+from robustclip.textfiles import read_text
 from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
@@ -201,7 +202,7 @@ def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any]:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.pt*")):
         raise ValueError(f"model folder {folder} has no weights (open_clip_model.safetensors)")
     try:
-        text_config = json.loads(config_file.read_text())["model_cfg"]["text_cfg"]
+        text_config = json.loads(read_text(config_file))["model_cfg"]["text_cfg"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{config_file} must hold model_cfg.text_cfg as JSON: {_one_line(error)}") from error
     tokenizer_options = dict(text_config.get("tokenizer_kwargs") or {})

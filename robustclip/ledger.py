@@ -91,9 +91,9 @@ def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]
         ValueError: no such file, another header, or a row of another length.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             found, *lines = list(csv.reader(file))
-    except (OSError, ValueError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no ledger of `robustclip test`: {error}") from error
     if header is not None and found != list(header):
         raise ValueError(f"ledger {path} has the columns {','.join(found)[:80]}..., another version wrote it")
@@ -143,7 +143,7 @@ def lock(path: Path, refusal: str) -> IO[str]:
     Raises:
         ValueError: with the refusal.
     """
-    file = path.open("w")
+    file = path.open("w", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from robustclip import ledger
 from robustclip.paths import local_path
+from robustclip.textfiles import read_text
 
 RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
 PARTS = "ledger/parts"  # of each process, until the test is finished
@@ -47,7 +48,7 @@ class Run:
         if (self.folder / PROTOCOL).is_file() and not path.is_file():
             raise ValueError(f"{self.folder} is a test that has not finished; start the same command again")
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(read_text(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} is no result of `robustclip test`: {error}") from error
         if not isinstance(result, dict) or not {"method", "tasks", "mean", "protocol"} <= result.keys():

@@ -1,5 +1,7 @@
 """Configuration files and command lines, checked before anything slow is loaded."""
 
+import codecs
+import locale
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
@@ -10,6 +12,7 @@ import yaml
 
 from robustclip.errors import unknown_key
 from robustclip.runs import Run
+from robustclip.textfiles import read_text
 
 SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -208,9 +211,14 @@ def get(tree: Any, keys: Sequence[str]) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error}; --config takes a YAML file") from error
+    encoding = locale.getpreferredencoding(False)
+    if not text.isascii() and codecs.lookup(encoding).name != "utf-8":  # jsonargparse opens files in the locale's
+        raise ValueError(
+            f"config {path} has letters outside of ASCII, and the locale reads {encoding}; set PYTHONUTF8=1"
+        )
     content = parse(text, f"config {path}")
     if not isinstance(content, dict):
         raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {_short(content)}")

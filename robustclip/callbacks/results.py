@@ -33,6 +33,7 @@ from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.paths import local_path
 from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
+from robustclip.textfiles import read_text
 from robustclip.types import Task
 
 LOCK = "lock"
@@ -190,7 +191,7 @@ class ResultsWriter(Callback):
             raise ValueError(f"{path} is a finished test; choose another results.name")
 
     def _check_protocol(self, path: Path, identity: dict[str, Any]) -> None:
-        if path.is_file() and (found := unlike(json.loads(path.read_text()), json.loads(json.dumps(identity)))):
+        if path.is_file() and (found := unlike(json.loads(read_text(path)), json.loads(json.dumps(identity)))):
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise ValueError(
                 f"{path.parent} holds an unfinished test of another protocol ({'; '.join(found[:3])}{more});"

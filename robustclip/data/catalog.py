@@ -25,11 +25,16 @@ Datasets.
 - Office-31, Office-Home, VisDA-C: the lists of UEO's code; VLCS: the folders. Prompts are UEO's. Folders as published
   are these names with "_", in any case: in their own order, Office-Home's "TV" would stand before "Table".
 
+- Published names of classes are compared with these by `plain`. The WordNet ids of Tiny-ImageNet are those of ImageNet
+  at the places of its names: both lists are sorted by id (its published `wnids.txt` has the same 200).
+
 Three pairs of ImageNet names are equal (crane, maillot, cardigan), so their logits tie.
 """
 
 import difflib
 import json
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +43,10 @@ from types import MappingProxyType
 from typing import Any
 
 PARTS_OF_IMAGENET = ("imagenet_r", "imagenet_a")
+EUROSAT = (
+    *("annualcrop", "forest", "herbaceousvegetation", "highway", "industrial"),
+    *("pasture", "permanentcrop", "residential", "river", "sealake"),
+)
 PHOTO = "This is a photo of a {}"  # no full stop: TeCoA trained with this template
 
 
@@ -55,7 +64,35 @@ def _folders() -> Mapping[str, Mapping[str, tuple[int, ...]]]:
     parts = {name: {found["imagenet"][number]: (number,) for number in found[name]} for name in PARTS_OF_IMAGENET}
     objects = {folder: tuple(numbers) for folder, numbers in found["objectnet"].items()}
     by_number = {str(number): (number,) for number in range(len(whole))}
-    return {"imagenet": whole, "imagenet_sketch": whole, "imagenet_v2": by_number, "objectnet": objects, **parts}
+    satellite = {folder: (number,) for number, folder in enumerate(EUROSAT)}
+    return {
+        "imagenet": whole,
+        "tiny_imagenet": _tiny_folders(whole),
+        "imagenet_sketch": whole,
+        "imagenet_v2": by_number,
+        "objectnet": objects,
+        "eurosat": satellite,
+        **parts,
+    }
+
+
+def _tiny_folders(whole: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """WordNet ids of Tiny-ImageNet, whose names are a subsequence of ImageNet's."""
+    remaining = iter(zip(whole, _assets()["imagenet"], strict=True))
+    names = _assets()["tiny_imagenet"]
+    wnids = [next(wnid for wnid, other in remaining if other == name) for name in names]
+    return {wnid: (label,) for label, wnid in enumerate(wnids)}
+
+
+def plain(name: str, cut: str = "") -> str:
+    """The form in which names of classes are compared: without case, apostrophes, and kinds of blanks.
+
+    Args:
+        name: folder or class name.
+        cut: pattern of what a publisher adds to names, such as a number.
+    """
+    text = unicodedata.normalize("NFC", re.sub(cut, "", name) if cut else name).casefold()
+    return " ".join(re.split(r"[\s_/-]+", text.replace("'", ""))).strip()
 
 
 def _read(name: str) -> Any:
@@ -78,6 +115,9 @@ class CatalogEntry:
         native_size: True if images are attacked at their own size, 32 or 96 pixels, and resized inside the model.
         words: the set whose class names it has, if not its own.
         border: pixels that are cut off on every side of an image before anything else.
+        cut: pattern of what its publisher adds to class names, such as numbers.
+        others: pattern of published folders, in plain form, whose classes do not belong to the set.
+        exported: numbers of classes, besides its own, of exports that bring their class names.
     """
 
     name: str
@@ -89,6 +129,9 @@ class CatalogEntry:
     native_size: bool = False
     words: str | None = None
     border: int = 0
+    cut: str = ""
+    others: str = ""
+    exported: tuple[int, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -101,10 +144,13 @@ class CatalogEntry:
         return tuple(_folders()["imagenet"]) if "imagenet" in (self.name, self.words) else self.class_names
 
     @property
+    def class_count(self) -> int:
+        """Number of labels."""
+        return len(self.groups or self.class_names)
+
+    @property
     def folders(self) -> tuple[str, ...]:
         """Sub-folders of the set as published, in lower case and label order; none where nobody asks for them."""
-        if self.words in _DOMAINS:
-            return tuple(name.replace(" ", "_") for name in self.class_names)
         return tuple(_folders().get(self.name, ()))
 
     @property
@@ -128,16 +174,41 @@ _ENTRIES = (
     CatalogEntry("cifar10", "CIFAR-10", (PHOTO,), "test", 10_000, "wds:cifar10", native_size=True),
     CatalogEntry("cifar100", "CIFAR-100", (PHOTO,), "test", 10_000, "wds:cifar100", native_size=True),
     CatalogEntry("stl10", "STL-10", (PHOTO,), "test", 8_000, "wds:stl10", native_size=True),
-    CatalogEntry("caltech101", "Caltech-101", (PHOTO,), "all", 8_677, "torchvision:Caltech101"),
-    CatalogEntry("caltech256", "Caltech-256", ("A photo of a {}.",), "all", 30_607, "torchvision:Caltech256"),
+    CatalogEntry(
+        "caltech101",
+        "Caltech-101",
+        (PHOTO,),
+        "all",
+        8_677,
+        "torchvision:Caltech101",
+        others="background google",
+        exported=(102,),
+    ),
+    CatalogEntry(
+        "caltech256",
+        "Caltech-256",
+        ("A photo of a {}.",),
+        "all",
+        30_607,
+        "torchvision:Caltech256",
+        cut=r"^\d{3}\.|-101$",
+    ),
     CatalogEntry(
         "oxford_pets", "Oxford-IIIT Pet", ("A photo of a {}, a type of pet.",), "test", 3_669, "wds:oxford_pets"
     ),
-    CatalogEntry("stanford_cars", "Stanford Cars", ("A photo of a {}.",), "test", 8_041, "wds:stanford_cars"),
+    CatalogEntry(
+        "stanford_cars", "Stanford Cars", ("A photo of a {}.",), "test", 8_041, "wds:stanford_cars", cut=r" \d{4}$"
+    ),
     CatalogEntry("food101", "Food-101", ("A photo of {}, a type of food.",), "test", 25_250, "wds:food101"),
     CatalogEntry("flowers102", "Flowers-102", ("A photo of a {}, a type of flower.",), "test", 6_149, "wds:flowers102"),
     CatalogEntry(
-        "fgvc_aircraft", "FGVC Aircraft", ("A photo of a {}, a type of aircraft.",), "test", 3_333, "wds:fgvc_aircraft"
+        "fgvc_aircraft",
+        "FGVC Aircraft",
+        ("A photo of a {}, a type of aircraft.",),
+        "test",
+        3_333,
+        "wds:fgvc_aircraft",
+        cut="(?i)^boeing ",
     ),
     CatalogEntry("sun397", "SUN397", (PHOTO,), "all", 108_754, "wds:sun397"),
     CatalogEntry("dtd", "Describable Textures", ("A surface with a {} texture.",), "test", 1_880, "wds:dtd"),
@@ -150,7 +221,9 @@ _ENTRIES = (
     ),
     CatalogEntry("imagenet_r", "ImageNet-R", (PHOTO,), "test", 30_000, "wds:imagenet-r", words="imagenet"),
     CatalogEntry("imagenet_a", "ImageNet-A", (PHOTO,), "test", 7_500, "wds:imagenet-a", words="imagenet"),
-    CatalogEntry("objectnet", "ObjectNet", (PHOTO,), "test", 18_574, "wds:objectnet", words="imagenet", border=2),
+    CatalogEntry(
+        "objectnet", "ObjectNet", (PHOTO,), "test", 18_574, "wds:objectnet", words="imagenet", border=2, others=".*"
+    ),
     *(
         CatalogEntry(
             f"{words}_{domain}",
@@ -168,6 +241,32 @@ _ENTRIES = (
 
 CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 """All data sets by name."""
+
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "imagenet1k": "imagenet",
+        "imagenet_1k": "imagenet",
+        "ilsvrc2012": "imagenet",
+        "cls_loc": "imagenet",
+        "imagenetv2": "imagenet_v2",
+        "imagenetv2_matched_frequency_format_val": "imagenet_v2",
+        "tiny_imagenet_200": "tiny_imagenet",
+        "tinyimagenet": "tiny_imagenet",
+        "101_objectcategories": "caltech101",
+        "256_objectcategories": "caltech256",
+        "pets": "oxford_pets",
+        "oxford_iiit_pet": "oxford_pets",
+        "oxfordiiitpet": "oxford_pets",
+        "cars": "stanford_cars",
+        "stanfordcars": "stanford_cars",
+        "food_101": "food101",
+        "flowers": "flowers102",
+        "flowers_102": "flowers102",
+        "fgvcaircraft": "fgvc_aircraft",
+    }
+)
+"""Other names of sets: of clip_benchmark's folders, torchvision's classes and publishers' archives."""
 
 TECOA_SETS: tuple[str, ...] = (
     "imagenet",
@@ -214,6 +313,12 @@ SHIFTS_OF_IMAGENET: tuple[str, ...] = ("imagenet_v2", "imagenet_r", "imagenet_a"
 
 DOMAIN_SETS: tuple[str, ...] = tuple(f"{words}_{domain}" for words, domains in _DOMAINS.items() for domain in domains)
 """The domains of Office-31, Office-Home, VisDA-C (of UEO, https://github.com/tim-learn/UEO) and VLCS."""
+
+
+def named(name: str) -> CatalogEntry | None:
+    """The data set of a name, of one of its other names, or of clip_benchmark's ``wds_`` and ``vtab_`` before it."""
+    short = re.sub("^(wds_)?(vtab_)?", "", name)
+    return CATALOG.get(name) or CATALOG.get(short) or CATALOG.get(ALIASES.get(short, ""))
 
 
 def lookup(name: str) -> CatalogEntry:

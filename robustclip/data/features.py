@@ -16,6 +16,7 @@ from robustclip.data.images import BadSample, Images, Loaded
 from robustclip.data.sources import DataSource, OpenedSource
 from robustclip.data.transforms import AugmentedPixels, ToPixels
 from robustclip.data.views import labels_of, where_of
+from robustclip.textfiles import read_text
 from robustclip.types import Batch
 
 MANIFEST, IDS, LABELS = "manifest.json", "ids.npy", "labels.npy"
@@ -115,7 +116,7 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+            self.manifest: dict[str, Any] = json.loads(read_text(folder / MANIFEST))
             self.model: dict[str, Any] = self.manifest["model"]
             self._sets: dict[str, dict[str, Any]] = self.manifest["sets"]
         except (OSError, ValueError, KeyError, TypeError) as error:

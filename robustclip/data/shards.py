@@ -11,9 +11,11 @@ from urllib.parse import unquote
 from PIL import Image
 from torch.utils.data import Dataset
 
+from robustclip import textfiles
 from robustclip.data import tar
 from robustclip.data.remote import HttpFile
 from robustclip.data.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
+from robustclip.textfiles import check_printable
 
 HTTP = ("http://", "https://")
 REMOTE = (*HTTP, "file://")
@@ -158,20 +160,36 @@ def list_shards(location: str, split: str) -> list[str]:
 
 
 def read_lines(location: str, name: str) -> list[str] | None:
-    """Non-empty lines of a text file beside the shards, such as ``classnames.txt``; None where there is none."""
-    text = read_text(f"{location.rstrip('/')}/{name}")
-    return None if text is None else [line.strip() for line in text.splitlines() if line.strip()]
+    """Lines of a text file beside the data, such as ``classnames.txt``; None if there is no such file.
+
+    Args:
+        location: folder or URL of the data set.
+        name: name of the file in it.
+
+    Raises:
+        ValueError: another encoding, an empty line between others, or a line with a control character.
+    """
+    path = f"{location.rstrip('/')}/{name}"
+    text = read_text(path)
+    if text is None:
+        return None
+    lines = [line.strip(" \t\xa0") for line in text.rstrip().split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise ValueError(f"{path} line {number} is empty; every line must hold a name, since labels count lines")
+        check_printable(line, f"{path} line {number}")
+    return lines
 
 
 def read_text(path: str) -> str | None:
-    """Content of a small local or remote file; None where there is none.
+    """Content of a small local or remote file; None if there is no such file.
 
     Raises:
-        ValueError: a remote file that cannot be read, or that is too large for text.
+        ValueError: another encoding, or a remote file that cannot be read, or that is too large for text.
     """
     if not path.startswith(HTTP):
         local = _local(path)
-        return local.read_text() if local.is_file() else None
+        return textfiles.read_text(local) if local.is_file() else None
     try:
         with HttpFile(path, is_first_contact=True) as file:
             content = file.read(MAX_TEXT_BYTES + 1)
@@ -181,4 +199,4 @@ def read_text(path: str) -> str | None:
         raise
     if len(content) > MAX_TEXT_BYTES:
         raise ValueError(f"{path} has more than {MAX_TEXT_BYTES} bytes; expected a small text file")
-    return content.decode()
+    return textfiles.decode_text(content, path)

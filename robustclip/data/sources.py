@@ -1,7 +1,7 @@
 """From a line of configuration to a labelled data set and its zero-shot task."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -9,10 +9,10 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torch.utils.data import Dataset
 
 from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.data.catalog import CATALOG, lookup
+from robustclip.data.catalog import CATALOG, lookup, named
 from robustclip.data.classes import narrowed
-from robustclip.data.files import ImageFiles
-from robustclip.data.kinds import KINDS, open_kind, words_beside
+from robustclip.data.kinds import BESIDE, KINDS, open_kind
+from robustclip.data.naming import Words, check_names, warn_of_missing
 from robustclip.data.shards import REMOTE
 from robustclip.data.shifts import Part, Role, Shift, benchmark, part_by_ranges, part_by_seed, part_by_shift
 from robustclip.data.views import Relabelled, labels_of, where_of
@@ -33,8 +33,8 @@ class DataSource:
             and prompts.
         name: of the task in metrics and results, ``[a-z0-9_]+``; null derives it from the source.
         split: null for ``train`` in training and ``test`` in evaluation.
-        class_names: in label order; null takes those beside the data, else the catalogue's; ``openai`` for
-            OpenAI's names of the classes of ImageNet.
+        class_names: in label order, or a mapping from folders to names; null takes those beside the data, else the
+            catalogue's; ``openai`` for OpenAI's names of the classes of ImageNet.
         templates: prompts with ``{}``; null takes those beside the data, else the catalogue's; ``openai`` for
             OpenAI's 80 templates.
         native_size: attack images at their own size instead of a crop of the model's; null asks the catalogue.
@@ -51,7 +51,7 @@ class DataSource:
     source: str
     name: str | None = None
     split: str | None = None
-    class_names: list[str] | Literal["openai"] | None = None
+    class_names: list[str] | dict[str, str] | Literal["openai"] | None = None
     templates: Sequence[str] | Literal["openai"] | None = None
     native_size: bool | None = None
     border: CountOrZero | None = None
@@ -116,8 +116,11 @@ def open_source(wanted: DataSource | str, *, root: str, split: str, role: Role |
     """
     wanted = DataSource(wanted) if isinstance(wanted, str) else wanted
     local_path(root, "root")
-    opened = _open_whole(wanted, root=root, split=split)
-    return _part_of(opened, wanted, role or ("train" if split == "train" else "test"))
+    role = role or ("train" if split == "train" else "test")
+    opened = _part_of(_open_whole(wanted, root=root, split=split), wanted, role)
+    if role != "unknown":
+        check_names(opened.task.label_names, f"data source {wanted.source!r}")
+    return opened
 
 
 def _part_of(whole: OpenedSource, wanted: DataSource, role: Role) -> OpenedSource:
@@ -167,7 +170,8 @@ def _by_name(task: Task, labels: Sequence[int]) -> tuple[Task, list[int]]:
 
 
 def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
-    wanted_names, wanted_templates = _wanted_words(wanted)
+    where = f"data source {wanted.source!r}"
+    given, wanted_templates = _wanted_words(wanted)
     kind, separator, location = wanted.source.partition(":")
     entry = None
     if not separator:
@@ -175,49 +179,40 @@ def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
         kind, _, location = entry.source.partition(":")
     if kind not in KINDS:
         known = ", ".join(f"{kind}:" for kind in KINDS)
-        raise ValueError(f"data source {wanted.source!r} must begin with one of {known} or be a name of the catalogue")
-    name = wanted.name or (entry.name if entry else _slug(location))
-    split = wanted.split or split
-    if kind in ("wds", "folder", "list"):
+        raise ValueError(f"{where} must begin with one of {known} or be a name of the catalogue")
+    known_set = entry or (CATALOG.get(wanted.name) if wanted.name else named(_slug(location)))
+    name = wanted.name or (known_set.name if known_set else _slug(location))
+    split, is_asked = wanted.split or split, wanted.split is not None
+    if kind in BESIDE:
         location = located(location, root, "data source", REMOTE if kind == "wds" else ())
-    named = entry or CATALOG.get(name)
-    dataset, urls = open_kind(kind, location, root=root, split=split, published=named.folders if named else ())
-    names_beside, templates_beside = words_beside(kind, location, dataset)
-    has_own_labels = isinstance(dataset, ImageFiles) and dataset.classes is not None
-    if named is None or has_own_labels or (wanted_names and len(wanted_names) != len(named.class_names)):
-        groups = None
-    else:
-        groups = named.groups
-    if entry is None:  # what lies beside the data goes first; the catalogue only fills in
-        entry = named
-        is_published = isinstance(dataset, ImageFiles) and not has_own_labels
-        # Label orders differ between the copies of a set, so names are only taken for the copy that they belong to.
-        is_same_copy = entry is not None and (entry.source.startswith(f"{kind}:") or is_published)
-        names_of_labels = None if groups else names_beside
-        class_names = wanted_names or names_of_labels or (entry.class_names if entry and is_same_copy else None)
-        templates = wanted_templates or templates_beside or (entry.templates if entry else DEFAULT_TEMPLATES)
-    else:
-        class_names, templates = wanted_names or entry.class_names, wanted_templates or entry.templates
-    if class_names is None:
-        raise ValueError(f"data source {wanted.source!r} brings no class names; give `class_names`")
-    task = Task(name, tuple(class_names), tuple(templates), groups)
-    if names_beside and len(task.label_names) != len(names_beside):
-        counts = f"{len(task.label_names)} class names for it, but {len(names_beside)} lie beside the data"
-        raise ValueError(f"data source {wanted.source!r} has {counts}")
+    found = open_kind(kind, location, root=root, split=split, is_asked=is_asked)
+    if entry is not None and given is None and found.keys is None:  # its prompts go before what is beside the data
+        given = entry.class_names
+    is_same_copy = known_set is not None and (
+        known_set.source.startswith(f"{kind}:") or (kind == "torchvision" and named(_slug(location)) is known_set)
+    )
+    dataset, names = found.named(Words(given, None, known_set), where, is_same_copy=is_same_copy)
+    own_templates = found.templates if entry is None else None  # what is beside the data goes before the catalogue
+    templates = wanted_templates or own_templates or (known_set.templates if known_set else DEFAULT_TEMPLATES)
+    task = Task(name, names.names, tuple(templates), names.groups)
     if dataset is not None:
         _check_labels(wanted.source, dataset, len(task.label_names))
-    is_small = kind == "shapes" or (entry is not None and entry.native_size)
+    if names.labels is not None and dataset is not None:
+        warn_of_missing(labels_of(dataset) or (), task.label_names, where)
+    is_small = kind == "shapes" or (known_set is not None and known_set.native_size)
     native_size = is_small if wanted.native_size is None else wanted.native_size
-    border = (entry.border if entry else 0) if wanted.border is None else wanted.border
-    keys = named.keys if named else ()
-    return OpenedSource(task, split, native_size, border, dataset, urls, wanted.length, keys)
+    border = (known_set.border if known_set else 0) if wanted.border is None else wanted.border
+    keys = known_set.keys if known_set else ()
+    return OpenedSource(task, split, native_size, border, dataset, found.urls, wanted.length, keys)
 
 
-def _wanted_words(wanted: DataSource) -> tuple[list[str] | None, Sequence[str] | None]:
+def _wanted_words(wanted: DataSource) -> tuple[Sequence[str] | Mapping[str, str] | None, Sequence[str] | None]:
     """Class names and templates that were asked for."""
     names, templates = wanted.class_names, wanted.templates
     if names == "openai":
         names = list(IMAGENET_CLASSNAMES)
+    elif isinstance(names, Mapping):
+        names = {str(folder): name for folder, name in names.items()}  # YAML reads 0 as a number
     return names, [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if templates == "openai" else templates
 
 
@@ -233,4 +228,5 @@ def _check_labels(source: str, dataset: Dataset[Any], class_count: int) -> None:
 
 
 def _slug(location: str) -> str:
-    return re.sub(r"[^a-z0-9_]+", "_", location.rstrip("/").rsplit("/", 1)[-1].lower()).strip("_") or "data"
+    parts = [part for part in location.split("/") if part not in ("", "resolve", "tree", "main")]  # of Hugging Face
+    return re.sub(r"[^a-z0-9_]+", "_", parts[-1].lower() if parts else "").strip("_") or "data"

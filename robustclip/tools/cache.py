@@ -195,7 +195,7 @@ def _publish(
             identity |= _join(store, own, aside / name)
         versions = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
         manifest = {**made, "dtype": "float16", "sets": identities, "versions": versions}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in out.rglob("*.npy"))
     count = sum(identity["samples"] for identity in identities.values())
     sys.stdout.write(f"embeddings of {count:,} images of {len(identities)} sets, {size / 1e6:,.1f} MB\n{out}\n")

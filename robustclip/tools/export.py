@@ -50,7 +50,7 @@ def export(
         base = str(clip.arch or Path(str(clip.pretrained)).name)
         source = f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
         card = model_card(type(method).__name__, to=to, base=f"{base}{source}", training=training, run=run)
-        (aside / local_dir.README).write_text(card)
+        (aside / local_dir.README).write_text(card, encoding="utf-8")
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
 

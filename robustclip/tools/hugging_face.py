@@ -159,12 +159,12 @@ def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
     own = {"<start_of_text>": start, "<end_of_text>": end}
     vocabulary = {own.get(token, token): number for token, number in clip.tokenizer.encoder.items()}
     merges = "".join(f"{' '.join(pair)}\n" for pair in clip.tokenizer.bpe_ranks)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
     length = clip.tokenizer.context_length
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **tokens}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
     size = clip.image_size
     images = {
         "image_processor_type": "CLIPImageProcessor",
@@ -174,7 +174,7 @@ def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
         "crop_size": {"height": size, "width": size},
         "resample": 3,  # PIL's number for bicubic
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2), encoding="utf-8")
 
 
 def library_similarities(folder: Path, clip: CLIPModel) -> Logits:

@@ -8,6 +8,7 @@ from typing import Any
 import open_clip
 
 from robustclip.clip import CLIPModel
+from robustclip.textfiles import read_text
 from robustclip.tools import hugging_face, local_dir
 from robustclip.tools.foreign import Weights, check_fits, cosine_with, read, read_folder
 
@@ -99,7 +100,7 @@ def _pixels(source: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):  # of version 5 of the library, and before it
         if (source / name).is_file():
-            content = json.loads((source / name).read_text())
+            content = json.loads(read_text(source / name))
             found = content.get("image_processor", content)
     return {
         "mean": found.get("image_mean", open_clip.OPENAI_DATASET_MEAN),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from robustclip.clip import SHAPES_MODEL, CLIPModel
 from robustclip.methods.freezing import frozen
+from robustclip.textfiles import read_text
 from robustclip.types import Task
 
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
@@ -63,7 +64,7 @@ def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:
     if folder is None:
         config: dict[str, Any] = open_clip.get_model_config(arch)
     else:
-        config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+        config = json.loads(read_text(folder / CONFIG))["model_cfg"]
     return config
 
 
@@ -90,7 +91,7 @@ def write(clip: CLIPModel, folder: Path) -> None:
 def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, Any]) -> None:
     """Writes ``open_clip_config.json``."""
     text = json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}, indent=2)
-    (folder / CONFIG).write_text(text + "\n")
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> None:

@@ -130,7 +130,9 @@ def retrieve(settings: Settings, out: Path) -> None:
     with new_folder(out) as aside:
         write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[kinds[0]]], anchors))
         write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
-        (aside / "retrieval.json").write_text(json.dumps(_report(settings, encoder, queries, counts), indent=2) + "\n")
+        (aside / "retrieval.json").write_text(
+            json.dumps(_report(settings, encoder, queries, counts), indent=2) + "\n", encoding="utf-8"
+        )
     if settings.cache is None:
         shutil.rmtree(work)
     sys.stdout.write("".join(f"{name}: {count}\n" for name, count in counts.items()) + f"{out}\n")

@@ -94,10 +94,13 @@ def test_own_names_of_every_label_replace_imagenets(tmp_path: Path) -> None:
     assert task.label_names[199] == "thing 199"
 
 
-def test_a_folder_of_words_is_labelled_by_them(tmp_path: Path) -> None:
+def test_folders_that_the_catalogue_does_not_know_need_another_name(tmp_path: Path) -> None:
     write_folders(tmp_path / "objectnet", ["big_cat", "dog"])
-    opened = open_source("folder:objectnet", root=str(tmp_path), split="test")
+    with pytest.raises(ValueError, match=r"'big_cat', 'dog' are not among the 113 of .*'objectnet'; .* `name`"):
+        open_source("folder:objectnet", root=str(tmp_path), split="test")
+    opened = open_source(DataSource("folder:objectnet", name="animals"), root=str(tmp_path), split="test")
     assert opened.dataset.labels == [0, 1]
+    assert opened.task.class_names == ("big cat", "dog")
 
 
 def test_the_border_is_cut_off_before_the_resize() -> None:
@@ -123,16 +126,16 @@ def test_all_shifts_share_the_words_of_imagenet() -> None:
 def test_a_list_gives_the_splits_and_the_words_of_domainnet(tmp_path: Path) -> None:
     write_folders(tmp_path / "domainnet" / "real", ["aircraft_carrier", "zebra"])
     for split, lines in (
-        ("train", ["real/aircraft_carrier/a.png 0", "real/zebra/a.png 2"]),
-        ("test", ["real/zebra/a.png 2"]),
+        ("train", ["real/aircraft_carrier/a.png 0", "real/zebra/a.png 1"]),
+        ("test", ["real/zebra/a.png 1"]),
     ):
         (tmp_path / "domainnet" / f"real_{split}.txt").write_text("\n".join(lines))
     source = DataSource("list:domainnet/real_{split}.txt", name="real")
     train, test = (open_source(source, root=str(tmp_path), split=split) for split in ("train", "test"))
-    assert train.task.class_names == ("aircraft carrier", "class 1", "zebra")
-    assert train.dataset.labels == [0, 2]
+    assert train.task.class_names == test.task.class_names == ("aircraft carrier", "zebra")
+    assert train.dataset.labels == [0, 1]
     assert test.dataset[0][0].getpixel((0, 0)) == (1, 0, 0)
-    assert [label for _, label in test.dataset] == [2]
+    assert [label for _, label in test.dataset] == [1]
 
 
 @pytest.mark.parametrize(

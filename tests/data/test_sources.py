@@ -124,7 +124,7 @@ def test_another_number_of_class_names_than_beside_the_data_is_refused(
     tmp_path: Path, write_shards: ShardWriter
 ) -> None:
     write_shards(tmp_path, "set", "test", [3])
-    with pytest.raises(ValueError, match="has 2 class names for it, but 3 lie beside the data"):
+    with pytest.raises(ValueError, match="has 2 class names for its 3 labels"):
         opened(DataSource("wds:set", class_names=["red", "green"]), tmp_path)
 
 

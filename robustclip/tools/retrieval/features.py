@@ -20,6 +20,7 @@ from robustclip.clip import CLIPModel
 from robustclip.data.images import DECODING_ERRORS
 from robustclip.data.transforms import ToPixels
 from robustclip.ledger import write_aside
+from robustclip.textfiles import read_text
 from robustclip.tools.journal import check_same
 
 Part = NDArray[np.void]
@@ -128,7 +129,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         told = folder / "settings.json"
         if told.is_file():
-            check_same(folder, json.loads(told.read_text()), settings)
+            check_same(folder, json.loads(read_text(told)), settings)
         else:
             write_aside(told, json.dumps(settings, indent=2) + "\n")
 

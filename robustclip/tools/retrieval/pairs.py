@@ -159,5 +159,5 @@ def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> int:
         count += 1
     if archive is not None:
         archive.close()
-    (folder / "nshards.txt").write_text(f"{shards}\n")
+    (folder / "nshards.txt").write_text(f"{shards}\n", encoding="utf-8")
     return count
