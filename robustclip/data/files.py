@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from robustclip.data.decoding import open_file
+
 
 class ImageFiles(Dataset[Any]):
     """Images by their paths.
@@ -16,9 +18,7 @@ class ImageFiles(Dataset[Any]):
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]], classes: Sequence[str] | None) -> None:
-        from torchvision.datasets.folder import default_loader  # here because its import is slow
-
-        self.samples, self._load = samples, default_loader
+        self.samples = samples
         self.labels = [label for _, label in samples]
         self.classes = None if classes is None else [name.replace("_", " ") for name in classes]
 
@@ -27,7 +27,7 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         path, label = self.samples[index]
-        return self._load(path), label
+        return open_file(path), label
 
     def where(self, index: int) -> str:
         """Path of an image, for messages."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from robustclip.data.decoding import open_file
 from robustclip.data.files import open_folder, open_list
 from robustclip.data.shapes import ShapesDataset
 from robustclip.data.shards import REMOTE, IndexedShards, list_shards, read_lines
@@ -50,7 +51,7 @@ def _open_torchvision(name: str, root: str, split: str) -> Dataset[Any]:
     if name not in datasets.__all__ or cls is None:
         raise ValueError(f"torchvision has no data set {name!r}")
     takes = inspect.signature(cls).parameters
-    offered = {"root": root, "split": split, "train": split == "train", "download": False}
+    offered = {"root": root, "split": split, "train": split == "train", "download": False, "loader": open_file}
     try:
         dataset: Dataset[Any] = cls(**{key: value for key, value in offered.items() if key in takes})
     except (RuntimeError, OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Image sets in the WebDataset layout of clip_benchmark, read where they lie: nothing is unpacked or held in memory."""
 
-import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,8 @@ from urllib.request import urlopen
 
 from PIL import Image
 from torch.utils.data import Dataset
+
+from robustclip.data.decoding import open_image
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 REMOTE = ("http://", "https://", "file://")
@@ -51,7 +52,7 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         member = self._members[index]
-        return Image.open(io.BytesIO(self._read(member.shard, member.offset, member.size))), member.label
+        return open_image(self._read(member.shard, member.offset, member.size)), member.label
 
     def captions(self, index: int) -> list[str]:
         """Captions of one image; none where there is no ``.txt``."""

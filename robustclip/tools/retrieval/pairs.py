@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
+from robustclip.data.decoding import open_image
 from robustclip.data.shards import IMAGE_TYPES, REMOTE, list_shards
 from robustclip.data.streams import read_samples
 
@@ -45,7 +46,7 @@ class Pair(NamedTuple):
 
     def open(self) -> Image.Image:
         """The image, not yet decoded."""
-        return Image.open(io.BytesIO(self.image))
+        return open_image(self.image)
 
     @property
     def digest(self) -> int:
