@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from robustclip.protocol import differences
+from robustclip.protocol import differences, with_counts
+from robustclip.tools.compare import by_id, unchecked_images, unlike_unknown
 from robustclip.tools.report.html import escape, tag
 from robustclip.tools.report.view import View, union
 
@@ -22,7 +23,13 @@ def unlike(views: Sequence[View]) -> list[tuple[str, str]]:
         for kind in union(views, of="kinds"):
             having = [view for view in views if kind in view.scores.get(task, {})]
             for view in having[1:]:
-                for line in differences(having[0].axes(task, kind), view.axes(task, kind)):
+                lines = differences(having[0].axes(task, kind), view.axes(task, kind))
+                rows = (
+                    (by_id(having[0].run, task), by_id(view.run, task))
+                    if any(line.startswith("pixels:") for line in lines)
+                    else ({}, {})
+                )
+                for line in with_counts(lines, *rows):
                     places = found.setdefault(f"{having[0].label} and {view.label} differ in {line}", {})
                     places.setdefault(task, []).append(kind)
     return [(line, _places(places, views)) for line, places in found.items()]
@@ -40,8 +47,9 @@ def gaps(views: Sequence[View]) -> list[str]:
 
 
 def doubts(views: Sequence[View]) -> list[str]:
-    """Where a ledger and its result disagree."""
-    lines = []
+    """What cannot be trusted: unlike images of unknown classes, unchecked images, a ledger against its result."""
+    runs = [view.run for view in views]
+    lines = [line for run in runs[1:] for line in (*unchecked_images(runs[0], run), *unlike_unknown(runs[0], run))]
     for view in views:
         for task, kinds in view.broken.items():
             for kind, counts in kinds.items():
@@ -72,7 +80,7 @@ def warnings(views: Sequence[View]) -> str:
         text = "Not every run has every task and attack, and a mean is over the tasks that its run has."
         notices.append(_notice("Not in every run", text, lines_of_gaps))
     if lines_of_doubt := doubts(views):
-        notices.append(_notice("Ledger against result", "Run `robustclip test` again.", lines_of_doubt))
+        notices.append(_notice("Doubtful", "Run `robustclip test` again.", lines_of_doubt))
     return "".join(notices)
 
 
