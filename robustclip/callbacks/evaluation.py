@@ -237,9 +237,8 @@ def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
         trainer: of the running test.
         task: name of a test task.
     """
-    if isinstance(trainer.progress_bar_callback, TaskProgress):
-        trainer.progress_bar_callback.announce(f"{task}: finished samples once more")
-    for batch in trainer.datamodule.done_dataloader(task) or ():  # type: ignore[attr-defined]
+    loader = trainer.datamodule.done_dataloader(task)  # type: ignore[attr-defined]
+    for batch in () if loader is None else loader:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
