@@ -26,6 +26,7 @@ from robustclip.callbacks import ResultsWriter, RobustEvaluation
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.methods import TeCoA
 from robustclip.runs import Run
+from robustclip.tools.compare import pair
 
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
 TIMEOUT_SECONDS = 400
@@ -336,6 +337,19 @@ def test_a_test_does_not_resume_over_other_images(
     assert [row["id"] for row in finished.rows("first")] == [str(number) for number in range(7)]
     hashes = [row["pixels"] for row in finished.rows("first")]
     assert len(set(hashes)) == 7
+
+
+def test_finished_tests_of_other_images_under_equal_names_are_not_compared(
+    tmp_path: Path, write_shards: ShardWriter, tiny_model: Path
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_model)
+    runs = []
+    for name, seed in (("a", 1), ("b", 2)):
+        write_shards(tmp_path, "first", "test", [7], seed=seed)
+        runs.append(Run.open(run_test(tmp_path, name=name)))
+    assert [row["label"] for row in runs[0].rows("first")] == [row["label"] for row in runs[1].rows("first")]
+    with pytest.raises(ValueError, match="first under clean differs in pixels: 7 of 7 samples show other images"):
+        pair(*runs)
 
 
 def full_after(count: int) -> Callable[[int], None]:

@@ -72,6 +72,8 @@ class Journal:
             ValueError: with the task and the number of samples that have changed.
         """
         for task, rows in self.earlier.items():
+            if not rows:
+                continue
             known = {(int(row["id"]), int(row["label"]), row["pixels"]) for row in rows}
             count = sum(
                 sample in known
