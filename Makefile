@@ -19,7 +19,8 @@ help: ## list the targets
 
 demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fifteen zero-shot sets, with and without
 	@rm -rf $(DEMO)
-	$(RUN) test --config configs/zero_shot.yaml --results.folder $(DEMO) --results.name undefended
+	$(RUN) test --config configs/zero_shot.yaml --results.is_undefended true \
+		--results.folder $(DEMO) --results.name undefended
 	$(RUN) fit --config configs/demo.yaml --checkpoint.dirpath $(DEMO)/checkpoints
 	$(RUN) test --config configs/demo.yaml --ckpt_path $(DEMO)/checkpoints/last.ckpt \
 		--results.folder $(DEMO) --results.name tecoa --results.baseline $(DEMO)/undefended

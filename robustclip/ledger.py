@@ -12,6 +12,7 @@ from typing import IO
 SAMPLE_COLUMNS = {
     "id": "sample id within the data set",
     "label": "its class number",
+    "pixels": "hash of the clean image's pixels; empty: the method took embeddings",
     "clean": "class predicted for the clean image",
     "clean_loss": "cross-entropy of the clean image",
     "largest_logit": "largest absolute logit of the clean image",
@@ -96,7 +97,8 @@ def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no ledger of `robustclip test`: {error}") from error
     if header is not None and found != list(header):
-        raise ValueError(f"ledger {path} has the columns {','.join(found)[:80]}..., another version wrote it")
+        remedy = "another version wrote it; start a test of another name"
+        raise ValueError(f"ledger {path} has the columns {','.join(found)[:80]}..., {remedy}")
     for number, line in enumerate(lines, start=2):
         if line and len(line) != len(found):
             raise ValueError(f"ledger {path} line {number}: expected {len(found)} values, found {len(line)}")

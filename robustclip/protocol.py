@@ -1,4 +1,4 @@
-"""What two numbers must share to be compared: twelve axes, and a hash over exactly these."""
+"""What two numbers must share to be compared: thirteen axes, and a hash over exactly these."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ AXES = {
     "class_names": "names of the classes, in the order of the labels",
     "split": "data set and split",
     "sample_ids": "which samples, and their labels",
+    "pixels": "the decoded images of these samples",
     "preprocessing": "what happens to an image before an attack sees it",
     "attack_space": "resolution of the attacked image",
     "eps": "norm and radius of the ball",
@@ -20,13 +21,13 @@ AXES = {
     "stop_rule": "which attacked image counts: the worst or the last",
     "model_preprocessing": "resize and normalisation inside the model",
 }
-CLEAN_AXES = (
-    *("templates", "class_names", "split", "sample_ids", "preprocessing", "attack_space", "model_preprocessing"),
-)
+CLEAN_AXES = tuple(axis for axis in AXES if axis not in ("eps", "steps", "loss", "precision", "stop_rule"))
 SHOWN = 100  # characters of a value in a message
 LISTED = 3  # longer lists are told by their number and digest
 
 Axes = Mapping[str, Any]
+Rows = Mapping[int, Mapping[str, str]]
+"""Lines of a ledger by their sample ids."""
 
 
 def digest(value: Any) -> str:
@@ -50,8 +51,35 @@ def attack_axes(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def differences(a: Axes, b: Axes) -> list[str]:
     """One line per axis on which two protocols differ: its name, and both values."""
-    names = [name for name in AXES if name in a or name in b]
-    return [f"{name}: {_unlike(a.get(name), b.get(name))}" for name in names if a.get(name) != b.get(name)]
+    names = [name for name in AXES if a.get(name) != b.get(name) and (name != "pixels" or is_checked(a, b))]
+    return [f"{name}: {_unlike(a.get(name), b.get(name))}" for name in names]
+
+
+def is_checked(a: Axes, b: Axes) -> bool:
+    """Whether both protocols know their images; older results do not, nor do those of embeddings."""
+    return a.get("pixels") is not None and b.get("pixels") is not None
+
+
+def with_counts(lines: Sequence[str], a: Rows, b: Rows) -> list[str]:
+    """Put the number of samples whose images differ in the place of two hashes.
+
+    Args:
+        lines: of `differences`, for two protocols of a task.
+        a: the task's ledger in one run.
+        b: the same in the other run.
+    """
+    shared = a.keys() & b.keys()
+    count = sum(not shows_same(a[number], b[number]) for number in shared)
+    others = [line for line in lines if not line.startswith("pixels:")]
+    if len(others) == len(lines) or (not count and not any(line.startswith("sample_ids:") for line in lines)):
+        return list(lines)
+    return [*others, f"pixels: {count} of {len(shared)} samples show other images"] if count else others
+
+
+def shows_same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Whether two lines of ledgers have equal hashes of pixels, or one of them has none."""
+    hashes = a.get("pixels"), b.get("pixels")
+    return hashes[0] == hashes[1] or not all(hashes)
 
 
 def _alike(values: Mapping[str, Any]) -> Any:

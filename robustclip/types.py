@@ -37,6 +37,7 @@ class Batch(NamedTuple):
         index: ``(B,)`` int64 sample ids, unique within a data set and independent of batching.
         captions: ``B`` texts, empty where an image has none; None where the data have no captions.
         anchors: image-text pairs of another set; None where there is none.
+        digests: ``B`` hashes of the images' pixels; None but in evaluation of images.
     """
 
     images: Tensor
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]
     captions: tuple[str, ...] | None = None
     anchors: Pairs | None = None
+    digests: tuple[str, ...] | None = None
 
 
 @checked

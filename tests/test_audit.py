@@ -1,6 +1,8 @@
 """The audit: deliberate breakages lower the grade, each by the check that is meant for it; what is intact passes."""
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,10 +46,14 @@ def run_test(
     max_samples: int = SAMPLES,
     batch_size: int = 64,
     baseline: Path | None = None,
+    is_undefended: bool | None = None,
     **options: Any,
 ) -> Run:
-    """A test as the command runs it."""
-    writer = ResultsWriter(str(folder), baseline=None if baseline is None else str(baseline))
+    """A test as the command runs it; subclasses of ZeroShot with a mistake are declared undefended, as it is."""
+    is_undefended = isinstance(method, ZeroShot) if is_undefended is None else is_undefended
+    writer = ResultsWriter(
+        str(folder), baseline=None if baseline is None else str(baseline), is_undefended=is_undefended
+    )
     callbacks = [RobustEvaluation({"pgd": attack}, max_samples=max_samples, **options), writer]
     data = CLIPDataModule(train="shapes:source", test=[f"shapes:{task}" for task in tasks], batch_size=batch_size)
     Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
@@ -364,13 +370,53 @@ def test_defence_needs_a_baseline_of_its_own_protocol(tmp_path: Path, intact: Ru
     alone = run_test(tmp_path, TeCoA(), PGD(**SETTINGS))
     assert statuses(alone) == {**statuses(intact), "baseline": "not_measured"}
     other = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), max_samples=40, baseline=intact.folder)
-    assert found(other.result["audit"], "baseline") == (
-        "not_measured", f"{intact.name} has another protocol for outlines under pgd"
-    )  # fmt: skip
-    defended = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=run.folder)
-    assert found(defended.result["audit"], "baseline") == (
-        "not_measured", f"{run.name} is a test of TeCoA, not of ZeroShot"
-    )  # fmt: skip
+    status, text = found(other.result["audit"], "baseline")
+    assert status == "not_measured"
+    assert text.startswith(f"{intact.name} has another protocol for outlines under pgd: sample_ids: ")
+
+
+def test_a_baseline_is_a_test_of_the_base_model_of_the_run(tmp_path: Path, intact: Run, tiny_model: Path) -> None:
+    trained = TeCoA()
+    with torch.no_grad():
+        next(trained.clip.net.parameters()).add_(1e-3)
+    defended = run_test(tmp_path, trained, PGD(**SETTINGS), max_samples=8)
+    with pytest.raises(ValueError, match="must be a test of a base model as it is, found trained weights of TeCoA"):
+        run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=defended.folder)
+    other = TeCoA(pretrained=str(tiny_model))
+    own, theirs = other.clip.fingerprint, intact.result["model"]["fingerprint"]
+    with pytest.raises(ValueError, match=f"tested weights {theirs}, but the base model here has {own}"):
+        run_test(tmp_path, other, PGD(**SETTINGS), baseline=intact.folder)
+    older = intact.result | {"model": {"fingerprint": theirs}}
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "result.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="older version"):
+        run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=tmp_path / "older")
+
+
+def test_a_baseline_that_saw_other_images_is_not_used(tmp_path: Path, intact: Run) -> None:
+    """Of the 64 samples of the baseline's ledger, two are said to have had other pixels."""
+    shutil.copytree(intact.folder, tmp_path / "changed")
+    ledger = tmp_path / "changed" / "ledger" / "outlines.csv"
+    rows = intact.rows("outlines")
+    text = ledger.read_text()
+    for row in rows[:2]:
+        text = text.replace(row["pixels"], "0" * 16)
+    ledger.write_text(text)
+    result = json.loads((tmp_path / "changed" / "result.json").read_text())
+    for protocol in result["protocol"]["outlines"].values():
+        protocol["axes"]["pixels"] = "64, digest of others"
+    (tmp_path / "changed" / "result.json").write_text(json.dumps(result))
+    run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=tmp_path / "changed")
+    assert found(run.result["audit"], "baseline") == (
+        "not_measured",
+        "changed has another protocol for outlines under pgd: pixels: 2 of 64 samples show other images",
+    )
+
+
+def test_a_model_is_undefended_only_where_that_is_declared(tmp_path: Path) -> None:
+    run = run_test(tmp_path, ZeroShot(), PGD(**SETTINGS), is_undefended=False)
+    assert found(run.result["audit"], "baseline")[0] == "not_measured"
+    assert run.result["is_undefended"] is False
 
 
 # The checks themselves, on ledgers made here

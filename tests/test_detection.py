@@ -15,10 +15,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from robustclip.attacks import PGD
 from robustclip.attacks.base import Forward, Loss
-from robustclip.callbacks import OODDetection, RobustEvaluation
+from robustclip.callbacks import OODDetection, ResultsWriter, RobustEvaluation
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.methods import ZeroShot
 from robustclip.runs import Run
+from robustclip.tools.compare import unlike_unknown
 from robustclip.types import UNKNOWN
 
 QUIET = {
@@ -190,14 +191,35 @@ def test_a_model_that_diverged_has_no_numbers(folder: Path) -> None:
         assert trainer.callback_metrics[prefix + name].isnan(), name
 
 
-def test_what_goes_on_where_an_earlier_start_was_ended_has_no_detection(folder: Path) -> None:
-    module = cases.data(folder, test=["mixed", "lone_known"], unknown=["lone_unknown"])
-    module.done_samples = lambda task: frozenset({0} if task == "mixed" else ())
-    trainer = Trainer(callbacks=[OODDetection()], **QUIET)
-    with pytest.warns(UserWarning, match="no detection of mixed: an earlier start has tested a part of it"):
+def test_a_resumed_test_detects_like_an_uninterrupted_one(folder: Path) -> None:
+    """The finished samples are scored again, also where no other remains."""
+    found = []
+    for done in (set(), {0, 3, 5}, set(range(9))):
+        module = cases.data(folder, test=["mixed", "lone_known"], unknown=["lone_unknown"])
+        module.done_samples = lambda task, done=done: frozenset(done if task == "mixed" else ())
+        trainer = Trainer(callbacks=[OODDetection(attack=cases.ATTACK)], **QUIET)
         trainer.test(cases.method(folder), datamodule=module, verbose=False)
-    tasks = {name.split("/")[1] for name in trainer.callback_metrics if "/detection/" in name}
-    assert tasks == {"lone_known"}
+        found.append({name: float(value) for name, value in trainer.callback_metrics.items() if "/detection/" in name})
+    assert found[0]["test/mixed/detection/lone_unknown/mcm/auroc"] > 0
+    for each in found[1:]:
+        assert each == pytest.approx(found[0])
+
+
+def test_the_images_of_an_unknown_set_are_part_of_the_result(folder: Path, write_shards: ShardWriter) -> None:
+    hashes = []
+    for number, (name, seed, batch) in enumerate([("changing", 0, 1), ("changing", 0, 3), ("changing", 1, 1)]):
+        write_shards(folder, name, "test", [6], cases.CLASSES, seed=seed)
+        module = cases.data(folder, test=["mixed"], unknown=["changing"])
+        module.eval_batch_size = batch
+        callbacks = [OODDetection(), RobustEvaluation(), ResultsWriter(str(folder / "changing_results"), str(number))]
+        Trainer(callbacks=callbacks, **QUIET).test(cases.method(folder), datamodule=module, verbose=False)
+        result = Run.open(folder / "changing_results" / str(number)).result
+        hashes.append(result["detection"]["tasks"]["mixed"]["unknown"]["changing"]["data"]["pixels"])
+    assert hashes[0] == hashes[1] != hashes[2]
+    runs = [Run.open(folder / "changing_results" / number) for number in "012"]
+    assert unlike_unknown(runs[0], runs[1]) == []
+    (line,) = unlike_unknown(runs[0], runs[2])
+    assert line.startswith(f"unknown set changing differs in pixels: {hashes[0]} against {hashes[2]}")
 
 
 @pytest.mark.parametrize(

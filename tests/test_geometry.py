@@ -165,13 +165,16 @@ def test_validations_of_a_fit_measure_it_too(tiny_model: Path) -> None:
     assert trainer.callback_metrics["val/colours/geometry/pearson"] > 0.9
 
 
-def test_what_goes_on_where_an_earlier_start_was_ended_has_no_geometry(data: CLIPDataModule, tiny_model: Path) -> None:
-    data.done_samples = lambda task: frozenset({0} if task == "tints" else ())
-    trainer = Trainer(callbacks=[FeatureGeometry()], **QUIET)
-    with pytest.warns(UserWarning, match="no geometry of tints: an earlier start has tested a part of it"):
-        trainer.test(ZeroShot(pretrained=str(tiny_model)), datamodule=data, verbose=False)
-    measured_sets = {name.split("/")[1] for name in trainer.callback_metrics if "/geometry/" in name}
-    assert measured_sets == {"pairs"}
+@pytest.mark.parametrize("done", [{0, 4, 5, 6}, set(range(12))])
+def test_a_resumed_test_measures_like_an_uninterrupted_one(
+    data: CLIPDataModule, tiny_model: Path, done: set[int]
+) -> None:
+    whole = measured(moved(tiny_model), data, max_samples=6)
+    trainer = Trainer(callbacks=[FeatureGeometry(max_samples=6)], **QUIET)
+    data.done_samples = lambda task: frozenset(done)
+    trainer.test(moved(tiny_model), datamodule=data, verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
+    assert found == pytest.approx(whole, rel=1e-4)
 
 
 def test_what_cannot_be_compared_is_refused(data: CLIPDataModule, tiny_model: Path) -> None:

@@ -25,6 +25,8 @@ from robustclip.__main__ import run
 from robustclip.callbacks import ResultsWriter, RobustEvaluation
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.methods import TeCoA
+from robustclip.runs import Run
+from robustclip.tools.compare import pair
 
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
 TIMEOUT_SECONDS = 400
@@ -241,7 +243,7 @@ class Cut(Counted):
 def run_test(folder: Path, *, name: str | None, model: str = "model", **changes: Any) -> Path:
     """Tests one set; returns the folder."""
     attack = Cut(eps=changes.pop("eps", "12/255"), alpha="6/255")
-    source = DataSource("wds:first", name="first", **changes.pop("source", {}))
+    source = DataSource(changes.pop("location", "wds:first"), name="first", **changes.pop("source", {}))
     evaluation = RobustEvaluation({"pgd": attack}, **changes)
     writer = ResultsWriter(str(folder / "results"), name=name)
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -308,6 +310,46 @@ def test_the_name_of_a_finished_test_is_refused_and_its_folder_stays(cut_short: 
     with pytest.raises(ValueError, match=r"finished is a finished test; choose another results\.name"):
         run_test(cut_short, name="finished")
     assert sorted(finished.rglob("*")) == before
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_test_does_not_resume_over_other_images(
+    tmp_path: Path, write_shards: ShardWriter, tiny_model: Path, is_streamed: bool
+) -> None:
+    """Some of seven samples are finished; over the original images, the test resumes."""
+    (tmp_path / "model").symlink_to(tiny_model)
+    location = f"wds:file://{tmp_path}/first" if is_streamed else "wds:first"
+    write_shards(tmp_path, "first", "test", [7], seed=1)
+    shard = tmp_path / "first" / "test" / "0.tar"
+    original = shard.read_bytes()
+    Cut.calls = itertools.count()
+    with pytest.raises(PowerCut):
+        run_test(tmp_path, name="mine", location=location)
+    Cut.calls = None
+    write_shards(tmp_path, "first", "test", [7], seed=2)
+    with pytest.raises(ValueError, match=r"(\d) of \1 samples of first that .*mine has tested now have other images"):
+        run_test(tmp_path, name="mine", location=location)
+    write_shards(tmp_path, "first", "test", [7], seed=1, broken=[3])
+    with pytest.raises(ValueError, match="1 of 4 samples of first"):
+        run_test(tmp_path, name="mine", location=location)
+    shard.write_bytes(original)
+    finished = Run.open(run_test(tmp_path, name="mine", location=location))
+    assert [row["id"] for row in finished.rows("first")] == [str(number) for number in range(7)]
+    hashes = [row["pixels"] for row in finished.rows("first")]
+    assert len(set(hashes)) == 7
+
+
+def test_finished_tests_of_other_images_under_equal_names_are_not_compared(
+    tmp_path: Path, write_shards: ShardWriter, tiny_model: Path
+) -> None:
+    (tmp_path / "model").symlink_to(tiny_model)
+    runs = []
+    for name, seed in (("a", 1), ("b", 2)):
+        write_shards(tmp_path, "first", "test", [7], seed=seed)
+        runs.append(Run.open(run_test(tmp_path, name=name)))
+    assert [row["label"] for row in runs[0].rows("first")] == [row["label"] for row in runs[1].rows("first")]
+    with pytest.raises(ValueError, match="first under clean differs in pixels: 7 of 7 samples show other images"):
+        pair(*runs)
 
 
 def full_after(count: int) -> Callable[[int], None]:

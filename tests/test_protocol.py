@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from robustclip.ledger import Ledger
-from robustclip.protocol import AXES, CLEAN_AXES, attack_axes, differences, digest, listing
+from robustclip.protocol import AXES, CLEAN_AXES, attack_axes, differences, digest, is_checked, listing
 from robustclip.runs import LEDGERS, RESULT, Run
 
 AXES_OF_A_TEST = {name: f"value of {name}" for name in AXES}
 
 
-def test_there_are_twelve_axes_and_a_clean_image_has_those_without_an_attack() -> None:
-    assert len(AXES) == 12
+def test_there_are_thirteen_axes_and_a_clean_image_has_those_without_an_attack() -> None:
+    assert len(AXES) == 13
     assert set(AXES) - set(CLEAN_AXES) == {"eps", "steps", "loss", "precision", "stop_rule"}
 
 
@@ -43,6 +43,15 @@ def test_an_axis_that_one_lacks_is_a_difference() -> None:
     assert [line.split(":")[0] for line in differences(AXES_OF_A_TEST, clean)] == [
         name for name in AXES if name not in CLEAN_AXES
     ]
+
+
+def test_unknown_images_are_no_difference_but_are_not_checked() -> None:
+    for unknown in ({"pixels": None}, {}):
+        older = {name: value for name, value in AXES_OF_A_TEST.items() if name != "pixels"} | unknown
+        assert differences(AXES_OF_A_TEST, older) == []
+        assert not is_checked(AXES_OF_A_TEST, older)
+        assert not is_checked(older, AXES_OF_A_TEST)
+    assert is_checked(AXES_OF_A_TEST, AXES_OF_A_TEST)
 
 
 def test_long_values_are_told_around_their_first_difference() -> None:

@@ -1,6 +1,5 @@
 """Are images of unknown classes told from those of known ones, also when both are attacked?"""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from robustclip.arguments import Count, checked
 from robustclip.attacks import PGD
 from robustclip.attacks.base import Forward
-from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
+from robustclip.callbacks.evaluation import check_has_images, finished_batches, method_of, stage_of
 from robustclip.callbacks.neighbours import Neighbours, check_bank
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
@@ -21,6 +20,7 @@ from robustclip.callbacks.tables import DETECTION
 from robustclip.methods import RobustMethod
 from robustclip.methods.freezing import frozen
 from robustclip.metrics import Rows
+from robustclip.protocol import digest
 from robustclip.scores import KNN, SCORES, Score, ScoreName, confidence
 from robustclip.types import Batch
 
@@ -42,8 +42,8 @@ class OODDetection(Callback):
       is reported, unknown ones to raise it; of the clean image and what the attack returns, the worse one counts.
 
     and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
-    error of the softmax in 15 bins. Beside a `ResultsWriter`, histograms and ROC curves are kept too. A test that goes
-    on where an earlier start was ended has no detection of the tasks that had begun.
+    error of the softmax in 15 bins. Beside a `ResultsWriter`, histograms and ROC curves are kept too. A test that
+    resumes scores the finished samples again.
 
     Args:
         known: test tasks; null for all.
@@ -88,6 +88,7 @@ class OODDetection(Callback):
         self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}
         self._samples: dict[Key, Rows] = {}
+        self._pixels: dict[str, str] = {}  # hash of all images of an unknown set
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Pairs known tasks with unknown sets."""
@@ -108,14 +109,11 @@ class OODDetection(Callback):
             check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts with the tasks that are evaluated whole."""
+        """Starts with no sample."""
         self._bank = Neighbours.of_training(method_of(pl_module), self.neighbours) if KNN in self.scores else None
         self._samples = {}
         for task, unknown in self._pairs.items():
-            if trainer.datamodule.done_samples(task):  # type: ignore[attr-defined]
-                warnings.warn(f"no detection of {task}: an earlier start has tested a part of it", stacklevel=2)
-            else:
-                self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
+            self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
 
     # Not at the batch's end: a `RobustEvaluation` that follows times what lies between.
     def on_test_batch_start(
@@ -127,16 +125,22 @@ class OODDetection(Callback):
             self._add(method_of(pl_module), (task, task), batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores the unknown sets, joins the processes and logs."""
+        """Scores what an earlier start of the test has finished and the unknown sets, joins the processes and logs."""
         method = method_of(pl_module)
+        for task in self._pairs:
+            for batch in finished_batches(trainer, task):
+                self._add(method, (task, task), batch)
         for name, loader in trainer.datamodule.unknown_dataloaders().items():  # type: ignore[attr-defined]
             keys = [key for key in self._samples if key[1] == name]
+            total = 0
             for batch in loader if keys else ():
+                total += _sum_of_digests(batch)
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 for key in keys:
                     if isinstance(trainer.progress_bar_callback, TaskProgress):
                         trainer.progress_bar_callback.announce(f"{name}, unknown to {key[0]}")
                     self._add(method, key, moved)
+            self._pixels[name] = _joined_sum(trainer, total)
         tasks = {task: self._summary(trainer.datamodule, task) for task, name in self._samples if task == name}  # type: ignore[attr-defined]
         for task, found in tasks.items():
             method.log_dict({f"test/{task}/{DETECTION}/{name}": value for name, value in scalars(found).items()})
@@ -199,7 +203,7 @@ class OODDetection(Callback):
             neighbours=self._neighbours,
         )
         for name, each in found["unknown"].items():
-            each["data"] = data.protocol(name)
+            each["data"] = data.protocol(name) | {"pixels": self._pixels[name] if data.feature_model is None else None}
         return found
 
     def _settings(self) -> dict[str, Any]:
@@ -208,6 +212,19 @@ class OODDetection(Callback):
         shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
         shared |= {} if self._bank is None else {KNN: self._bank.settings}
         return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
+
+
+def _sum_of_digests(batch: Batch) -> int:
+    """Sum of one number per image, which depends on its id and pixels; sums of batches add up in any order."""
+    pairs = zip(batch.index.tolist(), batch.digests or (), strict=False)
+    return sum(int(digest([number, pixels]), 16) for number, pixels in pairs)
+
+
+def _joined_sum(trainer: Trainer, total: int) -> str:
+    """The sum over all processes modulo 2**64, in hexadecimal digits."""
+    signed = (total + 2**63) % 2**64 - 2**63  # as an int64, whose sums wrap around
+    joined = trainer.strategy.reduce(torch.tensor(signed, device=trainer.strategy.root_device), reduce_op="sum")
+    return f"{int(joined) % 2**64:016x}"
 
 
 def attacked_score(

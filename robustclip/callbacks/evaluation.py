@@ -1,5 +1,6 @@
 """Accuracy under attack, for every method and every task."""
 
+from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -95,8 +96,10 @@ class RobustEvaluation(Callback):
         keys = [(task.name, attack) for task in tasks for attack in self._running]
         self._counts = {key: Top1().to(pl_module.device) for key in keys}
         self._seconds = {task.name: 0.0 for task in tasks}
-        if self._journal is not None and trainer.is_global_zero:
-            self._count_again(self._journal, method_of(pl_module))
+        if self._journal is not None:
+            self._journal.check_images(trainer, partial(finished_batches, trainer))
+            if trainer.is_global_zero:
+                self._count_again(self._journal, method_of(pl_module))
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -221,6 +224,18 @@ def method_of(module: LightningModule) -> RobustMethod:
     if not isinstance(module, RobustMethod):
         raise TypeError(f"the callbacks need a RobustMethod, got {type(module).__name__}")
     return module
+
+
+def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
+    """Read this process's share of the samples that an earlier start of the test has finished, on the device.
+
+    Args:
+        trainer: of the running test.
+        task: name of a test task.
+    """
+    loader = trainer.datamodule.done_dataloader(task)  # type: ignore[attr-defined]
+    for batch in () if loader is None else loader:
+        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def check_has_images(trainer: Trainer, who: str) -> None:

@@ -14,6 +14,7 @@ from robustclip.attacks import Attack, Member, noise
 from robustclip.attacks.base import Forward
 from robustclip.attacks.verdict import ROBUST, examine
 from robustclip.clip import CLIPModel
+from robustclip.protocol import differences, is_checked, with_counts
 from robustclip.runs import Run
 
 PROBED_SHARE = 1 / 64  # of the samples run again
@@ -36,8 +37,8 @@ class Evidence:
         members: task and attack to the members of the attack.
         class_counts: task to number of classes.
         protocols: of this run, by task and attack.
-        is_undefended: the model is the pre-trained one.
-        baseline: test of the undefended model, if there is one.
+        is_undefended: the run declares that its model has no defence.
+        baseline: test of the run's base model, if there is one.
     """
 
     samples: Mapping[str, Columns]
@@ -82,15 +83,26 @@ class Evidence:
             shares = {name: [self.share_robust(*key) for key in keys if key[1] == name] for name in attacks}
             return {name: float(np.mean(values)) for name, values in shares.items()}
         if self.baseline is None:
-            return "not given; set results.baseline to the folder of a ZeroShot test of the same protocol"
-        theirs = self.baseline.result
-        if theirs["method"] != "ZeroShot":
-            return f"{self.baseline.name} is a test of {theirs['method']}, not of ZeroShot"
+            return "not given; set results.baseline to the folder of the base model's test under the same protocol"
         for task, attack in keys:
-            protocol = theirs["protocol"].get(task, {}).get(attack, {})
-            if protocol.get("hash") != self.protocols[task][attack]["hash"]:
-                return f"{self.baseline.name} has another protocol for {task} under {attack}"
-        return {name: values["acc1"] for name, values in theirs["mean"].items() if name in attacks}
+            if line := self._difference(self.baseline, task, attack):
+                return f"{self.baseline.name} has another protocol for {task} under {attack}: {line}"
+        return {name: values["acc1"] for name, values in self.baseline.result["mean"].items() if name in attacks}
+
+    def _difference(self, baseline: Run, task: str, attack: str) -> str:
+        """How the baseline's protocol of a task and attack differs from this run's; empty if it does not."""
+        own, theirs = (
+            each.get(task, {}).get(attack, {}).get("axes", {}) for each in (self.protocols, baseline.result["protocol"])
+        )
+        if not theirs:
+            return "it has none"
+        columns = self.samples[task]
+        rows = {number: {"pixels": pixels} for number, pixels in zip(columns["id"], columns["pixels"], strict=True)}
+        of_baseline = {int(row["id"]): row for row in baseline.rows(task)}
+        lines = with_counts(differences(theirs, own), of_baseline, rows)
+        if not lines and not is_checked(theirs, own):
+            return "its images are not known; test it again with this version"
+        return "; ".join(lines)
 
 
 def probed(index: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +170,8 @@ def breaks(
 
 def sample_columns(rows: Rows) -> Columns:
     """Columns of the samples themselves."""
-    whole = {name: _integers(rows, name) for name in ("id", "label", "clean")}
+    whole: dict[str, NDArray[Any]] = {name: _integers(rows, name) for name in ("id", "label", "clean")}
+    whole["pixels"] = np.array([row["pixels"] for row in rows], dtype=object)
     return whole | {name: _floats(rows, name) for name in ("clean_loss", "largest_logit", "outside", "repeat")}
 
 

@@ -1,6 +1,5 @@
 """What fine-tuning does to the features: classes that collapse, geometry that is kept, captions that are found."""
 
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Annotated, Any, cast
@@ -12,13 +11,13 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Interval, checked
 from robustclip.attacks import noise
-from robustclip.callbacks.evaluation import check_has_images, method_of, stage_of
+from robustclip.callbacks.evaluation import check_has_images, finished_batches, method_of, stage_of
 from robustclip.callbacks.tables import GEOMETRY
 from robustclip.clip import CLIPModel
 from robustclip.methods import RobustMethod
 from robustclip.methods.teacher import ImageTeacher
 from robustclip.metrics import class_sums, collapse, recalls, similarity
-from robustclip.types import Batch
+from robustclip.types import Batch, Task
 
 CHOICE_SEED = 0x9E0  # of the project, not of the run: every run compares the same samples
 
@@ -36,7 +35,7 @@ class FeatureGeometry(Callback):
 
     and of the data module's set ``captioned`` ``image_to_text_r1``, ``_r5``, ``_r10`` and ``text_to_image_...``: how
     often a right one is among the first, by both towers as they stand. Every task is encoded once more, apart from any
-    attack. A test that goes on where an earlier start was ended has no geometry of the tasks that had begun.
+    attack. A test that resumes encodes the finished samples again.
 
     Args:
         max_samples: samples of a task whose pairs are compared, a fixed choice whatever the number of processes.
@@ -59,13 +58,12 @@ class FeatureGeometry(Callback):
             self._original = ImageTeacher(CLIPModel(clip.arch, clip.pretrained, clip.image_size))
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts with the tasks that are evaluated whole."""
-        self._sums, self._twins = {}, {}
-        for task in stage_of(trainer)[1]:
-            if trainer.testing and trainer.datamodule.done_samples(task.name):  # type: ignore[attr-defined]
-                warnings.warn(f"no geometry of {task.name}: an earlier start has tested a part of it", stacklevel=2)
-            else:
-                self._twins[task.name] = Twins(self.max_samples)
+        """Starts each task, with the samples that an earlier start of the test has finished."""
+        tasks = stage_of(trainer)[1]
+        self._sums, self._twins = {}, {task.name: Twins(self.max_samples) for task in tasks}
+        for task in tasks if trainer.testing else ():
+            for batch in finished_batches(trainer, task.name):
+                self._add(method_of(pl_module), task, batch)
 
     def on_test_batch_end(
         self,
@@ -77,9 +75,9 @@ class FeatureGeometry(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds a batch."""
-        task, method = stage_of(trainer)[1][dataloader_idx], method_of(pl_module)
-        if task.name not in self._twins:
-            return
+        self._add(method_of(pl_module), stage_of(trainer)[1][dataloader_idx], batch)
+
+    def _add(self, method: RobustMethod, task: Task, batch: Batch) -> None:
         with torch.autocast(method.device.type, enabled=False):
             features = method.image_features(batch.images)
             sums = class_sums(features, batch.labels, classes=len(task.label_names))
@@ -90,8 +88,6 @@ class FeatureGeometry(Callback):
         """Joins the processes and logs."""
         method, (stage, tasks) = method_of(pl_module), stage_of(trainer)
         for task in tasks:
-            if task.name not in self._twins:
-                continue
             width = method.heads[task.name].shape[-1]
             nothing = torch.zeros(len(task.label_names), width + 2, dtype=torch.float64, device=method.device)
             sums = trainer.strategy.reduce(self._sums.get(task.name, nothing), reduce_op="sum")

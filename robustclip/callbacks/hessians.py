@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import Count, checked
-from robustclip.callbacks.evaluation import method_of, stage_of
+from robustclip.callbacks.evaluation import finished_batches, method_of, stage_of
 from robustclip.methods import RobustMethod
 from robustclip.methods.heads import head_logits
 from robustclip.types import Batch, Task
@@ -51,8 +51,12 @@ class HessianDifference(Callback):
             raise ValueError(f"HessianDifference needs two tasks of the same classes in {where}; give their domains")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts anew."""
-        self._seen = {task.name: [] for task in stage_of(trainer)[1]}
+        """Starts with the images that an earlier start of the test has finished."""
+        tasks = stage_of(trainer)[1]
+        self._seen = {task.name: [] for task in tasks}
+        for task in tasks if trainer.testing else ():
+            for batch in finished_batches(trainer, task.name):
+                self._keep(task, batch)
 
     def on_test_batch_end(
         self,
@@ -64,7 +68,10 @@ class HessianDifference(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the first images."""
-        seen = self._seen[stage_of(trainer)[1][dataloader_idx].name]
+        self._keep(stage_of(trainer)[1][dataloader_idx], batch)
+
+    def _keep(self, task: Task, batch: Batch) -> None:
+        seen = self._seen[task.name]
         missing = self.max_samples - sum(len(labels) for _, labels in seen)
         if missing > 0:
             seen.append((batch.images[:missing], batch.labels[:missing]))

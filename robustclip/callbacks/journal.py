@@ -2,7 +2,8 @@
 
 import math
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat as endless
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,36 @@ class Journal:
     def done(self, task: str) -> frozenset[int]:
         """Ids of the samples that need no second look."""
         return frozenset(int(row["id"]) for row in self.earlier[task])
+
+    def check_images(self, trainer: Trainer, finished: Callable[[str], Iterable[Batch]]) -> None:
+        """Refuse to resume over other images or labels than those of the finished samples, which are read once more.
+
+        Args:
+            trainer: joins the processes, which must all come here.
+            finished: task to batches of this process's share of its finished samples.
+
+        Raises:
+            ValueError: with the task and the number of samples that have changed.
+        """
+        for task, rows in self.earlier.items():
+            if not rows:
+                continue
+            known = {(int(row["id"]), int(row["label"]), row["pixels"]) for row in rows}
+            count = sum(
+                sample in known
+                for batch in finished(task)
+                for sample in zip(
+                    batch.index.tolist(), batch.labels.tolist(), batch.digests or endless(""), strict=False
+                )
+            )
+            same = int(
+                trainer.strategy.reduce(torch.tensor(count, device=trainer.strategy.root_device), reduce_op="sum")
+            )
+            if same < len(rows):
+                raise ValueError(
+                    f"{len(rows) - same} of {len(rows)} samples of {task} that {self.folder} has tested now have other"
+                    " images or labels; restore the data, or start a test under another results.name"
+                )
 
     def write(
         self, task: str, batch: Batch, rows: list[Row], verdicts: Mapping[str, Verdict], *, seconds: float
@@ -124,6 +155,7 @@ def sample_rows(
     clean = {
         "id": batch.index,
         "label": batch.labels,
+        "pixels": batch.digests or [""] * len(batch.labels),
         "clean": logits.argmax(-1),
         "clean_loss": cross_entropy(logits, batch.labels),
         "largest_logit": logits.abs().amax(-1),

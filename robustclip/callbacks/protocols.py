@@ -52,7 +52,8 @@ def describe(
 def with_samples(protocol: Mapping[str, Any], rows: list[dict[str, str]]) -> dict[str, Any]:
     """A task's protocols with the samples that were evaluated, and the hashes."""
     samples = f"{len(rows)}, digest {digest([[int(row['id']), int(row['label'])] for row in rows])}"
-    axes = {attack: {**given, "sample_ids": samples} for attack, given in protocol.items()}
+    pixels = listing([row["pixels"] for row in rows]) if all(row["pixels"] for row in rows) else None
+    axes = {attack: {**given, "sample_ids": samples, "pixels": pixels} for attack, given in protocol.items()}
     return {attack: {"hash": digest(given), "axes": given} for attack, given in axes.items()}
 
 
@@ -77,7 +78,7 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 
 
 def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> dict[str, Any]:
-    clean = {axis: shared[axis] for axis in CLEAN_AXES}
+    clean = {axis: shared[axis] for axis in CLEAN_AXES if axis in shared}
     settings = {
         name: {each.name: {"attack": type(each.attack).__name__, **each.attack.settings} for each in found}
         for name, found in attacks.items()

@@ -29,7 +29,8 @@ from robustclip.callbacks.tables import (
     with_averages,
     with_intervals,
 )
-from robustclip.methods import RobustMethod, ZeroShot
+from robustclip.clip import fingerprint
+from robustclip.methods import RobustMethod
 from robustclip.paths import local_path
 from robustclip.protocol import digest
 from robustclip.runs import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
@@ -52,12 +53,15 @@ class ResultsWriter(Callback):
     Args:
         folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
         name: of this test's folder; null takes method and time, and finds an unfinished start of the same test.
-        baseline: folder of the undefended model's test under the same protocol, for the audit.
+        baseline: folder of the test of this run's base model, as it is before training, under the same protocol; the
+            audit checks with it that the attacks are strong enough.
+        is_undefended: the tested model has no defence, so that it is its own baseline.
         averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
         config: what the run was started with, kept in the file.
 
     Raises:
-        ValueError: an average of no task or one that the test has not, or whose name is taken, before it starts.
+        ValueError: before the test starts, an average of no task or one that the test has not, or whose name is taken;
+            a baseline of other weights.
     """
 
     def __init__(
@@ -65,12 +69,14 @@ class ResultsWriter(Callback):
         folder: str | None = None,
         name: str | None = None,
         baseline: str | None = None,
+        is_undefended: bool = False,
         averages: dict[str, list[str]] | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         if folder is not None:
             local_path(folder, "results.folder")
+        self.is_undefended = is_undefended
         self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
         self.path: Path | None = None
         self.sections: dict[str, Any] = {}  # what other callbacks add to the result of the running test
@@ -80,10 +86,12 @@ class ResultsWriter(Callback):
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses averages that could not be taken."""
+        """Refuses averages that could not be taken, and a baseline of another model."""
         if stage == "test":
             tasks = [task.name for task in trainer.datamodule.test_tasks]  # type: ignore[attr-defined]
             check_averages(self.averages, tasks)
+            if self.baseline is not None and isinstance(pl_module, RobustMethod):
+                _check_baseline(self.baseline, pl_module.clip.fingerprint)
 
     def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Path:
         """The folder of a test, new or as an earlier start has left it; all processes must come here.
@@ -142,11 +150,12 @@ class ResultsWriter(Callback):
             self._members,
             {task.name: len(task.label_names) for task in tasks},
             protocol,
-            is_undefended=isinstance(method, ZeroShot),
+            is_undefended=self.is_undefended,
             baseline=self.baseline,
         )
         return {
             "method": type(method).__name__,
+            "is_undefended": self.is_undefended,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "commit": commit(),
@@ -205,6 +214,7 @@ class ResultsWriter(Callback):
             "pretrained": clip.pretrained,
             "image_size": clip.image_size,
             "fingerprint": clip.fingerprint,
+            "is_pretrained": _is_pretrained(method),
             "weights": self._identity["weights"],
             "checkpoint": str(checkpoint) if checkpoint else None,
             "interpolation": method.interpolation,
@@ -221,6 +231,37 @@ class ResultsWriter(Callback):
             folder = _rename_new(folder, f"{self._result['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         (folder / LOCK).unlink()  # last: until then no other start gets in
         self.path = folder
+
+
+def _is_pretrained(method: RobustMethod) -> bool:
+    """Whether the tested weights are those of the base model and nothing else, as after no training."""
+    return len(method.state_dict()) == len(method.clip.net.state_dict()) and (
+        fingerprint(method.clip.net) == method.clip.fingerprint
+    )
+
+
+def _check_baseline(baseline: Run, weights: str) -> None:
+    """Refuses a baseline that did not test the base model of this run.
+
+    Args:
+        baseline: the finished test.
+        weights: fingerprint of this run's base model.
+
+    Raises:
+        ValueError: trained weights, another base model, or a result that does not name its weights.
+    """
+    model = baseline.result.get("model") or {}
+    remedy = "test this run's base model, as by `--model ZeroShot` with its model.pretrained"
+    if not model.get("is_pretrained"):
+        raise ValueError(
+            f"results.baseline {baseline.folder} must be a test of a base model as it is, found trained weights of"
+            f" {baseline.result['method']}, or a result of an older version; {remedy}"
+        )
+    if model.get("fingerprint") != weights:
+        raise ValueError(
+            f"results.baseline {baseline.folder} tested weights {model.get('fingerprint')}, but the base model here has"
+            f" {weights}; {remedy}"
+        )
 
 
 def _rename_new(folder: Path, stem: str) -> Path:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustclip.data.images import DECODING_ERRORS, BadSample, Images
+from robustclip.data.decoding import DECODING_ERRORS
+from robustclip.data.images import BadSample, Images
 from robustclip.data.shards import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustclip.data.images import DECODING_ERRORS
+from robustclip.data.decoding import DECODING_ERRORS
 from robustclip.data.shards import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 

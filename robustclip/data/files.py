@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from robustclip.data.decoding import open_file
 from robustclip.data.folders import SPLITS
 from robustclip.textfiles import read_text
 
@@ -19,9 +20,7 @@ class ImageFiles(Dataset[Any]):
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        from torchvision.datasets.folder import default_loader  # here because its import is slow
-
-        self.samples, self._load = samples, default_loader
+        self.samples = samples
         self.labels = [label for _, label in samples]
 
     def __len__(self) -> int:
@@ -29,7 +28,7 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         path, label = self.samples[index]
-        return self._load(path), label
+        return open_file(path), label
 
     def relabelled(self, labels: Mapping[int, int]) -> "ImageFiles":
         """The images of some labels, under new labels."""

@@ -1,19 +1,18 @@
 """Decoded samples of any source, as tensors."""
 
-import io
+import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from robustclip.data.decoding import DECODING_ERRORS, open_image
 from robustclip.data.streams import ShuffledShards, StreamedImage, StreamedShards
 from robustclip.data.transforms import ToPixels
 from robustclip.data.views import where_of
 from robustclip.types import UNKNOWN
-
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises
 
 
 class BadSample(NamedTuple):
@@ -64,10 +63,17 @@ class StreamedImages(IterableDataset[Loaded]):
         source: encoded images.
         transform: from image to pixels.
         class_count: labels must be below it; None for images whose classes are all unknown.
+        only: ids of the samples to decode; None for all.
     """
 
-    def __init__(self, source: StreamedShards | ShuffledShards, transform: ToPixels, class_count: int | None) -> None:
-        self.source, self.transform, self.class_count = source, transform, class_count
+    def __init__(
+        self,
+        source: StreamedShards | ShuffledShards,
+        transform: ToPixels,
+        class_count: int | None,
+        only: frozenset[int] | None = None,
+    ) -> None:
+        self.source, self.transform, self.class_count, self.only = source, transform, class_count, only
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -80,16 +86,32 @@ class StreamedImages(IterableDataset[Loaded]):
             self.source.epoch = epoch
 
     def __iter__(self) -> Iterator[Loaded]:
-        for sample in self.source:
+        for sample in self._chosen():
             if self.class_count is None:
                 sample = sample._replace(label=UNKNOWN)
             elif sample.label >= self.class_count:
                 raise ValueError(f"{sample.where} has label {sample.label}, but there are {self.class_count} classes")
             yield self._decode(sample)
 
+    def _chosen(self) -> Iterator[StreamedImage]:
+        """The samples to decode; ids of a stream in order rise, so that it need not be read to its end."""
+        if self.only is None:
+            yield from self.source
+            return
+        last = max(self.only, default=-1)
+        for sample in takewhile(lambda each: each.index <= last, self.source):
+            if sample.index in self.only:
+                yield sample
+
     def _decode(self, sample: StreamedImage) -> Loaded:
         try:
-            image = Image.open(io.BytesIO(sample.data))
-            return self.transform(image, (self.epoch, sample.index)), sample.label, sample.index
+            return self.transform(open_image(sample.data), (self.epoch, sample.index)), sample.label, sample.index
         except DECODING_ERRORS as error:
             return BadSample(sample.where, str(error))
+
+
+def digest_of(image: Tensor) -> str:
+    """Hash the pixels of one image ``(3, H, W)``: 16 hexadecimal digits, equal for equal pixels only."""
+    digest = hashlib.sha256(repr(tuple(image.shape)).encode())
+    digest.update(image.contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from robustclip.data.decoding import open_file
 from robustclip.data.files import ImageFiles, read_list
 from robustclip.data.folders import read_folder
 from robustclip.data.naming import Named, Words, by_label, by_list, join
@@ -113,7 +114,7 @@ def _open_torchvision(name: str, root: str, split: str, *, is_asked: bool) -> Da
     known = None if "split" in takes else ("train", "test") if "train" in takes else ("all",)
     if is_asked and known and split not in known:
         raise ValueError(f"torchvision:{name} has no split {split!r}; give `split: {' or '.join(known)}`, or none")
-    offered = {"root": root, "split": split, "train": split == "train", "download": False}
+    offered = {"root": root, "split": split, "train": split == "train", "download": False, "loader": open_file}
     try:
         return cls(**{key: value for key, value in offered.items() if key in takes})
     except (RuntimeError, OSError, ValueError, LookupError) as error:

@@ -74,6 +74,7 @@ def exact_samples(
     positions: Sequence[int] | None = None,
     max_samples: int | None = None,
     done: frozenset[int] = frozenset(),
+    only: frozenset[int] | None = None,
 ) -> Samples:
     """This process's share of a set, every sample once, in order.
 
@@ -84,12 +85,14 @@ def exact_samples(
         positions: of the samples to choose from; None for all.
         max_samples: how many; None for all.
         done: ids of samples to leave out.
+        only: ids of the samples to take; None for all.
     """
     rank, world_size = place
     if source.dataset is None:
         shards = StreamedShards(source.urls, max_samples=max_samples, rank=rank, world_size=world_size, done=done)
-        return StreamedImages(shards, transform, source.class_count), None
-    images = Images(source.dataset, transform, choose(source.dataset, positions, max_samples))
+        return StreamedImages(shards, transform, source.class_count, only), None
+    chosen = choose(source.dataset, positions, max_samples) if only is None else sorted(only)
+    images = Images(source.dataset, transform, chosen)
     return images, ExactSampler(images, rank=rank, world_size=world_size, done=done)
 
 

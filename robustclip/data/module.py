@@ -183,7 +183,8 @@ class CLIPDataModule(ResumableDataModule):
         options: dict[str, Any] = {"positions": self.train_positions, "beside": self.beside, "seed": seed}
         samples = shuffled_samples(source, (own, model), self._place(), **options)
         epoch = self.trainer.current_epoch if self.trainer else 0
-        return self.continued(self._loader(samples, self.batch_size, skips_bad_samples=True, first_epoch=epoch))
+        options = {"skips_bad_samples": True, "first_epoch": epoch, "name": source.task.name}
+        return self.continued(self._loader(samples, self.batch_size, **options))
 
     def plain_train_dataloader(self) -> ImageLoader:
         """The training images once and in order, each in one process, with the test transform; in any stage.
@@ -196,7 +197,7 @@ class CLIPDataModule(ResumableDataModule):
             raise ValueError(f"training set {source.task.name!r} is remote: a pass in order needs a local copy")
         positions = None if self.train_positions is None else sorted(set(self.train_positions))
         samples = exact_samples(source, self.transform(source), self._place(), positions=positions)
-        return self._loader(samples, self.eval_batch_size, skips_bad_samples=True)
+        return self._loader(samples, self.eval_batch_size, skips_bad_samples=True, name=source.task.name)
 
     def unknown_dataloaders(self) -> dict[str, ImageLoader]:
         """By its name one loader for every set of unknown classes; all labels are `UNKNOWN`."""
@@ -212,6 +213,12 @@ class CLIPDataModule(ResumableDataModule):
         """One loader per test task."""
         return self._eval_loaders(self._test)
 
+    def done_dataloader(self, task: str) -> ImageLoader | None:
+        """The samples of a test task that `done_samples` has listed, in order and with digests; None for no sample."""
+        source = next(source for source in self._test if source.task.name == task)
+        done = self.done_samples(task)
+        return self._eval_loader(source, frozenset(), only=done, skips_bad_samples=True) if done else None
+
     def captioned_images(self) -> CaptionedImages | None:
         """The set for retrieval."""
         if self.captioned is None:
@@ -225,11 +232,23 @@ class CLIPDataModule(ResumableDataModule):
         self._loaders = {source.task.name: self._eval_loader(source, done[source.task.name]) for source in sources}
         return list(self._loaders.values())
 
-    def _eval_loader(self, source: OpenedSource, done: frozenset[int]) -> ImageLoader:
+    def _eval_loader(
+        self,
+        source: OpenedSource,
+        done: frozenset[int],
+        only: frozenset[int] | None = None,
+        skips_bad_samples: bool | None = None,
+    ) -> ImageLoader:
         positions = self.val_positions if source is self._train else None
-        limits: dict[str, Any] = {"positions": positions, "max_samples": self.max_samples, "done": done}
+        limits: dict[str, Any] = {"positions": positions, "max_samples": self.max_samples, "done": done, "only": only}
         samples = exact_samples(source, self.transform(source), self._place(), **limits)
-        return self._loader(samples, self.eval_batch_size, skips_bad_samples=self.bad_samples == "skip")
+        skips = self.bad_samples == "skip" if skips_bad_samples is None else skips_bad_samples
+        options = {
+            "skips_bad_samples": skips,
+            "has_digests": not any(source is each for each in self._val),
+            "name": source.task.name,
+        }
+        return self._loader(samples, self.eval_batch_size, **options)
 
     def _loader(self, samples: Samples, batch_size: int, **options: Any) -> ImageLoader:
         dataset, sampler = samples

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from robustclip.data.anchors import Anchor, AnchoredSample
 from robustclip.data.features import FeatureImages
-from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
+from robustclip.data.images import BadSample, Images, Loaded, StreamedImages, digest_of
 from robustclip.types import Batch, Pairs
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class ImageLoader(DataLoader[Loaded]):
         dataset: yields `Loaded`.
         skips_bad_samples: leave undecodable samples out, and count them, instead of stopping.
         first_epoch: number of the epoch that the first iteration is.
+        name: of the set, for messages.
+        has_digests: hash the pixels of every image, in the loader's workers.
         kwargs: of the DataLoader.
 
     Raises:
@@ -54,9 +57,16 @@ class ImageLoader(DataLoader[Loaded]):
     """
 
     def __init__(
-        self, dataset: Dataset[Loaded], *, skips_bad_samples: bool, first_epoch: int = 0, **kwargs: Any
+        self,
+        dataset: Dataset[Loaded],
+        *,
+        skips_bad_samples: bool,
+        first_epoch: int = 0,
+        name: str = "data",
+        has_digests: bool = False,
+        **kwargs: Any,
     ) -> None:
-        kwargs["collate_fn"] = collate
+        kwargs["collate_fn"] = partial(collate, name=name, has_digests=has_digests)
         if isinstance(dataset, FeatureImages):  # batches come whole, sooner than a worker could be asked for them
             kwargs |= {"collate_fn": as_it_is, "num_workers": 0}
         # An own generator: the workers' base seed must not move the global random stream.
@@ -142,14 +152,32 @@ def as_it_is(batch: tuple[Batch | None, list[BadSample]]) -> tuple[Batch | None,
     return batch
 
 
-def collate(samples: Sequence[Loaded | AnchoredSample]) -> tuple[Batch | None, list[BadSample]]:
-    """Stacks what was decoded; the rest is told apart."""
+def collate(
+    samples: Sequence[Loaded | AnchoredSample], *, name: str = "data", has_digests: bool = False
+) -> tuple[Batch | None, list[BadSample]]:
+    """Stack the decoded samples of a batch, and list the others.
+
+    Args:
+        samples: of the batch.
+        name: of the set, for messages.
+        has_digests: hash the pixels of every image.
+
+    Raises:
+        ValueError: images of several sizes.
+    """
     bad = [sample for sample in samples if isinstance(sample, BadSample)]
     good = [sample for sample in samples if not isinstance(sample, BadSample)]
     if not good:
         return None, bad
     images, labels, index = zip(*(sample[:3] for sample in good), strict=True)
-    batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index))
+    sizes = list(dict.fromkeys(" x ".join(map(str, reversed(image.shape[1:]))) for image in images))
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of set {name!r} have several sizes, such as {sizes[0]} and {sizes[1]} pixels, which make no batch;"
+            " set `native_size: false` for this set"
+        )
+    digests = tuple(map(digest_of, images)) if has_digests else None
+    batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index), digests=digests)
     anchored = [sample for sample in good if isinstance(sample, AnchoredSample)]
     captions = tuple(sample.caption for sample in anchored if sample.caption is not None)
     anchors = [sample.anchor for sample in anchored if sample.anchor is not None]

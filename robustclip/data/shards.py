@@ -1,6 +1,5 @@
 """Image sets in the WebDataset layout of clip_benchmark, read where they lie: nothing is unpacked or held in memory."""
 
-import io
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from robustclip import textfiles
 from robustclip.data import tar
+from robustclip.data.decoding import open_image
 from robustclip.data.remote import HttpFile
 from robustclip.data.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
 from robustclip.textfiles import check_printable
@@ -68,7 +68,7 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(io.BytesIO(self.encoded(index))), self.labels[index]
+        return open_image(self.encoded(index)), self.labels[index]
 
     def encoded(self, index: int) -> bytes:
         """Bytes of one image as they lie in the shard."""

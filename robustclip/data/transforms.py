@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
 
 from robustclip.arguments import PositiveShare, checked
+from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded
 
 RESIZE_RATIO = 256 / 224  # the short side before the centre crop, as in CLIP's and TeCoA's evaluation
 
@@ -38,8 +39,21 @@ class ToPixels:
 
     def __call__(self, image: Image.Image, key: tuple[int, ...] = ()) -> Tensor:
         """One image; ``key`` is what random transforms depend on."""
-        image = self.fitted(ImageOps.crop(image.convert("RGB"), self.border), key)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+        image = decoded(image)
+        self._check_size(*image.size)
+        image = self.fitted(ImageOps.crop(image, self.border), key)
+        values = torch.from_numpy(np.array(image))
+        if image.mode == "F":
+            return values.clamp(0, 1).repeat(3, 1, 1)  # bicubic resizing overshoots
+        return values.permute(2, 0, 1).contiguous().float() / 255
+
+    def _check_size(self, width: int, height: int) -> None:
+        """Refuse what is smaller than its border, or would be resized to more pixels than a decoder may return."""
+        short, long = sorted((width - 2 * self.border, height - 2 * self.border))
+        if short < 1:
+            raise ImageError(f"{width} x {height} pixels leave nothing without a border of {self.border}")
+        if self.size is not None and round(self.size * RESIZE_RATIO) ** 2 * long / short > MAX_PIXELS:
+            raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
     def fitted(self, image: Image.Image, key: tuple[int, ...]) -> Image.Image:
         """The image in its final size."""

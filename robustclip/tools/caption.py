@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from robustclip import display
-from robustclip.data.images import DECODING_ERRORS
+from robustclip.data.decoding import DECODING_ERRORS, decoded, in_eight_bits
 from robustclip.data.sources import open_source
 from robustclip.ledger import write_aside
 from robustclip.tools.captioner import Captioner, Decoding
@@ -117,7 +117,7 @@ class Batches(Dataset[PictureBatch]):
         images, bad = [], []
         for position in index:
             try:
-                images.append(self.source[position][0].convert("RGB"))
+                images.append(in_eight_bits(decoded(self.source[position][0])))
             except DECODING_ERRORS as error:
                 where = getattr(self.source, "where", "sample {} of the data set".format)
                 log.warning("%s does not decode and gets no caption: %s", where(position), error)

@@ -20,7 +20,6 @@ MEAN = "mean"  # over all compared tasks
 Key = tuple[str, str]
 """Task and attack."""
 Protocols = Mapping[Key, protocol.Axes]
-Rows = Mapping[int, Mapping[str, str]]
 
 
 def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
@@ -29,7 +28,7 @@ def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
     Args:
         a: folder of a finished test, or its result.json.
         b: the same of the test to compare with it.
-        shared_samples: where only the samples differ, compare those that both have.
+        shared_samples: where only the samples or their images differ, compare those that are equal in both.
 
     Raises:
         ValueError: unlike protocols, nothing in common, or a folder that is no finished test.
@@ -49,19 +48,45 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
     keys = [key for key in axes_a if key in axes_b]
     if not keys:
         raise ValueError(f"{a.folder} and {b.folder} share no task under the same attack, so nothing can be compared")
-    unlike, partly = _unlike(axes_a, axes_b, keys, shared_samples=shared_samples)
+    tasks = list(dict.fromkeys(task for task, _ in keys))
+    ledgers = {task: (by_id(a, task), by_id(b, task)) for task in tasks}
+    unlike, partly = _unlike(axes_a, axes_b, keys, ledgers, shared_samples=shared_samples)
     if unlike:
         more = f"; as do {len(unlike) - 1} more" if len(unlike) > 1 else ""
         raise ValueError(f"{a.folder} and {b.folder} measured different things: {unlike[0]}{more}")
     rows, notes = [], []
-    for task in dict.fromkeys(task for task, _ in keys):
-        in_a, in_b, note = _paired_rows(a, b, task, is_partial=task in partly)
+    for task in tasks:
+        in_a, in_b, note = _paired_rows(a, b, task, *ledgers[task], is_partial=task in partly)
         notes += note
         for attack in [attack for name, attack in keys if name == task]:
             rows.append(_row(task, attack, _right(a, task, in_a, attack), _right(b, task, in_b, attack)))
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
-    return Comparisons(rows, _means(rows, _averages(a, b)), [*notes, *_unpaired(axes_a, axes_b)])
+    notes += [*unchecked_images(a, b), *unlike_unknown(a, b), *_unpaired(axes_a, axes_b)]
+    return Comparisons(rows, _means(rows, _averages(a, b)), notes)
+
+
+def unchecked_images(a: Run, b: Run) -> list[str]:
+    """One sentence on the tasks of which one of two runs does not know the pixels; none if there are none."""
+    axes_a, axes_b = _axes(a), _axes(b)
+    tasks = [key[0] for key in axes_a if key in axes_b and not protocol.is_checked(axes_a[key], axes_b[key])]
+    names = ", ".join(dict.fromkeys(tasks))
+    why = "their results have no hashes of the pixels; test again with this version"
+    return [f"{names}: that {a.name} and {b.name} saw the same images is not checked, since {why}"] if tasks else []
+
+
+def unlike_unknown(a: Run, b: Run) -> list[str]:
+    """One sentence per set of unknown classes that differs between the detection sections of two runs."""
+    of_a, of_b = _unknown_sets(a), _unknown_sets(b)
+    lines = {name: protocol.differences(of_a[name], of_b[name]) for name in of_a if name in of_b}
+    remedy = "do not compare the detection"
+    return [f"unknown set {name} differs in {'; '.join(each)}: {remedy}" for name, each in lines.items() if each]
+
+
+def _unknown_sets(run: Run) -> dict[str, protocol.Axes]:
+    """Protocols of the sets of unknown classes, by their names."""
+    tasks = (run.result.get("detection") or {}).get("tasks", {}).values()
+    return {name: each.get("data", {}) for task in tasks for name, each in task.get("unknown", {}).items()}
 
 
 def _axes(run: Run) -> Protocols:
@@ -83,23 +108,32 @@ def _unpaired(a: Collection[Key], b: Collection[Key]) -> list[str]:
     ]
 
 
-def _unlike(a: Protocols, b: Protocols, keys: Sequence[Key], *, shared_samples: bool) -> tuple[list[str], set[str]]:
+def _unlike(
+    a: Protocols,
+    b: Protocols,
+    keys: Sequence[Key],
+    ledgers: Mapping[str, tuple[protocol.Rows, protocol.Rows]],
+    *,
+    shared_samples: bool,
+) -> tuple[list[str], set[str]]:
     """Why protocols must not be compared, and the tasks of which the samples alone differ."""
     refused, partly = [], set()
     for task, attack in keys:
-        lines = protocol.differences(a[task, attack], b[task, attack])
-        if len(lines) == 1 and lines[0].startswith("sample_ids:"):
+        lines = protocol.with_counts(protocol.differences(a[task, attack], b[task, attack]), *ledgers[task])
+        if lines and all(line.startswith(("sample_ids:", "pixels:")) for line in lines):
             partly.add(task)
-            lines = [] if shared_samples else [f"{lines[0]} (shared_samples compares those that both have)"]
+            lines[-1] += " (shared_samples compares those that both have)"
+            lines = [] if shared_samples else lines
         if lines:
             refused.append(f"{task} under {attack} differs in {'; '.join(lines)}")
     return refused, partly
 
 
-def _paired_rows(a: Run, b: Run, task: str, *, is_partial: bool) -> tuple[Rows, Rows, list[str]]:
-    """Rows of the ids that both have, in one order, and what to tell of them."""
-    in_a, in_b = _by_id(a, task), _by_id(b, task)
-    shared = [number for number in in_a if number in in_b]
+def _paired_rows(
+    a: Run, b: Run, task: str, in_a: protocol.Rows, in_b: protocol.Rows, *, is_partial: bool
+) -> tuple[protocol.Rows, protocol.Rows, list[str]]:
+    """Rows of the samples that both have, in one order, and a note where they are not all."""
+    shared = [number for number in in_a if number in in_b and protocol.shows_same(in_a[number], in_b[number])]
     if not is_partial and not len(shared) == len(in_a) == len(in_b):
         raise ValueError(
             f"ledgers of {task} in {a.folder} and {b.folder} hold other samples than their equal protocols say:"
@@ -114,12 +148,15 @@ def _paired_rows(a: Run, b: Run, task: str, *, is_partial: bool) -> tuple[Rows, 
                 f"sample {number} of {task} has label {labels[0]} in {a.folder} and {labels[1]} in {b.folder};"
                 " these are different data sets"
             )
-    note = [f"{task}: the {len(shared)} samples that both have, of {len(in_a)} in A and {len(in_b)} in B"]
+    note = f"{task}: the {len(shared)} samples that both have, of {len(in_a)} in A and {len(in_b)} in B"
+    if left_out := len(in_a.keys() & in_b.keys()) - len(shared):
+        note += f"; {left_out} more show other images"
     chosen_a, chosen_b = ({number: rows[number] for number in shared} for rows in (in_a, in_b))
-    return chosen_a, chosen_b, note if is_partial else []
+    return chosen_a, chosen_b, [note] if is_partial else []
 
 
-def _by_id(run: Run, task: str) -> Rows:
+def by_id(run: Run, task: str) -> protocol.Rows:
+    """The rows of a task's ledger by their sample ids, checked."""
     rows = run.rows(task)
     try:
         found = {int(row["id"]): row for row in rows}
@@ -131,7 +168,7 @@ def _by_id(run: Run, task: str) -> Rows:
     return found
 
 
-def _right(run: Run, task: str, rows: Rows, attack: str) -> list[bool]:
+def _right(run: Run, task: str, rows: protocol.Rows, attack: str) -> list[bool]:
     if attack == "clean":
         return [row["clean"] == row["label"] for row in rows.values()]
     try:

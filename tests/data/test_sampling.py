@@ -2,14 +2,16 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from inputs import ShardWriter
+from PIL import Image
 from torch.utils.data import DistributedSampler
 
-from robustclip.data import CLIPDataModule
-from robustclip.data.images import Images, StreamedImages
+from robustclip.data import CLIPDataModule, DataSource
+from robustclip.data.images import Images, StreamedImages, digest_of
 from robustclip.data.sampling import ExactSampler, ImageLoader
 from robustclip.data.shards import IndexedShards, list_shards
 from robustclip.data.streams import ShuffledShards
@@ -141,3 +143,70 @@ def test_skipped_samples_are_told_per_task(tmp_path: Path, write_shards: ShardWr
     data.setup("test")
     assert [sum(len(batch.labels) for batch in loader) for loader in data.test_dataloader()] == [3, 4]
     assert data.bad_sample_counts == {"good": 0, "bad": 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_several_sizes_are_refused_by_the_set_the_sizes_and_the_remedy(tmp_path: Path, workers: int) -> None:
+    for number, size in enumerate([(40, 40), (40, 40), (50, 30)]):
+        (tmp_path / "sizes" / "test" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "sizes" / "test" / "ab"[number % 2] / f"{number}.png")
+    source = DataSource(f"folder:{tmp_path / 'sizes'}", split="test", native_size=True)
+    options: dict[str, Any] = {"train": source, "test": [source], "holdout": 0, "num_workers": workers}
+    words = "images of set 'sizes' have several sizes, such as (40 x 40 and 50 x 30|50 x 30 and 40 x 40) pixels"
+    data = CLIPDataModule(batch_size=3, **options)
+    data.setup("fit")
+    data.setup("test")
+    for loader in (data.train_dataloader(), *data.test_dataloader()):
+        with pytest.raises(ValueError, match=words) as error:
+            list(loader)
+        assert "set `native_size: false` for this set" in str(error.value)
+    alone = CLIPDataModule(batch_size=1, **options)
+    alone.setup("test")
+    assert [batch.images.shape[-2:] for batch in alone.test_dataloader()[0]] == [(40, 40), (30, 50), (40, 40)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_hashes_pixels_and_training_does_not(
+    tmp_path: Path, write_shards: ShardWriter, workers: int
+) -> None:
+    write_shards(tmp_path, "set", "train", [12])
+    base = write_shards(tmp_path, "set", "test", [6])
+    streamed = DataSource(f"wds:file://{base}", name="streamed")
+    data = CLIPDataModule(
+        train="wds:set",
+        test=["wds:set", streamed],
+        root=str(tmp_path),
+        batch_size=4,
+        image_size=32,
+        num_workers=workers,
+        holdout=0.5,
+    )
+    data.setup("fit")
+    for loader in (data.train_dataloader(), *data.val_dataloader()):
+        assert all(batch.digests is None for batch in loader)
+    data.setup("test")
+    found = []
+    for loader in data.test_dataloader():
+        batches = list(loader)
+        assert all(batch.digests == tuple(map(digest_of, batch.images)) for batch in batches)
+        found.append(sorted(digest for batch in batches for digest in batch.digests))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 6
+
+
+def test_finished_samples_are_read_again_in_order_by_place_and_stream(
+    tmp_path: Path, write_shards: ShardWriter
+) -> None:
+    base = write_shards(tmp_path, "set", "test", [3, 4], broken=[4])
+    streamed = DataSource(f"wds:file://{base}", name="streamed")
+    data = CLIPDataModule(test=["wds:set", streamed], root=str(tmp_path), batch_size=2, image_size=32)
+    data.setup("test")
+    ids = {"set": [0, 2, 4, 5], "streamed": [0, 2, 1 << 32 | 1, 1 << 32 | 2]}
+    for task, numbers in ids.items():
+        assert data.done_dataloader(task) is None
+        data.done_samples = {task: frozenset(numbers)}.__getitem__
+        loader = data.done_dataloader(task)
+        assert loader is not None
+        assert [number for batch in loader for number in batch.index.tolist()] == [*numbers[:2], numbers[3]]
+        assert len(loader.bad_samples) == 1
+        data.done_samples = lambda task: frozenset()

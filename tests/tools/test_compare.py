@@ -25,6 +25,7 @@ def write_run(
     axes: dict[str, Any] | None = None,
     attack: str = "pgd",
     labels: Callable[[int], int] = lambda number: number % 3,
+    pixels: Callable[[int], str] = str,
 ) -> Path:
     (folder / LEDGERS).mkdir(parents=True)
     protocols: dict[str, Any] = {}
@@ -34,6 +35,7 @@ def write_run(
                 {
                     "id": number,
                     "label": labels(number),
+                    "pixels": pixels(number),
                     "clean": labels(number) + (outcome == "w"),
                     f"{attack}.by": {"r": "", "b": "pgd", "w": "clean"}[outcome],
                 }
@@ -42,7 +44,8 @@ def write_run(
         )
         found = {name: f"usual {name}" for name in AXES}
         found |= {"split": task, "sample_ids": digest([[each, labels(each)] for each in sorted(outcomes)])}
-        found |= axes or {}
+        hashes = [pixels(number) for number in sorted(outcomes)]
+        found |= {"pixels": digest(hashes) if all(hashes) else None} | (axes or {})
         clean = {name: found[name] for name in CLEAN_AXES}
         protocols[task] = {"clean": {"axes": clean}, attack: {"axes": found}}
     result = {"method": "TeCoA", "tasks": {}, "mean": {"clean": {}, attack: {}}, "protocol": protocols}
@@ -64,11 +67,11 @@ def test_each_axis_is_refused_by_its_name_and_values(tmp_path: Path, axis: str) 
     message = str(error.value)
     assert "\n" not in message
     attack, more = ("clean", "; as do 1 more") if axis in CLEAN_AXES else ("pgd", "")
-    remedy = " (shared_samples compares those that both have)" if axis == "sample_ids" else ""
+    remedy = " (shared_samples compares those that both have)" if axis in ("sample_ids", "pixels") else ""
     assert message.endswith(f": digits under {attack} differs in {axis}: one against another{remedy}{more}")
 
 
-@pytest.mark.parametrize("axis", [name for name in AXES if name != "sample_ids"])
+@pytest.mark.parametrize("axis", [name for name in AXES if name not in ("sample_ids", "pixels")])
 def test_shared_samples_excuse_no_other_axis(tmp_path: Path, axis: str) -> None:
     a = write_run(tmp_path / "a", {"digits": outcomes("rrbw")}, axes={axis: "one"})
     b = write_run(tmp_path / "b", {"digits": outcomes("rrb")}, axes={axis: "another"})
@@ -141,6 +144,34 @@ def test_shared_samples_are_compared_on_request_alone(tmp_path: Path) -> None:
     assert counts == [(3, 0, 0), (3, 0, 1)]
 
 
+def test_other_images_under_equal_ids_and_labels_are_refused_and_counted(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", {"digits": outcomes("rrbw")})
+    b = write_run(tmp_path / "b", {"digits": outcomes("rrbw")}, pixels=lambda number: f"{2 * number}")
+    with pytest.raises(ValueError, match=r"digits under clean differs in pixels: 3 of 4 samples show other images \("):
+        compare(a, b)
+    found = pair(Run.open(a), Run.open(write_run(tmp_path / "c", {"digits": outcomes("rrbwr")})), shared_samples=True)
+    assert found.notes == ["digits: the 4 samples that both have, of 4 in A and 5 in B"]
+    none = write_run(tmp_path / "none", {"digits": outcomes("rrbw")}, pixels=lambda number: "x")
+    with pytest.raises(ValueError, match="share no sample of digits"):
+        pair(Run.open(a), Run.open(none), shared_samples=True)
+    c = write_run(tmp_path / "d", {"digits": outcomes("rrbw")}, pixels=lambda number: f"{number}{'x' * (number > 1)}")
+    found = pair(Run.open(a), Run.open(c), shared_samples=True)
+    assert found.notes == ["digits: the 2 samples that both have, of 4 in A and 4 in B; 2 more show other images"]
+    assert [row.n for row in found.rows] == [2, 2]
+
+
+@pytest.mark.parametrize("has_column", [True, False])
+def test_results_without_hashes_of_images_are_compared_with_a_note(tmp_path: Path, has_column: bool) -> None:
+    a = write_run(tmp_path / "a", {"digits": outcomes("rrbw"), "letters": outcomes("rr")})
+    b = write_run(tmp_path / "b", {"digits": outcomes("rrbw"), "letters": outcomes("rr")}, pixels=lambda number: "")
+    if not has_column:
+        for path in (b / LEDGERS).glob("*.csv"):
+            lines = [line.split(",") for line in path.read_text().splitlines()]
+            path.write_text("".join(",".join([*line[:2], *line[3:]]) + "\n" for line in lines))
+    (note,) = pair(Run.open(a), Run.open(b)).notes
+    assert note.startswith("digits, letters: that a and b saw the same images is not checked")
+
+
 def test_samples_with_other_labels_are_refused(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"digits": outcomes("rrrr")})
     b = write_run(tmp_path / "b", {"digits": outcomes("rrrr")}, labels=lambda number: number)
@@ -170,8 +201,8 @@ def test_attacks_of_one_run_alone_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_belies_its_protocol_is_refused(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", {"digits": outcomes("rrr")}, axes={"sample_ids": "same"})
-    b = write_run(tmp_path / "b", {"digits": outcomes("rrrr")}, axes={"sample_ids": "same"})
+    a = write_run(tmp_path / "a", {"digits": outcomes("rrr")}, axes={"sample_ids": "same", "pixels": "same"})
+    b = write_run(tmp_path / "b", {"digits": outcomes("rrrr")}, axes={"sample_ids": "same", "pixels": "same"})
     with pytest.raises(ValueError, match="hold other samples than their equal protocols say: 3 and 4, 3 in both"):
         compare(a, b)
     ledger = b / LEDGERS / "digits.csv"

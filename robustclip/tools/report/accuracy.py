@@ -5,8 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 
 from robustclip.names import csv_cell
-from robustclip.protocol import differences
-from robustclip.tools.compare import pair
+from robustclip.protocol import differences, with_counts
+from robustclip.tools.compare import by_id, pair, unchecked_images, unlike_unknown
 from robustclip.tools.report.blocks import Block, Cell, Notice, Table, Tables, Text
 from robustclip.tools.report.section import Section
 from robustclip.tools.report.view import CLEAN, LEVEL, MISSING, Score, View, averaged, union
@@ -60,7 +60,7 @@ class Accuracy(Section):
 def warning_lines(views: Sequence[View]) -> list[str]:
     """The warnings of `Accuracy` as plain lines, for Markdown."""
     different = [f"UNLIKE PROTOCOLS, do not compare: {line} {places}" for line, places in _unlike(views)]
-    return [*different, *_gaps(views)]
+    return [*different, *_gaps(views), *_unchecked(views)]
 
 
 def csv_of(views: Sequence[View]) -> str:
@@ -219,6 +219,9 @@ def _warnings(views: Sequence[View]) -> list[Notice]:
     if gaps := _gaps(views):
         text = "Not every run has every task and attack, and a mean is over the tasks that its run has."
         notices.append(Notice("Not in every run", text, [(line, "") for line in gaps]))
+    if unchecked := _unchecked(views):
+        text = "These runs may have seen different images. Run `robustclip test` again."
+        notices.append(Notice("Images not compared", text, [(line, "") for line in unchecked]))
     return notices
 
 
@@ -229,7 +232,10 @@ def _unlike(views: Sequence[View]) -> list[tuple[str, str]]:
         for kind in union(views, of="kinds"):
             having = [view for view in views if kind in view.scores.get(task, {})]
             for view in having[1:]:
-                for line in differences(having[0].axes(task, kind), view.axes(task, kind)):
+                lines = differences(having[0].axes(task, kind), view.axes(task, kind))
+                is_counted = any(line.startswith("pixels:") for line in lines)
+                rows = (by_id(having[0].run, task), by_id(view.run, task)) if is_counted else ({}, {})
+                for line in with_counts(lines, *rows):
                     places = found.setdefault(f"{having[0].name} and {view.name} differ in {line}", {})
                     places.setdefault(task, []).append(kind)
     return [(line, _places(places, views)) for line, places in found.items()]
@@ -244,6 +250,12 @@ def _gaps(views: Sequence[View]) -> list[str]:
             if len(having) < len(views):
                 lines.append(f"{singular} {name} is only in {', '.join(having)}")
     return lines
+
+
+def _unchecked(views: Sequence[View]) -> list[str]:
+    """Images of the first run that another run did not record, or recorded differently for unknown classes."""
+    first, *others = (view.run for view in views)
+    return [line for run in others for line in (*unchecked_images(first, run), *unlike_unknown(first, run))]
 
 
 def _places(places: Mapping[str, Sequence[str]], views: Sequence[View]) -> str:

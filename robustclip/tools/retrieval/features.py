@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.clip import CLIPModel
-from robustclip.data.images import DECODING_ERRORS
+from robustclip.data.decoding import DECODING_ERRORS
 from robustclip.data.transforms import ToPixels
 from robustclip.ledger import write_aside
 from robustclip.textfiles import read_text

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
+from robustclip.data.decoding import open_image
 from robustclip.data.shards import REMOTE, list_shards, read_samples
 from robustclip.data.tar import IMAGE_TYPES, LABEL, TEXT
 from robustclip.paths import located
@@ -46,7 +47,7 @@ class Pair(NamedTuple):
 
     def open(self) -> Image.Image:
         """The image, not yet decoded."""
-        return Image.open(io.BytesIO(self.image))
+        return open_image(self.image)
 
     @property
     def digest(self) -> int:
