@@ -15,21 +15,22 @@ ALLOWED = {
     "examples": {"ledger"},
     "runs": {"ledger"},
     "text": set(),
-    "clip": {"types", "text"},
+    "tensors": set(),
+    "clip": {"types", "tensors", "text"},
     "attacks": {"types"},
     "losses": {"types"},
     "scores": set(),
-    "data": {"types"},
-    "methods": {"types", "clip", "attacks", "losses", "metrics"},
+    "data": {"types", "tensors"},
+    "methods": {"types", "tensors", "clip", "attacks", "losses", "metrics"},
     "callbacks": {"types", "clip", "attacks", "metrics", "scores", "methods", *RECORDS},
-    "tools": {"types", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
+    "tools": {"types", "tensors", "clip", "attacks", "metrics", "methods", "callbacks", "data", *RECORDS},
     "cli": {"types", "errors", "callbacks", "data", "methods", "tools"},
     "assembly": {"cli", "data", "errors", "methods", "tools"},
     "commands": {"assembly", "cli", "runs", "tools"},
     "__main__": {"cli", "commands", "errors"},
     "__init__": set(),
 }
-NO_LIGHTNING = {"types", "errors", "text", "clip", "attacks", "losses", "scores"}
+NO_LIGHTNING = {"types", "errors", "tensors", "text", "clip", "attacks", "losses", "scores"}
 
 
 def imports_of(path: Path) -> set[str]:

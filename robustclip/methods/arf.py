@@ -33,6 +33,8 @@ class ARF(FLYP):
         ValueError: a negative weight.
     """
 
+    of_training: tuple[str, ...] = ("caption_weight", "anchor_weight")
+
     def __init__(self, caption_weight: float = 1.0, anchor_weight: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, weight in (("caption_weight", caption_weight), ("anchor_weight", anchor_weight)):

@@ -25,6 +25,8 @@ class CoOp(FrozenFeatures):
         kwargs: arguments of `FrozenFeatures`.
     """
 
+    of_training: tuple[str, ...] = ("classes_per_pass",)
+
     def __init__(
         self, tokens: int = 16, phrase: str | None = None, classes_per_pass: int | None = None, **kwargs: Any
     ) -> None:

@@ -42,6 +42,8 @@ class DANCE(ContextAndNorms):
         ValueError: a temperature that is not positive.
     """
 
+    of_training: tuple[str, ...] = ("temperature", "margin", "weight")
+
     def __init__(self, temperature: float = 0.05, margin: float = 0.5, weight: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not temperature > 0:

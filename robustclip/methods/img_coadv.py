@@ -34,6 +34,8 @@ class ImgCoAdv(RobustMethod):
         ValueError: a temperature of 0 or less.
     """
 
+    of_training: tuple[str, ...] = ("temperature",)
+
     def __init__(
         self,
         temperature: float = 0.07,

@@ -60,6 +60,8 @@ class PMGAFT(TeCoA):
         ValueError: a negative weight, a scale that is not positive, or a block that the tower has not.
     """
 
+    of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
+
     def __init__(
         self,
         alpha: float = 1.0,

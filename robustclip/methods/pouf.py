@@ -33,6 +33,8 @@ class POUF(ContextAndNorms):
         kwargs: arguments of `ContextAndNorms`.
     """
 
+    of_training: tuple[str, ...] = ("infomax_weight",)
+
     def __init__(self, infomax_weight: float = 0.3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.infomax_weight = infomax_weight

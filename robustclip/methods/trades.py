@@ -34,6 +34,8 @@ class TRADES(RobustMethod):
         ValueError: a negative weight.
     """
 
+    of_training: tuple[str, ...] = ("beta",)
+
     def __init__(
         self,
         beta: float = 6.0,

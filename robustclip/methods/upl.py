@@ -29,6 +29,8 @@ class UPL(ContextAndNorms):
         ValueError: fewer than one image per class.
     """
 
+    of_training: tuple[str, ...] = ("per_class",)
+
     def __init__(self, per_class: int = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if per_class < 1:
