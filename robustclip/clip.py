@@ -302,10 +302,12 @@ def _read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def _check_not_resampled(
     state: Mapping[str, Tensor], net: Any, weights: str, arch: str, image_size: int | None
 ) -> None:
-    """Refuses position embeddings that open_clip has resized unasked."""
+    """Refuses position embeddings that open_clip has resized unasked, and numbers of another kind."""
     own = net.state_dict()
     for name, tensor in state.items():
         mine = own.get(name, own.get(f"text.{name}"))
+        if mine is not None and mine.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name} of {weights} holds {tensor.dtype}, the model takes {mine.dtype}")
         if mine is None or mine.numel() == tensor.numel():
             continue
         if not name.startswith("visual."):

@@ -201,6 +201,7 @@ class ResultsWriter(Callback):
             "image_size": clip.image_size,
             "fingerprint": clip.fingerprint,
             "weights": self._identity["weights"],
+            "settings": self._identity["settings"],
             "checkpoint": str(checkpoint) if checkpoint else None,
             "interpolation": method.interpolation,
         }
