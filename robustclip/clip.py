@@ -306,7 +306,7 @@ def _check_not_resampled(
     own = net.state_dict()
     for name, tensor in state.items():
         mine = own.get(name, own.get(f"text.{name}"))
-        if mine is not None and mine.is_floating_point() != tensor.is_floating_point():
+        if mine is not None and not tensors.is_of_kind(tensor, mine):
             raise ValueError(f"{name} of {weights} holds {tensor.dtype}, the model takes {mine.dtype}")
         if mine is None or mine.numel() == tensor.numel():
             continue

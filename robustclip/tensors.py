@@ -100,8 +100,13 @@ def check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: st
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{name} of {where} has size {size(tensor)}, the model takes {size(own[name])}")
-        if tensor.is_floating_point() != own[name].is_floating_point():
+        if not is_of_kind(tensor, own[name]):
             raise ValueError(f"{name} of {where} holds {tensor.dtype}, the model takes {own[name].dtype}")
+
+
+def is_of_kind(tensor: Tensor, own: Tensor) -> bool:
+    """Whether both hold real or both hold whole numbers; a counter, a scalar, may be given as a real number."""
+    return tensor.is_floating_point() == own.is_floating_point() or (own.ndim == 0 and not own.is_floating_point())
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -109,7 +109,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "no text": (lambda at: (at / CONFIG).write_bytes(b"\xff\xfe"), CONFIG),
     "whole numbers": (
         lambda at: weighed(at, lambda state: state.update({"visual.proj": torch.ones(32, 16, dtype=torch.int64)})),
-        "visual.proj of .* int64",
+        "visual.proj of .* torch.int64",
     ),
     "missing": (lambda at: weighed(at, lambda state: state.pop("visual.proj")), "visual.proj"),
     "unknown": (lambda at: weighed(at, lambda state: state.update(head=torch.ones(2))), "head"),

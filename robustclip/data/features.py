@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -246,7 +247,7 @@ class FeatureImages(Images):
                 raise ValueError("its digest differs")
             if array.dtype != kind or array.ndim != dimensions:
                 raise ValueError(f"it holds {array.ndim} dimensions of {array.dtype}")
-        except (OSError, ValueError, EOFError, MemoryError, SyntaxError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); make the features anew") from error
         return array
 
