@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch import Trainer
 
@@ -163,8 +162,7 @@ def load_checkpoint(model: RobustMethod, path: str) -> None:
     Raises:
         ValueError: not a file of ``robustclip fit``, or of another model.
     """
-    check_checkpoint(Path(path))
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = check_checkpoint(Path(path))
     model.on_load_checkpoint(content)
     model.load_state_dict(content["state_dict"], strict=False)
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,6 +24,7 @@ from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter,
 from robustclip.data import CLIPDataModule
 from robustclip.errors import AnsweringParser, parameters_below
 from robustclip.methods import RobustMethod
+from robustclip.methods.checkpoints import read_checkpoint
 from robustclip.settings import SECTIONS, SUFFIXES, check_keys, check_order, get, joined, options, parse, read_config
 
 EXPECTED_ERRORS = (
@@ -235,25 +235,15 @@ def known_keys() -> list[str]:
     return ["config", "ckpt_path", "seed_everything", "verbose", *sections, *wholes, *keys, *below]
 
 
-def check_checkpoint(path: Path) -> None:
-    """Opens a checkpoint as data, which runs no code that may be in it.
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """Opens a checkpoint as data; see `read_checkpoint`.
 
     Raises:
-        ValueError: no such file, not complete, more in it than tensors and plain values, or of another program.
+        ValueError: no such file, or as `read_checkpoint`.
     """
     if not path.is_file():
         raise ValueError(f"ckpt_path {str(path)!r} is no file; `robustclip fit` prints where it writes checkpoints")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"checkpoint {path} may hold code, so it was not opened; only tensors and plain values load,"
-            " which is all that `robustclip fit` writes"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:  # torch's for files that end early or are no zip
-        raise ValueError(f"checkpoint {path} is cut short or no checkpoint at all; copy it again") from error
-    if not isinstance(content, dict) or not {"state_dict", "base_model"} <= content.keys():
-        raise ValueError(f"checkpoint {path} was not written by robustclip: it names no base model")
+    return read_checkpoint(path)
 
 
 def _quieten() -> None:

@@ -1,33 +1,30 @@
 """The vision-language model: open_clip towers that take images in [0, 1] and return unit features."""
 
 import difflib
-import hashlib
 import json
-import pickle
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.pretrained import get_pretrained_cfg
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip import text
+from robustclip import tensors, text
 from robustclip.arguments import Count, checked
-from robustclip.textfiles import read_text
+from robustclip.tensors import LOADING_ERRORS, one_line
 from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parent / "data" / "assets" / "shapes"
 INTERPOLATION = "bicubic"  # of the resize inside the model, without antialiasing
 PROMPTS_PER_CHUNK = 256  # bounds the text tower's activations for class lists of any length
-# What torch, safetensors and open_clip raise for files that are cut short, or that belong to another model.
-LOADING_ERRORS = (
-    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError),
-    *(pickle.UnpicklingError, EOFError, OSError, SafetensorError),
-)
+# Text whose tokens identify a tokenizer: cases, digits, punctuation, accents, another script, and a long text.
+TOKENIZER_PROBE = ("a photo of a Cat.", "it's 3,141 km/h; [x] {y}_z", "café naïve Zürich", "猫 и собака", "word " * 99)
+WEIGHT_FILES = (".safetensors", ".bin", ".pth")  # suffixes that open_clip looks for in a folder
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -60,7 +57,7 @@ class CLIPModel(nn.Module):
         has_fixed_batch_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.net, self.tokenizer = _load(arch, pretrained, image_size)
+        self.net, self.tokenizer, self.config = _load(arch, pretrained, image_size)
         self.arch, self.pretrained = arch, pretrained
         visual = self.net.visual
         native_size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
@@ -72,6 +69,9 @@ class CLIPModel(nn.Module):
         self.memory_format = torch.channels_last if is_convolutional else torch.contiguous_format
         visual.to(memory_format=self.memory_format)
         self._fixed_modules = [m for m in self.net.modules() if has_fixed_batch_norm and isinstance(m, BatchNorm)]
+        for name, tensor in self.net.state_dict().items():
+            if not tensors.is_finite(tensor):
+                raise ValueError(f"{name} of the weights {pretrained!r} is not finite; the file is damaged")
         self.fingerprint = fingerprint(self.net)  # of the initial weights, wherever their files lie
         self.train()  # Lightning leaves modes as they are, so BatchNorm must be fixed from the start
 
@@ -106,6 +106,19 @@ class CLIPModel(nn.Module):
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens ``(N, L)`` on the model's device to unit features ``(N, D)``."""
         return text.encode(self.net, tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values beside the tensors that define the function of the model, in JSON's types; ``base.``: of its files."""
+        visual = self.net.visual
+        return {
+            "image_size": self.image_size,
+            "base.interpolation": INTERPOLATION,
+            "base.mean": list(visual.image_mean),
+            "base.std": list(visual.image_std),
+            "base.tokens": tensors.digest(self.tokenizer(list(TOKENIZER_PROBE)))[:16],
+            **_flat("base.model_cfg", {**self.config, "vision_cfg": {**self.config["vision_cfg"], "image_size": None}}),
+        }
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -153,12 +166,17 @@ class CLIPModel(nn.Module):
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Tells two sets of weights apart; a sample of each tensor suffices."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        sample = tensor.flatten()[:: max(1, tensor.numel() // 64)].float().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Identifies the weights of a module by their content, in any memory layout and 16-bit or 32-bit precision."""
+    halves = (torch.float16, torch.bfloat16)
+    state = module.state_dict().items()
+    return tensors.digest({name: each.float() if each.dtype in halves else each for name, each in state})[:16]
+
+
+def _flat(key: str, value: Any) -> dict[str, Any]:
+    """Values of nested mappings by dotted keys."""
+    if not isinstance(value, Mapping):
+        return {key: value}
+    return {name: leaf for part, each in value.items() for name, leaf in _flat(f"{key}.{part}", each).items()}
 
 
 def _submodules(owner: nn.Module, names: str, *, flatten: bool = True) -> Iterator[nn.Module]:
@@ -171,8 +189,8 @@ def _submodules(owner: nn.Module, names: str, *, flatten: bool = True) -> Iterat
         yield from module.children() if flatten and is_container else [module]
 
 
-def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> tuple[Any, Any]:
-    """Model and tokenizer, with every way that weights can fail to fit told in one line."""
+def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and open_clip's ``model_cfg``; every way that weights can fail to fit is one line."""
     source = str(SHAPES_MODEL) if pretrained == "shapes" else pretrained
     if source is not None and Path(source).is_dir():
         if arch is not None:
@@ -186,39 +204,128 @@ def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> t
         close = difflib.get_close_matches(arch, open_clip.list_models())
         remedy = f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models()"
         raise ValueError(f"open_clip has no architecture {arch!r}; {remedy}")
-    if source is not None and not Path(source).is_file():
+    is_file = source is not None and Path(source).is_file()
+    if source is not None and not is_file:
         _check_tag(arch, source)
+    config = open_clip.get_model_config(arch)
+    state = _read_weights(Path(str(source)), config) if is_file else {}
     try:
-        net = open_clip.create_model(arch, pretrained=source, force_image_size=image_size)
+        # Without weights, a text tower of Hugging Face would otherwise be downloaded with its own.
+        net = open_clip.create_model(arch, pretrained=source, force_image_size=image_size, pretrained_text=False)
     except LOADING_ERRORS as error:
-        raise ValueError(f"weights {pretrained!r} do not load into {arch}: {_one_line(error)}") from error
-    return net, open_clip.get_tokenizer(arch)
+        raise ValueError(f"weights {pretrained!r} do not load into {arch}: {one_line(error)}") from error
+    _check_not_resampled(state, net, f"weights {pretrained!r}", arch, image_size)
+    return net, open_clip.get_tokenizer(arch), config
 
 
-def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any]:
+def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any, dict[str, Any]]:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
         raise ValueError(f"model folder {folder} has no open_clip_config.json")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")) and not any(folder.glob("*.pt*")):
+    if not any(file.suffix in WEIGHT_FILES for file in folder.iterdir()):
         raise ValueError(f"model folder {folder} has no weights (open_clip_model.safetensors)")
+    config = _read_config(config_file)
+    name, state = f"local-dir:{folder}", _read_weights(Path(str(_find_checkpoint_in_dir(folder))), config)
+    _check_sizes(config, state, config_file)
     try:
-        text_config = json.loads(read_text(config_file))["model_cfg"]["text_cfg"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{config_file} must hold model_cfg.text_cfg as JSON: {_one_line(error)}") from error
+        text_config = _with_own_files(config["text_cfg"], folder)
+        net = open_clip.create_model(name, force_image_size=image_size, text_cfg=text_config)
+        tokenizer = open_clip.get_tokenizer(name, **text_config["tokenizer_kwargs"])
+        tokenizer(list(TOKENIZER_PROBE))
+    except LOADING_ERRORS as error:
+        raise ValueError(f"model folder {folder} does not load: {one_line(error)}") from error
+    _check_not_resampled(state, net, f"weights of {folder}", "its open_clip_config.json", image_size)
+    return net, tokenizer, config
+
+
+def _with_own_files(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """``text_cfg`` with the paths of files in the folder, which open_clip reads against the working directory."""
     tokenizer_options = dict(text_config.get("tokenizer_kwargs") or {})
     if "bpe_path" in tokenizer_options:
         tokenizer_options["bpe_path"] = str(folder / tokenizer_options["bpe_path"])
-    overrides = {**text_config, "tokenizer_kwargs": tokenizer_options}
+    paths: dict[str, Any] = {"tokenizer_kwargs": tokenizer_options}
     if "hf_model_name" in text_config:
-        # open_clip reads these against the working directory; here they are relative to their own file.
-        overrides |= {"hf_model_name": str(folder / text_config["hf_model_name"]), "hf_model_pretrained": False}
-    name = f"local-dir:{folder}"
+        paths |= {"hf_model_name": str(folder / text_config["hf_model_name"]), "hf_model_pretrained": False}
+    return {**text_config, **paths}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """``model_cfg`` of a folder, whose sections are of the types that they must have."""
     try:
-        net = open_clip.create_model(name, force_image_size=image_size, text_cfg=overrides)
-        tokenizer = open_clip.get_tokenizer(name, **tokenizer_options)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"model folder {folder} does not load: {_one_line(error)}") from error
-    return net, tokenizer
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must hold JSON: {one_line(error)}") from error
+    config = _section(_section(content, "the content", file).get("model_cfg"), "model_cfg", file)
+    for key in ("vision_cfg", "text_cfg"):
+        _section(config.get(key), f"model_cfg.{key}", file)
+    pixels = _section(content.get("preprocess_cfg") or {}, "preprocess_cfg", file)
+    for key in ("mean", "std"):
+        values = pixels.get(key, [0.5] * 3)
+        is_triple = isinstance(values, list) and len(values) == 3 and all(type(each) in (int, float) for each in values)
+        if not is_triple or not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+            raise ValueError(f"preprocess_cfg.{key} of {file} must be three numbers, got {values!r:.80}")
+    return config
+
+
+def _section(value: Any, key: str, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} of {file} must be a mapping, got {value!r:.80}")
+    return value
+
+
+def _check_sizes(config: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) -> None:
+    """Refuses an architecture that the weights cannot fill, before memory is allocated for it."""
+    largest = max((side for tensor in state.values() for side in tensor.shape), default=0)
+    for key, value in _flat("model_cfg", config).items():
+        most = {"embed_dim": largest, "width": largest, "vocab_size": largest, "layers": len(state)}
+        if (name := key.rpartition(".")[2]) not in most or not state:
+            continue
+        numbers = value if isinstance(value, list) and name == "layers" else [value]  # a ResNet has a list
+        if not all(type(number) is int and 1 <= number <= most[name] for number in numbers):
+            raise ValueError(f"{key} of {file} must be in [1, {most[name]}] for its weights, got {value!r:.80}")
+
+
+def _read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a weights file that open_clip is to load, by the names that open_clip gives them."""
+    if file.suffix in (".npz", ".npy"):  # of big_vision, which open_clip converts
+        return {}
+    content = tensors.read_file(file)
+    if isinstance(content, Mapping) and "base_model" in content:
+        raise ValueError(f"{file} is a checkpoint of robustclip; use --ckpt_path, or `robustclip export`")
+    is_wrapped = isinstance(content, Mapping) and "state_dict" in content
+    state = tensors.checked_state(content["state_dict"] if is_wrapped else content, str(file))
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if "logit_bias" in state and config.get("init_logit_bias") is None:
+        raise ValueError(
+            f"{file} has a logit_bias, of the sigmoid loss, and the architecture has none;"
+            " give the architecture that the weights were made with"
+        )
+    return state
+
+
+def _check_not_resampled(
+    state: Mapping[str, Tensor], net: Any, weights: str, arch: str, image_size: int | None
+) -> None:
+    """Refuses position embeddings that open_clip has resized unasked, and numbers of another kind."""
+    own = net.state_dict()
+    for name, tensor in state.items():
+        mine = own.get(name, own.get(f"text.{name}"))
+        if mine is not None and not tensors.is_of_kind(tensor, mine):
+            raise ValueError(f"{name} of {weights} holds {tensor.dtype}, the model takes {mine.dtype}")
+        if mine is None or mine.numel() == tensor.numel():
+            continue
+        if not name.startswith("visual."):
+            raise ValueError(
+                f"{weights} are for texts of {len(tensor)} tokens ({name}), {arch} has context_length {len(mine)};"
+                " give the architecture that they were made with"
+            )
+        if image_size is None:
+            side = net.visual.image_size
+            side = side[0] if isinstance(side, tuple) else side
+            raise ValueError(
+                f"{weights} are for images of {len(tensor) - 1} patches ({name}), {arch} makes {len(mine) - 1};"
+                f" give the architecture that they were made with, or --model.image_size {side} to resample them"
+            )
 
 
 def _check_tag(arch: str, tag: str) -> None:
@@ -234,10 +341,3 @@ def _check_tag(arch: str, tag: str) -> None:
             f"weights {tag!r} were trained with {activation[of_weights]}, arch {arch} computes {activation[of_arch]};"
             f" use {other}"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "it may hold code, so it was not opened; only tensors and plain values load, best as .safetensors"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:300] or type(error).__name__

@@ -30,6 +30,7 @@ def describe(
     return {
         "method": type(method).__name__,
         "weights": fingerprint(method),
+        "settings": method.inference_settings,
         "seed": seed,
         "save_examples": save_examples,
         "protocol": {
@@ -63,6 +64,12 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         f"{key}: {a[key]} against {b[key]}"
         for key in ("method", "weights", "seed", "save_examples")
         if a[key] != b[key]
+    ]
+    settings, others = a.get("settings", {}), b.get("settings", {})
+    found += [
+        f"{key}: {settings.get(key)} against {others.get(key)}"
+        for key in dict.fromkeys([*settings, *others])
+        if settings.get(key) != others.get(key)
     ]
     ours, theirs = a["protocol"], b["protocol"]
     if ours.keys() != theirs.keys():

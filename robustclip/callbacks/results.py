@@ -216,6 +216,7 @@ class ResultsWriter(Callback):
             "fingerprint": clip.fingerprint,
             "is_pretrained": _is_pretrained(method),
             "weights": self._identity["weights"],
+            "settings": self._identity["settings"],
             "checkpoint": str(checkpoint) if checkpoint else None,
             "interpolation": method.interpolation,
         }

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,10 @@ class FeatureCache:
             self.manifest: dict[str, Any] = json.loads(read_text(folder / MANIFEST))
             self.model: dict[str, Any] = self.manifest["model"]
             self._sets: dict[str, dict[str, Any]] = self.manifest["sets"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._files: dict[str, str] = self.manifest.get("files", {})
+            if not all(isinstance(each, dict) for each in (self.model, self._sets, self._files, *self._sets.values())):
+                raise TypeError("model, sets and files must be mappings")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             remedy = "`robustclip cache` with this run's options writes it"
             raise ValueError(f"features {str(folder)!r} have no {MANIFEST} that can be read; {remedy}") from error
 
@@ -147,7 +151,13 @@ class FeatureCache:
             raise ValueError(f"features {self.folder} lack the set {owner.name!r}, they have {', '.join(self._sets)}")
         found = self._sets[owner.name]
         self._compare(owner.name, found, owner.identity)
-        return FeatureImages(images, self.folder / owner.name, views=views, bad=found["bad_samples"])
+        width = self.model.get("width")
+        digests = {
+            Path(name).name: value for name, value in self._files.items() if Path(name).parent == Path(owner.name)
+        }
+        return FeatureImages(
+            images, self.folder / owner.name, views=views, bad=found["bad_samples"], width=width, digests=digests
+        )
 
     def _compare(self, of: str, made: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         for key, value in json.loads(json.dumps(run)).items():
@@ -169,15 +179,29 @@ class FeatureImages(Images):
         folder: of the set.
         views: epoch ``n`` reads augmented view ``n % views``; 0 reads the plain view.
         bad: ids of samples that did not decode.
+        width: of an embedding; None where the manifest does not say.
+        digests: of the files, by name.
 
     Raises:
-        ValueError: a sample of which there is no embedding, or files that do not belong together.
+        ValueError: a sample of which there is no embedding, or files that are damaged or do not belong together.
     """
 
-    def __init__(self, images: Images, folder: Path, *, views: int, bad: Sequence[int]) -> None:
+    def __init__(
+        self,
+        images: Images,
+        folder: Path,
+        *,
+        views: int,
+        bad: Sequence[int],
+        width: int | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(images.source, images.transform, images.positions)
-        self.folder, self.views = folder, views
-        self._ids, self._labels = torch.from_numpy(_load(folder / IDS)), torch.from_numpy(_load(folder / LABELS))
+        self.folder, self.views, self._width = folder, views, width
+        self._unread = dict(digests or {})  # of files that were not read yet
+        self._ids, self._labels = (torch.from_numpy(self._load(name, np.int64, 1)) for name in (IDS, LABELS))
+        if len(self._ids) != len(self._labels) or not len(self._ids) or not (self._ids[1:] > self._ids[:-1]).all():
+            raise ValueError(f"{folder} is damaged: {IDS} must rise and have one label each; make the features anew")
         positions = np.array(images.positions, np.int64)
         self._rows = _rows(self._ids.numpy(), positions)
         if absent := set(positions[self._rows < 0].tolist()) - set(bad):
@@ -188,7 +212,11 @@ class FeatureImages(Images):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the view."""
         super().set_epoch(epoch)
-        self._features = _load(self.folder / file_name(epoch % self.views if self.views else None), mmap_mode="r")
+        name = file_name(epoch % self.views if self.views else None)
+        self._features = self._load(name, np.float16, 2, mmap_mode="r")
+        if self._width is not None and self._features.shape[1] != self._width:
+            widths = f"width {self._features.shape[1]}, not {self._width}"
+            raise ValueError(f"{self.folder / name} is damaged: its embeddings have {widths}; make the features anew")
         if len(self._features) != len(self._ids):
             counts = f"{len(self._features)} embeddings of {len(self._ids)} samples"
             raise ValueError(f"{self.folder} is damaged: it has {counts}; make the features anew")
@@ -205,7 +233,24 @@ class FeatureImages(Images):
         if not len(rows):
             return None, bad
         features = torch.from_numpy(self._features[rows]).float()
+        if not features.isfinite().all():
+            raise ValueError(f"{self.folder} holds embeddings that are not finite; make the features anew")
         return Batch(features, self._labels[rows], self._ids[rows]), bad
+
+    def _load(self, name: str, kind: Any, dimensions: int, **options: Any) -> NDArray[Any]:
+        """An array from a file whose content is as it was written; checked when it is first read."""
+        path = self.folder / name
+        try:
+            # A plain view of a mapped file is quicker.
+            array = np.asarray(np.load(path, allow_pickle=False, **options))
+            digest = self._unread.pop(name, None)
+            if digest is not None and digest != file_digest(path):
+                raise ValueError("its digest differs")
+            if array.dtype != kind or array.ndim != dimensions:
+                raise ValueError(f"it holds {array.ndim} dimensions of {array.dtype}")
+        except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); make the features anew") from error
+        return array
 
     def _told(self, number: int) -> BadSample:
         return BadSample(where_of(self.source, self.positions[number]), "it did not when the features were made")
@@ -214,6 +259,12 @@ class FeatureImages(Images):
 def digest(numbers: Sequence[int]) -> str:
     """Tells two lists of whole numbers apart."""
     return hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(view: int | None) -> str:
@@ -230,10 +281,3 @@ def _rows(ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.in
     """Where each sample lies among rising ids; -1 for one that is not there."""
     rows = np.searchsorted(ids, positions).clip(max=len(ids) - 1)
     return np.where(ids[rows] == positions, rows, -1)
-
-
-def _load(path: Path, **options: Any) -> NDArray[Any]:
-    try:
-        return np.asarray(np.load(path, allow_pickle=False, **options))  # a plain view of a mapped file is quicker
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); make the features anew") from error

@@ -41,6 +41,8 @@ class AdversarialTraining(RobustMethod):
         ValueError: a head of another name.
     """
 
+    of_training: tuple[str, ...] = ("head", "head_lr")
+
     def __init__(
         self,
         head: Literal["linear", "cosine"] = "linear",

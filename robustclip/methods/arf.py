@@ -34,6 +34,8 @@ class ARF(FLYP):
         ValueError: a negative weight.
     """
 
+    of_training: tuple[str, ...] = ("caption_weight", "anchor_weight")
+
     def __init__(self, caption_weight: NonNegative = 1.0, anchor_weight: NonNegative = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.caption_weight, self.anchor_weight = caption_weight, anchor_weight

@@ -18,9 +18,11 @@ from robustclip.attacks.base import Forward, Loss
 from robustclip.clip import CLIPModel
 from robustclip.methods.activations import checkpoint_activations
 from robustclip.methods.checkpoints import (
+    SETTINGS,
     RenamedCheckpointIO,
     check_belongs,
     identity,
+    plain_values,
     random_states,
     set_random_state,
 )
@@ -54,6 +56,12 @@ class RobustMethod(Checked, LightningModule, ABC):
     of_original: tuple[str, ...] = ("clip.net.",)  # so begin the names of tensors that the pre-trained model determines
     takes_unknown: bool = False  # trains on images that are labelled UNKNOWN too
     takes_features: bool = False  # takes embeddings (B, D) of its frozen tower in place of images
+    # Constructor arguments that do not change the function of given weights. A class lists its own; every argument
+    # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
+    of_training: tuple[str, ...] = (
+        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing"),
+        *("attack", "optimizer", "warmup_steps", "schedule"),
+    )
 
     def __init__(
         self,
@@ -103,6 +111,19 @@ class RobustMethod(Checked, LightningModule, ABC):
     def image_size(self) -> int:
         """Side of the square images that the tower sees, in pixels."""
         return self.clip.image_size
+
+    @property
+    def inference_settings(self) -> dict[str, Any]:
+        """Values beside the tensors that define the evaluated function: saved, and compared at loading.
+
+        These are the method's name, all plain constructor arguments that are not in `of_training`, and
+        `CLIPModel.settings`. A value that was assigned later to the attribute of that name counts.
+        """
+        listed = {name for cls in type(self).__mro__ for name in vars(cls).get("of_training", ())}
+        names = [name for name in self.hparams if name not in listed and not name.startswith("_")]
+        passed = plain_values({name: self.hparams[name] for name in names})
+        assigned = plain_values({name: vars(self)[name] for name in names if name in vars(self)})
+        return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         """Zero-shot logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], for a task whose head was built."""
@@ -233,15 +254,17 @@ class RobustMethod(Checked, LightningModule, ABC):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
         checkpoint["base_model"] = identity(self.clip)
+        checkpoint[SETTINGS] = self.inference_settings
         checkpoint["random_states"] = random_states(self.device, self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
 
         Raises:
-            ValueError: another architecture or other pre-trained weights, missing or unknown parameters.
+            ValueError: another architecture, other pre-trained weights or inference settings, missing or unknown
+                parameters.
         """
         self.freeze_the_rest()
-        check_belongs(checkpoint, self, self.clip)
+        check_belongs(checkpoint, self, self.clip, self.inference_settings)
         self._random_states = checkpoint.get("random_states", [])
         self.interpolation = checkpoint.get("interpolation")

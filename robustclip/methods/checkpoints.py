@@ -1,7 +1,10 @@
 """What a checkpoint needs so that a killed run continues as if nothing had happened."""
 
+import json
+import logging
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,72 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from robustclip.clip import CLIPModel
+from robustclip.tensors import DIGEST, check_fits, checked_state, digest, one_line, read_file
+
+SETTINGS = "inference_settings"  # key of a checkpoint: values beside the tensors that define its function
+BASE = "base."  # so begin the keys of settings that the files of the base model define
+# Types of what a checkpoint of ours holds, where it holds it.
+TYPES: dict[str, Any] = {
+    **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
+    **{"head_classes": list, "cache_classes": list, "bank": torch.Tensor, "loops": dict, "callbacks": dict},
+    **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
+}
+log = logging.getLogger(__name__)
+
+
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in JSON's types, without those that have no such form, as objects."""
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = json.loads(json.dumps(value, default=_plain))
+        except TypeError:
+            continue
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError
+
+
+def with_digest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the digest of its content, which `read_checkpoint` compares."""
+    content = {key: value for key, value in checkpoint.items() if key != DIGEST}
+    return content | {DIGEST: digest(content)}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Opens a checkpoint as data, which runs no code that may be in it, and checks that it is as it was written.
+
+    Raises:
+        ValueError: the file is damaged, may hold code, or was written by another program.
+    """
+    return _checked(read_file(path), path)
+
+
+def _checked(content: Any, path: str | Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or not {"state_dict", "base_model"} <= content.keys():
+        raise ValueError(f"checkpoint {path} was not written by robustclip: it names no base model")
+    if DIGEST not in content:
+        log.warning("checkpoint %s has no digest, so a changed value would not be seen; it is of an old version", path)
+    elif with_digest(content)[DIGEST] != content[DIGEST]:
+        raise ValueError(
+            f"checkpoint {path} is not as it was written: its {DIGEST} differs; copy it again, or delete its key"
+            f" {DIGEST!r} if you changed it on purpose"
+        )
+    for key, kind in TYPES.items():
+        if key in content and not isinstance(content[key], kind):
+            raise ValueError(f"{key} of checkpoint {path} must not be of type {type(content[key]).__name__}")
+    for key in ("base_model", SETTINGS, "interpolation"):
+        if (value := content.get(key)) is not None and plain_values({key: value}) == {}:
+            raise ValueError(f"{key} of checkpoint {path} must hold plain values, without tensors or bytes")
+    if content["state_dict"] != {}:
+        checked_state(content["state_dict"], f"checkpoint {path}")
+    return content
 
 
 class RenamedCheckpointIO(TorchCheckpointIO):
@@ -21,7 +90,8 @@ class RenamedCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves to a local path; leaves URLs to Lightning."""
+        """Saves to a local path, with a digest; leaves URLs to Lightning."""
+        checkpoint = with_digest(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -37,6 +107,12 @@ class RenamedCheckpointIO(TorchCheckpointIO):
         finally:
             aside.unlink(missing_ok=True)
 
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Reads and checks a local path, as data in any case; Lightning reads URLs."""
+        if "://" in str(path):
+            return _checked(super().load_checkpoint(path, weights_only=True), path)
+        return read_checkpoint(Path(path))
+
 
 def identity(clip: CLIPModel) -> dict[str, str]:
     """Tells which base model a checkpoint builds upon."""
@@ -48,26 +124,29 @@ def identity(clip: CLIPModel) -> dict[str, str]:
     }
 
 
-def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel) -> None:
+def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, settings: Mapping[str, Any]) -> None:
     """Compares a checkpoint with the module that is to load it.
 
     Args:
         checkpoint: as loaded.
         module: whose parameters with gradients must all be in it.
         clip: its base model.
+        settings: its inference settings.
 
     Raises:
-        ValueError: another architecture, other pre-trained weights, missing or unknown parameters, or other shapes.
+        ValueError: another architecture, other pre-trained weights or settings, missing or unknown parameters, or other
+            shapes.
     """
     saved = checkpoint.get("base_model")
-    if saved is None:
+    if not isinstance(saved, dict):
         raise ValueError("the checkpoint was not written by robustclip: it names no base model")
-    for key, value in identity(clip).items():
-        if saved.get(key) != value and not (key == "weights" and clip.pretrained is None):
-            raise ValueError(
-                f"the checkpoint was trained with {key} {saved.get(key)!r}, this run has {value!r};"
-                " give the model settings that it was trained with"
-            )
+    theirs, base = checkpoint.get(SETTINGS, {}), identity(clip)
+    if clip.pretrained is None:
+        del base["weights"]
+    of_base = {key for key in {*settings, *theirs} if key.startswith(BASE)}
+    _compare(theirs, {key: value for key, value in settings.items() if key not in of_base})
+    _compare(dict.fromkeys(base) | saved, base)
+    _compare(theirs, {key: settings.get(key) for key in sorted(of_base)})
     state = module.state_dict()
     known, given = set(state), set(checkpoint["state_dict"])
     learns = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -76,12 +155,22 @@ def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel
             raise ValueError(
                 f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
             )
-    for name, tensor in checkpoint["state_dict"].items():
-        if tensor.shape != (shape := state[name].shape):
-            raise ValueError(
-                f"the checkpoint has {name!r} of shape {tuple(tensor.shape)}, this run of {tuple(shape)};"
-                " give the model settings that it was trained with"
-            )
+    check_fits(checkpoint["state_dict"], state, "the checkpoint")
+
+
+def _compare(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses the first value that differs, with both values and the option that sets it."""
+    for key, value in own.items():
+        is_comparable = key in saved or (saved and key.startswith(BASE))  # a configuration leaves its defaults out
+        if is_comparable and (other := saved.get(key)) != value:
+            option = {"method": "--model", "arch": "--model.arch"}.get(key, f"--model.{key}")
+            is_of_base = key in ("size", "weights") or key.startswith(BASE)
+            shown = "null" if other is None else other
+            remedy = "give the base model that it was trained with" if is_of_base else f"give {option} {shown}"
+            raise ValueError(f"the checkpoint was trained with {key} {other!r}, this run has {value!r}; {remedy}")
+    if missing := [key for key in own if key not in saved and not (saved and key.startswith(BASE))]:
+        names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        log.warning("the checkpoint is of another version and lacks settings that could not be compared: %s", names)
 
 
 def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -127,10 +216,21 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts every global generator where `random_state` found it."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(state["numpy"])
+    """Puts every global generator where `random_state` found it.
+
+    Args:
+        state: of this process.
+        device: whose generator is set too.
+
+    Raises:
+        ValueError: it is no such state.
+    """
+    try:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(state["numpy"])
+    except (TypeError, LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(f"random_states of the checkpoint cannot be set: {one_line(error)}") from error

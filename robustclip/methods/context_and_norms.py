@@ -39,6 +39,7 @@ class ContextAndNorms(RobustMethod):
         ValueError: an option of another name, or a tower without such norms.
     """
 
+    of_training: tuple[str, ...] = ("learns", "norm_filter", "context_lr", "classes_per_pass")
     of_original = ("clip.net.", "context.")
     takes_unknown = True
 

@@ -64,6 +64,8 @@ class CRoFT(FrozenFeatures):
             in an official mode.
     """
 
+    of_training: tuple[str, ...] = ("mode", "generator_steps", "lambda1", "lambda2", "penalty", "reduction")
+
     def __init__(
         self,
         mode: Mode = "clean",

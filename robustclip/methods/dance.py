@@ -43,6 +43,8 @@ class DANCE(ContextAndNorms):
         ValueError: a temperature that is not positive.
     """
 
+    of_training: tuple[str, ...] = ("temperature", "margin", "weight")
+
     def __init__(
         self, temperature: Positive = 0.05, margin: NonNegative = 0.5, weight: NonNegative = 0.05, **kwargs: Any
     ) -> None:

@@ -30,6 +30,7 @@ class FrozenFeatures(RobustMethod):
         ValueError: fewer than 0 epochs, or a warm-up in steps.
     """
 
+    of_training: tuple[str, ...] = ("warmup_epochs",)
     takes_features = True
 
     def __init__(

@@ -52,6 +52,7 @@ class FineTuning(RobustMethod):
         ValueError: a negative number, or a pull without a tower that learns or without pre-trained weights.
     """
 
+    of_training: tuple[str, ...] = ("probe_epochs", "l2_sp", "lwf", "head_lr")
     of_original = ("clip.net.", "head", "zero_shot_head")
     head: nn.Parameter | None
     zero_shot_head: Tensor | None

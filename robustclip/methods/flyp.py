@@ -53,6 +53,8 @@ class FLYP(RobustMethod):
         ValueError: a micro-batch of no image, or of BatchNorm that is not fixed.
     """
 
+    of_training: tuple[str, ...] = ("decay_all", "clamp", "micro_batch")
+
     def __init__(
         self,
         decay_all: bool = False,

@@ -35,6 +35,8 @@ class ImgCoAdv(RobustMethod):
         ValueError: a temperature of 0 or less.
     """
 
+    of_training: tuple[str, ...] = ("temperature",)
+
     def __init__(
         self,
         temperature: Positive = 0.07,

@@ -61,6 +61,8 @@ class PMGAFT(TeCoA):
         ValueError: a negative weight, a scale that is not positive, or a block that the tower has not.
     """
 
+    of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
+
     def __init__(
         self,
         alpha: NonNegative = 1.0,

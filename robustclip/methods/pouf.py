@@ -34,6 +34,8 @@ class POUF(ContextAndNorms):
         kwargs: arguments of `ContextAndNorms`.
     """
 
+    of_training: tuple[str, ...] = ("infomax_weight",)
+
     def __init__(self, infomax_weight: NonNegative = 0.3, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.infomax_weight = infomax_weight

@@ -43,6 +43,8 @@ class TeCoA(RobustMethod):
             as it is; a prompt that the tower cannot take; pseudo-labels of random weights.
     """
 
+    of_training: tuple[str, ...] = ("last_blocks", "prompt_lr", "prompts_only", "pseudo_labels")
+
     def __init__(
         self,
         last_blocks: Count | None = None,

@@ -35,6 +35,8 @@ class TRADES(RobustMethod):
         ValueError: a negative weight.
     """
 
+    of_training: tuple[str, ...] = ("beta",)
+
     def __init__(
         self,
         beta: NonNegative = 6.0,

@@ -46,6 +46,8 @@ class UEO(ContextAndNorms):
         ValueError: weights of another name, or a temperature that is not positive.
     """
 
+    of_training: tuple[str, ...] = ("weights", "weight_temperature", "marginal_weight", "exact_entropy")
+
     def __init__(
         self,
         weights: Literal["confidence", "uniform", "oracle"] = "confidence",

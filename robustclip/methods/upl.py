@@ -30,6 +30,8 @@ class UPL(ContextAndNorms):
         ValueError: fewer than one image per class.
     """
 
+    of_training: tuple[str, ...] = ("per_class",)
+
     def __init__(self, per_class: Count = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.per_class, self.pseudo_labels = per_class, torch.empty(0, dtype=torch.int64)

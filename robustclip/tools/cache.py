@@ -18,7 +18,7 @@ from robustclip import display
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.clip import CLIPModel
 from robustclip.data import CLIPDataModule
-from robustclip.data.features import IDS, LABELS, MANIFEST, ImageSet, digest, file_name
+from robustclip.data.features import IDS, LABELS, MANIFEST, ImageSet, digest, file_digest, file_name
 from robustclip.data.images import Images
 from robustclip.data.sampling import ImageLoader
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
@@ -194,7 +194,8 @@ def _publish(
             own = [piece for piece in pieces if piece.images.name == name]
             identity |= _join(store, own, aside / name)
         versions = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
-        manifest = {**made, "dtype": "float16", "sets": identities, "versions": versions}
+        files = {str(path.relative_to(aside)): file_digest(path) for path in sorted(aside.rglob("*.npy"))}
+        manifest = {**made, "dtype": "float16", "sets": identities, "files": files, "versions": versions}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in out.rglob("*.npy"))
     count = sum(identity["samples"] for identity in identities.values())

@@ -73,6 +73,10 @@ def check_is_towers_alone(method: RobustMethod) -> None:
                     f"{type(method).__name__} adds to the towers at inference (cosines of its {part} features differ by"
                     f" {difference:.1e}), as prompts, adapters and heads do; neither format has a place for that"
                 )
+    if added := [name for name in method.state_dict() if not name.startswith("clip.")]:
+        raise ValueError(
+            f"{type(method).__name__} has {added[0]!r} beside the towers; neither format has a place for it"
+        )
 
 
 def _write_open_clip(clip: CLIPModel, folder: Path) -> float:

@@ -1,17 +1,15 @@
 """Other projects' checkpoints, read as tensors and nothing else."""
 
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from robustclip import tensors
+from robustclip.tensors import checked_state, read_file
 
 # What wrappers put before names: DataParallel and DistributedDataParallel, torch.compile, a module around the tower.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -43,7 +41,8 @@ def read(path: Path) -> Weights:
     content = _load(path)
     if AUTHORS_TOWER in content:
         for name in AUTHORS_PROMPTS:
-            if any(isinstance(each, Tensor) and each.numel() for each in dict(content.get(name) or {}).values()):
+            prompts = content.get(name)
+            if prompts and any(each.numel() for each in _tensors(prompts, path).values()):
                 raise ValueError(
                     f"{path} holds visual prompts ({name}) beside the tower, without which it is another model;"
                     f" to import the bare tower, save {AUTHORS_TOWER} in a file of its own"
@@ -84,7 +83,7 @@ def check_fits(state: Mapping[str, Tensor], module: torch.nn.Module, of: str) ->
         of: what it is, for messages.
 
     Raises:
-        ValueError: a missing, unknown or non-finite tensor, or one of another size.
+        ValueError: a missing or unknown tensor, or one of another size or kind.
     """
     needed = module.state_dict()
     missing, unknown = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
@@ -93,14 +92,10 @@ def check_fits(state: Mapping[str, Tensor], module: torch.nn.Module, of: str) ->
         raise ValueError(
             f"the checkpoint does not fit {of}: it {' and '.join(told)}; is arch the one it was made with?"
         )
-    for name, tensor in state.items():
-        if tensor.shape != needed[name].shape:
-            raise ValueError(
-                f"the checkpoint does not fit {of}: {name} has size {_size(tensor)}, {_size(needed[name])} is needed;"
-                " is arch the one it was made with?"
-            )
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{name} of the checkpoint is not finite; the file is damaged or its training diverged")
+    try:
+        tensors.check_fits(state, needed, "the checkpoint")
+    except ValueError as error:
+        raise ValueError(f"the checkpoint does not fit {of}: {error}; is arch the one it was made with?") from error
 
 
 def cosine_with(state: Mapping[str, Tensor], module: torch.nn.Module) -> float:
@@ -118,37 +113,17 @@ def cosine_with(state: Mapping[str, Tensor], module: torch.nn.Module) -> float:
 
 def _load(path: Path) -> Mapping[str, Any]:
     """A mapping from a file, without running anything that may be in it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_numbers()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"calls for {found[1]}" if found else "may hold code or is damaged"
-        raise ValueError(f"{path} {what}, so it was not opened; only tensors and plain values are read") from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        if "TorchScript" in str(error):
-            raise ValueError(f"{path} is a TorchScript program; save its state_dict() in a file") from error
-        raise ValueError(f"{path} is cut short or holds no weights; copy it again") from error
+    content = read_file(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold a mapping from names to tensors, got {type(content).__name__}")
     return content
 
 
-def _numbers() -> list[Any]:
-    """NumPy's floats: the authors store their best accuracy as one."""
-    scalar = np.float64(0).__reduce__()[0]
-    # Files of NumPy 1 call it by its former name.
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-
-
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    tensors = {name: each for name, each in dict(content).items() if isinstance(each, Tensor)}
-    if not tensors or len(tensors) < len(content):
-        others = sorted(str(name) for name in content.keys() - tensors.keys())
-        raise ValueError(f"{path} is no checkpoint that is known: it holds {_some(others) or 'nothing'}, no state dict")
-    return tensors
+    if isinstance(content, Mapping) and not all(isinstance(each, Tensor) for each in content.values()):
+        others = sorted(str(name) for name, each in content.items() if not isinstance(each, Tensor))
+        raise ValueError(f"{path} is no checkpoint that is known: it holds {_some(others)}, no state dict")
+    return checked_state(content, str(path))
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,7 +136,3 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     return ", ".join(map(repr, names[:2])) + more
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "1"

@@ -168,8 +168,8 @@ def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
     size = clip.image_size
     images = {
         "image_processor_type": "CLIPImageProcessor",
-        "image_mean": list(clip.net.visual.image_mean),
-        "image_std": list(clip.net.visual.image_std),
+        "image_mean": clip.mean.flatten().tolist(),
+        "image_std": clip.std.flatten().tolist(),
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
         "resample": 3,  # PIL's number for bicubic

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustclip.clip import fingerprint
 from robustclip.methods import RobustMethod
+from robustclip.methods.checkpoints import read_checkpoint, with_digest
 from robustclip.tools.local_dir import new_folder
 
 # What continues a training, which there is none of between two models.
@@ -36,7 +37,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
             parameters that the original model does not have, or ``out`` exists.
     """
     check_alphas(alphas)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = read_checkpoint(checkpoint)
     method.on_load_checkpoint(content)
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
     _check_has_original(method, tuned)
@@ -48,7 +49,8 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     with new_folder(out) as aside:
         for alpha, name in zip(alphas, names, strict=True):
             origin = {"alpha": alpha, "fine_tuned": weights}
-            torch.save(kept | {"state_dict": between(original, tuned, alpha), "interpolation": origin}, aside / name)
+            changed = {"state_dict": between(original, tuned, alpha), "interpolation": origin}
+            torch.save(with_digest(kept | changed), aside / name)
     files = [out / name for name in names]
     sys.stdout.write("".join(f"{file}\n" for file in files))
     return files

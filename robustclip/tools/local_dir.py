@@ -14,6 +14,7 @@ from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from robustclip import tensors
 from robustclip.clip import SHAPES_MODEL, CLIPModel
 from robustclip.methods.freezing import frozen
 from robustclip.textfiles import read_text
@@ -83,7 +84,9 @@ def write(clip: CLIPModel, folder: Path) -> None:
         config["text_cfg"]["hf_model_name"] = "."
         clip.net.text.config.save_pretrained(folder)
     preprocessing = clip.net.visual.preprocess_cfg
-    kept = {name: preprocessing[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+    kept = {name: preprocessing[name] for name in ("interpolation", "resize_mode")}
+    # A method may have set the statistics of the pixels.
+    kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
     write_config(folder, config, kept)
     write_weights(folder / WEIGHTS, clip.net.state_dict())
 
@@ -95,9 +98,9 @@ def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, A
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Writes tensors, of any device and memory layout, as safetensors."""
+    """Writes tensors, of any device and memory layout, as safetensors with their digest."""
     plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    save_file(plain, path, metadata={"format": "pt", tensors.DIGEST: tensors.digest(dict(sorted(plain.items())))})
 
 
 def probe_images(size: int) -> Tensor:

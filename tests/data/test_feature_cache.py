@@ -1,6 +1,9 @@
 """Reading a cache of embeddings that was written by hand."""
 
+import hashlib
 import json
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +53,9 @@ class Written:
 @pytest.fixture
 def written(write_shards: ShardWriter, tmp_path: Path) -> Written:
     write_shards(tmp_path, "tiny", "train", [COUNT])
-    random = np.random.default_rng(0)
-    views = random.standard_normal((VIEWS, COUNT, WIDTH)).astype(np.float16)
-    found = Written(tmp_path, views, random.standard_normal((COUNT, WIDTH)).astype(np.float16))
+    noise = np.random.default_rng(0)
+    views = noise.standard_normal((VIEWS, COUNT, WIDTH)).astype(np.float16)
+    found = Written(tmp_path, views, noise.standard_normal((COUNT, WIDTH)).astype(np.float16))
     data = found.data(features=None)
     data.setup("fit")
     write(tmp_path / "cache", found, data.image_sets[0].identity)
@@ -207,3 +210,42 @@ def test_captions_cannot_stand_beside_embeddings(written: Written, tmp_path: Pat
     parquet.write_table(pyarrow.table(table), tmp_path / "captions.parquet")
     with pytest.raises(ValueError, match="captions, anchors need null"):
         written.loader(captions="captions.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("plain.npy", lambda a: a.astype(np.float32), "float32"),
+        ("plain.npy", lambda a: a[0], "1 dimensions"),
+        ("plain.npy", lambda a: np.where(a == a[1, 1], np.nan, a), "not finite"),
+        ("ids.npy", lambda a: a[::-1], "must rise"),
+        ("ids.npy", lambda a: a.astype(np.float64), "float64"),
+        ("labels.npy", lambda a: a[1:], "one label each"),
+        ("labels.npy", lambda a: a[:, None], "2 dimensions"),
+    ],
+)
+def test_files_of_another_type_or_content_are_refused(
+    name: str, change: Callable[..., Any], message: str, written: Written, tmp_path: Path
+) -> None:
+    file = tmp_path / "cache" / "train" / name
+    np.save(file, change(np.load(file)))
+    with pytest.raises(ValueError, match=message):
+        list(written.loader(augmentation=None))
+
+
+def test_a_flipped_bit_in_any_file_is_refused(written: Written, tmp_path: Path) -> None:
+    """A digest of every file is in the manifest, as `robustclip cache` writes it."""
+    cache = tmp_path / "cache"
+    paths = list(cache.rglob("*.npy"))
+    written.change("files", to={str(p.relative_to(cache)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths})
+    assert len(list(written.loader(augmentation=None))) > 0
+    chance = random.Random(0)
+    for _ in range(40):
+        path = cache / "train" / chance.choice(["ids.npy", "labels.npy", "plain.npy"])
+        whole = path.read_bytes()
+        spoilt = bytearray(whole)
+        spoilt[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match="missing or damaged"):
+            list(written.loader(augmentation=None))
+        path.write_bytes(whole)

@@ -12,6 +12,7 @@ from checkpoint_cases import SMALL, fitted, trained_by_command
 from robustclip.__main__ import run
 from robustclip.cli import main
 from robustclip.methods import TeCoA
+from robustclip.methods.checkpoints import with_digest
 from robustclip.tools.interpolate import interpolate
 
 
@@ -90,7 +91,8 @@ def test_what_the_original_does_not_have_is_not_interpolated(
     method = WithHead(pretrained=str(tiny_model))
     content = torch.load(pair[1], weights_only=True)
     content["state_dict"] |= {f"head.{name}": tensor for name, tensor in method.head.state_dict().items()}
-    torch.save(content, tmp_path / "a.ckpt")
+    content["inference_settings"]["method"] = "WithHead"
+    torch.save(with_digest(content), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"WithHead learnt 'head.*the original model does not have"):
         interpolate(method, tmp_path / "a.ckpt", tmp_path / "out", alphas=(0.5,))
 
