@@ -9,7 +9,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, check_config, start
+from robustclip.cli import EXPECTED_ERRORS, RobustCLI, check_checkpoint, start
 from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
@@ -87,7 +87,7 @@ def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
 
     Args:
         checkpoint: of ``robustclip fit``.
-        words: options as on the command line; without ``--config``, the settings beside the checkpoint hold.
+        words: options as on the command line; without ``--config``, the settings in the checkpoint hold.
 
     Raises:
         ValueError: no settings, or as `build`.
@@ -96,7 +96,10 @@ def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
         return rebuild({}, words)
     settings = settings_of_fit(checkpoint)
     if settings is None:
-        raise ValueError(f"there is no fit.yaml beside {checkpoint}; give the --config that it was trained with")
+        raise ValueError(
+            f"checkpoint {checkpoint} holds no settings, since it was not written by the command `robustclip fit`;"
+            " give the --config of its method, with model and seed_everything"
+        )
     return rebuild(settings, words)
 
 
@@ -114,17 +117,16 @@ def build_fit(words: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int |
 
 
 def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
-    """What ``robustclip fit`` has left beside a checkpoint, if it is there.
+    """Settings of ``robustclip fit`` in a checkpoint; None in one that a Python program has written.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it is no checkpoint, or its settings are no mapping.
     """
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if (folder / "fit.yaml").is_file():
-            check_config(folder / "fit.yaml")
-            settings: dict[str, Any] = yaml.safe_load((folder / "fit.yaml").read_text())
-            return settings
-    return None
+    check_checkpoint(checkpoint)
+    settings = torch.load(checkpoint, map_location="cpu", weights_only=True).get("settings")
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"checkpoint {checkpoint}: settings must be a mapping, got {str(settings)[:40]!r}")
+    return settings
 
 
 def plan(words: Sequence[str]) -> Plan:

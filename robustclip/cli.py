@@ -1,7 +1,9 @@
 """Command line: Lightning's, with a data module, an evaluation section and results of our own."""
 
+import errno
 import inspect
 import logging
+import os
 import pickle
 import sys
 import warnings
@@ -12,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -32,6 +36,9 @@ EXPECTED_ERRORS = (
     ProcessRaisedException,
     ValueError,
 )
+CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
@@ -53,9 +60,10 @@ class RobustCLI(LightningCLI):
             {
                 "checkpoint.save_last": True,
                 "data": {"class_path": "robustclip.data.CLIPDataModule"},
+                "trainer.default_root_dir": "runs",
                 "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": None},
+                    "class_path": CSV_LOGGER,
+                    "init_args": {"save_dir": IN_ROOT, "name": None},
                 },
             }
         )
@@ -72,15 +80,37 @@ class RobustCLI(LightningCLI):
             check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
-        """Keeps the settings of ``fit`` and ``test`` in files of their own."""
-        self.save_config_kwargs = {"config_filename": f"{self.subcommand}.yaml", "overwrite": True}
+        """Keeps the settings as they were given, and puts the logger's folder below ``default_root_dir``.
+
+        Only a fit logs by default: a numbered folder for each test would be empty.
+        """
+        text = self.parser.dump(self.config, skip_none=False)
+        self.given: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
+        trainer = self.config[self.subcommand].trainer
+        place = trainer.get("logger.init_args.save_dir") if isinstance(trainer.logger, Namespace) else None
+        if place == IN_ROOT and self.subcommand != "fit" and trainer.logger.class_path == CSV_LOGGER:
+            trainer.logger = False
+        elif place == IN_ROOT:
+            trainer.logger.init_args.save_dir = trainer.default_root_dir or "."
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction."""
+        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction.
+
+        Raises:
+            ValueError: the launcher has started more processes than the trainer would use.
+        """
+        settings = self._get(self.config_init, "trainer")
+        if str(settings["devices"]) == str(settings["num_nodes"]) == "1":
+            check_processes(1)  # before Lightning, which refuses some of SLURM's variables with another reason
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # Lightning's for variables of SLURM that it does not support
+            raise ValueError(f"trainer: {error}") from error
+        check_processes(trainer.world_size)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Checkpoints are data: no code in them runs, wherever they come from.
@@ -89,12 +119,15 @@ class RobustCLI(LightningCLI):
         """
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def before_fit(self) -> None:
+        """Hands the settings to the checkpoints."""
+        self.model.run_settings = self.given
+
     def before_test(self) -> None:
         """Hands the settings to the result file."""
-        text = self.parser.dump(self.config, skip_none=False)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ResultsWriter):
-                callback.config = yaml.safe_load(text)[self.subcommand]
+                callback.config = self.given
 
     def after_fit(self) -> None:
         """Says where the weights are."""
@@ -102,6 +135,19 @@ class RobustCLI(LightningCLI):
         path = getattr(checkpoint, "best_model_path", "") or getattr(checkpoint, "last_model_path", "")
         if path and self.trainer.is_global_zero:
             sys.stdout.write(f"checkpoint: {path}\n")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains, and names the folder of the logs in errors of a full disk, which have no file of their own.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        try:
+            self.trainer.fit(**kwargs)
+        except OSError as error:
+            if error.filename is not None or error.errno not in NO_SPACE:
+                raise
+            raise OSError(error.errno, error.strerror, self.trainer.log_dir) from error
 
     def test(self, **kwargs: Any) -> None:
         """Leaves the table to `ResultsWriter`."""
@@ -136,6 +182,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=None,  # the settings travel in checkpoints and results
         seed_everything_default=0,
         trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning()]},
         parser_kwargs={
@@ -146,6 +193,29 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         },
         args=args,
     )
+
+
+def check_processes(world_size: int) -> None:
+    """Refuses a run of one process that a launcher has started several times.
+
+    Args:
+        world_size: number of processes that the trainer uses.
+
+    Raises:
+        ValueError: each of the launcher's processes would train the same model alone, into one folder.
+    """
+    counts = {
+        # All that follow torchrun's variables set RANK; Lightning's own launcher does not.
+        "torchrun": os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else "",
+        "srun": os.environ.get("SLURM_NTASKS", "") if SLURMEnvironment.detect() else "",
+    }
+    for launcher, count in counts.items():
+        if count.isdecimal() and int(count) > 1 and world_size == 1:
+            raise ValueError(
+                f"{launcher} starts {count} processes, but trainer.devices and trainer.num_nodes make 1: each process"
+                f" would run alone, all in one folder; set --trainer.devices {count} (per node, with"
+                " --trainer.num_nodes), or start one process"
+            )
 
 
 def known_keys() -> list[str]:
