@@ -42,7 +42,7 @@ class Checkpoints(ModelCheckpoint):
         """Leaves the settings of the command line beside the checkpoints, which hold them too."""
         settings = pl_module.run_settings if isinstance(pl_module, RobustMethod) else None
         is_local = self.dirpath is not None and "://" not in str(self.dirpath)
-        if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:
+        if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_settings(Path(str(self.dirpath)), settings)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
