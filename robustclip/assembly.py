@@ -13,7 +13,6 @@ from robustclip.data import CLIPDataModule
 from robustclip.errors import in_one_line
 from robustclip.methods import RobustMethod
 from robustclip.paths import local_path
-from robustclip.settings import read_config
 from robustclip.tools.doctor import Plan
 
 # Settings of a run that make its method; the seed decides where there are no pre-trained weights.
@@ -88,7 +87,7 @@ def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
 
     Args:
         checkpoint: of ``robustclip fit``.
-        words: options as on the command line; without ``--config``, the settings beside the checkpoint hold.
+        words: options as on the command line; without ``--config``, the settings in the checkpoint hold.
 
     Raises:
         ValueError: no settings, or as `build`.
@@ -97,7 +96,10 @@ def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
         return rebuild({}, words)
     settings = settings_of_fit(checkpoint)
     if settings is None:
-        raise ValueError(f"there is no fit.yaml beside {checkpoint}; give the --config that it was trained with")
+        raise ValueError(
+            f"checkpoint {checkpoint} holds no settings, since it was not written by the command `robustclip fit`;"
+            " give the --config of its method, with model and seed_everything"
+        )
     return rebuild(settings, words)
 
 
@@ -115,15 +117,15 @@ def build_fit(words: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int |
 
 
 def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
-    """What ``robustclip fit`` has left beside a checkpoint, if it is there.
+    """Settings of ``robustclip fit`` in a checkpoint; None in one that a Python program has written.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it is no checkpoint, or its settings are no mapping.
     """
-    for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if (folder / "fit.yaml").is_file():
-            return read_config(folder / "fit.yaml")
-    return None
+    settings: Any = check_checkpoint(checkpoint).get("settings")
+    if settings is not None and not isinstance(settings, dict):
+        raise ValueError(f"checkpoint {checkpoint}: settings must be a mapping, got {str(settings)[:40]!r}")
+    return settings
 
 
 def plan(words: Sequence[str]) -> Plan:

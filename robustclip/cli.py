@@ -1,7 +1,9 @@
 """Command line: Lightning's, with a data module, an evaluation section and results of our own."""
 
+import errno
 import inspect
 import logging
+import os
 import pickle
 import sys
 import warnings
@@ -11,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -38,6 +41,9 @@ EXPECTED_ERRORS = (
 )
 # Mappings whose keys are the user's own, and the type of their values.
 ENTRIES = {"evaluation.attacks": Attack, "evaluation.fit_attacks": Attack, "results.averages": list[str]}
+CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
@@ -63,9 +69,10 @@ class RobustCLI(LightningCLI):
             {
                 "checkpoint.save_last": True,
                 "data": {"class_path": "robustclip.data.CLIPDataModule"},
+                "trainer.default_root_dir": "runs",
                 "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": None},
+                    "class_path": CSV_LOGGER,
+                    "init_args": {"save_dir": IN_ROOT, "name": None},
                 },
             }
         )
@@ -82,22 +89,37 @@ class RobustCLI(LightningCLI):
             check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
-        """Keeps the settings of ``fit`` and ``test`` in files of their own."""
-        self.save_config_kwargs = {"config_filename": f"{self.subcommand}.yaml", "overwrite": True}
+        """Keeps the settings as they were given, and puts the logger's folder below ``default_root_dir``.
+
+        Only a fit logs by default: a numbered folder for each test would be empty.
+        """
+        text = self.parser.dump(self.config, skip_none=False)
+        self.given: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
+        trainer = self.config[self.subcommand].trainer
+        place = trainer.get("logger.init_args.save_dir") if isinstance(trainer.logger, Namespace) else None
+        if place == IN_ROOT and self.subcommand != "fit" and trainer.logger.class_path == CSV_LOGGER:
+            trainer.logger = False
+        elif place == IN_ROOT:
+            trainer.logger.init_args.save_dir = trainer.default_root_dir or "."
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction.
 
         Raises:
-            ValueError: settings that the trainer refuses.
+            ValueError: settings that the trainer refuses, or a launcher that has started more processes than it uses.
         """
+        settings = self._get(self.config_init, "trainer")
+        if str(settings["devices"]) == str(settings["num_nodes"]) == "1":
+            check_processes(1)  # before Lightning, which refuses some of SLURM's variables with another reason
         if self._get(self.config_init, "trainer")["enable_progress_bar"] is False:
             callbacks = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (LookupError, MisconfigurationException, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error
+        check_processes(trainer.world_size)
+        return trainer
 
     def _set_seed(self) -> None:
         try:
@@ -112,12 +134,15 @@ class RobustCLI(LightningCLI):
         """
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
+    def before_fit(self) -> None:
+        """Hands the settings to the checkpoints."""
+        self.model.run_settings = self.given
+
     def before_test(self) -> None:
         """Hands the settings to the result file."""
-        text = self.parser.dump(self.config, skip_none=False)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ResultsWriter):
-                callback.config = yaml.safe_load(text)[self.subcommand]
+                callback.config = self.given
 
     def after_fit(self) -> None:
         """Says where the weights are."""
@@ -125,6 +150,19 @@ class RobustCLI(LightningCLI):
         path = getattr(checkpoint, "best_model_path", "") or getattr(checkpoint, "last_model_path", "")
         if path and self.trainer.is_global_zero:
             sys.stdout.write(f"checkpoint: {path}\n")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Trains, and names the folder of the logs in errors of a full disk, which have no file of their own.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        try:
+            self.trainer.fit(**kwargs)
+        except OSError as error:
+            if error.filename is not None or error.errno not in NO_SPACE:
+                raise
+            raise OSError(error.errno, error.strerror, self.trainer.log_dir) from error
 
     def test(self, **kwargs: Any) -> None:
         """Leaves the table to `ResultsWriter`."""
@@ -158,6 +196,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        save_config_callback=None,  # the settings travel in checkpoints and results
         seed_everything_default=0,
         trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning()]},
         parser_kwargs={
@@ -216,6 +255,29 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
         except ArgumentError as error:
             text = str(error).replace('Parser key "entry"', f'Parser key "{key}.{name}"', 1)
             raise ArgumentError(None, text.replace("required: entry", f"required: {key}.{name}")) from error
+
+
+def check_processes(world_size: int) -> None:
+    """Refuses a run of one process that a launcher has started several times.
+
+    Args:
+        world_size: number of processes that the trainer uses.
+
+    Raises:
+        ValueError: each of the launcher's processes would train the same model alone, into one folder.
+    """
+    counts = {
+        # All that follow torchrun's variables set RANK; Lightning's own launcher does not.
+        "torchrun": os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else "",
+        "srun": os.environ.get("SLURM_NTASKS", "") if SLURMEnvironment.detect() else "",
+    }
+    for launcher, count in counts.items():
+        if count.isdecimal() and int(count) > 1 and world_size == 1:
+            raise ValueError(
+                f"{launcher} starts {count} processes, but trainer.devices and trainer.num_nodes make 1: each process"
+                f" would run alone, all in one folder; set --trainer.devices {count} (per node, with"
+                " --trainer.num_nodes), or start one process"
+            )
 
 
 def known_keys() -> list[str]:

@@ -148,7 +148,7 @@ def _export(words: list[str]) -> int:
     parser = _parser(
         "export",
         "Turns a test's model, or a checkpoint, into a folder for open_clip or the Hugging Face library. Further"
-        " options are those of `robustclip test`; a checkpoint without --config takes the fit.yaml beside it.",
+        " options are those of `robustclip test`; a checkpoint without --config takes its own settings.",
     )
     parser.add_argument("source", type=str, help="folder that `robustclip test` left, or checkpoint")
     parser.add_argument("--to", type=str, default="open_clip", help="open_clip or hf")
@@ -183,7 +183,7 @@ def _interpolate(words: list[str]) -> int:
     parser = _parser(
         "interpolate",
         "Writes checkpoints between the original model and the fine-tuned one. Further options are those of"
-        " `robustclip test`; without --config, the fit.yaml beside the checkpoint is taken.",
+        " `robustclip test`; without --config, the settings in the checkpoint are taken.",
     )
     parser.add_argument("checkpoint", type=str, help="of `robustclip fit`")
     parser.add_argument("--alphas", type=str, default="0,0.25,0.5,0.75,1", help="0: original, 1: fine-tuned")

@@ -52,17 +52,6 @@ def test_the_entry_point_loads_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_settings_of_fit_and_test_lie_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--config", str(CONFIGS / "demo.yaml"), *QUICK, "--trainer.logger", "true", "--trainer.max_steps", "1"]
-    fit = main(["fit", *arguments])
-    assert (Path(fit.trainer.log_dir) / "fit.yaml").is_file()
-    test = main(["test", *arguments])
-    assert (Path(test.trainer.log_dir) / "test.yaml").is_file()
-    again = main(["fit", "--config", str(Path(fit.trainer.log_dir) / "fit.yaml"), "--trainer.logger", "false"])
-    assert again.model.attack.eps == fit.model.attack.eps, "a saved configuration can be run again"
-
-
 def test_a_checkpoint_never_replaces_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning 2.6 would take model class and hyper-parameters from the checkpoint."""
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,19 @@
 """Checkpoints to choose from and to continue from."""
 
+import itertools
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from robustclip import ledger
 from robustclip.arguments import checked
 from robustclip.callbacks.evaluation import RobustEvaluation
+from robustclip.methods import RobustMethod
 
 ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
@@ -33,6 +40,13 @@ class Checkpoints(ModelCheckpoint):
             if self.monitor not in known:
                 raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but validation gives {', '.join(known)}")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the settings of the command line beside the checkpoints, which hold them too."""
+        settings = pl_module.run_settings if isinstance(pl_module, RobustMethod) else None
+        is_local = self.dirpath is not None and "://" not in str(self.dirpath)
+        if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_settings(Path(str(self.dirpath)), settings)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the best, then the last, where validation decides when."""
         super().on_validation_end(trainer, pl_module)
@@ -48,6 +62,31 @@ class Checkpoints(ModelCheckpoint):
     def _renew_last(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # nothing was saved at this step yet
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Writes the settings of a fit as ``fit.yaml``, or under the next free name; overwrites no file.
+
+    Args:
+        folder: of the checkpoints; made where it is missing.
+        settings: as ``--config`` takes them.
+
+    Returns:
+        The file, which an earlier start with equal settings may have written.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    for number in itertools.count():
+        path = folder / (f"fit-{number}.yaml" if number else "fit.yaml")
+        if not path.exists():
+            ledger.write_aside(path, text)
+        elif path.read_bytes() != text.encode():
+            continue
+        return path
+    raise AssertionError
 
 
 def _validated(trainer: Trainer) -> list[str]:

@@ -27,10 +27,17 @@ from robustclip.methods.checkpoints import (
     set_random_state,
 )
 from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods.freezing import frozen, learn_only
+from robustclip.methods.freezing import frozen, learn_only, learning_parameters
 from robustclip.methods.heads import encode_heads, head_logits
 from robustclip.methods.intake import check_intake
-from robustclip.methods.schedule import warmup_cosine
+from robustclip.methods.schedule import steps_of_run, warmup_cosine
+from robustclip.methods.step_checks import (
+    DivergenceWatch,
+    check_gradients,
+    check_manual_step,
+    check_terms,
+    check_weights,
+)
 from robustclip.metrics import Top1
 from robustclip.types import Batch, Task
 
@@ -85,7 +92,10 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.heads: dict[str, Tensor] = {}
         self.interpolation: dict[str, Any] | None = None  # of the loaded checkpoint, with the original model
         self.counts = nn.ModuleDict()
+        self.run_settings: dict[str, Any] | None = None  # of `robustclip fit`; saved in its checkpoints
         self._random_states: list[dict[str, Any]] = []
+        self._watch = DivergenceWatch()
+        self._stepped: set[int] = set()  # optimisers whose first step was looked at
 
     # What a method overrides
 
@@ -96,6 +106,10 @@ class RobustMethod(Checked, LightningModule, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What learns, as optimiser groups; everything else is frozen. Default: the image tower."""
         return [{"params": list(self.clip.net.visual.parameters())}]
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the groups that need no gradient yet; all others must get one in the first step."""
+        return []
 
     def image_features(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
@@ -174,15 +188,38 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Clean answers of a task in the running evaluation."""
         return cast(Top1, self.counts[f"{PREFIX}{task}"])
 
-    def freeze_the_rest(self) -> None:
-        """Leaves gradients to `parameter_groups()` alone."""
-        learn_only(self, [parameter for group in self.parameter_groups() for parameter in group["params"]])
+    def freeze_the_rest(self) -> list[nn.Parameter]:
+        """Leaves gradients to `parameter_groups()` alone, and returns its parameters."""
+        learning = learning_parameters(self, self.parameter_groups())
+        learn_only(self, learning)
+        return learning
+
+    def total(self, terms: dict[str, Tensor], batch: Batch) -> Tensor:
+        """Checks, logs and sums the terms of a training step's loss.
+
+        Args:
+            terms: of `training_loss`.
+            batch: of the step.
+
+        Raises:
+            ValueError: a term that is no scalar tensor, or, on an accelerator some steps later, one that is not finite.
+        """
+        check_terms(terms, self)
+        values = torch.stack(list(terms.values()))
+        loss = values.sum()
+        noted = torch.cat([values.detach(), loss.detach()[None]])
+        if self._watch.note((*terms, "the sum of the terms"), noted, self.global_step):
+            self._watch.check(self.trainer)
+        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(logged | {"train/loss": loss.detach()}, prog_bar=True, batch_size=len(batch.labels))
+        return loss
 
     # Lightning
 
     def setup(self, stage: str) -> None:
         """Freezes what does not learn, and makes one count per task."""
-        self.freeze_the_rest()
+        if not self.freeze_the_rest() and stage == "fit":
+            raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a person's own choice stays
             self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -199,14 +236,32 @@ class RobustMethod(Checked, LightningModule, ABC):
         if self.global_rank < len(self._random_states):
             set_random_state(self._random_states[self.global_rank], self.device)
         self._random_states = []
+        self._stepped = set()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Checks before each optimiser's first step that all of its parameters learn."""
+        if id(optimizer) not in self._stepped and check_gradients(self, optimizer, self.idle_parameters()):
+            self._stepped.add(id(optimizer))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Checks that manual optimisation optimises."""
+        check_manual_step(self, is_epoch_over=False)
+
+    def on_train_epoch_end(self) -> None:
+        """Checks that manual optimisation optimises."""
+        check_manual_step(self, is_epoch_over=True)
+
+    def on_train_end(self) -> None:
+        """Checks the last steps, which no checkpoint may have followed."""
+        self._check_is_finite()
+
+    def _check_is_finite(self) -> None:
+        self._watch.check(self.trainer)
+        check_weights(self, self.parameter_groups())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sums and logs the terms of `training_loss`."""
-        terms = self.training_loss(batch)
-        loss = torch.stack(list(terms.values())).sum()
-        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(logged | {"train/loss": loss.detach()}, prog_bar=True, batch_size=len(batch.labels))
-        return loss
+        return self.total(self.training_loss(batch), batch)
 
     def on_validation_epoch_start(self) -> None:
         """Builds the heads anew, since the text side may have learnt."""
@@ -243,12 +298,19 @@ class RobustMethod(Checked, LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """The optimiser over `parameter_groups()` and its schedule per step."""
         optimizer = self.optimizer(self.parameter_groups())
-        total = int(self.trainer.estimated_stepping_batches) if self.schedule == "cosine" else None
+        total = steps_of_run(self.trainer, self.schedule)
         scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what learns (all of it for random initial weights), the base model's identity, the random states."""
+        """Keeps what learns (all of it for random initial weights), the base model's identity, the random states.
+
+        Raises:
+            ValueError: the loss or the weights are not finite, so that nothing is saved.
+        """
+        self._check_is_finite()
+        if self.run_settings is not None:
+            checkpoint["settings"] = self.run_settings
         if self.clip.pretrained is not None:
             frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
             state = checkpoint["state_dict"]

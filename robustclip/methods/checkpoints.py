@@ -90,7 +90,11 @@ class RenamedCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves to a local path, with a digest; leaves URLs to Lightning."""
+        """Saves to a local path, with a digest; leaves URLs to Lightning.
+
+        Raises:
+            OSError: the file cannot be written; names it.
+        """
         checkpoint = with_digest(checkpoint)
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -104,6 +108,9 @@ class RenamedCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(place)
+        except (OSError, RuntimeError) as error:  # neither names the file; torch's writer hides the system's reason
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"checkpoint {place} cannot be written: {getattr(reason, 'strerror', reason)}") from error
         finally:
             aside.unlink(missing_ok=True)
 

@@ -183,13 +183,11 @@ class CRoFT(FrozenFeatures):
             loss = self.generator_loss(fixed if is_clean else view, batch.labels)
             self._minimise(loss, [generator] if is_clean else [adapters, generator])
         terms = self.adapter_loss(view, batch.labels)
-        loss = torch.stack(list(terms.values())).sum()
+        loss = self.total(terms, batch)
         self._minimise(loss, [adapters] if is_clean else [adapters, generator])
         if self.trainer.is_last_batch:
             for scheduler in cast(list[LRScheduler], self.lr_schedulers()):
                 scheduler.step()
-        logged = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(logged | {"train/loss": loss.detach()}, prog_bar=True, batch_size=len(batch.labels))
         return loss.detach()
 
     def _minimise(self, loss: Tensor, optimizers: list[LightningOptimizer]) -> None:

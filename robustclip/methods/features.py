@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from robustclip.arguments import CountOrZero
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.schedule import constant_warmup_cosine
+from robustclip.methods.schedule import check_end, constant_warmup_cosine
 from robustclip.types import Batch, Task
 
 
@@ -90,6 +90,7 @@ class FrozenFeatures(RobustMethod):
 
     def schedule_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The schedule per epoch, as Lightning's configuration."""
+        check_end(self.trainer, self.schedule)
         epochs = self.trainer.max_epochs if self.schedule == "cosine" else None
         scheduler = constant_warmup_cosine(optimizer, warmup_epochs=self.warmup_epochs, epochs=epochs)
         return {"scheduler": scheduler, "interval": "epoch"}

@@ -90,6 +90,10 @@ class FineTuning(RobustMethod):
             groups.append({"params": [self.head]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
 
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """The image tower, while the classifier learns alone."""
+        return list(self.clip.net.visual.parameters()) if self.is_probing else []
+
     def image_features(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` in [0, 1], or for linear probing their embeddings ``(B, D)``, to unit features."""
         return F.normalize(images, dim=-1) if images.ndim == 2 else super().image_features(images)

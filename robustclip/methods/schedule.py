@@ -3,10 +3,46 @@
 import math
 from functools import partial
 
+from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+NO_END = (
+    "model.schedule is 'cosine', which needs the number of steps of the run; set trainer.max_epochs (for data without"
+    " a length trainer.max_steps), or set model.schedule to constant, as for a fit that trainer.max_time ends"
+)
 WARMUP_RATE = 1e-5  # CoOp's and CRoFT's code, whatever the rate after it
+
+
+def check_end(trainer: Trainer, schedule: str) -> None:
+    """Refuses a cosine over a run whose length is unknown.
+
+    Args:
+        trainer: of the fit.
+        schedule: ``cosine`` or ``constant``.
+
+    Raises:
+        ValueError: the schedule is a cosine, and the trainer limits neither epochs nor steps.
+    """
+    if schedule == "cosine" and trainer.max_epochs == trainer.max_steps == -1:
+        raise ValueError(NO_END)
+
+
+def steps_of_run(trainer: Trainer, schedule: str) -> int | None:
+    """Number of optimiser steps that a schedule over the whole run needs; None for a constant one.
+
+    Args:
+        trainer: of the fit.
+        schedule: ``cosine`` or ``constant``.
+
+    Raises:
+        ValueError: the schedule is a cosine, and the number of steps is unknown.
+    """
+    check_end(trainer, schedule)
+    total = int(trainer.estimated_stepping_batches) if schedule == "cosine" else None
+    if total == -1:  # Lightning's for data without a length where no number of steps is set
+        raise ValueError(NO_END)
+    return total
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None) -> LambdaLR:

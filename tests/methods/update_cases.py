@@ -35,6 +35,7 @@ from robustclip.types import Batch
 
 BATCH, PIECES = 8, 2
 RATE = 0.1  # an update of a few per cent of the weights, far above the rounding of their sum
+SMALLER = {"optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 10)}  # at RATE, the second step diverges
 BEHIND_THE_TOWER = {"warmup_epochs": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=50 * RATE)}
 BOX = PGD(eps="8/255", alpha="2/255", steps=3)
 DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
@@ -58,8 +59,8 @@ OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "ueo": (UEO, {"weight_temperature": "msp", "context_lr": RATE}),
     "pouf": (POUF, {"context_lr": RATE}),
     "dance": (DANCE, {"context_lr": RATE, "weight": 5.0}),
-    "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum"}),
-    "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES}),
+    "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum", **SMALLER}),
+    "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES, **SMALLER}),
 }
 CASES = DECOMPOSABLE | OTHER
 IN_TURNS: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {

@@ -118,7 +118,7 @@ def fitted(folder: Path, path: Path, **kwargs: Any) -> TeCoA:
 
 
 def trained_by_command(folder: Path) -> tuple[Path, Path]:
-    """Checkpoint of a short ``fit`` of the demo, with its ``fit.yaml`` beside it, and the folder of its ``test``."""
+    """Checkpoint of a short ``fit`` of the demo, and the folder of its ``test``."""
     place = ["--trainer.default_root_dir", str(folder)]
     main(["fit", *SMALL, *place, "--trainer.max_steps", "2"])
     checkpoint = folder / "checkpoints" / "last.ckpt"

@@ -423,7 +423,7 @@ def test_import_by_command_answers_in_lines(base: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["a.ckpt", "--out", "x"], "no fit.yaml beside a.ckpt"),
+        (["a.ckpt", "--out", "x"], "'a.ckpt' is no file"),
         (["a.ckpt", "--out", "x", "--config", str(DEMO)], "'a.ckpt' is no file"),
         (["a.ckpt"], "out is missing"),
         (["{run}", "--out", "x", "--model.arch", "y"], "has its own settings"),

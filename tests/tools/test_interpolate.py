@@ -130,7 +130,7 @@ def rows(test: Path) -> list[dict[str, str]]:
     ("words", "told"),
     [
         (["none.ckpt", "--out", "x"], "'none.ckpt' is no file"),
-        (["{checkpoint}", "--out", "x"], "no fit.yaml beside"),
+        (["{checkpoint}", "--out", "x"], "holds no settings"),
         (["{checkpoint}"], "out is missing"),
         (["{checkpoint}", "--out", "x", "--model", "TeCoA", "--config", "none.yaml"], "none.yaml"),
     ],
