@@ -53,7 +53,8 @@ COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 def run(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    That is 0, 1 where `doctor` or `verify` found something, or 2 after a line on stderr that says what is wrong.
+    That is 0, 1 where `doctor` or `verify` found something, 2 after a line on stderr that says what is wrong, or 130,
+    138 and 143 where SIGINT, SLURM's SIGUSR1 or SIGTERM ended a run between two steps.
     """
     given, arguments = arguments, sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -67,7 +68,11 @@ def run(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return _dispatch(given, arguments)
-    except SystemExit as stop:  # of the parser, after `--help`, `--print_config` and the like
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:  # of the parser after `--help` and the like, or of a run that a signal ended
+        if isinstance(stop.__context__, KeyboardInterrupt):  # before the first step; Lightning makes 1 of it
+            return 130
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
         if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, _expected()):

@@ -19,7 +19,15 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustclip import __version__
-from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
+from robustclip.callbacks import (
+    ChanceLevelWarning,
+    Checkpoints,
+    Interruption,
+    ResultsWriter,
+    RobustEvaluation,
+    TaskProgress,
+)
+from robustclip.callbacks.interruption import check_no_stray, check_same_run, preempted_checkpoint, run_identity
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
 
@@ -103,8 +111,30 @@ class RobustCLI(LightningCLI):
         if path and self.trainer.is_global_zero:
             sys.stdout.write(f"checkpoint: {path}\n")
 
+    def fit(self, **kwargs: Any) -> None:
+        """Starts a requeued SLURM job from the checkpoint of its preemption, which is removed at the end."""
+        preempted = preempted_checkpoint(self.trainer)
+        is_requeued = preempted is not None and preempted.exists()
+        if preempted is not None and is_requeued:
+            check_same_run(preempted, run_identity(self.model, self.datamodule))
+            kwargs["ckpt_path"] = str(preempted)
+        self._check_start(kwargs)
+        self.trainer.fit(**kwargs)
+        if preempted is not None and is_requeued and self.trainer.is_global_zero:
+            preempted.unlink(missing_ok=True)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Leaves no choice of a checkpoint to Lightning."""
+        self._check_start(kwargs)
+        self.trainer.validate(**kwargs)
+
+    def _check_start(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("ckpt_path") is None:
+            check_no_stray(Path(self.trainer.default_root_dir))
+
     def test(self, **kwargs: Any) -> None:
         """Leaves the table to `ResultsWriter`."""
+        self._check_start(kwargs)
         self.trainer.test(**{**kwargs, "verbose": False})
 
 
@@ -137,7 +167,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning()]},
+        trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning(), Interruption()]},
         parser_kwargs={
             "prog": "robustclip",
             "version": __version__,
