@@ -69,6 +69,12 @@ class Strike(Callback):
         if not trainer.sanity_checking and self._is_now(f"validation {trainer.current_epoch}.{done}"):
             strike()
 
+    def on_test_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._is_now(f"test {dataloader_idx}.{batch_idx}"):
+            strike()
+
     def _is_now(self, moment: str) -> bool:
         return os.environ.get("STRIKE", "").partition(" ")[2] == moment
 
@@ -173,6 +179,9 @@ def run_part(root: Path, folder: Path, case: dict[str, Any], checkpoint: str | N
         places[1] |= {"MASTER_PORT": places[0]["MASTER_PORT"]}
     log = root / f"{folder.parent.name}.log"
     children = [start((root, folder, case, checkpoint), log, environment | place) for place in places]
+    if " after " in blow:
+        kill_after(children, folder / "last.ckpt", float(blow.split()[-1]))
+        return
     expected = STATUS[blow.partition(" ")[0]] if blow else 0
     if expected == -signal.SIGKILL:
         finish(children[0], expected=None if len(children) > 1 else expected)
@@ -182,6 +191,23 @@ def run_part(root: Path, folder: Path, case: dict[str, Any], checkpoint: str | N
         return
     for child in children:
         finish(child, expected=expected)
+
+
+def kill_after(children: list[int], checkpoint: Path, seconds: float) -> None:
+    """Kills processes some time after they have written a checkpoint."""
+    before, end = written_at(checkpoint), time.monotonic() + PATIENCE_SECONDS
+    while written_at(checkpoint) == before and time.monotonic() < end:
+        time.sleep(0.001)
+    time.sleep(seconds)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    for child in children:
+        if os.waitpid(child, 0)[1] != signal.SIGKILL:
+            raise SystemExit("a process had ended before it was killed")
+
+
+def written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def end_of(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from robustclip.methods.checkpoints import (
     random_state,
     set_random_state,
     settle_progress,
+    settle_resumed_loop,
 )
 from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods.freezing import frozen, learn_only
@@ -197,9 +198,7 @@ class RobustMethod(LightningModule, ABC):
             for name, gradient in self._pending_gradients[self.global_rank].items():
                 self.get_parameter(name).grad = gradient.to(self.device)
         self._random_states, self._pending_gradients = [], []
-        fit_loop = self.trainer.fit_loop
-        if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:
-            fit_loop.epoch_loop.restarting = False  # with `max_steps` Lightning takes a new epoch for a resumed one
+        settle_resumed_loop(self.trainer.fit_loop)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sums and logs the terms of `training_loss`."""

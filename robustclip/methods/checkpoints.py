@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor, nn
 
 from robustclip.clip import CLIPModel
+
+COUNTS = ("ready", "started", "processed", "completed")  # Lightning's, of batches and epochs
 
 
 class RenamedCheckpointIO(TorchCheckpointIO):
@@ -138,7 +141,7 @@ def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
     if is_validation_due(trainer):
         parts, final = [batch["total"], batch["current"]], "processed"
         # Lightning repeats a validation that was begun; one that was not begun it would leave out.
-        counts = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+        counts = dict.fromkeys(COUNTS, 0)
         begun = {"total": {**counts, "ready": 1, "started": 1}, "current": counts, "is_last_batch": False}
         progress["epoch_loop.val_loop.batch_progress"] = begun
     elif trainer.fit_loop.epoch_loop._num_ready_batches_reached():
@@ -148,15 +151,28 @@ def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
     else:
         return
     for part in parts:
-        part.update(dict.fromkeys(("ready", "started", "processed", "completed"), part[final]))
+        part.update(dict.fromkeys(COUNTS, part[final]))
 
 
 def is_validation_due(trainer: Trainer) -> bool:
     """Whether a fit is to validate before its next step; true until the validation has ended."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     progress = loop.val_loop.batch_progress if trainer.validating else loop.batch_progress
-    is_inside = progress.current.completed < progress.current.processed  # type: ignore[attr-defined]
-    return is_inside and (trainer.validating or (fetcher is not None and loop._should_check_val_fx(fetcher)))
+    is_inside = bool(progress.current.completed < progress.current.processed)  # type: ignore[attr-defined]
+    if trainer.validating or not is_inside:
+        return is_inside
+    return fetcher is not None and not loop.val_loop.skip and loop._should_check_val_fx(fetcher)
+
+
+def settle_resumed_loop(fit_loop: _FitLoop) -> None:
+    """Corrects where Lightning resumes between two epochs, and before the validation at an epoch's end."""
+    loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
+    if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:
+        loop.restarting = False  # with `max_steps` Lightning takes a new epoch for a resumed one
+    elif loop.batch_progress.is_last_batch and fetcher is not None:  # of an epoch that may have had other batches
+        batches = int(loop.trainer.num_training_batches)
+        vars(loop.batch_progress.current).update(dict.fromkeys(COUNTS, batches))
+        loop.val_loop._has_run = not loop._should_check_val_fx(fetcher)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
