@@ -108,6 +108,16 @@ def test_a_requeued_job_continues_where_it_was_preempted_and_another_fit_does_no
     assert whole["global_step"] == resumed["global_step"] == 10
 
 
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_a_signal_in_the_last_step_leaves_a_finished_run(runs: Runs, slurm: Path, limit: str) -> None:
+    last, steps = {"max_epochs": ("1.4", "10"), "max_steps": ("0.1", "2")}[limit]
+    end = [f"--trainer.{limit}", "2"]
+    assert runs.fit(*STRIKING, *end, strike=f"SIGUSR1 train {last}") == 138
+    assert runs.weights("fit/last.ckpt")["global_step"] == int(steps)
+    assert not slurm.exists()
+    assert not (runs.folder / "root/preempted").exists()
+
+
 def test_another_jobs_preempted_checkpoint_is_left_alone(
     runs: Runs, slurm: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +147,17 @@ def test_a_test_that_sigterm_ends_is_resumed_by_the_same_command(runs: Runs, cap
     assert runs.test() == 0
     (ledger,) = (runs.folder / "root/results/result/ledger").glob("*.csv")
     assert len(list(csv.DictReader(ledger.open()))) == 10
+
+
+def test_sigint_before_the_first_step_has_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904  # as Lightning does
+
+    monkeypatch.setattr("robustclip.__main__._dispatch", interrupted)
+    assert run(["fit"]) == 130
 
 
 def test_a_second_signal_ends_at_once() -> None:

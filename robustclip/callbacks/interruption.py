@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from robustclip.callbacks.checkpoint import Checkpoints
 from robustclip.callbacks.results import ResultsWriter
+from robustclip.methods.checkpoints import is_validation_due
 
 RUN = "run"  # key of a checkpoint: identity of the run that wrote it
 
@@ -69,26 +70,26 @@ class Interruption(Checkpoint):  # callbacks of this type come last, after what 
         if trainer.world_size > 1:  # Lightning waits for the other processes before each step, too
             tensor = torch.tensor(noted, device=trainer.strategy.root_device)
             noted = int(trainer.strategy.reduce(tensor, reduce_op="max"))
-        if noted:
+        if noted and not _is_over(trainer):
             self._end_fit(trainer, noted)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Ends a validation; one that belongs to a fit will be repeated."""
         noted = self._received(trainer)
-        if not noted:
-            return
-        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            self._end(trainer, noted, "nothing was measured or learnt yet")
-        if trainer.world_size == 1:  # else processes that have no batch left would not hear of it
-            self._end_fit(trainer, noted)
+        if noted and trainer.state.fn != TrainerFn.FITTING:
+            self._end_alone(trainer, noted, "the validation is not finished")
+        elif noted and trainer.world_size == 1:  # else a process that has no batch left would not hear of it
+            if trainer.sanity_checking:
+                self._end(trainer, noted, "nothing was learnt yet")
+            if not _is_over(trainer):
+                self._end_fit(trainer, noted)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Ends a test, whose ledgers hold this batch."""
         if noted := self._received(trainer):
-            if trainer.strategy.launcher is not None:
-                trainer.strategy.launcher.kill(noted)
             resumes = any(isinstance(each, ResultsWriter) for each in trainer.callbacks)  # type: ignore[attr-defined]
-            self._end(trainer, noted, "the same command resumes the test" if resumes else "the test is not finished")
+            result = "the same command resumes the test" if resumes else "the test is not finished"
+            self._end_alone(trainer, noted, result)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the run's identity."""
@@ -142,15 +143,30 @@ class Interruption(Checkpoint):  # callbacks of this type come last, after what 
             result = f"--ckpt_path {path} resumes"
         self._end(trainer, number, f"step {trainer.global_step} is in {path}; {result}")
 
+    def _end_alone(self, trainer: Trainer, number: int, result: str) -> None:
+        """Ends this process, whose number of batches may be its own, and those that it has started."""
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(number)
+        self._end(trainer, number, result)
+
     def _end(self, trainer: Trainer, number: int, result: str) -> None:
         if trainer.is_global_zero:
             sys.stderr.write(f"interrupted by {signal.Signals(number).name}: {result}\n")
         raise SystemExit(128 + number)
 
 
+def _is_over(trainer: Trainer) -> bool:
+    """Whether a fit has taken its last step and has no validation to repeat, so that it may as well finish."""
+    is_last_batch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+    has_all_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return has_all_steps or (is_last_batch and is_last_epoch and not is_validation_due(trainer))
+
+
 def run_identity(method: LightningModule, data: Any) -> dict[str, str]:
     """What a requeued job has in common with the job that it continues."""
-    settings = {str(name): str(value) for name, value in method.hparams.items()}
+    plain = (str, int, float, type(None))  # whose text is the same in every process
+    settings = {name: str(value) for name, value in method.hparams.items() if isinstance(value, plain)}
     names = sorted(name for name in settings if not name.startswith("_"))
     return {
         "model": type(method).__qualname__,
