@@ -39,6 +39,15 @@ CHAINS: list[tuple[dict[str, Any], tuple[str, str]]] = [  # each is resumed twic
     (ENDS, ("SIGUSR1 train 1.3", "SIGTERM validation 2.5")),
     (STEPS, ("SIGUSR1 validation 1.5", "SIGKILL train 2.2")),
 ]
+LIMITED = {"max_steps": 13}  # by which Lightning resumes in another way
+UNSEEN = {"limit_val_batches": 0}
+LIMITS: list[tuple[dict[str, Any], tuple[str, str]]] = [
+    ({"saves": {}, "trainer": LIMITED}, ("SIGKILL train 1.0", "SIGTERM train 1.4")),
+    ({"saves": {"every_n_train_steps": 1}, "trainer": LIMITED}, ("SIGKILL train 1.0", "SIGKILL validation 1.5")),
+    ({"saves": {}, "trainer": LIMITED | UNSEEN}, ("SIGTERM train 0.4", "SIGKILL train 2.1")),
+    ({"saves": {"every_n_train_steps": 5}, "trainer": UNSEEN}, ("SIGKILL train 1.0", "SIGKILL train 2.0")),
+]
+CHAINS += LIMITS
 
 
 def case_of(
@@ -71,7 +80,7 @@ GRID = [
 MATRIX = {
     "-".join(map(str, setting)): case_of(
         setting[0],
-        number % (6 if setting[3] == 2 else len(CHAINS)),
+        number % (6 if setting[3] == 2 else 9),
         accumulate=setting[1],
         precision=setting[2],
         ranks=setting[3],
