@@ -60,6 +60,7 @@ def runs(tmp_path: Path, tiny_model: Path, write_shards: ShardWriter, monkeypatc
     write_shards(tmp_path, "set", "train", [20])
     write_shards(tmp_path, "set", "test", [10])
     (tmp_path / "root").mkdir()
+    monkeypatch.chdir(tmp_path)
     return Runs(tmp_path, tiny_model, monkeypatch)
 
 
