@@ -56,8 +56,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
     The status is 0 after success, 1 where `doctor` or `verify` found something, 2 after a line on stderr that names
-    what is wrong with the input, 130 after Ctrl-C, 143 after SIGTERM, and 141 where the reader of the output is gone.
-    An exit with another number than 0 keeps it. An error of the program itself is raised; Python then ends with 1.
+    what is wrong with the input, 130, 138 and 143 where Ctrl-C, SLURM's SIGUSR1 or SIGTERM ended a run, and 141
+    where the reader of the output is gone. An exit with another number than 0 keeps it. An error of the program itself
+    is raised; Python then ends with 1.
 
     Args:
         arguments: as on the command line, without the program's name; None takes the program's own.

@@ -23,7 +23,15 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustclip import __version__
 from robustclip.attacks import Attack
-from robustclip.callbacks import ChanceLevelWarning, Checkpoints, ResultsWriter, RobustEvaluation, TaskProgress
+from robustclip.callbacks import (
+    ChanceLevelWarning,
+    Checkpoints,
+    Interruption,
+    ResultsWriter,
+    RobustEvaluation,
+    TaskProgress,
+)
+from robustclip.callbacks.interruption import check_no_stray, check_same_run, preempted_checkpoint, run_identity
 from robustclip.data import CLIPDataModule
 from robustclip.errors import AnsweringParser, parameters_below
 from robustclip.methods import RobustMethod
@@ -152,20 +160,38 @@ class RobustCLI(LightningCLI):
             sys.stdout.write(f"checkpoint: {path}\n")
 
     def fit(self, **kwargs: Any) -> None:
-        """Trains, and names the folder of the logs in errors of a full disk, which have no file of their own.
+        """Trains; a requeued SLURM job starts from the checkpoint of its preemption, which is removed at the end.
 
         Raises:
-            OSError: a file could not be written.
+            OSError: a file could not be written; a full disk names the folder of the logs where it names no file.
         """
+        preempted = preempted_checkpoint(self.trainer)
+        is_requeued = preempted is not None and preempted.exists()
+        if preempted is not None and is_requeued:
+            check_same_run(preempted, run_identity(self.model, self.datamodule))
+            kwargs["ckpt_path"] = str(preempted)
+        self._check_start(kwargs)
         try:
             self.trainer.fit(**kwargs)
         except OSError as error:
             if error.filename is not None or error.errno not in NO_SPACE:
                 raise
             raise OSError(error.errno, error.strerror, self.trainer.log_dir) from error
+        if preempted is not None and is_requeued and self.trainer.is_global_zero:
+            preempted.unlink(missing_ok=True)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Leaves no choice of a checkpoint to Lightning."""
+        self._check_start(kwargs)
+        self.trainer.validate(**kwargs)
+
+    def _check_start(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("ckpt_path") is None:
+            check_no_stray(Path(self.trainer.default_root_dir))
 
     def test(self, **kwargs: Any) -> None:
         """Leaves the table to `ResultsWriter`."""
+        self._check_start(kwargs)
         self.trainer.test(**{**kwargs, "verbose": False})
 
 
@@ -198,7 +224,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         auto_configure_optimizers=False,
         save_config_callback=None,  # the settings travel in checkpoints and results
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning()]},
+        trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning(), Interruption()]},
         parser_kwargs={
             "prog": "robustclip",
             "version": __version__,

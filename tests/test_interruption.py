@@ -92,7 +92,12 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "ROBUSTCLIP_TRACEBACK": ""},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+            "ROBUSTCLIP_TRACEBACK": "",
+        },
         capture_output=True,
         text=True,
         timeout=TIMEOUT_SECONDS,

@@ -1,5 +1,6 @@
-"""A fit that SIGKILL ends, continued from its last checkpoint, ends where the uninterrupted fit ends, bit for bit."""
+"""A fit that signals end again and again ends where the uninterrupted fit ends, bit for bit."""
 
+import itertools
 import json
 import os
 import random
@@ -11,61 +12,114 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inputs import ShardWriter
+from anchor_cases import write_pairs, write_table
+from inputs import ShardWriter, picture
 
 from robustclip.methods import checkpoints
 from robustclip.methods.checkpoints import RenamedCheckpointIO, random_state, set_random_state
 
 SCRIPT = Path(__file__).with_name("resume_cases.py")
-TIMEOUT_SECONDS = 400
-EPOCH = 5  # steps: 20 samples to train on, in batches of 4
-EPOCHS = 3
+TIMEOUT_SECONDS = 900
+EPOCH, EPOCHS = 5, 3  # batches of an epoch: 20 samples to train on, 4 at a time
+METHODS = ("TeCoA", "PMGAFT", "ARF", "UEO", "CRoFT")
+TRAIN = {"indexed": {"train": "wds:indexed"}, "workers": {"train": "wds:indexed", "num_workers": 2}}
 
-# name: (training set, loader workers, when checkpoints are written, method, where SIGKILL strikes)
-# "train N" is inside the step after the Nth; steps 5 to 9 are the second epoch.
-EVERY_3_STEPS = ["--checkpoint.every_n_train_steps", "3"]
-EVERY_EPOCH: list[str] = []  # after the validation
-AT_THE_LAST_STEP = ["--checkpoint.every_n_train_steps", str(EPOCH)]  # of an epoch, before its validation
-RESTLESS, TECOA = "resume_cases.Restless", "TeCoA"
-CASES = {
-    "map": ("indexed", 0, EVERY_3_STEPS, RESTLESS, ["train 8", "validation 10"]),
-    "map_workers": ("indexed", 2, EVERY_3_STEPS, RESTLESS, ["train 8"]),
-    "map_epochs": ("indexed", 0, EVERY_EPOCH, RESTLESS, ["train 5"]),
-    "map_last_step": ("indexed", 0, AT_THE_LAST_STEP, RESTLESS, ["validation 10"]),
-    "stream": ("streamed", 0, EVERY_3_STEPS, RESTLESS, ["train 8"]),
-    "stream_epochs": ("streamed", 0, EVERY_EPOCH, RESTLESS, ["train 10"]),
-    "stream_workers": ("streamed", 2, EVERY_3_STEPS, RESTLESS, ["train 11"]),  # 6 steps, as each worker fills batches
-    "tecoa": ("indexed", 0, EVERY_3_STEPS, TECOA, ["outside"]),
+# Saves: after every step, of an epoch's last before its validation; or where batches 2 and 4 are validated.
+STEPS: dict[str, Any] = {"saves": {"every_n_train_steps": 1}, "trainer": {}}
+CHECKS: dict[str, Any] = {"saves": {}, "trainer": {"val_check_interval": 2}}
+ENDS: dict[str, Any] = {"saves": {}, "trainer": {}}
+CHAINS: list[tuple[dict[str, Any], tuple[str, str]]] = [  # each is resumed twice
+    (STEPS, ("SIGKILL train 0.3", "SIGTERM train 1.2")),
+    (STEPS, ("SIGKILL validation 0.5", "SIGKILL validation 1.5")),
+    (STEPS, ("SIGTERM train 0.4", "SIGTERM train 1.4")),
+    (CHECKS, ("SIGTERM train 1.0", "SIGKILL train 2.3")),
+    (CHECKS, ("SIGKILL validation 1.4", "SIGTERM validation 2.2")),
+    (ENDS, ("SIGTERM validation 0.5", "SIGKILL train 2.1")),
+    (CHECKS, ("SIGUSR1 train 0.2", "SIGUSR1 train 1.4")),
+    (ENDS, ("SIGUSR1 train 1.3", "SIGTERM validation 2.5")),
+    (STEPS, ("SIGUSR1 validation 1.5", "SIGKILL train 2.2")),
+]
+LIMITED = {"max_steps": 13}  # by which Lightning resumes in another way
+UNSEEN = {"limit_val_batches": 0}
+LIMITS: list[tuple[dict[str, Any], tuple[str, str]]] = [
+    ({"saves": {}, "trainer": LIMITED}, ("SIGKILL train 1.0", "SIGTERM train 1.4")),
+    ({"saves": {"every_n_train_steps": 1}, "trainer": LIMITED}, ("SIGKILL train 1.0", "SIGKILL validation 1.5")),
+    ({"saves": {}, "trainer": LIMITED | UNSEEN}, ("SIGTERM train 0.4", "SIGKILL train 2.1")),
+    ({"saves": {"every_n_train_steps": 5}, "trainer": UNSEEN}, ("SIGKILL train 1.0", "SIGKILL train 2.0")),
+]
+CHAINS += LIMITS
+
+
+def case_of(
+    method: str, chain: int, *, accumulate: int = 1, precision: str = "32-true", ranks: int = 1, train: str = "indexed"
+) -> dict[str, Any]:
+    when, blows = CHAINS[chain]
+    options = {"accumulate_grad_batches": accumulate, "precision": precision, **when["trainer"]}
+    return {
+        "method": method,
+        "train": train,
+        "ranks": ranks,
+        "saves": when["saves"],
+        "trainer": options,
+        "blows": blows,
+    }
+
+
+QUICK = {
+    "noise": case_of("Restless", 0, train="workers"),
+    "stream": case_of("Restless", 1, train="streamed"),
+    "tecoa_in_windows": case_of("TeCoA", 6, accumulate=3, precision="bf16-mixed"),
+    "pmg_aft_on_two_ranks": case_of("PMGAFT", 3, accumulate=3, ranks=2),
 }
-# Neither checkpoints nor workers that read a map change the weights, so these share one uninterrupted fit.
-WHOLE = {"map_workers": "map", "map_epochs": "map", "map_last_step": "map", "stream_epochs": "stream"}
+# Whole runs under SIGUSR1 need the variables of SLURM, which allow one rank per task of it.
+GRID = [
+    setting
+    for setting in itertools.product(METHODS, (1, 3), ("32-true", "bf16-mixed"), (1, 2))
+    if setting[:2] != ("CRoFT", 3)  # whose own optimisation accumulates nothing
+]
+MATRIX = {
+    "-".join(map(str, setting)): case_of(
+        setting[0],
+        number % (6 if setting[3] == 2 else 9),
+        accumulate=setting[1],
+        precision=setting[2],
+        ranks=setting[3],
+    )
+    for number, setting in enumerate(GRID)
+} | {
+    f"Restless-{train}-{chain}": case_of("Restless", chain, train=train)
+    for chain in range(len(CHAINS))
+    for train in ("indexed", "workers", "streamed", "streamed_workers")
+    if train in ("indexed", "streamed") or chain in (0, 4)
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ends(
-    tiny_model: Path, write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory
+def run_cases(
+    cases: dict[str, dict[str, Any]], folder: Path, model: Path, write_shards: ShardWriter
 ) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("resume")
+    (folder / "model").symlink_to(model)
     write_shards(folder, "indexed", "train", [13, 12])
     remote = write_shards(folder, "remote", "train", [9, 11])
     write_shards(folder, "val", "test", [5])
-    cases = {}
-    for name, (kind, workers, when, method, moments) in CASES.items():
-        streamed = {"source": f"wds:file://{remote}", "length": 20, "name": "streamed"}
-        train = {"indexed": "wds:indexed", "streamed": json.dumps(streamed)}[kind]
-        val = {"indexed": [], "streamed": ["--data.val", '["wds:val"]']}[kind]  # without any, a part is held out
-        fit = ["fit", "--model", method, "--model.pretrained", str(tiny_model), "--model.warmup_steps", "4"]
-        fit += ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.01"]
-        fit += ["--model.optimizer.momentum", "0.9", "--data.train", train, *val, "--data.root", str(folder)]
-        fit += ["--data.image_size", "32", "--data.batch_size", "4", "--data.holdout", "0.2"]
-        fit += ["--data.num_workers", str(workers), "--trainer.max_epochs", str(EPOCHS), "--trainer.accelerator", "cpu"]
-        fit += ["--trainer.default_root_dir", str(folder / name), "--trainer.logger", "false"]
-        fit += ["--trainer.enable_progress_bar", "false", *when]
-        fit += ["--trainer.enable_model_summary", "false"]
-        fit += ["--evaluation.attacks", '{"pgd2": {"class_path": "PGD"}}']
-        cases[name] = {"fit": fit, "die_at": moments, "whole": name not in WHOLE}
+    write_table(folder / "captions.parquet", "captions", {i: [f"thing number {i}"] for i in range(25)})
+    noise = np.random.default_rng(1)
+    pairs = [(picture(noise, i, kind="png", mode="RGB", size=32), f"a pair {i}") for i in range(4)]
+    anchors = write_pairs(folder / "anchors", pairs)
+    write_table(anchors / "neighbours.parquet", "neighbours", {i: [i % 4] for i in range(25)})
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/requeued\n')
+    (folder / "scontrol").chmod(0o755)
+    streamed = {"train": {"source": f"wds:file://{remote}", "length": 20, "name": "streamed"}, "val": ["wds:val"]}
+    train = TRAIN | {"streamed": streamed, "streamed_workers": streamed | {"num_workers": 2}}
+    for case in cases.values():
+        data = dict(train[case["train"]])
+        if case["method"] == "ARF":
+            data |= {"captions": "captions.parquet", "anchors": "anchors"}
+        has_preemption = any(blow.startswith("SIGUSR1") for blow in case["blows"])
+        case |= {"data": data, "environment": SLURM if has_preemption else {}}
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "ROBUSTCLIP_TRACEBACK": "1"}
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ROBUSTCLIP_TRACEBACK": "1", "PATH": path}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *filter(None, sys.path)])}
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
         env=environment,
@@ -73,18 +127,54 @@ def ends(
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
-    logs = "".join(f"\n{log.name}: {log.read_text()[-1500:]}" for log in sorted(folder.glob("*.log")))
-    assert run.returncode == 0, run.stderr[-3000:] + logs
-    result: dict[str, dict[str, Any]] = json.loads((folder / "ends.json").read_text())
-    return result
+    logs = "".join(f"\n{log.name}: {log.read_text()[-2500:]}" for log in folder.glob("*.log"))
+    assert run.returncode == 0, run.stderr[-3000:] + logs[-8000:]
+    ends: dict[str, dict[str, Any]] = json.loads((folder / "ends.json").read_text())
+    return ends
 
 
-@pytest.mark.parametrize(("name", "moment"), [(name, moment) for name, case in CASES.items() for moment in case[-1]])
-def test_a_killed_and_resumed_fit_ends_as_the_uninterrupted_one(
-    ends: dict[str, dict[str, Any]], name: str, moment: str
+SLURM = {
+    **{"SLURM_JOB_NAME": "fit", "SLURM_JOB_ID": "9", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"},
+    **{"SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"},
+    **{"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_model: Path, write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_cases(QUICK, tmp_path_factory.mktemp("quick"), tiny_model, write_shards)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_fit_that_is_resumed_twice_ends_as_the_uninterrupted_one(quick: Any, name: str) -> None:
+    assert quick[name]["resumed"] == quick[name]["whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+@pytest.mark.parametrize("method", [*METHODS, "Restless"])
+def test_any_fit_that_is_resumed_twice_ends_as_the_uninterrupted_one(
+    tiny_model: Path, write_shards: ShardWriter, tmp_path: Path, method: str
 ) -> None:
-    assert ends[f"{name} {moment}"] == ends[f"{WHOLE.get(name, name)} whole"]
-    assert ends[f"{name} {moment}"]["step"] >= EPOCH * EPOCHS
+    ends = run_cases(
+        {name: case for name, case in MATRIX.items() if case["method"] == method}, tmp_path, tiny_model, write_shards
+    )
+    assert ends
+    assert [name for name, end in ends.items() if end["resumed"] != end["whole"]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS)
+def test_thirty_of_thirty_killed_fits_end_as_the_uninterrupted_one(
+    tiny_model: Path, write_shards: ShardWriter, tmp_path: Path
+) -> None:
+    delays = random.Random(0)
+    cases = {}
+    for trial in range(10):
+        cases[str(trial)] = case_of(("Restless", "TeCoA")[trial % 2], 0, accumulate=1 + trial % 3, ranks=1 + trial // 5)
+        cases[str(trial)]["blows"] = [f"SIGKILL after {delays.uniform(0, 0.1)}" for _ in range(3)]
+    ends = run_cases(cases, tmp_path, tiny_model, write_shards)
+    assert [name for name, end in ends.items() if end["resumed"] != end["whole"]] == []
 
 
 def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_previous_one(

@@ -6,6 +6,7 @@ from robustclip.callbacks.detection import OODDetection
 from robustclip.callbacks.evaluation import RobustEvaluation
 from robustclip.callbacks.geometry import FeatureGeometry
 from robustclip.callbacks.hessians import HessianDifference
+from robustclip.callbacks.interruption import Interruption
 from robustclip.callbacks.progress import TaskProgress
 from robustclip.callbacks.results import ResultsWriter
 
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoints",
     "FeatureGeometry",
     "HessianDifference",
+    "Interruption",
     "OODDetection",
     "ResultsWriter",
     "RobustEvaluation",

@@ -33,6 +33,8 @@ class Checkpoints(ModelCheckpoint):
             ValueError: it does not.
         """
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
+            _sweep(Path(str(self.dirpath)))
         if stage == "fit" and ACCURACY.fullmatch(self.monitor or ""):
             known = _validated(trainer)
             if not known:
@@ -58,6 +60,15 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._renew_last(trainer)
+
+    def save_now(self, trainer: Trainer) -> Path:
+        """Saves ``last.ckpt``, or without `save_last: true` ``interrupted.ckpt``; returns its path."""
+        if self.save_last is True:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            return Path(self.last_model_path)
+        path = Path(str(self.dirpath)) / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        return path
 
     def _renew_last(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):  # nothing was saved at this step yet
@@ -87,6 +98,14 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
             continue
         return path
     raise AssertionError
+
+
+def _sweep(folder: Path) -> None:
+    """Removes halves of checkpoints whose writers were killed."""
+    for aside in folder.glob(".*.ckpt.*"):
+        writer = aside.suffix[1:]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            aside.unlink(missing_ok=True)
 
 
 def _validated(trainer: Trainer) -> list[str]:

@@ -102,7 +102,6 @@ class CLIPDataModule(ResumableDataModule):
         # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
         self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
         self._train: OpenedSource | None = None
-        self.train_positions: list[int] | None = None
         self.val_positions: list[int] | None = None
         self._val: list[OpenedSource] = []
         self._test: list[OpenedSource] = []

@@ -1,11 +1,17 @@
-"""Where a training epoch stands, in the checkpoint of a run."""
+"""Position of a training epoch, in the checkpoint of a run."""
 
+import hashlib
+import logging
+import os
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import IterableDataset
 
 from robustclip.data.sampling import ImageLoader
+
+log = logging.getLogger(__name__)
 
 
 class ResumableDataModule(LightningDataModule):
@@ -13,29 +19,66 @@ class ResumableDataModule(LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.train_positions: list[int] | None = None
         self._train_loader: ImageLoader | None = None
-        self._resume_at: dict[str, int] | None = None
+        self._resume_at: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training epoch stands."""
-        return {} if self._train_loader is None else self._train_loader.state_dict()
+        """Position of the training epoch, and the settings that give the position its meaning."""
+        if self._train_loader is None:
+            return {}
+        return {**self._train_loader.state_dict(), "order": self._order(self._train_loader)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues there.
+        """Moves the training loader there, at once or when it is made.
 
         Lightning restores loaders too, but not one that exists before the checkpoint is read, as it does where the
         length of the schedule is asked for.
         """
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # a test has nothing to continue
             self._resume_at = state_dict
+            if self._train_loader is not None:
+                self.continued(self._train_loader)
 
     def continued(self, loader: ImageLoader) -> ImageLoader:
-        """The training loader, moved to where the checkpoint stood."""
+        """The training loader, moved to the position of the checkpoint.
+
+        Raises:
+            ValueError: the position is inside an epoch, and this run has other batches or another order of samples.
+        """
         if self.trainer is not None:
             limit = self.trainer.limit_train_batches
             loader.cut_after = limit if isinstance(limit, int) else int(limit * len(loader))
         if self._resume_at is not None:
+            self._check_order(loader, self._resume_at)
             loader.load_state_dict(self._resume_at)
             self._resume_at = None
         self._train_loader = loader
         return loader
+
+    def _check_order(self, loader: ImageLoader, state: dict[str, Any]) -> None:
+        """Refuses another order inside an epoch, where samples would be skipped or repeated; reports it elsewhere."""
+        own, saved = self._order(loader), state.get("order", {})
+        changes = [f"{key} {saved[key]} (here {own[key]})" for key in own if key in saved and saved[key] != own[key]]
+        if changes and state["batches"]:
+            done = state["batches"] * saved["data.batch_size"] * saved["number of processes"]
+            raise ValueError(
+                f"ckpt_path stands after {done} of {saved['number of training samples']} samples of an epoch with"
+                f" {', '.join(changes)}; give the same settings, or a checkpoint from the end of an epoch"
+            )
+        if changes:
+            log.warning("from the next epoch on, settings differ from the checkpoint's: %s", ", ".join(changes))
+
+    def _order(self, loader: ImageLoader) -> dict[str, int | str | None]:
+        """Settings that the order of samples and the batches of an epoch depend on."""
+        is_stream = isinstance(loader.dataset, IterableDataset)
+        chosen = hashlib.sha256(repr(self.train_positions).encode()).hexdigest()[:8]
+        return {
+            "data.batch_size": loader.batch_size,
+            "number of processes": self.trainer.world_size if self.trainer else 1,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
+            "number of training samples": len(loader.dataset),  # type: ignore[arg-type]
+            "choice of training samples (by data.shots, data.shots_seed and data.holdout)": chosen,
+            "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            "data.num_workers": loader.num_workers if is_stream else None,  # readers of a stream fill batches each
+        }

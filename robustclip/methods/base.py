@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from robustclip.arguments import Checked, Count, CountOrZero
@@ -22,9 +23,14 @@ from robustclip.methods.checkpoints import (
     RenamedCheckpointIO,
     check_belongs,
     identity,
+    is_validation_due,
+    on_rank_zero,
+    pending_gradients,
     plain_values,
-    random_states,
+    random_state,
     set_random_state,
+    settle_progress,
+    settle_resumed_loop,
 )
 from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods.freezing import frozen, learn_only, learning_parameters
@@ -96,6 +102,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         self._random_states: list[dict[str, Any]] = []
         self._watch = DivergenceWatch()
         self._stepped: set[int] = set()  # optimisers whose first step was looked at
+        self._pending_gradients: list[dict[str, Tensor]] = []
+        self._before_validation: dict[str, Any] = {}  # random state
 
     # What a method overrides
 
@@ -188,6 +196,12 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Clean answers of a task in the running evaluation."""
         return cast(Top1, self.counts[f"{PREFIX}{task}"])
 
+    @property
+    def learning_names(self) -> set[str]:
+        """Names of the parameters that learn, whether or not an attack has frozen them at this moment."""
+        learning = {id(parameter) for parameter in learning_parameters(self, self.parameter_groups())}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in learning}
+
     def freeze_the_rest(self) -> list[nn.Parameter]:
         """Leaves gradients to `parameter_groups()` alone, and returns its parameters."""
         learning = learning_parameters(self, self.parameter_groups())
@@ -232,11 +246,14 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.prepare_training(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
-        """Continues the random streams of an interrupted run."""
+        """Continues the random streams, the accumulation window and the epoch of an interrupted run."""
         if self.global_rank < len(self._random_states):
             set_random_state(self._random_states[self.global_rank], self.device)
-        self._random_states = []
-        self._stepped = set()
+        if self.global_rank < len(self._pending_gradients):
+            for name, gradient in self._pending_gradients[self.global_rank].items():
+                self.get_parameter(name).grad = gradient.to(self.device)
+        self._random_states, self._pending_gradients, self._stepped = [], [], set()
+        settle_resumed_loop(self.trainer.fit_loop)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters learn."""
@@ -262,6 +279,10 @@ class RobustMethod(Checked, LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sums and logs the terms of `training_loss`."""
         return self.total(self.training_loss(batch), batch)
+
+    def on_validation_start(self) -> None:
+        """Keeps the random state, to which a checkpoint inside this validation returns."""
+        self._before_validation = random_state(self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Builds the heads anew, since the text side may have learnt."""
@@ -303,7 +324,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what learns (all of it for random initial weights), the base model's identity, the random states.
+        """Keeps all that learns (or all, for random initial weights) and all that an exact resume needs.
 
         Raises:
             ValueError: the loss or the weights are not finite, so that nothing is saved.
@@ -312,12 +333,17 @@ class RobustMethod(Checked, LightningModule, ABC):
         if self.run_settings is not None:
             checkpoint["settings"] = self.run_settings
         if self.clip.pretrained is not None:
-            frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+            frozen = {name for name, _ in self.named_parameters()} - self.learning_names
+            weights = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
         checkpoint["base_model"] = identity(self.clip)
         checkpoint[SETTINGS] = self.inference_settings
-        checkpoint["random_states"] = random_states(self.device, self.trainer.world_size)
+        is_inside = self.trainer.validating and is_validation_due(self.trainer)
+        state, world_size = self._before_validation if is_inside else random_state(self.device), self.trainer.world_size
+        checkpoint["random_states"] = on_rank_zero(state, world_size)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            settle_progress(checkpoint["loops"]["fit_loop"], self.trainer)
+            checkpoint["pending_gradients"] = on_rank_zero(pending_gradients(self, self.trainer), world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
@@ -327,6 +353,7 @@ class RobustMethod(Checked, LightningModule, ABC):
                 parameters.
         """
         self.freeze_the_rest()
-        check_belongs(checkpoint, self, self.clip, self.inference_settings)
+        check_belongs(checkpoint, self, self.clip, settings=self.inference_settings, learning=self.learning_names)
         self._random_states = checkpoint.get("random_states", [])
+        self._pending_gradients = checkpoint.get("pending_gradients", [])
         self.interpolation = checkpoint.get("interpolation")

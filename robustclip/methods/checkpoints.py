@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import nn
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from torch import Tensor, nn
 
 from robustclip.clip import CLIPModel
 from robustclip.tensors import DIGEST, check_fits, checked_state, digest, one_line, read_file
@@ -22,8 +24,10 @@ BASE = "base."  # so begin the keys of settings that the files of the base model
 TYPES: dict[str, Any] = {
     **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
     **{"head_classes": list, "cache_classes": list, "bank": torch.Tensor, "loops": dict, "callbacks": dict},
+    **{"pending_gradients": list, "run": dict, "settings": dict},
     **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
 }
+COUNTS = ("ready", "started", "processed", "completed")  # Lightning's, of batches and epochs
 log = logging.getLogger(__name__)
 
 
@@ -131,14 +135,17 @@ def identity(clip: CLIPModel) -> dict[str, str]:
     }
 
 
-def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, settings: Mapping[str, Any]) -> None:
+def check_belongs(
+    checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, *, settings: Mapping[str, Any], learning: set[str]
+) -> None:
     """Compares a checkpoint with the module that is to load it.
 
     Args:
         checkpoint: as loaded.
-        module: whose parameters with gradients must all be in it.
+        module: that loads it.
         clip: its base model.
         settings: its inference settings.
+        learning: names of the module's parameters that must all be in the checkpoint.
 
     Raises:
         ValueError: another architecture, other pre-trained weights or settings, missing or unknown parameters, or other
@@ -156,8 +163,7 @@ def check_belongs(checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel
     _compare(theirs, {key: settings.get(key) for key in sorted(of_base)})
     state = module.state_dict()
     known, given = set(state), set(checkpoint["state_dict"])
-    learns = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for words, names in (("lacks", learns - given), ("has the unknown", given - known)):
+    for words, names in (("lacks", learning - given), ("has the unknown", given - known)):
         if names:
             raise ValueError(
                 f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
@@ -203,12 +209,68 @@ def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ..
     return classes
 
 
-def random_states(device: torch.device, world_size: int) -> list[dict[str, Any]]:
-    """`random_state` of every process, in the order of their ranks."""
-    states = [random_state(device)] * world_size
+def on_rank_zero(value: Any, world_size: int) -> list[Any]:
+    """Gathers a value of every process, in the order of their ranks; the list is of use on rank 0 alone."""
+    values = [value] * world_size
     if world_size > 1:
-        torch.distributed.all_gather_object(states, random_state(device))
-    return states
+        torch.distributed.gather_object(value, values if torch.distributed.get_rank() == 0 else None)
+    return values
+
+
+def pending_gradients(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    """Returns the gradients that wait for the optimiser step at the end of an accumulation window."""
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {name: gradient.cpu() for name, gradient in gradients.items() if gradient is not None}
+
+
+def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
+    """Brings a checkpoint's record of progress into a form from which Lightning resumes exactly, again and again.
+
+    Lightning 2.6 resumes from an epoch's last step without the validation that is due there, and does not count the
+    next epoch as begun, so that a second resume trains an epoch too many.
+
+    Args:
+        progress: state of the trainer's fit loop, changed in place.
+        trainer: which is fitting.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if is_validation_due(trainer):
+        parts, final = [batch["total"], batch["current"]], "processed"
+        # Lightning repeats a validation that was begun; one that was not begun it would leave out.
+        counts = dict.fromkeys(COUNTS, 0)
+        begun = {"total": {**counts, "ready": 1, "started": 1}, "current": counts, "is_last_batch": False}
+        progress["epoch_loop.val_loop.batch_progress"] = begun
+    elif trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if epoch["current"]["processed"] < epoch["current"]["ready"]:  # Lightning counts the step after it was saved
+            progress["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        parts, final = [batch["total"], batch["current"], epoch["total"], epoch["current"]], "ready"
+    else:
+        return
+    for part in parts:
+        part.update(dict.fromkeys(COUNTS, part[final]))
+
+
+def is_validation_due(trainer: Trainer) -> bool:
+    """Whether a fit is to validate before its next step; true until the validation has ended."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    progress = loop.val_loop.batch_progress if trainer.validating else loop.batch_progress
+    is_inside = bool(progress.current.completed < progress.current.processed)  # type: ignore[attr-defined]
+    if trainer.validating or not is_inside:
+        return is_inside
+    return fetcher is not None and not loop.val_loop.skip and loop._should_check_val_fx(fetcher)
+
+
+def settle_resumed_loop(fit_loop: _FitLoop) -> None:
+    """Corrects where Lightning resumes between two epochs, and before the validation at an epoch's end."""
+    loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
+    if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:
+        loop.restarting = False  # with `max_steps` Lightning takes a new epoch for a resumed one
+    elif loop.batch_progress.is_last_batch and fetcher is not None:  # of an epoch that may have had other batches
+        batches = int(loop.trainer.num_training_batches)
+        vars(loop.batch_progress.current).update(dict.fromkeys(COUNTS, batches))
+        loop.val_loop._has_run = not loop._should_check_val_fx(fetcher)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

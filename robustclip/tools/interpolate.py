@@ -15,7 +15,7 @@ from robustclip.methods.checkpoints import read_checkpoint, with_digest
 from robustclip.tools.local_dir import new_folder
 
 # What continues a training, which there is none of between two models.
-OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "bank")
+OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "pending_gradients", "bank")
 
 
 def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Sequence[float]) -> list[Path]:
