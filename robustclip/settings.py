@@ -18,7 +18,7 @@ SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
 WITHOUT_VALUE = ("--", "--help", "--version", "--print_config", "--print_shtab")
 BY_ROLE = ("", "null", "None", "best", "last", "hpc", "registry")  # Lightning looks for these checkpoints itself
-MOST_VALUES = 100_000  # of one file; more come from an alias that contains itself
+MOST_VALUES = 20_000  # of one file; more come from an alias that contains itself
 
 Place = tuple[Any, ...]
 
@@ -161,6 +161,9 @@ def check_keys(tree: Mapping[str, Any], keys: Collection[str]) -> None:
             raise ValueError(f"{key} must hold `key: value` lines, got {_short(value)}")
         if place[-1] == "class_path" and not is_name:
             raise ValueError(f"{key} must be the name of a class, got {_short(value)}")
+        is_object = place[0] == "trainer" and len(place) == 3 and isinstance(place[2], int)
+        if is_object and isinstance(value, Mapping) and "class_path" not in value:
+            raise ValueError(f"{key} must have a class_path, got {_short(dict(value))}")
 
 
 def parse(text: str, name: str) -> Any:

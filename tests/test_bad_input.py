@@ -328,7 +328,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "config in another encoding": (
         f"{TEST} --config run.yaml",
         lambda at: (at / "run.yaml").write_bytes("data: {root: \xe9}\n".encode("latin-1")) and None,
-        ("run.yaml", "utf-8"),
+        ("run.yaml", "UTF-8"),
     ),
     "missing baseline": (f"{TEST} --results.baseline nowhere", nothing, ("results.baseline", "nowhere")),
     "missing section on the command line": (f"{TEST} --trainer no.yaml", nothing, ("no.yaml",)),

@@ -106,7 +106,7 @@ class Constant(TeCoA):
         return {"adversarial_ce": loss + self.level}
 
 
-@pytest.mark.parametrize(("share", "is_collapsed"), [(1.0, True), (0.9, False), (float("nan"), True)])
+@pytest.mark.parametrize(("share", "is_collapsed"), [(1.0, True), (0.9, False)])
 def test_a_run_that_stays_at_the_chance_level_says_so(share: float, is_collapsed: bool) -> None:
     method = Constant()
     method.level = share * torch.tensor(144.0).log()

@@ -63,8 +63,8 @@ def test_a_checkpoint_never_replaces_the_settings(tmp_path: Path, monkeypatch: p
     assert test.model.warmup_steps == 7
     trained = fit.model.state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in test.model.state_dict().items())
-    other = main(["test", "--config", str(CONFIGS / "zero_shot.yaml"), *QUICK, *checkpoint])
-    assert isinstance(other.model, ZeroShot)
+    with pytest.raises(ValueError, match="'TeCoA', this run has 'ZeroShot'; give --model TeCoA"):
+        main(["test", "--config", str(CONFIGS / "zero_shot.yaml"), *QUICK, *checkpoint])
 
 
 def test_a_result_is_complete_new_and_named_last(
@@ -137,7 +137,7 @@ def test_tools_get_what_the_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
         (([a, b],), {}),
         ((a, b), {"shared_samples": False}),
         ((a, b), {"shared_samples": True}),
-        (([a, b],), {"out": Path("x.html")}),
+        (([a, b],), {"out": Path("x.html"), "images": None, "sections": []}),
     ]
 
 
@@ -145,6 +145,7 @@ def test_tools_get_what_the_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify_fails_where_something_disagrees(
     disagreements: int, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("robustclip.runs.Run.open", lambda path: None)
     monkeypatch.setattr("robustclip.tools.evidence.verify", lambda run, build: disagreements)
     assert run(["verify", "somewhere"]) == status
 

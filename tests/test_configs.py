@@ -21,8 +21,8 @@ SMALL = [
     "--data.test", "[shapes:colours,shapes:counts]", "--results.averages", "null",
 ]  # fmt: skip
 UNKNOWN = [
-    "--data.train", "{source: 'shapes:source', classes: 0-4, images: 2-6, shift: null, known: null}",
-    "--data.unknown", "[{source: 'shapes:colours', classes: 0-5, shift: null, known: null}]",
+    "--data.train", "{source: 'shapes:source', name: null, classes: 0-4, images: 2-6, shift: null, known: null}",
+    "--data.unknown", "[{source: 'shapes:colours', name: null, classes: 0-5, shift: null, known: null}]",
     "--data.eval_batch_size", "32",
 ]  # fmt: skip
 SHAPES_UNKNOWN = ["--data.unknown", "[shapes:colours]", "--data.eval_batch_size", "64"]
@@ -84,7 +84,7 @@ def test_the_full_recipe_runs_and_is_graded(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(CONFIGS / "zero_shot.yaml"), "--evaluation", str(CONFIGS / "evaluation" / "full.yaml")]
     finished = main(["test", *arguments, *SMALL, "--evaluation.attacks.cascade.budget", "0.02"])
-    run = Run.open(next((tmp_path / "results").iterdir()))
+    run = Run.open(next((tmp_path / "runs" / "results").iterdir()))
     assert run.attacks == ["pgd10_half", "pgd10", "pgd10_double", "cascade"]
     members = ["pgd_ce", "pgd_margin", "apgd_ce", "apgd_t", "square"]
     assert list(run.result["tasks"]["colours"]["cascade"]["broken_by"]) == members

@@ -157,7 +157,7 @@ def test_sigint_before_the_first_step_has_its_status(monkeypatch: pytest.MonkeyP
         except KeyboardInterrupt:
             raise SystemExit(1)  # noqa: B904  # as Lightning does
 
-    monkeypatch.setattr("robustclip.__main__._dispatch", interrupted)
+    monkeypatch.setattr("robustclip.__main__._answer", interrupted)
     assert run(["fit"]) == 130
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from inputs import ShardWriter
 
-from robustclip.cli import check_config
 from robustclip.data.shards import read_lines
 from robustclip.data.sources import open_source
+from robustclip.settings import read_config
 from robustclip.textfiles import read_text
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"
@@ -91,7 +91,7 @@ def test_another_encoding_is_refused_with_file_byte_and_position(
     with pytest.raises(ValueError, match=line):
         read_lines(f"file://{tmp_path}", "classnames.txt")
     with pytest.raises(ValueError, match=line):
-        check_config(file)
+        read_config(file)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_letters_outside_of_ascii_in_a_config_need_a_locale_that_reads_them(
 ) -> None:
     config = tmp_path / "run.yaml"
     config.write_bytes("\ufeffdata: {root: café}\n".encode())
-    check_config(config)
+    read_config(config)
     monkeypatch.setattr("locale.getpreferredencoding", lambda do_setlocale=True: "ISO-8859-1")
     with pytest.raises(ValueError, match=r"run.yaml .*ISO-8859-1; set PYTHONUTF8=1"):
-        check_config(config)
+        read_config(config)
     config.write_bytes(b"data: {root: cafe}\n")
-    check_config(config)
+    read_config(config)

@@ -38,7 +38,7 @@ class Words(NamedTuple):
         entry: data set of the catalogue that has this name.
     """
 
-    given: Sequence[str] | Mapping[str, str] | None
+    given: Sequence[str] | Mapping[Any, str] | None
     beside: Sequence[str] | None
     entry: CatalogEntry | None
 

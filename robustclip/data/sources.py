@@ -51,7 +51,7 @@ class DataSource:
     source: str
     name: str | None = None
     split: str | None = None
-    class_names: list[str] | dict[str, str] | Literal["openai"] | None = None
+    class_names: list[str] | dict[str | int, str] | Literal["openai"] | None = None
     templates: Sequence[str] | Literal["openai"] | None = None
     native_size: bool | None = None
     border: CountOrZero | None = None
@@ -206,7 +206,7 @@ def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
     return OpenedSource(task, split, native_size, border, dataset, found.urls, wanted.length, keys)
 
 
-def _wanted_words(wanted: DataSource) -> tuple[Sequence[str] | Mapping[str, str] | None, Sequence[str] | None]:
+def _wanted_words(wanted: DataSource) -> tuple[Sequence[str] | Mapping[Any, str] | None, Sequence[str] | None]:
     """Class names and templates that were asked for."""
     names, templates = wanted.class_names, wanted.templates
     if names == "openai":

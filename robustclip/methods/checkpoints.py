@@ -113,8 +113,9 @@ class RenamedCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             aside.replace(place)
         except (OSError, RuntimeError) as error:  # neither names the file; torch's writer hides the system's reason
-            reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(f"checkpoint {place} cannot be written: {getattr(reason, 'strerror', reason)}") from error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = getattr(cause, "strerror", None) or cause
+            raise OSError(f"checkpoint {place} cannot be written: {reason}") from error
         finally:
             aside.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from victims import assert_inside, learnt, linear
 
 from robustclip.attacks import APGD, PGD, Attack
 from robustclip.attacks.apgd import checkpoints
+from robustclip.attacks.base import SkipsMisclassified
 
 HALF_A_POINT = 0.005
 IDS = torch.arange(300)
@@ -28,12 +29,13 @@ def test_apgd_evaluates_only_images_in_ball_and_box(norm: str, eps: float, targe
     images, weights = torch.rand(4, 3, 5, 5), torch.randn(75, 4)
     seen: list[Tensor] = []
 
-    def forward(x: Tensor) -> Tensor:
-        seen.append(x.detach())
-        return x.flatten(1) @ weights
+    class Model(SkipsMisclassified):  # it is called with the whole batch, as the evaluation's
+        def __call__(self, x: Tensor) -> Tensor:
+            seen.append(x.detach())
+            return x.flatten(1) @ weights
 
     attack = APGD(eps, steps, norm, "margin", targets)
-    attacked = attack(images, forward, torch.tensor([0, 1, 2, 0]), index=torch.arange(4))
+    attacked = attack(images, Model(), torch.tensor([0, 1, 2, 0]), index=torch.arange(4))
     for evaluated in [*seen, attacked]:
         assert_inside(evaluated, images, eps, norm)
 

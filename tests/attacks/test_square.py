@@ -11,6 +11,7 @@ from torch import Tensor
 from victims import assert_inside, learnt, linear
 
 from robustclip.attacks import Square
+from robustclip.attacks.base import SkipsMisclassified
 from robustclip.attacks.losses import margin
 from robustclip.attacks.square import area, pyramids
 
@@ -33,11 +34,12 @@ def test_square_evaluates_only_images_in_ball_and_box(
     images, weights = torch.rand(3, 3, height, width), torch.randn(3 * height * width, 3)
     seen: list[Tensor] = []
 
-    def forward(x: Tensor) -> Tensor:
-        seen.append(x)
-        return x.flatten(1) @ weights
+    class Model(SkipsMisclassified):  # it is called with the whole batch, as the evaluation's
+        def __call__(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return x.flatten(1) @ weights
 
-    attacked = Square(eps, queries, norm)(images, forward, torch.tensor([0, 1, 2]), index=torch.arange(3), seed=seed)
+    attacked = Square(eps, queries, norm)(images, Model(), torch.tensor([0, 1, 2]), index=torch.arange(3), seed=seed)
     assert len(seen) <= queries
     for evaluated in [*seen, attacked]:
         assert_inside(evaluated, images, eps, norm)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded, in_eight_bits, open_image
-from robustclip.data.files import open_folder
+from robustclip.data.files import ImageFiles
 from robustclip.data.images import BadSample, Images, digest_of
 from robustclip.data.transforms import Augmentation, AugmentedPixels, ToPixels
 
@@ -175,7 +175,7 @@ def test_damaged_files_of_any_format_are_bad_samples(kind: str, tmp_path: Path) 
     (tmp_path / "a").mkdir()
     file = tmp_path / f"a/0.{'png' if kind not in ('JPEG', 'WEBP') else kind.lower()}"
     file.write_bytes(whole)
-    images = Images(open_folder(str(tmp_path), "test", ()), ToPixels(8))
+    images = Images(ImageFiles([(str(file), 0)]), ToPixels(8))
     assert not isinstance(images[0], BadSample)
     bad = 0
     for trial in range(120):
@@ -197,7 +197,7 @@ def test_mistakes_in_a_transform_are_no_bad_samples(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "a" / "0.png")
     with pytest.raises(ValueError, match="a mistake of ours"):
-        Images(open_folder(str(tmp_path), "test", ()), Mistaken(None))[0]
+        Images(ImageFiles([(str(tmp_path / "a" / "0.png"), 0)]), Mistaken(None))[0]
 
 
 def test_a_digest_is_equal_for_equal_pixels_only() -> None:
