@@ -4,7 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from robustclip.data.catalog import CatalogEntry, plain
 from robustclip.textfiles import check_printable
