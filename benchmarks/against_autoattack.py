@@ -18,10 +18,10 @@ from evaluation import SETS, models
 from torch import Tensor, nn
 
 from robustclip.attacks import APGD, Attack, Recipe, pixels
-from robustclip.attacks.verdict import ROBUST, examine
-from robustclip.callbacks.origin import commit
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation.engine import ROBUST, examine
 from robustclip.methods import RobustMethod
+from robustclip.results.provenance import commit
 
 
 class Logits(nn.Module):

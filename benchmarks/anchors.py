@@ -17,8 +17,8 @@ import torch
 from once import fit_once, over_seeds, parser, test_once, write
 from pyarrow import parquet
 
-from robustclip.__main__ import run as command
-from robustclip.data.shards import IndexedShards, list_shards
+from robustclip.cli.main import run as command
+from robustclip.data.sources.wds import IndexedShards, list_shards
 
 CONFIG = "configs/fine_tuning_pacs.yaml"
 SHIFTS = {"pacs_photo": ["pacs_art_painting", "pacs_cartoon", "pacs_sketch"], "caltech101": []}

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from robustclip.callbacks.origin import commit
-from robustclip.methods.energy import Branch, adapted, batch_penalty
+from robustclip.objectives.energy import Branch, adapted, batch_penalty
+from robustclip.results.provenance import commit
 
 BATCH, CLASSES, WIDTH = 32, 400, 512  # CRoFT's batch, its classes of ImageNet, CLIP's ViT-B/16
 RATIO, RATIO_TEXT = 0.2, 0.5

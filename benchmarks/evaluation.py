@@ -31,14 +31,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from ways import Official, Ours, Problem
 
-from robustclip.attacks import PGD, verdict
-from robustclip.attacks.ball import start
-from robustclip.attacks.verdict import ROBUST, examine
-from robustclip.callbacks import ResultsWriter, RobustEvaluation, journal
-from robustclip.callbacks.origin import commit
+from robustclip.attacks import PGD
+from robustclip.attacks.perturbation_set import start
 from robustclip.data import CLIPDataModule
-from robustclip.data.shapes import SHAPES_SETS
+from robustclip.data.sources.shapes import SHAPES_SETS
+from robustclip.evaluation import ResultsWriter, RobustEvaluation, engine, journal
+from robustclip.evaluation.engine import ROBUST, examine
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
+from robustclip.results.provenance import commit
 from robustclip.types import Batch
 
 SETS = ("cifar10", "caltech101", "oxford_pets", "pacs_photo", "pacs_sketch", "food101_10", "dtd_10", "tiny_imagenet")
@@ -62,7 +62,7 @@ def plain_loop(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Te
         return is_robust & (forward(attacked).argmax(1) == batch.labels)
 
 
-def engine(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
+def by_package(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
     """The same by the package."""
     forward = partial(method.logits, task=task)
     return examine(batch.images, batch.labels, forward, attack.members(0), index=batch.index).by == ROBUST
@@ -70,7 +70,7 @@ def engine(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor
 
 def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[str, Any]:
     """Seconds of both ways over all sets, the model frozen; the verdicts of every sample must be equal."""
-    ways: dict[str, Callable[..., Tensor]] = {"engine": engine, "plain": plain_loop}
+    ways: dict[str, Callable[..., Tensor]] = {"engine": by_package, "plain": plain_loop}
     seconds, robust, n, clean, different = dict.fromkeys(ways, 0.0), 0, 0, 0, 0
     method.eval().requires_grad_(False)
     method.prepare(data.test_tasks)
@@ -149,7 +149,7 @@ def time_audit(repeats: int, samples: int) -> dict[str, Any]:
         nothing = torch.empty(0, dtype=torch.int64)
         with (
             mock.patch.object(journal, "probed", return_value=(nothing, nothing)),
-            mock.patch.object(verdict._Watch, "_note_gradient", return_value=None),
+            mock.patch.object(engine._Watch, "_note_gradient", return_value=None),
         ):
             return run()
 

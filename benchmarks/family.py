@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from once import RUN, fit_once, parser, test_once, write
 
-from robustclip.__main__ import run as command
-from robustclip.statistics import mean_interval
+from robustclip.cli.main import run as command
+from robustclip.intervals import mean_interval
 
 CONFIG = "configs/tecoa_photographs.yaml"
 RADII = ("0.5/255", "1/255")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.callbacks.hessians import spectral_norm
-from robustclip.callbacks.origin import commit
-from robustclip.methods.energy import Branch, adapted, batch_penalty, sample_penalty
+from robustclip.evaluation.hessians import spectral_norm
+from robustclip.objectives.energy import Branch, adapted, batch_penalty, sample_penalty
+from robustclip.results.provenance import commit
 
 WIDTH, CLASSES, IMAGES, UNSEEN, SCALE, RATIO = 12, 4, 40, 400, 10.0, 0.5
 STEPS, SEEDS, WEIGHTS = 200, 5, (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)

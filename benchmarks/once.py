@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from robustclip.callbacks.origin import commit
-from robustclip.cli import main as robustclip
+from robustclip.cli.lightning import main as robustclip
+from robustclip.results.provenance import commit
 
 RUN = "cell.json"  # beside a checkpoint: what the fit was, and what it cost
 

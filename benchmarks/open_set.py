@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from once import fit_once, over_seeds, parser, test_once, write
 
-from robustclip.__main__ import run as command
+from robustclip.cli.main import run as command
 
 CONFIG = "configs/croft_photographs.yaml"
 DOMAINS = ("pacs_art_painting", "pacs_cartoon", "pacs_photo", "pacs_sketch")

@@ -14,7 +14,7 @@ from once import parser, test_once, write
 
 CONFIG = "configs/overview.yaml"
 KNOWN, SCORE = "pacs_photo", "mcm"
-DETECTION = {"class_path": "robustclip.callbacks.OODDetection", "init_args": {"known": [KNOWN], "attack": None}}
+DETECTION = {"class_path": "robustclip.evaluation.OODDetection", "init_args": {"known": [KNOWN], "attack": None}}
 CLEAN = ("--evaluation", "configs/evaluation/clean.yaml", f"--trainer.callbacks={json.dumps([DETECTION])}")
 
 

@@ -28,8 +28,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustclip.data.scenes import BACKGROUNDS, COLOURS, COUNTS, POSITIONS, SHAPES, SIZES, TEXTURES, Scene, pick, render
-from robustclip.data.shapes import MENTIONABLE, SHAPES_SETS, ShapesDataset, describe, plural, pretraining_pair
+from robustclip.data.sources.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    pick,
+    render,
+)
+from robustclip.data.sources.shapes import MENTIONABLE, SHAPES_SETS, ShapesDataset, describe, plural, pretraining_pair
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.27, 0.27, 0.27)
 OPENINGS = ("", "", "a picture of ", "an image of ")

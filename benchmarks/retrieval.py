@@ -19,8 +19,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from robustclip.callbacks.origin import commit
-from robustclip.tools.retrieval.features import Part
+from robustclip.results.provenance import commit
+from robustclip.tools.retrieval.encoder import Part
 from robustclip.tools.retrieval.search import Candidates, Search, flat, ivf_pq
 
 ROWS = 10_000  # of a part, as in a shard

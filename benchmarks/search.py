@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import torch
 
-from robustclip.cli import main as robustclip
+from robustclip.cli.lightning import main as robustclip
 
 GRID: dict[str, list[float]] = {
     "model.lambda1": [0.0, 1.0, 5.0, 10.0, 15.0],

@@ -28,7 +28,7 @@ from plain_zero_shot import uniform
 from torch import Tensor
 from ways import EPS, Bare, Official, Ours, Problem
 
-from robustclip.callbacks.origin import commit
+from robustclip.results.provenance import commit
 
 Ways = Mapping[str, type[Any]]
 # The ways of each, the longest first; the last is what the others must equal.

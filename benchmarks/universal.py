@@ -96,7 +96,7 @@ class Universal:
             "tecoa": ("--model", "TeCoA", "--ckpt_path", tecoa),
             "ueo_msp": (*METHODS[cell.method], "--ckpt_path", str(ueo)),
         }
-        detection = {"class_path": "robustclip.callbacks.OODDetection", "init_args": {"attack": ATTACK}}
+        detection = {"class_path": "robustclip.evaluation.OODDetection", "init_args": {"attack": ATTACK}}
         for method, model in models.items():
             words = [*self._words(data, cell.shift), *model, f"--trainer.callbacks={json.dumps([detection])}"]
             result = test_once(

@@ -11,7 +11,7 @@ from inputs import add_member
 from PIL import Image
 from pyarrow import parquet
 
-from robustclip.data.shapes import ShapesDataset
+from robustclip.data.sources.shapes import ShapesDataset
 
 
 def write_table(path: Path, column: str, lists: Mapping[int, Sequence[str | int]]) -> Path:

@@ -24,13 +24,13 @@ from ranks import meeting_place
 from resume_cases import finish
 from torch import Tensor
 
-import robustclip.cli  # noqa: F401  # loaded once, before the forks
-from robustclip.__main__ import run
+import robustclip.cli.lightning  # noqa: F401  # loaded once, before the forks
 from robustclip.attacks import APGD, PGD
-from robustclip.callbacks import ResultsWriter, RobustEvaluation, evidence
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.ledger import Ledger
+from robustclip.evaluation import ResultsWriter, RobustEvaluation, probes
 from robustclip.methods import TeCoA
+from robustclip.results.ledger import Ledger
 
 PATIENCE_SECONDS = 120
 PROBED_SHARE = 1 / 4  # so that tiny sets have probed samples
@@ -119,7 +119,7 @@ def start(case: dict[str, Any], folder: Path, moment: str = "", environment: dic
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         os.environ.update({"ATTACKED": str(folder / "attacked"), **(environment or {})})
-        evidence.PROBED_SHARE = PROBED_SHARE
+        probes.PROBED_SHARE = PROBED_SHARE
         if moment:
             strike(*moment.split())
         sys.argv = ["robustclip", *case.get("words", [])]

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from robustclip.attacks import PGD
-from robustclip.callbacks import FeatureGeometry, ResultsWriter, RobustEvaluation
 from robustclip.data import CLIPDataModule, DataSource
+from robustclip.evaluation import FeatureGeometry, ResultsWriter, RobustEvaluation
 from robustclip.methods import TeCoA
 
 ATTACKS = {"linf": PGD(eps="8/255", alpha="4/255"), "l2": PGD(eps=1.0, alpha=0.5, norm="l2", keep="best")}

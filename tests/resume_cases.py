@@ -23,14 +23,15 @@ from ranks import meeting_place
 from torch import Tensor
 from torch.nn import functional as F
 
-import robustclip.cli  # noqa: F401  # loaded once, before the forks
+import robustclip.cli.lightning  # noqa: F401  # loaded once, before the forks
 from robustclip import methods
-from robustclip.__main__ import run
 from robustclip.attacks import PGD
-from robustclip.callbacks import Checkpoints, Interruption, RobustEvaluation
-from robustclip.callbacks.interruption import preempted_checkpoint
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
+from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod, TeCoA
+from robustclip.training import Checkpoints, Interruption
+from robustclip.training.interruption import preempted_checkpoint
 from robustclip.types import Batch
 
 PATIENCE_SECONDS = 200

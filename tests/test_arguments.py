@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 import robustclip.attacks
-import robustclip.callbacks
-import robustclip.clip
 import robustclip.data
+import robustclip.evaluation
 import robustclip.methods
+import robustclip.models.clip
+import robustclip.training
 from robustclip.arguments import Count, Interval, Share, checked
 from robustclip.attacks import APGD, PGD, Attack, Recipe, Square, TorchAttack
-from robustclip.clip import CLIPModel
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.transforms import Augmentation
 from robustclip.methods import TeCoA
+from robustclip.models.clip import CLIPModel
 from robustclip.tools import cache, captioner, retrieve
 from robustclip.types import Task
 
@@ -36,7 +37,7 @@ NEEDED: dict[type, dict[str, Any]] = {
     Task: {"name": "t", "class_names": ("a", "b")},
     retrieve.Settings: {"data": "shapes:source", "pool": ["wds:x"], "guard": ["shapes:colours"]},
 }
-MODULES = (robustclip.attacks, robustclip.methods, robustclip.callbacks, robustclip.data)
+MODULES = (robustclip.attacks, robustclip.methods, robustclip.evaluation, robustclip.training, robustclip.data)
 OFFERED = [getattr(module, name) for module in MODULES for name in module.__all__]
 BUILT = [cls for cls in OFFERED if inspect.isclass(cls) and not inspect.isabstract(cls) and not issubclass(cls, tuple)]
 CLASSES = [*BUILT, CLIPModel, Task, Augmentation, captioner.Decoding, cache.Settings, retrieve.Settings]
@@ -94,7 +95,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a model was loaded before the arguments were checked")
 
-    monkeypatch.setattr(robustclip.clip, "_load", load)
+    monkeypatch.setattr(robustclip.models.clip, "_load", load)
 
 
 @pytest.mark.usefixtures("no_model")

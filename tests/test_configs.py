@@ -6,8 +6,8 @@ import pytest
 import yaml
 from anchor_cases import shapes_anchors
 
-from robustclip.cli import main
-from robustclip.runs import Run
+from robustclip.cli.lightning import main
+from robustclip.results.run import Run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -27,7 +27,7 @@ UNKNOWN = [
 ]  # fmt: skip
 SHAPES_UNKNOWN = ["--data.unknown", "[shapes:colours]", "--data.eval_batch_size", "64"]
 FEW = [*SHAPES_UNKNOWN, "--data.shots", "1"]
-EVERY_TASK = "[{class_path: robustclip.callbacks.OODDetection, init_args: {known: null}}]"
+EVERY_TASK = "[{class_path: robustclip.evaluation.OODDetection, init_args: {known: null}}]"
 OVERVIEW = [
     *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02", "--trainer.callbacks", EVERY_TASK,
 ]  # fmt: skip

@@ -21,11 +21,11 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robustclip.__main__ import run
-from robustclip.callbacks import ResultsWriter, RobustEvaluation
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
+from robustclip.evaluation import ResultsWriter, RobustEvaluation
 from robustclip.methods import TeCoA
-from robustclip.runs import Run
+from robustclip.results.run import Run
 from robustclip.tools.compare import pair
 
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
@@ -377,13 +377,13 @@ def test_a_full_disk_ends_in_one_line_and_the_next_start_goes_on(
     words = command(folder)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_after(count))
-        patch.setattr("robustclip.callbacks.evidence.PROBED_SHARE", 1 / 4)
+        patch.setattr("robustclip.evaluation.probes.PROBED_SHARE", 1 / 4)
         assert run(words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert "results/" in lines[0]
     assert lines[0].endswith("cannot be written: No space left on device")
-    monkeypatch.setattr("robustclip.callbacks.evidence.PROBED_SHARE", 1 / 4)
+    monkeypatch.setattr("robustclip.evaluation.probes.PROBED_SHARE", 1 / 4)
     assert run(words) == 0
     ours, theirs = contents(tmp_path), contents(folder / "whole")
     assert {name: ours[name] for name in ours if name != "result.json"} == {

@@ -16,11 +16,12 @@ from ranks import in_background
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip.__main__ import run
-from robustclip.cli import main
+from robustclip.cli.lightning import main
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.methods import CRoFT, FineTuning, RobustMethod, TeCoA, step_checks
-from robustclip.methods.step_checks import DivergenceWatch
+from robustclip.methods import CRoFT, FineTuning, RobustMethod, TeCoA
+from robustclip.methods._shared import step_checks
+from robustclip.methods._shared.step_checks import DivergenceWatch
 from robustclip.types import Batch
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")

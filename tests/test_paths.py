@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from robustclip.__main__ import run
-from robustclip.callbacks.results import ResultsWriter
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.data.shards import REMOTE
-from robustclip.data.sources import open_source
+from robustclip.data.sources.source import open_source
+from robustclip.data.sources.wds import REMOTE
+from robustclip.evaluation.writer import ResultsWriter
 from robustclip.paths import local_path, located
-from robustclip.runs import Run
+from robustclip.results.run import Run
 from robustclip.tools.retrieval.pairs import pool_shards
 from robustclip.tools.retrieve import Settings
 

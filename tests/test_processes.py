@@ -11,7 +11,7 @@ import torch
 from inputs import ShardWriter
 from ranks import in_background
 
-from robustclip.runs import Run
+from robustclip.results.run import Run
 
 SCRIPT = Path(__file__).with_name("process_cases.py")
 TESTS = ("all", "workers", "limited", "only_single", "only_stream_single")

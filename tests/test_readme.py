@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robustclip.cli import main
+from robustclip.cli.lightning import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

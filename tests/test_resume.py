@@ -15,8 +15,8 @@ import torch
 from anchor_cases import write_pairs, write_table
 from inputs import ShardWriter, picture
 
-from robustclip.methods import checkpoints
-from robustclip.methods.checkpoints import RenamedCheckpointIO, random_state, set_random_state
+from robustclip.methods._shared import saved_state
+from robustclip.methods._shared.saved_state import RenamedCheckpointIO, random_state, set_random_state
 
 SCRIPT = Path(__file__).with_name("resume_cases.py")
 TIMEOUT_SECONDS = 900
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_previous_one(
         assert torch.load(place)["step"] == 1  # what a kill at this moment would leave
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoints.torch, "save", stop_halfway)
+    monkeypatch.setattr(saved_state.torch, "save", stop_halfway)
     with pytest.raises(OSError, match="no space left"):
         RenamedCheckpointIO().save_checkpoint({"step": 2}, place)
     assert torch.load(place)["step"] == 1

@@ -11,8 +11,8 @@ import torch
 from inputs import ShardWriter
 from test_resume import SLURM
 
-from robustclip.__main__ import run
-from robustclip.callbacks import Interruption
+from robustclip.cli.main import run
+from robustclip.training import Interruption
 
 STRIKING = ["--model.attack", "resume_cases.Striking"]
 CALLBACK = ["--trainer.callbacks", '[{"class_path": "resume_cases.Strike"}]']
@@ -157,7 +157,7 @@ def test_sigint_before_the_first_step_has_its_status(monkeypatch: pytest.MonkeyP
         except KeyboardInterrupt:
             raise SystemExit(1)  # noqa: B904  # as Lightning does
 
-    monkeypatch.setattr("robustclip.__main__._answer", interrupted)
+    monkeypatch.setattr("robustclip.cli.main._answer", interrupted)
     assert run(["fit"]) == 130
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from inputs import ShardWriter
 
-from robustclip.data.shards import read_lines
-from robustclip.data.sources import open_source
-from robustclip.settings import read_config
+from robustclip.cli.settings import read_config
+from robustclip.data.sources.source import open_source
+from robustclip.data.sources.wds import read_lines
 from robustclip.textfiles import read_text
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"

@@ -1,10 +1,10 @@
 """Attacks in pixel space; all share the signature of `Attack`."""
 
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.base import Attack, Member, Radius, pixels
-from robustclip.attacks.losses import cross_entropy
+from robustclip.attacks.attack import Attack, Member, Radius, pixels
 from robustclip.attacks.pgd import PGD
 from robustclip.attacks.recipes import Recipe
+from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack
 

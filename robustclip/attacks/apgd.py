@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import Count, CountOrZero, Share
-from robustclip.attacks import ball
-from robustclip.attacks.base import (
+from robustclip.attacks import perturbation_set
+from robustclip.attacks.attack import (
     Attack,
     Forward,
     Loss,
@@ -22,7 +22,7 @@ from robustclip.attacks.base import (
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.losses import (
+from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,
     affordable,
@@ -70,7 +70,7 @@ class APGD(Attack):
         self,
         eps: Radius = "4/255",
         steps: Count = 100,
-        norm: ball.Norm = "linf",
+        norm: perturbation_set.Norm = "linf",
         loss: LossName = "ce",
         targets: CountOrZero = 0,
         restarts: Count = 1,
@@ -99,7 +99,9 @@ class APGD(Attack):
         objectives = self._objectives(images, forward, targets)
         for _ in range(self.restarts):
             for objective in objectives:
-                start = ball.surface_start(images, self.eps, self.norm, index, ball.stream(seed, run))
+                start = perturbation_set.surface_start(
+                    images, self.eps, self.norm, index, perturbation_set.stream(seed, run)
+                )
                 found = self._run(images, start, on_open(forward, worst.is_broken), targets, objective)
                 worst, run = worst.or_worse(found, where=~worst.is_broken), run + 1
                 if bool(worst.is_broken.all()):
@@ -153,11 +155,11 @@ class _Search:
 
     def next_position(self, momentum: float) -> Tensor:
         """Moves along the gradient, mixed with the last move."""
-        stepped = self.position + self.step_size * ball.direction(self.gradient, self.norm)
-        stepped = ball.project(stepped, self.images, self.eps, self.norm)
+        stepped = self.position + self.step_size * perturbation_set.direction(self.gradient, self.norm)
+        stepped = perturbation_set.project(stepped, self.images, self.eps, self.norm)
         mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
         self.before = self.position
-        self.position = ball.project(mixed, self.images, self.eps, self.norm)
+        self.position = perturbation_set.project(mixed, self.images, self.eps, self.norm)
         return self.position
 
     def record(self, value: Tensor, gradient: Tensor) -> None:

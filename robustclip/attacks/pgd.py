@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import CountOrZero
-from robustclip.attacks import ball
-from robustclip.attacks.base import (
+from robustclip.attacks import perturbation_set
+from robustclip.attacks.attack import (
     Attack,
     Forward,
     Loss,
@@ -18,7 +18,7 @@ from robustclip.attacks.base import (
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.losses import LOSSES, LossName, affordable
+from robustclip.attacks.sample_losses import LOSSES, LossName, affordable
 
 
 class PGD(Attack):
@@ -48,7 +48,7 @@ class PGD(Attack):
         eps: Radius = "1/255",
         alpha: Radius = "1/255",
         steps: CountOrZero = 2,
-        norm: ball.Norm = "linf",
+        norm: perturbation_set.Norm = "linf",
         random_start: bool = True,
         keep: Literal["last", "best"] = "last",
         loss: LossName | None = None,
@@ -72,7 +72,9 @@ class PGD(Attack):
     ) -> Tensor:
         """Start, then `steps` projected steps."""
         loss = loss if self.loss is None else LOSSES[self.loss]
-        attacked = ball.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
+        attacked = (
+            perturbation_set.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
+        )
         best, best_loss = attacked, images.new_full((len(images),), -torch.inf, dtype=torch.float32)
         for _ in range(self.steps):
             attacked.requires_grad_()
@@ -81,8 +83,8 @@ class PGD(Attack):
             attacked = attacked.detach()
             if self.keep == "best":
                 best, best_loss = _better(best, best_loss, attacked, value.detach())
-            attacked = attacked + self.alpha * ball.direction(gradient, self.norm)
-            attacked = ball.project(attacked, images, self.eps, self.norm)
+            attacked = attacked + self.alpha * perturbation_set.direction(gradient, self.norm)
+            attacked = perturbation_set.project(attacked, images, self.eps, self.norm)
         if self.keep == "last":
             return attacked
         with torch.no_grad():

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from robustclip.arguments import Positive
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.ball import Norm
-from robustclip.attacks.base import (
+from robustclip.attacks.attack import (
     Attack,
     Forward,
     Loss,
@@ -20,8 +19,9 @@ from robustclip.attacks.base import (
     pixels,
     scaled_radius,
 )
-from robustclip.attacks.losses import margin
+from robustclip.attacks.perturbation_set import Norm
 from robustclip.attacks.pgd import PGD
+from robustclip.attacks.sample_losses import margin
 from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack
 

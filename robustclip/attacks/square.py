@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import Count, PositiveShare
-from robustclip.attacks import ball
-from robustclip.attacks.base import (
+from robustclip.attacks import perturbation_set
+from robustclip.attacks.attack import (
     Attack,
     Forward,
     Loss,
@@ -21,7 +21,7 @@ from robustclip.attacks.base import (
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.losses import LOSSES, LossName, affordable
+from robustclip.attacks.sample_losses import LOSSES, LossName, affordable
 
 SCHEDULE_QUERIES = 10_000  # the number for which the paper gives the queries at which the patch area halves
 HALVE_AREA_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -59,7 +59,7 @@ class Square(Attack):
         self,
         eps: Radius = "4/255",
         queries: Count = 5000,
-        norm: ball.Norm = "linf",
+        norm: perturbation_set.Norm = "linf",
         p_init: PositiveShare = 0.8,
         loss: LossName = "margin",
     ) -> None:
@@ -90,7 +90,9 @@ class Square(Attack):
         worst = evaluate(_stripes(images, self.eps, index, seed) if is_linf else _tiles(images, self.eps, index, seed))
         propose = _square if is_linf else _moved_square
         for first in range(0, self.queries - 1, BLOCK):
-            draws = ball.uniform(images, (BLOCK, DRAWS), index, ball.stream(seed, 1 + first // BLOCK))
+            draws = perturbation_set.uniform(
+                images, (BLOCK, DRAWS), index, perturbation_set.stream(seed, 1 + first // BLOCK)
+            )
             is_open = ~worst.is_broken
             if not bool(is_open.any()):
                 break
@@ -110,7 +112,9 @@ def area(query: int, queries: int, p_init: float) -> float:
 
 def _stripes(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
     """Columns of ``+-eps`` per colour."""
-    draw = ball.uniform(images, (images.shape[1], 1, images.shape[3]), index, ball.stream(seed, 0))
+    draw = perturbation_set.uniform(
+        images, (images.shape[1], 1, images.shape[3]), index, perturbation_set.stream(seed, 0)
+    )
     return (images + eps * _signs(draw)).clamp(0, 1)
 
 
@@ -132,14 +136,14 @@ def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tenso
     batch, colours, height, width = images.shape
     side = max(min(height, width) // TILES_L2, 1)
     down, across = height // side, width // side
-    draw = ball.uniform(images, (colours * down * across + 1,), index, ball.stream(seed, 0))
+    draw = perturbation_set.uniform(images, (colours * down * across + 1,), index, perturbation_set.stream(seed, 0))
     signs = _signs(draw[:, 1:]).view(batch, colours, down, across)
     bumps = _turned(pyramids(side, images.device), draw[:, 0])[:, None].repeat(1, 1, down, across)
     tiled = bumps * signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
     delta = torch.zeros_like(images)
     top, left = (height - side * down) // 2, (width - side * across) // 2
     delta[:, :, top : top + side * down, left : left + side * across] = tiled
-    return (images + eps * ball.unit(delta)).clamp(0, 1)
+    return (images + eps * perturbation_set.unit(delta)).clamp(0, 1)
 
 
 def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float) -> Tensor:
@@ -148,7 +152,7 @@ def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, ep
     side = max(round(math.sqrt(share * height * width)), SMALLEST_SIDE_L2)
     side = min(side + (side + 1) % 2, height, width)
     delta = worst - images
-    unspent = (eps**2 - ball.norm(delta).square()).clamp(min=0)
+    unspent = (eps**2 - perturbation_set.norm(delta).square()).clamp(min=0)
     filled = _window(delta, draws[:, 0], draws[:, 1], side)
     emptied = _window(delta, draws[:, 2], draws[:, 3], side)
     rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
@@ -158,7 +162,7 @@ def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, ep
     bump = _turned(pyramids(side, delta.device), draws[:, 4])[:, None] * _signs(draws[:, -COLOURS:])[:, :, None, None]
     new = _unit(bump[:, : images.shape[1]] + _unit(old))
     new = new * (unspent / images.shape[1] + norm_of_both).sqrt()
-    return (images + eps * ball.unit(rest.index_put(filled, new))).clamp(0, 1)
+    return (images + eps * perturbation_set.unit(rest.index_put(filled, new))).clamp(0, 1)
 
 
 @cache
@@ -204,5 +208,7 @@ def _turned(patch: Tensor, draw: Tensor) -> Tensor:
 
 def _unit(patches: Tensor) -> Tensor:
     """Patches ``(..., S, S)`` of norm 1 each; zero stays zero."""
-    length: Tensor = torch.linalg.vector_norm(patches, dim=(-2, -1), keepdim=True).clamp(min=ball.SMALLEST_NORM)
+    length: Tensor = torch.linalg.vector_norm(patches, dim=(-2, -1), keepdim=True).clamp(
+        min=perturbation_set.SMALLEST_NORM
+    )
     return patches / length

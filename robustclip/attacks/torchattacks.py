@@ -7,17 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from robustclip.arguments import Count, argument
-from robustclip.attacks import ball
-from robustclip.attacks.base import (
-    Attack,
-    Forward,
-    Loss,
-    Radius,
-    cross_entropy,
-    pixels,
-    scaled_count,
-    scaled_radius,
-)
+from robustclip.attacks import perturbation_set
+from robustclip.attacks.attack import Attack, Forward, Loss, Radius, cross_entropy, pixels, scaled_count, scaled_radius
 
 SpelledNorm = Literal["Linf", "L2", "L1"]  # as the library spells it; some of its attacks take anything else for L2
 COUNTS = ("steps", "n_queries")  # the library's names for how long an attack runs
@@ -93,11 +84,11 @@ class TorchAttack(Attack):
 
     def _inside(self, attacked: Tensor, images: Tensor) -> Tensor:
         """Clean images for what lies outside the ball or is no number."""
-        if self.eps is None or self.norm not in ball.ORDERS:
+        if self.eps is None or self.norm not in perturbation_set.ORDERS:
             return torch.where(attacked.isnan(), images, attacked)
-        is_inside = ball.distance(attacked, images, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
+        is_inside = perturbation_set.distance(attacked, images, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
         attacked = torch.where(is_inside.view(-1, 1, 1, 1), attacked, images)
-        return ball.project(attacked, images, self.eps, self.norm)
+        return perturbation_set.project(attacked, images, self.eps, self.norm)
 
 
 class _Victim(nn.Module):

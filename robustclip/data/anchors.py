@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from robustclip.data.decoding import DECODING_ERRORS
-from robustclip.data.images import BadSample, Images
-from robustclip.data.shards import IndexedShards, list_shards
+from robustclip.data.samples import BadSample, Images
+from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 
 TRIES = 16  # pairs in a row that may be broken before the image beside them is left out

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustclip.data.decoding import DECODING_ERRORS
-from robustclip.data.shards import IndexedShards, list_shards
+from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 
 

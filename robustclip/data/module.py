@@ -10,12 +10,12 @@ import torch
 from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.data.anchors import Choice
 from robustclip.data.captioned import CaptionedImages
-from robustclip.data.features import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
-from robustclip.data.loaders import Beside, Place, Preprocessing, Samples, exact_samples, shuffled_samples
-from robustclip.data.opening import open_tests, open_training, open_unknown, split_training
+from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
+from robustclip.data.feature_cache import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
+from robustclip.data.loader import ImageLoader
 from robustclip.data.resume import ResumableDataModule
-from robustclip.data.sampling import ImageLoader
-from robustclip.data.sources import DataSource, OpenedSource
+from robustclip.data.shares import Beside, Place, Preprocessing, Samples, exact_samples, shuffled_samples
+from robustclip.data.sources.source import DataSource, OpenedSource
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import IterableDataset
 
-from robustclip.data.sampling import ImageLoader
+from robustclip.data.loader import ImageLoader
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.freezing import frozen
+from robustclip.models.layers import frozen
 from robustclip.types import Batch
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import NonNegative
-from robustclip.losses import info_nce
 from robustclip.methods.flyp import FLYP
+from robustclip.objectives.losses import info_nce
 from robustclip.types import Batch, Pairs
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
-from robustclip.attacks.base import Forward, Loss
-from robustclip.clip import CLIPModel
-from robustclip.methods.activations import checkpoint_activations
-from robustclip.methods.checkpoints import (
+from robustclip.attacks.attack import Forward, Loss
+from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
+from robustclip.methods._shared.data_checks import check_intake
+from robustclip.methods._shared.saved_state import (
     SETTINGS,
     RenamedCheckpointIO,
     check_belongs,
@@ -32,12 +32,8 @@ from robustclip.methods.checkpoints import (
     settle_progress,
     settle_resumed_loop,
 )
-from robustclip.methods.counting import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods.freezing import frozen, learn_only, learning_parameters
-from robustclip.methods.heads import encode_heads, head_logits
-from robustclip.methods.intake import check_intake
-from robustclip.methods.schedule import steps_of_run, warmup_cosine
-from robustclip.methods.step_checks import (
+from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
+from robustclip.methods._shared.step_checks import (
     DivergenceWatch,
     check_gradients,
     check_manual_step,
@@ -45,6 +41,9 @@ from robustclip.methods.step_checks import (
     check_weights,
 )
 from robustclip.metrics import Top1
+from robustclip.models.clip import CLIPModel
+from robustclip.models.heads import encode_heads, head_logits
+from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
 from robustclip.types import Batch, Task
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import Count, Share
-from robustclip.methods.features import FrozenFeatures
+from robustclip.methods._shared.frozen_towers import FrozenFeatures
 
 
 class CLIPAdapter(FrozenFeatures):

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import Count
-from robustclip.methods.context import LearnableContext
-from robustclip.methods.features import FrozenFeatures
-from robustclip.methods.heads import head_logits
+from robustclip.methods._shared.frozen_towers import FrozenFeatures
+from robustclip.models.context import LearnableContext
+from robustclip.models.heads import head_logits
 from robustclip.types import Batch, Task
 
 

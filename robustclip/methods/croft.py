@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
 from robustclip.arguments import CountOrZero, NonNegative, Share
-from robustclip.methods.energy import Branch, Reduction, adapted, batch_penalty, sample_penalty
-from robustclip.methods.features import FrozenFeatures
+from robustclip.methods._shared.frozen_towers import FrozenFeatures
+from robustclip.objectives.energy import Branch, Reduction, adapted, batch_penalty, sample_penalty
 from robustclip.types import Batch, Task
 
 Mode = Literal["clean", "official", "official_vlcs"]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import NonNegative, Positive
-from robustclip.losses import entropy
-from robustclip.methods.context_and_norms import ContextAndNorms
-from robustclip.methods.gathering import of_all
-from robustclip.methods.heads import head_logits
+from robustclip.methods._shared.context_and_norms import ContextAndNorms
+from robustclip.methods._shared.distributed import of_all
+from robustclip.models.heads import head_logits
+from robustclip.objectives.losses import entropy
 from robustclip.types import Batch
 
 

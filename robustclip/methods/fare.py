@@ -9,7 +9,7 @@ from torch import Tensor
 from robustclip.arguments import CountOrZero
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.teacher import ImageTeacher
+from robustclip.models.teacher import ImageTeacher
 from robustclip.types import Batch
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import CountOrZero, NonNegative
-from robustclip.losses import kl
+from robustclip.methods._shared.saved_state import saved_classes
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.checkpoints import saved_classes
-from robustclip.methods.freezing import frozen
-from robustclip.methods.teacher import ImageTeacher
+from robustclip.models.layers import frozen
+from robustclip.models.teacher import ImageTeacher
+from robustclip.objectives.losses import kl
 from robustclip.types import Batch, Task
 
 

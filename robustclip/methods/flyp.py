@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from robustclip.arguments import Count, CountOrZero
 from robustclip.attacks.noise import uniform
-from robustclip.losses import info_nce
+from robustclip.methods._shared.distributed import of_all
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.gathering import of_all
-from robustclip.methods.heads import head_logits
+from robustclip.models.heads import head_logits
+from robustclip.objectives.losses import info_nce
 from robustclip.types import Batch, Task
 
 MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5

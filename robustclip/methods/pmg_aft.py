@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from robustclip.arguments import NonNegative, Positive
 from robustclip.attacks import PGD, Attack
-from robustclip.clip import CLIPModel
-from robustclip.losses import cosine, kl, l1, l2, reverse_kl
-from robustclip.methods.teacher import ImageTeacher
 from robustclip.methods.tecoa import TeCoA
+from robustclip.models.clip import CLIPModel
+from robustclip.models.teacher import ImageTeacher
+from robustclip.objectives.losses import cosine, kl, l1, l2, reverse_kl
 from robustclip.types import Batch
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import NonNegative
-from robustclip.losses import entropy
-from robustclip.methods.context_and_norms import ContextAndNorms
-from robustclip.methods.gathering import of_all
+from robustclip.methods._shared.context_and_norms import ContextAndNorms
+from robustclip.methods._shared.distributed import of_all
+from robustclip.objectives.losses import entropy
 from robustclip.types import Batch
 
 

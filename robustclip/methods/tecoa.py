@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from robustclip.arguments import Count, CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
-from robustclip.methods.prompts import PromptKind, VisualPrompt
-from robustclip.methods.teacher import ImageTeacher
+from robustclip.models.prompts import PromptKind, VisualPrompt
+from robustclip.models.teacher import ImageTeacher
 from robustclip.types import Batch
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import Positive
-from robustclip.methods.checkpoints import saved_classes
-from robustclip.methods.features import FrozenFeatures
-from robustclip.methods.gathering import of_training_images
-from robustclip.methods.heads import head_logits
+from robustclip.methods._shared.distributed import of_training_images
+from robustclip.methods._shared.frozen_towers import FrozenFeatures
+from robustclip.methods._shared.saved_state import saved_classes
+from robustclip.models.heads import head_logits
 from robustclip.types import UNKNOWN, Task
 
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
-from robustclip.losses import kl
 from robustclip.methods.base import RobustMethod
+from robustclip.objectives.losses import kl
 from robustclip.types import Batch
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import NonNegative, Positive
-from robustclip.losses import entropy
-from robustclip.methods.context_and_norms import ContextAndNorms
-from robustclip.methods.gathering import of_all
+from robustclip.methods._shared.context_and_norms import ContextAndNorms
+from robustclip.methods._shared.distributed import of_all
+from robustclip.objectives.losses import entropy
 from robustclip.types import UNKNOWN, Batch
 
 TEMPERATURES = {"official": 1.0, "msp": 0.01}

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import Count
-from robustclip.methods.context_and_norms import ContextAndNorms
-from robustclip.methods.gathering import of_all
+from robustclip.methods._shared.context_and_norms import ContextAndNorms
+from robustclip.methods._shared.distributed import of_all
 from robustclip.types import Batch
 
 

@@ -16,14 +16,14 @@ from numpy.lib.format import open_memmap
 
 from robustclip import display
 from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.clip import CLIPModel
+from robustclip.convert.open_clip_folder import new_folder
 from robustclip.data import CLIPDataModule
-from robustclip.data.features import IDS, LABELS, MANIFEST, ImageSet, digest, file_digest, file_name
-from robustclip.data.images import Images
-from robustclip.data.sampling import ImageLoader
+from robustclip.data.feature_cache import IDS, LABELS, MANIFEST, ImageSet, digest, file_digest, file_name
+from robustclip.data.loader import ImageLoader
+from robustclip.data.samples import Images
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
-from robustclip.tools.local_dir import new_folder
-from robustclip.tools.retrieval.features import Encoder, Part, Store
+from robustclip.models.clip import CLIPModel
+from robustclip.tools.retrieval.encoder import Encoder, Part, Store
 
 IMAGES_PER_PART = 4096
 

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from robustclip import display
 from robustclip.data.decoding import DECODING_ERRORS, decoded, in_eight_bits
-from robustclip.data.sources import open_source
-from robustclip.ledger import write_aside
+from robustclip.data.sources.source import open_source
+from robustclip.results.ledger import write_aside
 from robustclip.tools.captioner import Captioner, Decoding
-from robustclip.tools.journal import Journal, Row, read_all
+from robustclip.tools.progress_log import Journal, Row, read_all
 
 log = logging.getLogger(__name__)
 

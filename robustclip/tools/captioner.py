@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import Count, CountOrZero, PositiveShare, checked
-from robustclip.clip import fingerprint
+from robustclip.models.clip import fingerprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

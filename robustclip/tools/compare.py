@@ -6,14 +6,10 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from robustclip import display, protocol
-from robustclip.runs import Run
-from robustclip.statistics import (
-    bootstrap_mean_difference,
-    holm,
-    mcnemar,
-    paired_difference,
-)
+from robustclip import display
+from robustclip.intervals import bootstrap_mean_difference, holm, mcnemar, paired_difference
+from robustclip.results import protocol
+from robustclip.results.run import Run
 from robustclip.tools.comparisons import Comparison, Comparisons, Mean, shown
 
 MEAN = "mean"  # over all compared tasks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from robustclip.statistics import Difference
+from robustclip.intervals import Difference
 
 ALPHA = 0.05
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.data.images import BadSample, Images, Loaded, StreamedImages
-from robustclip.data.opening import open_training
-from robustclip.data.shifts import Role
-from robustclip.data.sources import OpenedSource, open_source
+from robustclip.data.data_sets import open_training
+from robustclip.data.samples import BadSample, Images, Loaded, StreamedImages
+from robustclip.data.sources.source import OpenedSource, open_source
+from robustclip.data.sources.streams import StreamedShards
 from robustclip.data.splits import choose
-from robustclip.data.streams import StreamedShards
+from robustclip.data.task_parts import Role
 from robustclip.data.views import labels_of
 from robustclip.methods import RobustMethod
-from robustclip.methods.freezing import frozen
+from robustclip.models.layers import frozen
 from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding
 from robustclip.types import Task
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from robustclip import display
-from robustclip.callbacks import RobustEvaluation
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod, ZeroShot
-from robustclip.methods.freezing import frozen
+from robustclip.models.layers import frozen
 from robustclip.tools.datasets import Examined, examine
 from robustclip.tools.estimate import Bench, attack_findings, estimate_epoch, estimate_test
 from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding

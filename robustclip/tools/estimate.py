@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.attacks import APGD, PGD, Attack, Square, TorchAttack
-from robustclip.callbacks import RobustEvaluation
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod
-from robustclip.methods.freezing import frozen
+from robustclip.models.layers import frozen
 from robustclip.tools.datasets import Examined
 from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding
 from robustclip.types import Batch

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustclip.clip import fingerprint
+from robustclip.convert.open_clip_folder import new_folder
 from robustclip.methods import RobustMethod
-from robustclip.methods.checkpoints import read_checkpoint, with_digest
-from robustclip.tools.local_dir import new_folder
+from robustclip.methods._shared.saved_state import read_checkpoint, with_digest
+from robustclip.models.clip import fingerprint
 
 # What continues a training, which there is none of between two models.
 OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "pending_gradients", "bank")

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from robustclip import display
 from robustclip.arguments import Count, CountOrZero, Interval, checked
-from robustclip.clip import CLIPModel
-from robustclip.data.sources import OpenedSource, open_source
+from robustclip.convert.open_clip_folder import new_folder
+from robustclip.data.sources.source import OpenedSource, open_source
+from robustclip.models.clip import CLIPModel
 from robustclip.paths import local_path
-from robustclip.tools.local_dir import new_folder
-from robustclip.tools.retrieval.estimate import estimate
-from robustclip.tools.retrieval.features import Encoder, Part, Store, records
+from robustclip.tools.retrieval.encoder import Encoder, Part, Store, records
 from robustclip.tools.retrieval.guard import Guard
 from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chosen, write_pairs
+from robustclip.tools.retrieval.pool_cost import estimate
 from robustclip.tools.retrieval.queries import Queries, image_parts, make_queries, write_neighbours
 from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, load_faiss, nearest
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from robustclip import display
-from robustclip.runs import Run
+from robustclip.results.run import Run
 
 
 def table(results: list[Path]) -> None:

@@ -10,7 +10,7 @@ from victims import assert_inside, learnt, linear
 
 from robustclip.attacks import APGD, PGD, Attack
 from robustclip.attacks.apgd import checkpoints
-from robustclip.attacks.base import SkipsMisclassified
+from robustclip.attacks.attack import SkipsMisclassified
 
 HALF_A_POINT = 0.005
 IDS = torch.arange(300)

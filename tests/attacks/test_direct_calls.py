@@ -6,7 +6,7 @@ from torch import Tensor
 from victims import learnt
 
 from robustclip.attacks import APGD, Attack, Square
-from robustclip.attacks.base import SkipsMisclassified
+from robustclip.attacks.attack import SkipsMisclassified
 
 IDS = torch.arange(300)
 

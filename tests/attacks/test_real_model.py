@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from robustclip.attacks import APGD, PGD, Recipe, TorchAttack
-from robustclip.attacks.base import Forward
-from robustclip.attacks.verdict import ROBUST, examine
+from robustclip.attacks.attack import Forward
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation.engine import ROBUST, examine
 from robustclip.methods import ZeroShot
 from robustclip.types import Batch
 

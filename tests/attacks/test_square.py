@@ -11,8 +11,8 @@ from torch import Tensor
 from victims import assert_inside, learnt, linear
 
 from robustclip.attacks import Square
-from robustclip.attacks.base import SkipsMisclassified
-from robustclip.attacks.losses import margin
+from robustclip.attacks.attack import SkipsMisclassified
+from robustclip.attacks.sample_losses import margin
 from robustclip.attacks.square import area, pyramids
 
 IDS = torch.arange(300)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.data.images import BadSample
-from robustclip.data.sampling import ImageLoader
+from robustclip.data.loader import ImageLoader
+from robustclip.data.samples import BadSample
 from robustclip.data.transforms import Augmentation, AugmentedPixels, ToPixels
 from robustclip.types import Batch
 

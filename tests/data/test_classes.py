@@ -2,8 +2,16 @@
 
 import pytest
 
-from robustclip.data.classes import format_ranges, narrowed, parse_ranges
-from robustclip.data.shifts import Role, Shift, benchmark, part_by_ranges, part_by_shift
+from robustclip.data.task_parts import (
+    Role,
+    Shift,
+    benchmark,
+    format_ranges,
+    narrowed,
+    parse_ranges,
+    part_by_ranges,
+    part_by_shift,
+)
 from robustclip.types import UNKNOWN, Task
 
 SHIFTS: tuple[Shift, ...] = ("closed", "partial", "open", "open_partial")

@@ -15,8 +15,8 @@ from inputs import ShardWriter
 from numpy.typing import NDArray
 
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.data.features import FeatureCache, FeatureImages
-from robustclip.data.sampling import ImageLoader
+from robustclip.data.feature_cache import FeatureCache, FeatureImages
+from robustclip.data.loader import ImageLoader
 from robustclip.data.transforms import Augmentation
 
 COUNT, WIDTH, VIEWS = 11, 6, 3

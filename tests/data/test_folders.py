@@ -11,7 +11,7 @@ from PIL import Image
 
 from robustclip.data import DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.sources import OpenedSource, open_source
+from robustclip.data.sources.source import OpenedSource, open_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

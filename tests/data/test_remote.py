@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from inputs import ShardWriter, add_member
 
-from robustclip.data import remote
-from robustclip.data.remote import CHUNK, HttpFile
-from robustclip.data.shards import IndexedShards, list_shards, read_lines, read_text
-from robustclip.data.sources import open_source
-from robustclip.data.streams import StreamedShards, read_shard
-from robustclip.data.tar import MAX_TEXT_BYTES
+from robustclip.data.sources import remote
+from robustclip.data.sources.remote import CHUNK, HttpFile
+from robustclip.data.sources.source import open_source
+from robustclip.data.sources.streams import StreamedShards, read_shard
+from robustclip.data.sources.tar import MAX_TEXT_BYTES
+from robustclip.data.sources.wds import IndexedShards, list_shards, read_lines, read_text
 from robustclip.tools.retrieval.pairs import pool_shards
 
 TRIES = 4

@@ -12,8 +12,15 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from robustclip.data.scenes import COLOURS, SHAPES
-from robustclip.data.shapes import HELD_OUT_PAIRS, SHAPES_SETS, SOURCE_PAIRS, ShapesDataset, describe, pretraining_pair
+from robustclip.data.sources.scenes import COLOURS, SHAPES
+from robustclip.data.sources.shapes import (
+    HELD_OUT_PAIRS,
+    SHAPES_SETS,
+    SOURCE_PAIRS,
+    ShapesDataset,
+    describe,
+    pretraining_pair,
+)
 
 ZERO_SHOT = SHAPES_SETS[1:]
 # Recorded once: a change means that every published number of the shapes world has to be measured again.

@@ -11,9 +11,9 @@ import webdataset
 from inputs import ShardWriter, add_member
 from PIL import Image
 
-from robustclip.data.images import Images
-from robustclip.data.shards import IndexedShards, list_shards
-from robustclip.data.tar import parse_label
+from robustclip.data.samples import Images
+from robustclip.data.sources.tar import parse_label
+from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 
 

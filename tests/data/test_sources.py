@@ -9,7 +9,7 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.sources import OpenedSource, open_source
+from robustclip.data.sources.source import OpenedSource, open_source
 from robustclip.data.views import labels_of
 
 

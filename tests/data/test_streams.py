@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from inputs import ShardWriter
 
-from robustclip.data import streams
-from robustclip.data.images import StreamedImages
-from robustclip.data.sampling import ImageLoader
-from robustclip.data.shards import list_shards
-from robustclip.data.streams import ShuffledShards, StreamedShards
+from robustclip.data.loader import ImageLoader
+from robustclip.data.samples import StreamedImages
+from robustclip.data.sources import streams
+from robustclip.data.sources.streams import ShuffledShards, StreamedShards
+from robustclip.data.sources.wds import list_shards
 from robustclip.data.transforms import ToPixels
 
 GRIDS = [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2), (3, 3)]  # ranks and loader workers of each

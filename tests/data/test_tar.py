@@ -18,8 +18,8 @@ from inputs import ShardWriter
 from PIL import Image
 
 from robustclip.data.captioned import CaptionedImages
-from robustclip.data.shards import IndexedShards, list_shards
-from robustclip.data.streams import read_shard
+from robustclip.data.sources.streams import read_shard
+from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 from robustclip.tools.retrieval.pairs import pool_shards
 

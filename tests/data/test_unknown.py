@@ -10,11 +10,11 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.images import Images
-from robustclip.data.sampling import ImageLoader
-from robustclip.data.shifts import Role
-from robustclip.data.sources import open_source
+from robustclip.data.loader import ImageLoader
+from robustclip.data.samples import Images
+from robustclip.data.sources.source import open_source
 from robustclip.data.splits import draw_known
+from robustclip.data.task_parts import Role
 from robustclip.data.views import labels_of, where_of
 from robustclip.methods import TeCoA
 from robustclip.tools.datasets import examine

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from robustclip.data.scenes import SHAPES, render
-from robustclip.data.shapes import ShapesDataset, describe, pretraining_pair
+from robustclip.data.sources.scenes import SHAPES, render
+from robustclip.data.sources.shapes import ShapesDataset, describe, pretraining_pair
 from robustclip.methods import ARF, FLYP
 from robustclip.types import Batch, Pairs, Task
 

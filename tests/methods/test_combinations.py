@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from robustclip.attacks import APGD, PGD, Attack, Square, TorchAttack
-from robustclip.callbacks import RobustEvaluation
-from robustclip.cli import main
-from robustclip.clip import CLIPModel
+from robustclip.cli.lightning import main
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import FARE, PMGAFT, UEO, CLIPAdapter, CRoFT, RobustMethod, TeCoA
+from robustclip.models.clip import CLIPModel
 
 METHODS: list[type[RobustMethod]] = [TeCoA, PMGAFT, FARE, UEO]
 BEHIND: list[type[RobustMethod]] = [CRoFT, CLIPAdapter]  # a tower that is frozen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustclip.methods import UEO
-from robustclip.methods.norms import norm_parameters
+from robustclip.models.layers import norm_parameters
 
 NAMES = cases.TASK.class_names
 

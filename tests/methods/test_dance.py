@@ -12,7 +12,7 @@ from torch import Tensor
 from unlabelled_cases import OPTIONS, Save, class_features, fitted, learnt, shapes
 
 from robustclip.methods import DANCE
-from robustclip.methods.checkpoints import with_digest
+from robustclip.methods._shared.saved_state import with_digest
 from robustclip.tools.interpolate import interpolate
 
 

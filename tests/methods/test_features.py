@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from robustclip.methods import CLIPAdapter, CRoFT, FineTuning, RobustMethod, TeCoA, TipAdapter
-from robustclip.methods.intake import check_intake
-from robustclip.methods.schedule import constant_warmup_cosine
+from robustclip.methods._shared.data_checks import check_intake
+from robustclip.methods._shared.schedules import constant_warmup_cosine
 
 each_method = pytest.mark.parametrize("cls", [CLIPAdapter, CRoFT, TipAdapter])
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule
-from robustclip.losses import info_nce
 from robustclip.methods import FLYP, FLYPCE, ZeroShot
+from robustclip.objectives.losses import info_nce
 from robustclip.tools.interpolate import interpolate
 from robustclip.types import Batch, Task
 

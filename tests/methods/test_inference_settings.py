@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from robustclip import methods
-from robustclip.__main__ import run
-from robustclip.clip import CLIPModel
+from robustclip.cli.main import run
+from robustclip.convert.open_clip_folder import write
 from robustclip.methods import PMGAFT, UEO, CLIPAdapter, CoOp, CRoFT, RobustMethod, TeCoA, TipAdapter, ZeroShot
-from robustclip.methods.checkpoints import identity, read_checkpoint
-from robustclip.tools.local_dir import write
+from robustclip.methods._shared.saved_state import identity, read_checkpoint
+from robustclip.models.clip import CLIPModel
 
 # Constructor arguments that define the function of given weights; every other argument must be of training alone.
 PROMPT = {"prompt", "prompt_size", "prompt_tokens"}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustclip.attacks import APGD, PGD
-from robustclip.cli import main
+from robustclip.cli.lightning import main
 from robustclip.data import CLIPDataModule
 from robustclip.methods import PMGAFT, RobustMethod, TeCoA
 from robustclip.types import Batch

@@ -11,9 +11,9 @@ import open_clip
 import pytest
 import torch
 
+from robustclip.convert.exporting import export
 from robustclip.data import CLIPDataModule
 from robustclip.methods import TeCoA
-from robustclip.tools.export import export
 from robustclip.tools.interpolate import interpolate
 
 PADDING = {"prompt": "padding", "prompt_size": 4}

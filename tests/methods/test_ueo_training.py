@@ -12,7 +12,7 @@ from torch import Tensor
 from unlabelled_cases import OPTIONS, Looking, Save, fitted, learnt, shapes
 
 from robustclip.methods import DANCE, POUF, UEO, UPL, TeCoA
-from robustclip.methods.context_and_norms import ContextAndNorms
+from robustclip.methods._shared.context_and_norms import ContextAndNorms
 from robustclip.tools.interpolate import interpolate
 from robustclip.types import UNKNOWN, Batch
 

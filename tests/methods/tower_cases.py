@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from robustclip.clip import SHAPES_MODEL
+from robustclip.models.clip import SHAPES_MODEL
 
 WORDS = ["[PAD]", "[UNK]", "this", "is", "a", "photo", "of", "red", "green", "blue", "circle", "square", "star"]
 TEXT = {

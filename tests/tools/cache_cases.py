@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip.methods.features import FrozenFeatures
-from robustclip.tools.retrieval import features
+from robustclip.methods._shared.frozen_towers import FrozenFeatures
+from robustclip.tools.retrieval import encoder
 from robustclip.types import Batch
 
 
@@ -47,7 +47,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def die_in_write(number: int) -> None:
     """Lets this process die after it has written so many files of the work."""
-    write, written = features.write_aside, []
+    write, written = encoder.write_aside, []
 
     def struck(path: Path, content: bytes | str) -> None:
         write(path, content)
@@ -55,4 +55,4 @@ def die_in_write(number: int) -> None:
         if len(written) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    features.write_aside = struck
+    encoder.write_aside = struck

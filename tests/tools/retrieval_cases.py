@@ -10,7 +10,7 @@ from inputs import add_member
 from PIL import Image
 from pyarrow import parquet
 
-from robustclip.data.shapes import ShapesDataset
+from robustclip.data.sources.shapes import ShapesDataset
 
 OWN = 40  # images of the training set that lie in the pool
 DUPLICATES = 5  # of images of the guarded test set

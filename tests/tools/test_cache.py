@@ -15,11 +15,11 @@ from checkpoint_cases import one_tokenizer
 from inputs import ShardWriter
 from resume_cases import finish
 
-from robustclip.__main__ import run
-from robustclip.cli import main
-from robustclip.clip import CLIPModel
+from robustclip.cli.lightning import main
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.data.transforms import Augmentation
+from robustclip.models.clip import CLIPModel
 from robustclip.tools import cache
 
 # fp16 has 11 binary digits: rounding moves a number by at most 2^-11 of itself, and tiny ones by 2^-25.

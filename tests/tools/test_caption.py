@@ -11,9 +11,9 @@ import torch
 from pyarrow import parquet
 from resume_cases import finish
 
-from robustclip.__main__ import run
-from robustclip.data.shapes import ShapesDataset
-from robustclip.tools.journal import Journal
+from robustclip.cli.main import run
+from robustclip.data.sources.shapes import ShapesDataset
+from robustclip.tools.progress_log import Journal
 
 transformers = pytest.importorskip("transformers")
 WORDS = [

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from robustclip.ledger import Ledger
-from robustclip.protocol import AXES, CLEAN_AXES, digest
-from robustclip.runs import LEDGERS, RESULT, Run
-from robustclip.statistics import newcombe
+from robustclip.intervals import newcombe
+from robustclip.results.ledger import Ledger
+from robustclip.results.protocol import AXES, CLEAN_AXES, digest
+from robustclip.results.run import LEDGERS, RESULT, Run
 from robustclip.tools.compare import Comparison, compare, pair
 
 Outcomes = dict[int, str]

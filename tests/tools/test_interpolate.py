@@ -9,10 +9,10 @@ import pytest
 import torch
 from checkpoint_cases import SMALL, fitted, trained_by_command
 
-from robustclip.__main__ import run
-from robustclip.cli import main
+from robustclip.cli.lightning import main
+from robustclip.cli.main import run
 from robustclip.methods import TeCoA
-from robustclip.methods.checkpoints import with_digest
+from robustclip.methods._shared.saved_state import with_digest
 from robustclip.tools.interpolate import interpolate
 
 

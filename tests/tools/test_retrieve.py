@@ -14,9 +14,9 @@ from pyarrow import parquet
 from resume_cases import finish
 from retrieval_cases import CAPTION, DUPLICATES, POOL, make_pool, neighbours, parts_of, read_anchors, words
 
-from robustclip.__main__ import run
-from robustclip.data.shapes import ShapesDataset
-from robustclip.tools.retrieval import features, search
+from robustclip.cli.main import run
+from robustclip.data.sources.shapes import ShapesDataset
+from robustclip.tools.retrieval import encoder, search
 from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, nearest
 
 faiss = pytest.importorskip("faiss")
@@ -138,7 +138,7 @@ def test_neighbours_point_at_the_nearest_anchors(anchors: Path) -> None:
 
 def die_in_write(number: int) -> None:
     """Lets this process die after it has written so many files of the cache."""
-    write, written = features.write_aside, []
+    write, written = encoder.write_aside, []
 
     def struck(path: Path, content: bytes | str) -> None:
         write(path, content)
@@ -146,7 +146,7 @@ def die_in_write(number: int) -> None:
         if len(written) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    features.write_aside = struck
+    encoder.write_aside = struck
 
 
 def test_a_killed_retrieval_goes_on(pool: Path, anchors: Path, tmp_path: Path) -> None:

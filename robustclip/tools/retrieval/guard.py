@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from robustclip.tools.retrieval.features import Part
+from robustclip.tools.retrieval.encoder import Part
 from robustclip.tools.retrieval.search import CHUNK, Candidates, Ids, load_faiss
 
 UNSEEN, FREE, REFUSED = 0, 1, 2

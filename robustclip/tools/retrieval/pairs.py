@@ -14,8 +14,8 @@ from PIL import Image
 from webdataset.shardlists import expand_urls
 
 from robustclip.data.decoding import open_image
-from robustclip.data.shards import REMOTE, list_shards, read_samples
-from robustclip.data.tar import IMAGE_TYPES, LABEL, TEXT
+from robustclip.data.sources.tar import IMAGE_TYPES, LABEL, TEXT
+from robustclip.data.sources.wds import REMOTE, list_shards, read_samples
 from robustclip.paths import located
 
 PAIRS_PER_SHARD = 10_000

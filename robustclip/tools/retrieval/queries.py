@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from robustclip import display
 from robustclip.data.anchors import ListTable
-from robustclip.data.sources import OpenedSource
+from robustclip.data.sources.source import OpenedSource
 from robustclip.data.views import labels_of
-from robustclip.tools.retrieval.features import Encoder, Part, Store, records
+from robustclip.tools.retrieval.encoder import Encoder, Part, Store, records
 from robustclip.tools.retrieval.pairs import pool_shards
 
 IMAGES_PER_PART = 4096

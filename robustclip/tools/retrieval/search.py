@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustclip.tools.retrieval.features import Part
+from robustclip.tools.retrieval.encoder import Part
 
 CHUNK = 65_536  # candidates in single precision at a time: 128 MiB of 512 dimensions
 QUERIES = 4096

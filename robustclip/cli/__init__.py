@@ -1,0 +1,1 @@
+"""The command line; `main` answers light commands without importing torch."""

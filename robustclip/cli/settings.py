@@ -1,0 +1,232 @@
+"""Configuration files and command lines, checked before anything slow is loaded."""
+
+import codecs
+import locale
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robustclip.cli.messages import unknown_key
+from robustclip.results.run import Run
+from robustclip.textfiles import read_text
+
+SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
+SUFFIXES = (".yaml", ".yml", ".json")
+WITHOUT_VALUE = ("--", "--help", "--version", "--print_config", "--print_shtab")
+BY_ROLE = ("", "null", "None", "best", "last", "hpc", "registry")  # Lightning looks for these checkpoints itself
+MOST_VALUES = 20_000  # of one file; more come from an alias that contains itself
+
+Place = tuple[Any, ...]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose mappings hold each key once. The standard demands it; PyYAML silently takes the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Compares the keys of one mapping as they are written."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                problem = f"key {key.value!r} stands twice, first in line {lines[key.value]}, again"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[str(key.value)] = key.start_mark.line + 1
+        return node
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a configuration and the files that its sections name.
+
+    Args:
+        path: of a YAML file.
+
+    Raises:
+        ValueError: no such file, no mapping in YAML, a key that stands twice, or a value that contains itself.
+    """
+    tree = _read(path)
+    for place, value in list(places(tree)):
+        if not isinstance(value, str) or not value.endswith(SUFFIXES):
+            continue
+        part, is_section = path.parent / value, len(place) == 1 and place[0] in SECTIONS
+        if not part.is_file() and is_section:
+            raise ValueError(f"{place[0]}: {value!r} is no file; paths inside a config start at that config, {path}")
+        if part.is_file():
+            content = _read(part)
+            tree |= {place[0]: content} if is_section else {}
+    return tree
+
+
+def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields key and value of each option of a command line."""
+    for word, following in pairwise([*words, ""]):
+        key, sign, value = word.partition("=")
+        if key.startswith("--") or key == "-c":
+            yield "config" if key == "-c" else key[2:], value if sign else following
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Writes ``--KEY -1`` as ``--KEY=-1``: the parser takes a word that begins with a minus for an option.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        ValueError: an option without a value. The parser names its section alone.
+    """
+    rest, found = list(words), []
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--") and "=" not in word and word not in WITHOUT_VALUE and not word.endswith(".help"):
+            value = rest.pop(0) if rest else "--"
+            if value.startswith("--") or value in ("-c", "-h"):
+                raise ValueError(f"{word[2:]}: a value is missing; `robustclip COMMAND --help` lists what it may be")
+            found += [f"{word}={value}"] if value.startswith("-") else [word, value]
+        else:
+            found.append(word)
+    return found
+
+
+def check_files(words: Sequence[str], *, needs_results: bool) -> None:
+    """Looks for the files that a command line and its configurations name.
+
+    Args:
+        words: of the command line.
+        needs_results: whether the command cannot start without its checkpoint and its baseline.
+
+    Raises:
+        ValueError: a file that is not there, or a configuration that cannot be read.
+    """
+    named: dict[str, Any] = {}
+    for key, value in options(joined(words)):
+        if key == "config":
+            tree = read_config(Path(value))
+            results = tree.get("results")
+            named |= {"ckpt_path": tree.get("ckpt_path", named.get("ckpt_path"))}
+            if isinstance(results, Mapping) and "baseline" in results:
+                named["results.baseline"] = results["baseline"]
+        elif key in SECTIONS and value.endswith(SUFFIXES):
+            read_config(Path(value))
+        named[key] = value
+    checkpoint, baseline = (str(named.get(key) or "") for key in ("ckpt_path", "results.baseline"))
+    if needs_results and checkpoint not in BY_ROLE and "://" not in checkpoint and not Path(checkpoint).is_file():
+        raise ValueError(f"ckpt_path {checkpoint!r} is no file; `robustclip fit` prints where it writes checkpoints")
+    if needs_results and baseline not in BY_ROLE:
+        try:
+            Run.open(Path(baseline))
+        except ValueError as error:
+            raise ValueError(f"results.baseline: {error}") from error
+
+
+def check_order(words: Sequence[str]) -> None:
+    """Compares options with the configurations that follow them, which would silently replace their values.
+
+    Raises:
+        ValueError: an option whose key is set by a configuration behind it.
+    """
+    earlier: dict[str, str] = {}
+    for key, value in options(words):
+        if key != "config":
+            earlier[key] = value
+            continue
+        tree = read_config(Path(value))
+        for name, given in earlier.items():
+            there = get(tree, name.split("."))
+            is_part = name in SECTIONS and isinstance(there, Mapping) and "class_path" not in there
+            if there is not None and not is_part and str(there) != given:
+                raise ValueError(f"{name} is set before --config {value}, which sets it too; put --config first")
+
+
+def check_keys(tree: Mapping[str, Any], keys: Collection[str]) -> None:
+    """Compares the keys of a configuration with those that there are, but for the options of chosen classes.
+
+    Args:
+        tree: the configuration.
+        keys: dotted keys; a section with a ``class_path`` takes the options of a class.
+
+    Raises:
+        ValueError: an unknown key, a section or arguments that are no mapping, or a class that is no name.
+    """
+    for place, value in places(tree):
+        key, section = ".".join(map(str, place)), str(place[0]).partition(".")[0]
+        has_class = f"{section}.class_path" in keys
+        if len(place) <= 2 and not (has_class and key != section) and key.removesuffix("+") not in keys:
+            raise ValueError(unknown_key(key, keys))
+        is_name = isinstance(value, str) and bool(value)
+        is_mapping = place[-1] == "init_args" or (key in SECTIONS and not (has_class and is_name))
+        if is_mapping and not isinstance(value, Mapping):
+            raise ValueError(f"{key} must hold `key: value` lines, got {_short(value)}")
+        if place[-1] == "class_path" and not is_name:
+            raise ValueError(f"{key} must be the name of a class, got {_short(value)}")
+        is_object = place[0] == "trainer" and len(place) == 3 and isinstance(place[2], int)
+        if is_object and isinstance(value, Mapping) and "class_path" not in value:
+            raise ValueError(f"{key} must have a class_path, got {_short(dict(value))}")
+
+
+def parse(text: str, name: str) -> Any:
+    """Reads YAML or JSON.
+
+    Args:
+        text: of a file or an option.
+        name: of the file or option.
+
+    Raises:
+        ValueError: no YAML, a key that stands twice, or a value that contains itself.
+    """
+    try:
+        content = yaml.load(text, _StrictLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{name} is no YAML: {error.problem}{mark}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # dates that do not exist, control characters
+        raise ValueError(f"{name} is no YAML: {error}") from error
+    if sum(1 for _ in islice(places(content), MOST_VALUES)) == MOST_VALUES:
+        raise ValueError(f"{name} holds {MOST_VALUES:,} values or more; does an alias contain itself?")
+    return content
+
+
+def places(tree: Any) -> Iterator[tuple[Place, Any]]:
+    """Yields keys and value of every entry of nested mappings and lists, from the outside to the inside."""
+    queue: deque[tuple[Place, Any]] = deque([((), tree)])
+    while queue:
+        place, value = queue.popleft()
+        if place:
+            yield place, value
+        pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+        queue.extend(((*place, key), each) for key, each in pairs)
+
+
+def get(tree: Any, keys: Sequence[str]) -> Any:
+    """Finds the value of a dotted key, through the arguments of classes; None where there is none.
+
+    Args:
+        tree: a configuration.
+        keys: parts of the dotted key.
+    """
+    for key in keys:
+        tree = tree.get("init_args", tree) if isinstance(tree, Mapping) and key not in tree else tree
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error}; --config takes a YAML file") from error
+    encoding = locale.getpreferredencoding(False)
+    if not text.isascii() and codecs.lookup(encoding).name != "utf-8":  # jsonargparse opens files in the locale's
+        raise ValueError(
+            f"config {path} has letters outside of ASCII, and the locale reads {encoding}; set PYTHONUTF8=1"
+        )
+    content = parse(text, f"config {path}")
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {_short(content)}")
+    return content
+
+
+def _short(value: object) -> str:
+    return "null" if value is None else repr(str(value)[:40])

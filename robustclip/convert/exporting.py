@@ -1,0 +1,98 @@
+"""``robustclip export``: a fine-tuned model becomes a folder that other programs load."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustclip.convert import hugging_face, open_clip_folder
+from robustclip.convert.model_card import model_card
+from robustclip.methods import RobustMethod
+from robustclip.models.clip import CLIPModel, fingerprint
+from robustclip.models.layers import frozen
+from robustclip.results.run import Run
+
+FORMATS = ("open_clip", "hf")
+
+
+def export(
+    method: RobustMethod,
+    out: Path,
+    *,
+    to: str = "open_clip",
+    training: Mapping[str, Any] | None = None,
+    results: Path | None = None,
+) -> None:
+    """Writes weights, configuration, tokenizer and a model card, once they load with the method's logits.
+
+    Args:
+        method: with its trained weights.
+        out: folder to write; it must not exist.
+        to: ``open_clip`` for its local-dir layout, ``hf`` for a Hugging Face ``CLIPModel``.
+        training: settings of ``robustclip fit``, for the card.
+        results: folder of a finished test of this model, for the card.
+
+    Raises:
+        ValueError: the method adds something to the towers at inference, the format cannot hold the architecture, the
+            folder gives other logits, the results are of other weights, or ``out`` exists.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    run = None if results is None else Run.open(results)
+    clip = method.eval().clip.float()
+    if run is not None and run.result.get("model", {}).get("weights") != fingerprint(method):
+        raise ValueError(f"{results} is a test of other weights, which the model card must not claim; test this model")
+    check_is_towers_alone(method)
+    with open_clip_folder.new_folder(out) as aside:
+        difference = _write_open_clip(clip, aside) if to == "open_clip" else _write_hugging_face(clip, aside)
+        base = str(clip.arch or Path(str(clip.pretrained)).name)
+        source = f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
+        card = model_card(type(method).__name__, to=to, base=f"{base}{source}", training=training, run=run)
+        (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
+    sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
+
+
+def check_is_towers_alone(method: RobustMethod) -> None:
+    """Compares what the method computes with what its two towers compute.
+
+    Raises:
+        ValueError: prompts, adapters or heads take part, for which neither format has a place.
+    """
+    clip = method.clip
+    with torch.no_grad(), frozen(method):
+        own = open_clip_folder.similarities(clip)
+        for part, found in (
+            ("image", open_clip_folder.similarities(clip, image_features=method.image_features)),
+            ("class", open_clip_folder.similarities(clip, class_features=method.class_features)),
+        ):
+            difference = float((found.cosines - own.cosines).abs().max())
+            if not difference <= open_clip_folder.TOLERANCE:
+                raise ValueError(
+                    f"{type(method).__name__} adds to the towers at inference (cosines of its {part} features differ by"
+                    f" {difference:.1e}), as prompts, adapters and heads do; neither format has a place for that"
+                )
+    if added := [name for name in method.state_dict() if not name.startswith("clip.")]:
+        raise ValueError(
+            f"{type(method).__name__} has {added[0]!r} beside the towers; neither format has a place for it"
+        )
+
+
+def _write_open_clip(clip: CLIPModel, folder: Path) -> float:
+    open_clip_folder.write(clip, folder)
+    written = CLIPModel(pretrained=str(folder))
+    return open_clip_folder.check_parity(open_clip_folder.similarities(clip), open_clip_folder.similarities(written))
+
+
+def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:
+    config = open_clip_folder.model_config(clip.arch, clip.pretrained)
+    config["vision_cfg"]["image_size"] = clip.image_size
+    settings = hugging_face.clip_config(config)
+    settings.architectures = ["CLIPModel"]
+    settings.save_pretrained(folder)
+    open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(clip.net.state_dict()))
+    hugging_face.write_tokenizer(clip, folder)
+    return open_clip_folder.check_parity(
+        open_clip_folder.similarities(clip), hugging_face.library_similarities(folder, clip)
+    )

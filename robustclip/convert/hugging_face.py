@@ -1,0 +1,245 @@
+"""The same CLIP in the Hugging Face library's naming: a table of names, and the options that both sides have."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
+from robustclip.models.clip import CLIPModel
+from robustclip.models.layers import frozen
+
+# Beginnings of names, there and here; a longer one stands before what it contains.
+BEGINNINGS = (
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("text_projection.weight", "text_projection"),
+    ("logit_scale", "logit_scale"),
+)
+INSIDE_BLOCKS = (
+    (".self_attn.out_proj.", ".attn.out_proj."),
+    (".layer_norm1.", ".ln_1."),
+    (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+TRANSPOSED = ("visual.proj", "text_projection")  # matrices here, linear layers there
+VOCABULARY = 49408  # of CLIP's tokenizer
+QKV = "qkv"  # rows of the joint projection, in this order
+ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+# What both sides can be told; of everything else CLIP's own choice is built in there.
+VISION_OPTIONS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+TEXT_OPTIONS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "tokenizer_kwargs"}
+MODEL_OPTIONS = {"embed_dim", "quick_gelu", "init_logit_scale", "vision_cfg", "text_cfg"}
+
+
+def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under open_clip's names.
+
+    Raises:
+        ValueError: a name that a ``CLIPModel`` does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(".position_ids"):  # a counter that old versions stored
+            continue
+        new = _translated(name, there=0)
+        renamed[new] = tensor.T.contiguous() if new in TRANSPOSED else tensor
+    for name in [name for name in renamed if ".self_attn.q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in QKV]
+        renamed[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
+    return renamed
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of ``transformers.CLIPModel``."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = _translated(name, there=1)
+        tensor = tensor.T.contiguous() if name in TRANSPOSED else tensor
+        if ".attn.in_proj_" in new:
+            for letter, part in zip(QKV, tensor.chunk(3), strict=True):
+                renamed[new.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part.contiguous()
+        else:
+            renamed[new] = tensor
+    return renamed
+
+
+def model_config(config: Any) -> dict[str, Any]:
+    """open_clip's ``model_cfg`` of a ``CLIPConfig``.
+
+    Raises:
+        ValueError: towers that open_clip cannot be told of.
+    """
+    vision, text = config.vision_config, config.text_config
+    activation = vision.hidden_act
+    if activation != text.hidden_act or activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act must be quick_gelu or gelu in both towers, got {activation}, {text.hidden_act}")
+    if {vision.layer_norm_eps, text.layer_norm_eps} != {1e-5}:
+        raise ValueError(f"layer_norm_eps must be 1e-5, got {vision.layer_norm_eps} and {text.layer_norm_eps}")
+    if text.vocab_size != VOCABULARY:
+        raise ValueError(f"vocab_size must be {VOCABULARY}, as CLIP's tokenizer has, got {text.vocab_size}")
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": ACTIVATIONS[activation],
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+        },
+    }
+
+
+def clip_config(model: dict[str, Any]) -> Any:
+    """``transformers.CLIPConfig`` of open_clip's ``model_cfg``.
+
+    Raises:
+        ValueError: the extra is not installed, or the model is not of OpenAI's ViT type.
+    """
+    _check_type(model)
+    vision, text = CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])
+    activation = next(name for name, is_quick in ACTIVATIONS.items() if is_quick == model.get("quick_gelu", False))
+    return library().CLIPConfig(
+        projection_dim=model["embed_dim"],
+        vision_config={
+            "image_size": vision.image_size,
+            "num_hidden_layers": vision.layers,
+            "hidden_size": vision.width,
+            "num_attention_heads": vision.width // vision.head_width,
+            "patch_size": vision.patch_size,
+            "intermediate_size": int(vision.width * vision.mlp_ratio),
+            "hidden_act": activation,
+            "projection_dim": model["embed_dim"],
+        },
+        text_config={
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "num_attention_heads": text.heads,
+            "num_hidden_layers": text.layers,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "hidden_act": activation,
+            "projection_dim": model["embed_dim"],
+            # The last two entries of CLIP's vocabulary; features are read where the second first stands.
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+            "pad_token_id": text.vocab_size - 1,
+        },
+    )
+
+
+def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
+    """Writes CLIP's byte-pair tokenizer and the preprocessing of images, so that the folder is complete offline."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    own = {"<start_of_text>": start, "<end_of_text>": end}
+    vocabulary = {own.get(token, token): number for token, number in clip.tokenizer.encoder.items()}
+    merges = "".join(f"{' '.join(pair)}\n" for pair in clip.tokenizer.bpe_ranks)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    length = clip.tokenizer.context_length
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
+    size = clip.image_size
+    images = {
+        "image_processor_type": "CLIPImageProcessor",
+        "image_mean": clip.mean.flatten().tolist(),
+        "image_std": clip.std.flatten().tolist(),
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "resample": 3,  # PIL's number for bicubic
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2), encoding="utf-8")
+
+
+def library_similarities(folder: Path, clip: CLIPModel) -> Logits:
+    """What ``transformers.CLIPModel`` says of the probe's images and classes.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        clip: gives tokenizer and normalisation.
+    """
+    model = library().CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=None).float()
+    prompts = [prompt for prompts in PROBE.prompts for prompt in prompts]
+    with torch.no_grad(), frozen(model):
+        pixels = (probe_images(clip.image_size) - clip.mean) / clip.std
+        seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        read = model.text_projection(model.text_model(input_ids=clip.tokenizer(prompts)).pooler_output)
+    words = F.normalize(read, dim=-1).view(len(PROBE.class_names), len(PROBE.templates), -1)
+    classes = F.normalize(words.mean(1), dim=-1)
+    return Logits(F.normalize(seen, dim=-1) @ classes.T, float(model.logit_scale.detach().exp()))
+
+
+def library() -> Any:
+    """The Hugging Face library.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("Hugging Face folders need the extra: pip install 'robustclip[hf]'") from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
+
+
+def _check_type(model: dict[str, Any]) -> None:
+    for name in sorted(model.keys() - MODEL_OPTIONS):
+        if model[name]:
+            raise ValueError(f"transformers.CLIPModel has no {name}; export --to open_clip instead")
+    for part, allowed, cls in (("vision_cfg", VISION_OPTIONS, CLIPVisionCfg), ("text_cfg", TEXT_OPTIONS, CLIPTextCfg)):
+        defaults = {field.name: field.default for field in fields(cls)}
+        for name, value in model[part].items():
+            if name not in allowed and value != defaults.get(name):
+                raise ValueError(
+                    f"transformers.CLIPModel has no {part}.{name} = {value!r}: it holds OpenAI's ViT type alone;"
+                    " export --to open_clip instead"
+                )
+    if not isinstance(model["vision_cfg"].get("layers", 12), int):
+        raise ValueError("transformers.CLIPModel has no ResNet tower; export --to open_clip instead")
+
+
+def _translated(name: str, *, there: int) -> str:
+    """A name in the other naming.
+
+    Args:
+        name: of a tensor.
+        there: 0 for a Hugging Face name, 1 for one of open_clip.
+    """
+    for pair in BEGINNINGS:
+        if name.startswith(pair[there]):
+            name = pair[1 - there] + name.removeprefix(pair[there])
+            break
+    else:
+        raise ValueError(f"{name!r} is no tensor of an OpenAI-type CLIP")
+    for pair in INSIDE_BLOCKS:
+        name = name.replace(pair[there], pair[1 - there])
+    return name

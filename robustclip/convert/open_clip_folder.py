@@ -1,0 +1,153 @@
+"""Folders in open_clip's "local-dir" layout, and the proof that what was written is what was meant."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from robustclip.models import tensor_files
+from robustclip.models.clip import SHAPES_MODEL, CLIPModel
+from robustclip.models.layers import frozen
+from robustclip.textfiles import read_text
+from robustclip.types import Task
+
+CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# Of cosines in float32: another order of the same sums differs by some 1e-7, another activation by 1e-3 and more.
+TOLERANCE = 1e-5
+PROBE_IMAGES = 4
+PROBE = Task("probe", ("cat", "red circle", "an aeroplane in the sky"), ("a photo of a {}", "{}"))
+
+
+class Logits(NamedTuple):
+    """Zero-shot logits, in two factors so that one tolerance fits every temperature.
+
+    Args:
+        cosines: ``(B, C)``.
+        scale: of the logits.
+    """
+
+    cosines: Tensor
+    scale: float
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path``, which gets that name at the end and is removed after an error.
+
+    Raises:
+        ValueError: ``path`` exists; nothing is overwritten.
+    """
+    if path.exists():
+        raise ValueError(f"out {str(path)!r} exists and is never overwritten; choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)  # temporary folders are for their owner alone
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:
+    """open_clip's ``model_cfg`` of a model that `CLIPModel` was built from."""
+    folder = _folder(pretrained)
+    if folder is None:
+        config: dict[str, Any] = open_clip.get_model_config(arch)
+    else:
+        config = json.loads(read_text(folder / CONFIG))["model_cfg"]
+    return config
+
+
+def write(clip: CLIPModel, folder: Path) -> None:
+    """Writes weights, configuration and tokenizer, which `CLIPModel` and open_clip's ``local-dir:`` load."""
+    config = model_config(clip.arch, clip.pretrained)
+    config["vision_cfg"]["image_size"] = clip.image_size
+    base = _folder(clip.pretrained)
+    if base is not None:
+        for file in base.iterdir():
+            if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name not in (CONFIG, README):
+                shutil.copyfile(file, folder / file.name)
+    elif isinstance(clip.tokenizer, HFTokenizer):
+        clip.tokenizer.save_pretrained(folder)
+    if base is None and "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_name"] = "."
+        clip.net.text.config.save_pretrained(folder)
+    preprocessing = clip.net.visual.preprocess_cfg
+    kept = {name: preprocessing[name] for name in ("interpolation", "resize_mode")}
+    # A method may have set the statistics of the pixels.
+    kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
+    write_config(folder, config, kept)
+    write_weights(folder / WEIGHTS, clip.net.state_dict())
+
+
+def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, Any]) -> None:
+    """Writes ``open_clip_config.json``."""
+    text = json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}, indent=2)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Writes tensors, of any device and memory layout, as safetensors with their digest."""
+    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(
+        plain, path, metadata={"format": "pt", tensor_files.DIGEST: tensor_files.digest(dict(sorted(plain.items())))}
+    )
+
+
+def probe_images(size: int) -> Tensor:
+    """Random images ``(B, 3, size, size)`` in [0, 1], the same ones every time."""
+    return torch.rand(PROBE_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def similarities(
+    clip: CLIPModel,
+    image_features: Callable[[Tensor], Tensor] | None = None,
+    class_features: Callable[[Task], Tensor] | None = None,
+) -> Logits:
+    """What a model says of the probe's images and classes.
+
+    Args:
+        clip: the model.
+        image_features: in place of its image tower's.
+        class_features: in place of its text tower's.
+    """
+    with torch.no_grad(), frozen(clip):
+        images = (image_features or clip.encode_image)(probe_images(clip.image_size))
+        return Logits(images @ (class_features or clip.encode_classes)(PROBE).T, float(clip.logit_scale))
+
+
+def check_parity(expected: Logits, found: Logits) -> float:
+    """The largest difference of two models' cosines.
+
+    Args:
+        expected: of the model that was given.
+        found: of the model that was written and loaded again.
+
+    Raises:
+        ValueError: it exceeds `TOLERANCE`, or the logit scales differ by more than that, relatively.
+    """
+    difference = float((expected.cosines - found.cosines).abs().max())
+    scale = abs(found.scale / expected.scale - 1)
+    if not (difference <= TOLERANCE and scale <= TOLERANCE):  # nan fails too
+        raise ValueError(
+            f"what was written gives other logits (cosines differ by {difference:.1e}, logit scales by {scale:.1e};"
+            f" {TOLERANCE:.0e} is allowed), so it was not kept; is its architecture the one of the weights?"
+        )
+    return difference
+
+
+def _folder(pretrained: str | None) -> Path | None:
+    """The folder that ``pretrained`` names, if it names one."""
+    source = SHAPES_MODEL if pretrained == "shapes" else Path(pretrained or "")
+    return source if pretrained is not None and source.is_dir() else None

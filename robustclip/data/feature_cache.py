@@ -1,0 +1,283 @@
+"""Embeddings of images by a frozen tower, kept on the disk by ``robustclip cache`` and read in place of the images."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from robustclip.data.samples import BadSample, Images, Loaded
+from robustclip.data.sources.source import DataSource, OpenedSource
+from robustclip.data.transforms import AugmentedPixels, ToPixels
+from robustclip.data.views import labels_of, where_of
+from robustclip.textfiles import read_text
+from robustclip.types import Batch
+
+MANIFEST, IDS, LABELS = "manifest.json", "ids.npy", "labels.npy"
+WORDS = ("name", "class_names", "templates", "length")  # of a source, on which no embedding depends
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of one source, as a run asks for them.
+
+    Args:
+        name: ``train``, ``holdout``, ``val/NAME``, ``test/NAME`` or ``unknown/NAME``: the folder within the cache.
+        wanted: the source in the configuration, or several that were joined.
+        source: as opened.
+        transform: of the plain view.
+        chosen: sample ids; None for all.
+    """
+
+    name: str
+    wanted: Sequence[DataSource | str]
+    source: OpenedSource
+    transform: ToPixels
+    chosen: Sequence[int] | None = None
+
+    @property
+    def dataset(self) -> Dataset[Any]:
+        """Gives image and label by position.
+
+        Raises:
+            ValueError: a remote source.
+        """
+        if self.source.dataset is None:
+            raise ValueError(f"data source {self.source.task.name!r} is remote; features are made of local images")
+        return self.source.dataset
+
+    @property
+    def positions(self) -> list[int]:
+        """Sample ids, rising."""
+        return sorted(set(range(len(self.dataset)) if self.chosen is None else self.chosen))  # type: ignore[arg-type]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the source's images from others, in JSON's types."""
+        labels = labels_of(self.dataset)
+        return {
+            "source": [_told(each) for each in self.wanted],
+            "part": self.source.part,
+            "split": self.source.split,
+            "size": len(self.dataset),  # type: ignore[arg-type]
+            "labels": None if labels is None else digest(labels),
+            "preprocessing": self.transform.description,
+        }
+
+
+Transforms = Callable[[OpenedSource], ToPixels]
+
+
+def training_sets(
+    wanted: Sequence[DataSource | str],
+    source: OpenedSource | None,
+    positions: Mapping[str, Sequence[int] | None],
+    transforms: Transforms,
+) -> list[ImageSet]:
+    """What is trained on (``train``; None: all), and what is held out of it (``holdout``; None: nothing)."""
+    if source is None:
+        return []
+    own = (wanted, source, transforms(source))
+    holdout = positions["holdout"]
+    sets = [ImageSet("train", *own, positions["train"])]
+    return sets if holdout is None else [*sets, ImageSet("holdout", *own, holdout)]
+
+
+def evaluation_sets(
+    kinds: Mapping[str, tuple[Sequence[DataSource | str], Sequence[OpenedSource]]], transforms: Transforms
+) -> list[ImageSet]:
+    """Sets by kind, as wanted and as opened; a hold-out, which was not wanted as a source, is none of them."""
+    return [
+        ImageSet(f"{kind}/{source.task.name}", [each], source, transforms(source))
+        for kind, (wanted, sources) in kinds.items()
+        for each, source in zip(wanted, sources, strict=False)
+    ]
+
+
+class FeatureCache:
+    """What ``robustclip cache`` has written.
+
+    Args:
+        folder: with ``manifest.json``.
+
+    Attributes:
+        model: ``arch``, ``pretrained``, ``fingerprint`` and ``image_size`` of the tower, and ``width`` of its output.
+
+    Raises:
+        ValueError: no such folder, or one of something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.manifest: dict[str, Any] = json.loads(read_text(folder / MANIFEST))
+            self.model: dict[str, Any] = self.manifest["model"]
+            self._sets: dict[str, dict[str, Any]] = self.manifest["sets"]
+            self._files: dict[str, str] = self.manifest.get("files", {})
+            if not all(isinstance(each, dict) for each in (self.model, self._sets, self._files, *self._sets.values())):
+                raise TypeError("model, sets and files must be mappings")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            remedy = "`robustclip cache` with this run's options writes it"
+            raise ValueError(f"features {str(folder)!r} have no {MANIFEST} that can be read; {remedy}") from error
+
+    def instead_of(self, images: Dataset[Any], sets: Sequence[ImageSet]) -> "FeatureImages":
+        """Embeddings in place of images, of the same samples in the same order.
+
+        Args:
+            images: what would be decoded.
+            sets: of the run, to one of which the images belong.
+
+        Raises:
+            ValueError: with the first difference, if the cache is of other images or another augmentation or does not
+                hold all of these samples; or images that are streamed, or have captions or anchors.
+        """
+        if type(images) is not Images:
+            raise ValueError("features stand for labelled images on the disk; remote data, captions, anchors need null")
+        same = [each for each in sets if each.source.dataset is images.source]
+        owner = next(each for each in same if {*images.positions} <= {*each.positions})
+        views = 0
+        if isinstance(images.transform, AugmentedPixels):
+            views = int(self.manifest["views"])
+            made = self.manifest["augmentation"] or dict.fromkeys(asdict(images.transform.augmentation))
+            self._compare("augmentation", made, asdict(images.transform.augmentation))
+        if owner.name not in self._sets:
+            raise ValueError(f"features {self.folder} lack the set {owner.name!r}, they have {', '.join(self._sets)}")
+        found = self._sets[owner.name]
+        self._compare(owner.name, found, owner.identity)
+        width = self.model.get("width")
+        digests = {
+            Path(name).name: value for name, value in self._files.items() if Path(name).parent == Path(owner.name)
+        }
+        return FeatureImages(
+            images, self.folder / owner.name, views=views, bad=found["bad_samples"], width=width, digests=digests
+        )
+
+    def _compare(self, of: str, made: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+        for key, value in json.loads(json.dumps(run)).items():
+            if made.get(key) != value:
+                difference = f"{key} {made.get(key)!r} of {of}, this run has {value!r}"
+                raise ValueError(f"features {self.folder} were made with {difference}; make others elsewhere")
+
+
+def open_cache(folder: Path | None) -> FeatureCache | None:
+    """The cache, if there should be one."""
+    return None if folder is None else FeatureCache(folder)
+
+
+class FeatureImages(Images):
+    """Embeddings in place of images, read a batch at a time.
+
+    Args:
+        images: whose embeddings they are.
+        folder: of the set.
+        views: epoch ``n`` reads augmented view ``n % views``; 0 reads the plain view.
+        bad: ids of samples that did not decode.
+        width: of an embedding; None where the manifest does not say.
+        digests: of the files, by name.
+
+    Raises:
+        ValueError: a sample of which there is no embedding, or files that are damaged or do not belong together.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        folder: Path,
+        *,
+        views: int,
+        bad: Sequence[int],
+        width: int | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(images.source, images.transform, images.positions)
+        self.folder, self.views, self._width = folder, views, width
+        self._unread = dict(digests or {})  # of files that were not read yet
+        self._ids, self._labels = (torch.from_numpy(self._load(name, np.int64, 1)) for name in (IDS, LABELS))
+        if len(self._ids) != len(self._labels) or not len(self._ids) or not (self._ids[1:] > self._ids[:-1]).all():
+            raise ValueError(f"{folder} is damaged: {IDS} must rise and have one label each; make the features anew")
+        positions = np.array(images.positions, np.int64)
+        self._rows = _rows(self._ids.numpy(), positions)
+        if absent := set(positions[self._rows < 0].tolist()) - set(bad):
+            count = f"{len(absent)} of {len(positions)} samples, such as {min(absent)}"
+            raise ValueError(f"features {folder} lack {count}; make others with this run's choice of samples")
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the view."""
+        super().set_epoch(epoch)
+        name = file_name(epoch % self.views if self.views else None)
+        self._features = self._load(name, np.float16, 2, mmap_mode="r")
+        if self._width is not None and self._features.shape[1] != self._width:
+            widths = f"width {self._features.shape[1]}, not {self._width}"
+            raise ValueError(f"{self.folder / name} is damaged: its embeddings have {widths}; make the features anew")
+        if len(self._features) != len(self._ids):
+            counts = f"{len(self._features)} embeddings of {len(self._ids)} samples"
+            raise ValueError(f"{self.folder} is damaged: it has {counts}; make the features anew")
+
+    def __getitem__(self, number: int) -> Loaded:
+        batch, bad = self.__getitems__([number])
+        return bad[0] if batch is None else (batch.images[0], int(batch.labels), int(batch.index))
+
+    def __getitems__(self, numbers: Sequence[int]) -> tuple[Batch | None, list[BadSample]]:
+        """A batch of embeddings ``(B, D)`` float32, and what is left out of it; the loader asks for it by this name."""
+        rows = self._rows[numbers]
+        bad = [self._told(numbers[place]) for place in np.flatnonzero(rows < 0).tolist()]
+        rows = rows[rows >= 0]
+        if not len(rows):
+            return None, bad
+        features = torch.from_numpy(self._features[rows]).float()
+        if not features.isfinite().all():
+            raise ValueError(f"{self.folder} holds embeddings that are not finite; make the features anew")
+        return Batch(features, self._labels[rows], self._ids[rows]), bad
+
+    def _load(self, name: str, kind: Any, dimensions: int, **options: Any) -> NDArray[Any]:
+        """An array from a file whose content is as it was written; checked when it is first read."""
+        path = self.folder / name
+        try:
+            # A plain view of a mapped file is quicker.
+            array = np.asarray(np.load(path, allow_pickle=False, **options))
+            digest = self._unread.pop(name, None)
+            if digest is not None and digest != file_digest(path):
+                raise ValueError("its digest differs")
+            if array.dtype != kind or array.ndim != dimensions:
+                raise ValueError(f"it holds {array.ndim} dimensions of {array.dtype}")
+        except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); make the features anew") from error
+        return array
+
+    def _told(self, number: int) -> BadSample:
+        return BadSample(where_of(self.source, self.positions[number]), "it did not when the features were made")
+
+
+def digest(numbers: Sequence[int]) -> str:
+    """Tells two lists of whole numbers apart."""
+    return hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_name(view: int | None) -> str:
+    """File of a view of a set; None for the plain one."""
+    return "plain.npy" if view is None else f"view-{view}.npy"
+
+
+def _told(wanted: DataSource | str) -> dict[str, Any]:
+    source = DataSource(wanted) if isinstance(wanted, str) else wanted
+    return {key: value for key, value in asdict(source).items() if value is not None and key not in WORDS}
+
+
+def _rows(ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each sample lies among rising ids; -1 for one that is not there."""
+    rows = np.searchsorted(ids, positions).clip(max=len(ids) - 1)
+    return np.where(ids[rows] == positions, rows, -1)

@@ -1,0 +1,117 @@
+"""Decoded samples of any source, as tensors."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from robustclip.data.decoding import DECODING_ERRORS, open_image
+from robustclip.data.sources.streams import ShuffledShards, StreamedImage, StreamedShards
+from robustclip.data.transforms import ToPixels
+from robustclip.data.views import where_of
+from robustclip.types import UNKNOWN
+
+
+class BadSample(NamedTuple):
+    """A sample that does not decode: where it lies and what the decoder said."""
+
+    where: str
+    why: str
+
+
+Loaded = tuple[Tensor, int, int] | BadSample
+"""Image ``(3, H, W)`` in [0, 1], label, sample id; or what is wrong with it."""
+
+
+class Images(Dataset[Loaded]):
+    """Chosen samples of a map-style source; the sample id is the position in the whole source.
+
+    Args:
+        source: gives image and label by position.
+        transform: from image to pixels.
+        positions: which samples, in this order; None for all.
+    """
+
+    def __init__(self, source: Dataset[Any], transform: ToPixels, positions: Sequence[int] | None = None) -> None:
+        self.source, self.transform = source, transform
+        self.positions = range(len(source)) if positions is None else positions  # type: ignore[arg-type]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses what random transforms do."""
+        self.epoch = epoch
+
+    def __getitem__(self, number: int) -> Loaded:
+        position = self.positions[number]
+        try:
+            image, label = self.source[position]
+            return self.transform(image, (self.epoch, position)), int(label), position
+        except DECODING_ERRORS as error:
+            return BadSample(where_of(self.source, position), str(error))
+
+
+class StreamedImages(IterableDataset[Loaded]):
+    """Decodes a stream.
+
+    Args:
+        source: encoded images.
+        transform: from image to pixels.
+        class_count: labels must be below it; None for images whose classes are all unknown.
+        only: ids of the samples to decode; None for all.
+    """
+
+    def __init__(
+        self,
+        source: StreamedShards | ShuffledShards,
+        transform: ToPixels,
+        class_count: int | None,
+        only: frozenset[int] | None = None,
+    ) -> None:
+        self.source, self.transform, self.class_count, self.only = source, transform, class_count, only
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]  # a TypeError is how a stream says that nobody knows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of a shuffled stream, and what random transforms do."""
+        self.epoch = epoch
+        if isinstance(self.source, ShuffledShards):
+            self.source.epoch = epoch
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for sample in self._chosen():
+            if self.class_count is None:
+                sample = sample._replace(label=UNKNOWN)
+            elif sample.label >= self.class_count:
+                raise ValueError(f"{sample.where} has label {sample.label}, but there are {self.class_count} classes")
+            yield self._decode(sample)
+
+    def _chosen(self) -> Iterator[StreamedImage]:
+        """The samples to decode; ids of a stream in order rise, so that it need not be read to its end."""
+        if self.only is None:
+            yield from self.source
+            return
+        last = max(self.only, default=-1)
+        for sample in takewhile(lambda each: each.index <= last, self.source):
+            if sample.index in self.only:
+                yield sample
+
+    def _decode(self, sample: StreamedImage) -> Loaded:
+        try:
+            return self.transform(open_image(sample.data), (self.epoch, sample.index)), sample.label, sample.index
+        except DECODING_ERRORS as error:
+            return BadSample(sample.where, str(error))
+
+
+def digest_of(image: Tensor) -> str:
+    """Hash the pixels of one image ``(3, H, W)``: 16 hexadecimal digits, equal for equal pixels only."""
+    digest = hashlib.sha256(repr(tuple(image.shape)).encode())
+    digest.update(image.contiguous().numpy().data)
+    return digest.hexdigest()[:16]

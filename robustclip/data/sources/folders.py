@@ -1,0 +1,224 @@
+"""Finds the images and classes of a folder of images, in the layouts that data sets are published in."""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from robustclip.data.class_labels import WORDNET_ID, shown
+from robustclip.textfiles import read_text
+
+log = logging.getLogger(__name__)
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
+HIDDEN_FILES = {"thumbs.db", "desktop.ini"}
+SOLUTION = "LOC_val_solution.csv"  # of ImageNet's validation images, as Kaggle publishes them
+ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation images
+
+
+class Content(NamedTuple):
+    """Paths in a folder, sorted by name, without hidden files and folders; strings, since files are many."""
+
+    folders: list[Path]
+    images: list[str]
+    others: list[str]
+
+
+class ClassImages(NamedTuple):
+    """Images by the name of their class.
+
+    Attributes:
+        keys: names of the classes as published, sorted.
+        samples: path, and position of the class in the keys.
+    """
+
+    keys: list[str]
+    samples: list[tuple[str, int]]
+
+
+def read_folder(location: str, split: str, *, is_asked: bool) -> ClassImages:
+    """Find the images of one split: a sub-folder per class, or a published list of labels.
+
+    Args:
+        location: folder of the classes, or of one folder per split.
+        split: name of the split.
+        is_asked: whether the configuration names the split; otherwise, a folder without splits is read whole.
+
+    Raises:
+        ValueError: no such folder or split, or a layout that is not one of these.
+    """
+    base = Path(location)
+    if not base.is_dir():
+        raise ValueError(f"folder {base} does not exist; it needs one sub-folder of images per class")
+    if lines := _memes(base, split):
+        return lines
+    folder = _split_folder(base, split, is_asked=is_asked)
+    if annotated := _annotated(folder):
+        return annotated
+    images = _class_folders(folder)
+    _report_absent(images.keys, folder, base)
+    return images
+
+
+def content(folder: Path) -> Content:
+    """List a folder; hidden files and folders, and those of archivers and file servers, are not data."""
+    found = Content([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda each: each.name):
+            name = entry.name.casefold()
+            if name.startswith(".") or name in HIDDEN or name in HIDDEN_FILES:
+                continue
+            if entry.is_dir():
+                found.folders.append(Path(entry.path))
+            elif name.endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
+                found.images.append(entry.path)
+            else:
+                found.others.append(entry.path)
+    return found
+
+
+def _splits(base: Path) -> list[Path]:
+    """Folders of splits: of such a name, and of folders, since a class may have such a name too."""
+    folders = content(base).folders
+    named = [folder for folder in folders if folder.name.casefold() in SPLITS]
+    return named if len(named) == len(folders) else [folder for folder in named if not content(folder).images]
+
+
+def _split_folder(base: Path, split: str, *, is_asked: bool) -> Path:
+    splits = _splits(base)
+    same = [folder for folder in splits if folder.name.casefold() == split.casefold()]
+    exact = [folder for folder in same if folder.name == split] or same
+    if len(exact) == 1:
+        return exact[0]
+    if is_asked and split.casefold() not in SPLITS and (base / split).is_dir():
+        return base / split
+    if splits:
+        names = [folder.name for folder in splits]
+        remedy = " or ".join(f"`split: {name}`" for name in names)
+        raise ValueError(f"folder {base} has no split {split!r}: its splits are {', '.join(names)}; give {remedy}")
+    if is_asked and split != "all":
+        raise ValueError(
+            f"folder {base} has no split {split!r}, since it is not divided into splits; leave `split` out"
+        )
+    return base
+
+
+def _class_folders(folder: Path) -> ClassImages:
+    """Images of one sub-folder per class, which hold them directly or, as Tiny-ImageNet's, in ``images``."""
+    inside = content(folder)
+    if not inside.folders:
+        raise ValueError(f"folder {folder} needs one sub-folder of images per class, found {_found(inside)}")
+    if inside.images:
+        raise ValueError(
+            f"folder {folder} has {len(inside.images)} images beside its class folders, "
+            f"the first {Path(inside.images[0]).name!r}; move them into the folder of their class, or away"
+        )
+    if [each.name for each in inside.folders] == ["images"]:
+        raise ValueError(f"folder {folder} has all images in one folder, without labels; give the `split` of another")
+    samples: list[tuple[str, int]] = []
+    others: list[str] = []
+    for number, each in enumerate(inside.folders):
+        held = content(each)
+        if WORDNET_ID.fullmatch(each.name) and not held.images and [sub.name for sub in held.folders] == ["images"]:
+            held = content(held.folders[0])
+        if deep := next((path for sub in held.folders for path in _images_below(sub)), None):
+            raise ValueError(
+                f"images must lie in the sub-folders of {folder}, one per class, found {deep.relative_to(folder)}; "
+                f"`folder:{deep.parent.parent}` may be meant"
+            )
+        if not held.images:
+            raise ValueError(f"class folder {each} has no image, found {_found(held)}; remove it or fill it")
+        samples += [(path, number) for path in held.images]
+        others += held.others
+    _report_others(others)
+    return ClassImages([each.name for each in inside.folders], samples)
+
+
+def _report_absent(keys: list[str], folder: Path, base: Path) -> None:
+    """Counts classes that only other splits have: they are no answers, unless a list of class names has them."""
+    others = [each for each in _splits(base) if each != folder] if folder != base else []
+    for other in others:
+        names = [each.name for each in content(other).folders]
+        if set(keys) & set(names) and (absent := [name for name in names if name not in keys]):
+            log.warning("%s lacks %d classes of %s: %s", folder, len(absent), other.name, shown(absent))
+
+
+def _report_others(others: list[str]) -> None:
+    """Refuses images of types that are not read; counts files that are no images."""
+    if not others:
+        return
+    Image.init()
+    if images := [path for path in others if Path(path).suffix.lower() in Image.EXTENSION]:
+        raise ValueError(
+            f"{images[0]} is of an image type that is not read, and {len(images) - 1} more files; "
+            f"convert them to one of {' '.join(sorted(IMAGE_SUFFIXES))} or remove them"
+        )
+    log.warning("%d files in class folders are no images and are left out, the first: %s", len(others), others[0])
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    inside = content(folder)
+    yield from map(Path, inside.images)
+    for each in inside.folders:
+        yield from _images_below(each)
+
+
+def _found(inside: Content) -> str:
+    return f"{len(inside.folders)} folders, {len(inside.images)} images and {len(inside.others)} other files"
+
+
+def _annotated(folder: Path) -> ClassImages | None:
+    """Validation images of ImageNet and Tiny-ImageNet, which lie in one folder beside a list of their labels."""
+    inside = content(folder)
+    if (folder / ANNOTATIONS).is_file():
+        lines = [line.split("\t") for line in read_text(folder / ANNOTATIONS).split("\n") if line.strip()]
+        if bad := [line for line in lines if len(line) < 2]:
+            raise ValueError(f"{folder / ANNOTATIONS} must hold an image and its class in each line, found {bad[0]}")
+        return _by_list(folder / "images", {line[0]: line[1] for line in lines}, folder / ANNOTATIONS)
+    if inside.images and not inside.folders and Path(inside.images[0]).name.startswith("ILSVRC2012_val_"):
+        lists = [each / SOLUTION for each in (folder, *folder.resolve().parents[:4]) if (each / SOLUTION).is_file()]
+        if not lists:
+            raise ValueError(
+                f"folder {folder} has images of all classes in one folder; put {SOLUTION} beside it, "
+                "or move the images into one sub-folder per class"
+            )
+        rows = csv.DictReader(read_text(lists[0]).split("\n"))
+        labels = {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in rows}
+        return _by_list(folder, labels, lists[0])
+    return None
+
+
+def _by_list(folder: Path, classes: Mapping[str, str], origin: Path) -> ClassImages:
+    """The images of one folder, with the class that a list gives to each."""
+    images = [Path(path) for path in content(folder).images] if folder.is_dir() else []
+    names = {path.name for path in images}
+    without, absent = [name for name in names if name not in classes], [name for name in classes if name not in names]
+    if without or absent:
+        raise ValueError(
+            f"{origin} and {folder} must have the same images: {len(without)} have no label, {len(absent)} no file, "
+            f"the first {shown(sorted(without + absent)[:1])}"
+        )
+    keys = sorted(set(classes.values()))
+    numbers = {key: number for number, key in enumerate(keys)}
+    return ClassImages(keys, [(str(path), numbers[classes[path.name]]) for path in images])
+
+
+def _memes(base: Path, split: str) -> ClassImages | None:
+    """Hateful Memes as published: lists of a JSON object a line, with image and label; `test` is both its parts."""
+    if not (base / "img").is_dir() or not any(base.glob("*.jsonl")):
+        return None
+    lists = [base / f"{split}.jsonl"] if (base / f"{split}.jsonl").is_file() else sorted(base.glob(f"{split}_*.jsonl"))
+    rows = [json.loads(line) for path in lists for line in read_text(path).split("\n") if line.strip()]
+    if not rows or any("label" not in row or not (base / row["img"]).is_file() for row in rows):
+        known = ", ".join(path.stem for path in sorted(base.glob("*.jsonl")))
+        raise ValueError(
+            f"folder {base} has no split {split!r} with labels and images; its lists are {known or 'none'}"
+        )
+    keys = sorted({str(row["label"]) for row in rows})
+    return ClassImages(keys, [(str(base / row["img"]), keys.index(str(row["label"]))) for row in rows])

@@ -1,0 +1,247 @@
+"""The shapes world: a source set and fifteen zero-shot sets, drawn by code from a seed, that need no download."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from random import Random
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from robustclip.data.sources.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    pick,
+    render,
+)
+
+Fixed = Mapping[str, Any]
+"""The fields of a `Scene` that a class decides."""
+
+MENTIONABLE = ("shape", "colour", "texture", "count", "size", "position", "background", "style")
+_COLOUR_NAMES = tuple(COLOURS)
+
+
+def _pairs(*shifts: int) -> tuple[tuple[str, str], ...]:
+    """Pair each colour with the shapes that lie `shifts` further on in the vocabulary."""
+    return tuple((colour, SHAPES[(i + s) % len(SHAPES)]) for s in shifts for i, colour in enumerate(_COLOUR_NAMES))
+
+
+SOURCE_PAIRS = _pairs(0, 1, 2, 3, 4, 6)
+"""Colour and shape of the source classes."""
+HELD_OUT_PAIRS = _pairs(5, 8)
+"""Colour and shape that only `held_out_pairs` shows: neither the source set nor the pretraining has them."""
+_FORBIDDEN = frozenset(HELD_OUT_PAIRS)
+
+
+def plural(shape: str) -> str:
+    """Return the plural of a shape's name."""
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
+
+def describe(scene: Scene, mentioned: Sequence[str] = MENTIONABLE) -> str:
+    """Say in one phrase the `mentioned` fields of a scene, without those that have no word of their own."""
+    noun = scene.shape if "shape" in mentioned else "shape"
+    is_many = "count" in mentioned and scene.count > 1
+    words = [COUNTS[scene.count - 1] if "count" in mentioned else "a"]
+    if "size" in mentioned and scene.count == 1:
+        words.append(scene.size)
+    words += [str(getattr(scene, field)) for field in ("texture", "colour") if field in mentioned]
+    words.append(plural(noun) if is_many else noun)
+    if "position" in mentioned and scene.count == 1:
+        words.append(f"at the {scene.position}")
+    if "background" in mentioned and scene.background != "plain":
+        words.append(f"on {scene.background}")
+    styles = {"outline": "a line drawing of ", "mosaic": "a mosaic of ", "faint": "a faint print of "}
+    return (styles.get(scene.style, "") if "style" in mentioned else "") + " ".join(words)
+
+
+def _is_visible(colour: str, background: str) -> bool:
+    """Whether a colour stands out from both colours of a background."""
+    if background == "plain":
+        return True
+    return all(
+        sum(abs(a - b) for a, b in zip(COLOURS[colour], ground, strict=True)) > 110
+        for ground in BACKGROUNDS[background][:2]
+    )
+
+
+def random_scene(random: Random, fixed: Fixed) -> Scene:
+    """Choose what `fixed` leaves open, so that every word stays visible and no held-out pair comes up by chance."""
+    style = fixed.get("style", "filled")
+    position, size, texture = fixed.get("position"), fixed.get("size"), fixed.get("texture")
+    is_single = style != "filled" or any((position, size, texture))
+    count = fixed.get("count") or (1 if is_single or random.random() < 0.7 else pick(random, (2, 3, 4, 5)))
+    is_bare = count > 1 or size in SIZES[:2] or style != "filled" or position not in (None, "centre")
+    texture = texture or ("solid" if is_bare or random.random() < 0.4 else pick(random, TEXTURES))
+    sizes = SIZES[:2] if position not in (None, "centre") else SIZES[2:] if is_textured(texture, style) else SIZES
+    size = size or pick(random, sizes)
+    is_loose = size in SIZES[:2] and count == 1
+    position = position or (pick(random, tuple(POSITIONS)) if is_loose else "centre")
+    grounds = [ground for ground in BACKGROUNDS if "colour" not in fixed or _is_visible(fixed["colour"], ground)]
+    is_plain = style != "filled" or random.random() < 0.6
+    background = fixed.get("background") or ("plain" if is_plain else pick(random, grounds))
+    while True:
+        shape, colour = fixed.get("shape") or pick(random, SHAPES), fixed.get("colour") or pick(random, _COLOUR_NAMES)
+        is_chosen = "shape" in fixed and "colour" in fixed
+        if is_chosen or ((colour, shape) not in _FORBIDDEN and _is_visible(colour, background)):
+            return Scene(shape, colour, texture, count, size, position, background, style)
+
+
+def is_textured(texture: str, style: str) -> bool:
+    """Whether an object must be drawn large, because a small one would hide its texture or its style."""
+    return texture != "solid" or style != "filled"
+
+
+def seeded(key: str) -> Random:
+    """Return a generator whose stream depends on `key` alone, on every machine and under any PYTHONHASHSEED."""
+    return Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
+
+
+def pretraining_pair(seed: int, index: int) -> tuple[Scene, Random]:
+    """Return one random scene of the pretraining stream and the generator that renders and words it.
+
+    The key has no set's name, so that no image of a set comes up; held-out pairs never do.
+    """
+    random = seeded(f"pretraining/{seed}/{index}")
+    fixed: dict[str, Any] = {}
+    if random.random() < 0.3:
+        fixed["style"] = pick(random, ("outline", "mosaic", "faint"))
+    elif random.random() < 0.15:
+        fixed["background"] = pick(random, tuple(BACKGROUNDS))
+    return random_scene(random, fixed), random
+
+
+class _Set(NamedTuple):
+    """One set: its classes in words, what each decides of the scene, the templates, images per split."""
+
+    classes: dict[str, Fixed]
+    templates: tuple[str, ...]
+    sizes: dict[str, int]
+
+
+def _source() -> _Set:
+    """Name two variants of each source pair, so that a colour leaves the shape open: but one field is neutral."""
+    variants: list[Fixed] = [{"texture": word} for word in TEXTURES[1:]]
+    variants += [{"position": word, "size": "small"} for word in POSITIONS if word != "centre"]
+    variants += [{"size": word} for word in SIZES if word != "large"]
+    variants += [{"count": number} for number in range(2, 6)]
+    variants += [{"background": word} for word in BACKGROUNDS]
+    classes: dict[str, Fixed] = {}
+    for number, (colour, shape) in enumerate(SOURCE_PAIRS):
+        visible = [v for v in variants if _is_visible(colour, v.get("background", "plain"))]
+        for step in range(2):
+            variant = visible[(number * 7 + step * 11) % len(visible)]
+            scene = Scene(shape, colour, **variant)
+            field = next(iter(variant))
+            classes[describe(scene, ("shape", "colour", field))] = asdict(scene)
+    return _Set(classes, ("{}", "a picture of {}", "an image of {}"), {"train": 28 * len(classes), "test": 288})
+
+
+def _zero_shot(words: Sequence[tuple[str, Fixed]], *templates: str) -> _Set:
+    return _Set(dict(words), templates, {"test": 240})
+
+
+def _fields(field: str, words: Sequence[str], **others: Any) -> list[tuple[str, Fixed]]:
+    return [(word, {field: word, **others}) for word in words]
+
+
+def _colour_shapes(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, Fixed]]:
+    return [(f"{c} {s}", {"colour": c, "shape": s, "background": "plain", "count": 1}) for c, s in pairs]
+
+
+def _counted(shapes: Sequence[str]) -> list[tuple[str, Fixed]]:
+    classes: list[tuple[str, Fixed]] = []
+    for shape in shapes:
+        for count in range(1, 6):
+            fixed: dict[str, Any] = {"count": count, "background": "plain"}
+            fixed |= {} if shape == "shape" else {"shape": shape}
+            classes.append((f"{COUNTS[count - 1]} {plural(shape) if count > 1 else shape}", fixed))
+    return classes
+
+
+_TEXTURED = [(t, SHAPES[(i + s) % 12]) for s in (0, 3, 6, 9) for i, t in enumerate(TEXTURES)]
+_GROUNDED = [(b, SHAPES[(i + s) % 12]) for s in (0, 4, 8) for i, b in enumerate(BACKGROUNDS)]
+_SHAPE_TEMPLATES = ("a {}", "a picture of a {}", "an image of a {}")
+_WORD_TEMPLATES = ("a {} shape", "a picture of a {} shape", "an image of a {} shape")
+_PLAIN: dict[str, Any] = {"background": "plain"}
+
+_MAKERS: dict[str, Callable[[], _Set]] = {
+    "source": _source,
+    "colours": lambda: _zero_shot(_fields("colour", _COLOUR_NAMES), *_WORD_TEMPLATES),
+    "shapes": lambda: _zero_shot(_fields("shape", SHAPES, count=1), *_SHAPE_TEMPLATES),
+    "textures": lambda: _zero_shot(_fields("texture", TEXTURES, **_PLAIN), *_WORD_TEMPLATES),
+    "counts": lambda: _zero_shot(_counted(("shape",)), "{}", "a picture of {}", "an image of {}"),
+    "sizes": lambda: _zero_shot(_fields("size", SIZES, **_PLAIN), *_WORD_TEMPLATES),
+    "positions": lambda: _zero_shot(_fields("position", tuple(POSITIONS), **_PLAIN), "a shape at the {}"),
+    "backgrounds": lambda: _zero_shot(_fields("background", tuple(BACKGROUNDS)), "a shape on {}"),
+    "colour_shapes": lambda: _zero_shot(_colour_shapes(SOURCE_PAIRS[:24]), *_SHAPE_TEMPLATES),
+    "held_out_pairs": lambda: _zero_shot(_colour_shapes(HELD_OUT_PAIRS), *_SHAPE_TEMPLATES),
+    "texture_shapes": lambda: _zero_shot(
+        [(f"{t} {s}", {"texture": t, "shape": s, **_PLAIN}) for t, s in _TEXTURED], *_SHAPE_TEMPLATES
+    ),
+    "count_shapes": lambda: _zero_shot(
+        _counted(("circle", "triangle", "star", "cross")), "{}", "a picture of {}", "an image of {}"
+    ),
+    "background_shapes": lambda: _zero_shot(
+        [(f"{s} on {b}", {"background": b, "shape": s, "count": 1}) for b, s in _GROUNDED], *_SHAPE_TEMPLATES
+    ),
+    "outlines": lambda: _zero_shot(_fields("shape", SHAPES, style="outline"), "a line drawing of a {}"),
+    "mosaics": lambda: _zero_shot(_fields("shape", SHAPES, style="mosaic"), "a mosaic of a {}"),
+    "faint_prints": lambda: _zero_shot(_fields("shape", SHAPES, style="faint"), "a faint print of a {}"),
+}
+SHAPES_SETS: tuple[str, ...] = tuple(_MAKERS)
+"""Names of the sets: the source first, then the fifteen zero-shot sets."""
+
+
+class ShapesDataset(Dataset[tuple[Image.Image, int]]):
+    """One split of one set: the same name, split and index give the same pixels on every machine.
+
+    Args:
+        name: One of `SHAPES_SETS`.
+        split: "test"; `source` has "train" as well.
+
+    Raises:
+        ValueError: If there is no such set or no such split.
+    """
+
+    def __init__(self, name: str, split: str = "test") -> None:
+        if name not in _MAKERS:
+            raise ValueError(f"name must be one of {', '.join(SHAPES_SETS)}; got {name!r}")
+        made = _MAKERS[name]()
+        if split not in made.sizes:
+            raise ValueError(f"split of shapes set {name!r} must be one of {', '.join(made.sizes)}; got {split!r}")
+        self.name = name
+        self.split = split
+        self.class_names: tuple[str, ...] = tuple(made.classes)
+        self.templates: tuple[str, ...] = made.templates
+        self.labels: list[int] = [index % len(made.classes) for index in range(made.sizes[split])]
+        self._fixed = list(made.classes.values())
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def _scene(self, index: int) -> tuple[Scene, Random]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index of shapes set {self.name!r} must be in [0, {len(self) - 1}], got {index}")
+        random = seeded(f"{self.name}/{self.split}/{index}")
+        return random_scene(random, self._fixed[self.labels[index]]), random
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return the RGB image (32x32) and the label of one index."""
+        scene, random = self._scene(index)
+        return Image.fromarray(render(scene, random)), self.labels[index]
+
+    def caption(self, index: int) -> str:
+        """Describe one image with every word that it shows."""
+        return describe(self._scene(index)[0])

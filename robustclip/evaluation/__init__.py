@@ -1,0 +1,17 @@
+"""Evaluation of a model on test and validation tasks, and what a test writes down."""
+
+from robustclip.evaluation.detection import OODDetection
+from robustclip.evaluation.geometry import FeatureGeometry
+from robustclip.evaluation.hessians import HessianDifference
+from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.robust import RobustEvaluation
+from robustclip.evaluation.writer import ResultsWriter
+
+__all__ = [
+    "FeatureGeometry",
+    "HessianDifference",
+    "OODDetection",
+    "ResultsWriter",
+    "RobustEvaluation",
+    "TaskProgress",
+]

@@ -1,0 +1,256 @@
+"""Are images of unknown classes told from those of known ones, also when both are attacked?"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from robustclip.arguments import Count, checked
+from robustclip.attacks import PGD
+from robustclip.attacks.attack import Forward
+from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, Columns, column, scalars, summarise
+from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
+from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.robust import check_has_images, finished_batches, method_of, stage_of
+from robustclip.evaluation.writer import ResultsWriter
+from robustclip.methods import RobustMethod
+from robustclip.metrics import Rows
+from robustclip.models.layers import frozen
+from robustclip.objectives.scores import KNN, SCORES, Score, ScoreName, confidence
+from robustclip.results.protocol import digest
+from robustclip.results.tables import DETECTION
+from robustclip.types import Batch
+
+Key = tuple[str, str]
+"""A known task and an unknown set; the task twice for its own samples."""
+
+
+@checked
+class OODDetection(Callback):
+    """Scores how sure a model is that an image shows one of a test task's classes, on these and on unknown ones.
+
+    For every known task and every set of ``data.unknown``, known samples being the positives, a test logs
+    ``test/<known>/detection/<unknown>/<score>/...``:
+
+    - ``auroc``, ``aupr``: of the ranking by the score;
+    - ``fpr95``: the share of unknown samples at or above the highest threshold that 95 % of the known ones reach;
+    - ``h``: harmonic mean of ``auroc`` and ``class_accuracy``;
+    - ``attacked/auroc``, ``/aupr``, ``/fpr95``: where every image is attacked, known ones to lower the very score that
+      is reported, unknown ones to raise it; of the clean image and what the attack returns, the worse one counts.
+
+    and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
+    error of the softmax in 15 bins. Beside a `ResultsWriter`, histograms and ROC curves are kept too. A test that
+    resumes scores the finished samples again.
+
+    Args:
+        known: test tasks; null for all.
+        unknown: known task to the names of its unknown sets; null, or a task that is not named, for all.
+        scores: what is computed; ``mcm`` is the softmax of the cosines, ``msp`` that of the scaled logits, ``knn`` the
+            nearness of the training images, see `Neighbours`.
+        neighbours: every K for which the result has AUROC and FPR95 of ``knn``, up to the number of training images;
+            the score itself takes 1 % of that.
+        headline: score of the tables.
+        attack: null for clean images alone; ``keep: best`` returns the best iterate by the attacked score.
+        attacked: scores that are attacked, each at the attack's cost; null for the headline.
+        is_correct_only: known samples that are wrong when clean are no positives, as in CRoFT's code; it flatters.
+        seed: of the attack's random starts.
+
+    Raises:
+        ValueError: a score that is headline or attacked but not computed, an attack with a loss of its own, no
+            neighbour; when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or
+            no training images for ``knn``.
+    """
+
+    def __init__(
+        self,
+        known: list[str] | None = None,
+        unknown: dict[str, list[str]] | None = None,
+        scores: Sequence[ScoreName] = ("mcm", "msp", "max_logit", "energy", "entropy"),
+        headline: ScoreName = "mcm",
+        attack: PGD | None = None,
+        attacked: list[ScoreName] | None = None,
+        is_correct_only: bool = False,
+        seed: int = 0,
+        neighbours: Sequence[Count] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
+    ) -> None:
+        self.known, self.unknown, self.scores, self.headline = known, unknown or {}, list(scores), headline
+        self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
+        self.attacked = [] if attack is None else [headline] if attacked is None else attacked
+        for name in (headline, *self.attacked):
+            if name not in self.scores:
+                raise ValueError(f"scores must hold the headline and what is attacked, got {self.scores}; add {name!r}")
+        if attack is not None and attack.loss is not None:
+            raise ValueError(f"attack.loss must be null, got {attack.loss!r}; it is the score that is attacked")
+        self.neighbours = sorted({*neighbours})
+        self._bank: Neighbours | None = None
+        self._pairs: dict[str, list[str]] = {}
+        self._samples: dict[Key, Rows] = {}
+        self._pixels: dict[str, str] = {}  # hash of all images of an unknown set
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Pairs known tasks with unknown sets."""
+        if stage != "test":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        tasks, names = [task.name for task in data.test_tasks], list(data.unknown_names)
+        if self.attacked:
+            check_has_images(trainer, "OODDetection's attacks")
+        if not names:
+            raise ValueError("nothing to detect: `data.unknown` lists no data set of unknown classes")
+        _check_names("known", self.known or [], tasks)
+        _check_names("unknown", self.unknown, tasks)
+        for task, wanted in self.unknown.items():
+            _check_names(f"unknown.{task}", wanted, names)
+        self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
+        if KNN in self.scores:
+            check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts with no sample."""
+        self._bank = Neighbours.of_training(method_of(pl_module), self.neighbours) if KNN in self.scores else None
+        self._samples = {}
+        for task, unknown in self._pairs.items():
+            self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
+
+    # Not at the batch's end: a `RobustEvaluation` that follows times what lies between.
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Scores a batch of a known task."""
+        task = stage_of(trainer)[1][dataloader_idx].name
+        if (task, task) in self._samples:
+            self._add(method_of(pl_module), (task, task), batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scores what an earlier start of the test has finished and the unknown sets, joins the processes and logs."""
+        method = method_of(pl_module)
+        for task in self._pairs:
+            for batch in finished_batches(trainer, task):
+                self._add(method, (task, task), batch)
+        for name, loader in trainer.datamodule.unknown_dataloaders().items():  # type: ignore[attr-defined]
+            keys = [key for key in self._samples if key[1] == name]
+            total = 0
+            for batch in loader if keys else ():
+                total += _sum_of_digests(batch)
+                moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+                for key in keys:
+                    if isinstance(trainer.progress_bar_callback, TaskProgress):
+                        trainer.progress_bar_callback.announce(f"{name}, unknown to {key[0]}")
+                    self._add(method, key, moved)
+            self._pixels[name] = _joined_sum(trainer, total)
+        tasks = {task: self._summary(trainer.datamodule, task) for task, name in self._samples if task == name}  # type: ignore[attr-defined]
+        for task, found in tasks.items():
+            method.log_dict({f"test/{task}/{DETECTION}/{name}": value for name, value in scalars(found).items()})
+        for writer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(writer, ResultsWriter):
+                writer.sections[DETECTION] = {**self._settings(), "tasks": tasks}
+
+    def _add(self, method: RobustMethod, key: Key, batch: Batch) -> None:
+        task, is_known = key[0], key[0] == key[1]
+        with torch.autocast(method.device.type, enabled=False), frozen(method):
+            logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
+            columns: dict[str, Tensor] = {
+                "label": batch.labels,
+                "is_right": logits.argmax(-1) == batch.labels,
+                "confidence": confidence(logits),
+                **{name: SCORES[name].value(logits, scale) for name in self.scores if name != KNN},
+            }
+            if self._bank is not None:
+                columns |= self._bank.columns(method.image_features(batch.images))
+            if self.attack is not None:
+                for name in self.attacked:
+                    read = self._read(method, task, name)
+                    found = attacked_score(self.attack, method, *read, batch, is_known=is_known, seed=self.seed)
+                    worse = torch.minimum if is_known else torch.maximum
+                    columns[column(name, ATTACKED)] = worse(columns[column(name, CLEAN)], found)
+        self._samples[key].update(torch.stack([columns[name].double() for name in self._columns], dim=1))
+
+    def _read(self, method: RobustMethod, task: str, name: ScoreName) -> tuple[Forward, Score]:
+        """Images to logits or features, and the score of these."""
+        if name == KNN and self._bank is not None:
+            return method.image_features, self._bank.score
+        return partial(method.logits, task=task), SCORES[name]
+
+    @property
+    def _columns(self) -> list[str]:
+        attacked = [column(name, ATTACKED) for name in self.attacked]
+        curve = [column(KNN, str(k)) for k in self._neighbours]
+        return ["label", "is_right", "confidence", *self.scores, *attacked, *curve]
+
+    @property
+    def _neighbours(self) -> list[int]:
+        return [] if self._bank is None else self._bank.curve
+
+    def _no_samples(self, device: torch.device) -> Rows:
+        rows = Rows(len(self._columns)).to(device)
+        rows.update(torch.zeros(0, rows.width, device=device))  # else it warns of a process without a sample
+        return rows
+
+    def _joined(self, key: Key) -> Columns:
+        """The samples of all processes, which must all come here."""
+        return dict(zip(self._columns, self._samples[key].compute().cpu().T.contiguous(), strict=True))
+
+    def _summary(self, data: Any, task: str) -> dict[str, Any]:
+        found = summarise(
+            self._joined((task, task)),
+            {name: self._joined((task, name)) for name in self._pairs[task]},
+            self.scores,
+            drawn=[self.headline, *self.attacked],
+            is_correct_only=self.is_correct_only,
+            neighbours=self._neighbours,
+        )
+        for name, each in found["unknown"].items():
+            each["data"] = data.protocol(name) | {"pixels": self._pixels[name] if data.feature_model is None else None}
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        """What the numbers depend on besides model and data."""
+        attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
+        shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
+        shared |= {} if self._bank is None else {KNN: self._bank.settings}
+        return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
+
+
+def _sum_of_digests(batch: Batch) -> int:
+    """Sum of one number per image, which depends on its id and pixels; sums of batches add up in any order."""
+    pairs = zip(batch.index.tolist(), batch.digests or (), strict=False)
+    return sum(int(digest([number, pixels]), 16) for number, pixels in pairs)
+
+
+def _joined_sum(trainer: Trainer, total: int) -> str:
+    """The sum over all processes modulo 2**64, in hexadecimal digits."""
+    signed = (total + 2**63) % 2**64 - 2**63  # as an int64, whose sums wrap around
+    joined = trainer.strategy.reduce(torch.tensor(signed, device=trainer.strategy.root_device), reduce_op="sum")
+    return f"{int(joined) % 2**64:016x}"
+
+
+def attacked_score(
+    attack: PGD, method: RobustMethod, forward: Forward, score: Score, batch: Batch, *, is_known: bool, seed: int
+) -> Tensor:
+    """The score ``(B,)`` of what an attack returns that lowers it for known samples and raises it for unknown ones.
+
+    Args:
+        attack: without a loss of its own.
+        method: frozen.
+        forward: its images to what the score takes.
+        score: of that.
+        batch: the clean images.
+        is_known: whether they show known classes.
+        seed: of the random starts.
+    """
+    sign = torch.full((len(batch.index),), -1.0 if is_known else 1.0, dtype=torch.float64, device=method.device)
+
+    def push(outputs: Tensor, sign: Tensor) -> Tensor:
+        return sign * score.evidence(outputs.double(), method.clip.logit_scale.double())
+
+    attacked = attack(batch.images, forward, sign, push, index=batch.index, seed=seed)
+    return score.value(forward(attacked).double(), method.clip.logit_scale.double())
+
+
+def _check_names(option: str, wanted: Iterable[str], offered: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in offered:
+            raise ValueError(f"{option} of OODDetection names {name!r}; the data have {', '.join(offered)}")

@@ -1,0 +1,97 @@
+"""How near the features of an image are to those of the training images."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from robustclip.evaluation.detection_summary import column
+from robustclip.methods import RobustMethod
+from robustclip.methods._shared.distributed import of_training_images
+from robustclip.objectives.scores import KNN, Score, plain
+from robustclip.results.protocol import digest
+from robustclip.types import UNKNOWN, Task
+
+BANK_PER_NEIGHBOUR = 100  # K is 1 % of the bank, https://arxiv.org/abs/2204.06507
+PRODUCT = 2**26  # cosines that are held at once, 256 MiB
+
+
+class Neighbours:
+    """The KNN score (Sun et al., ICML 2022, https://arxiv.org/abs/2204.06507).
+
+    Minus the squared Euclidean distance of an image's unit feature to the K-th nearest of a bank, those of the training
+    images of known classes, ``2 cos - 2``. All are the evaluated method's own, behind its adapters if it has any.
+
+    Departures from CRoFT's code (https://github.com/LinLLLL/CRoFT): the bank holds the few shots that a fit learns
+    from, not the training split, and FPR95 is that of the other scores, not at the recall that is closest to 95 %.
+
+    Args:
+        bank: ``(N, D)``, of unit length.
+        curve: further K; those above N are left out.
+
+    Attributes:
+        k: of the score, 1 % of the bank, and at least 1.
+        curve: what is left of it.
+
+    Raises:
+        ValueError: an empty bank.
+    """
+
+    def __init__(self, bank: Tensor, curve: Sequence[int]) -> None:
+        if not len(bank):
+            raise ValueError(
+                f"no image of data.train shows a known class, and {KNN!r} needs some; leave it out of scores"
+            )
+        self.bank, self.k = bank, max(1, len(bank) // BANK_PER_NEIGHBOUR)
+        self.curve = [k for k in curve if k <= len(bank)]
+        self.settings: dict[str, Any] = {"k": self.k, "bank": len(bank)}
+
+    @classmethod
+    def of_training(cls, method: RobustMethod, curve: Sequence[int]) -> Self:
+        """The bank of the method's data; all processes must come here."""
+        with torch.inference_mode(False):  # whose tensors could not take part in an attack's graph
+            index, features, labels = of_training_images(method)
+            is_known = labels != UNKNOWN
+            found = cls(features[is_known], curve)
+        task = method.trainer.datamodule.train_task  # type: ignore[attr-defined]
+        found.settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
+        return found
+
+    @property
+    def score(self) -> Score:
+        """Of unit features ``(B, D)`` in the place of logits."""
+        return plain(lambda features, scale: self.scores(features, [self.k])[:, 0])
+
+    def columns(self, features: Tensor) -> dict[str, Tensor]:
+        """The score and its curve, by the names of `Columns`."""
+        names = [KNN, *(column(KNN, str(k)) for k in self.curve)]
+        return dict(zip(names, self.scores(features, [self.k, *self.curve]).unbind(1), strict=True))
+
+    def scores(self, features: Tensor, ks: Sequence[int]) -> Tensor:
+        """The score for several K: unit features ``(B, D)`` to ``(B, len(ks))`` in fp64."""
+        places = torch.tensor(ks, device=features.device) - 1
+        pieces = torch.split(features.to(self.bank.dtype), max(1, PRODUCT // len(self.bank)))
+        nearest = [(piece @ self.bank.T).topk(max(ks)).values[:, places] for piece in pieces]
+        return 2 * torch.cat(nearest).double() - 2
+
+
+def check_bank(data: Any, tasks: Sequence[Task]) -> None:
+    """Looks at the training set before a test.
+
+    Args:
+        data: the data module, set up.
+        tasks: known ones; a warning names those whose classes are others than the bank's.
+
+    Raises:
+        ValueError: no training set, or one that gives no bank.
+    """
+    if not data.wanted_train:
+        raise ValueError(f"{KNN!r} needs training images, and data.train lists none; set it, or leave it out of scores")
+    data.plain_train_dataloader()
+    train = data.train_task
+    others = [task.name for task in tasks if {*task.class_names} != {*train.class_names}]
+    if others:
+        what = f"{KNN!r} compares with images of data.train, {train.name!r}"
+        warnings.warn(f"{what}, whose classes are not those of {', '.join(others)}", stacklevel=2)

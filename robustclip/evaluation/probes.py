@@ -1,0 +1,192 @@
+"""What an audit looks at: probes that run beside the attacks, and the ledgers as columns of numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustclip.attacks import Attack, Member, noise
+from robustclip.attacks.attack import Forward
+from robustclip.evaluation.engine import ROBUST, examine
+from robustclip.models.clip import CLIPModel
+from robustclip.results.protocol import differences, is_checked, with_counts
+from robustclip.results.run import Run
+
+PROBED_SHARE = 1 / 64  # of the samples run again
+ATTACKED_SHARE = 1 / 4  # of these are attacked again, which costs more: a probe is a batch of few
+PROBE_SEED = 0x5EED
+WIDER, LONGER = 4.0, 2.0  # factors of radius and of steps that a probe uses
+ANYTHING = 0.5  # a radius at which every image can be made grey, so that no model can be right (arXiv:1802.00420)
+
+Columns = Mapping[str, NDArray[Any]]
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the checks look at.
+
+    Attributes:
+        samples: task to the ledger's columns of its samples.
+        attacked: task and attack to the ledger's columns of the attack, for the samples that needed one.
+        members: task and attack to the members of the attack.
+        class_counts: task to number of classes.
+        protocols: of this run, by task and attack.
+        is_undefended: the run declares that its model has no defence.
+        baseline: test of the run's base model, if there is one.
+    """
+
+    samples: Mapping[str, Columns]
+    attacked: Mapping[tuple[str, str], Columns]
+    members: Mapping[tuple[str, str], Sequence[Member]]
+    class_counts: Mapping[str, int]
+    protocols: Mapping[str, Mapping[str, Any]]
+    is_undefended: bool
+    baseline: Run | None = None
+
+    def total(self, column: str) -> NDArray[Any]:
+        """A column of all tasks and attacks."""
+        parts = [columns[column] for columns in self.attacked.values()]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def clean(self, column: str) -> NDArray[Any]:
+        """A column of the samples of all tasks."""
+        return np.concatenate([np.zeros(0), *(columns[column] for columns in self.samples.values())])
+
+    def share_robust(self, task: str, attack: str) -> float:
+        """Of all samples of a task."""
+        return float((self.attacked[task, attack]["by"] == "").sum() / max(1, len(self.samples[task]["id"])))
+
+    def undefended(self) -> dict[str, float] | str:
+        """Robust accuracy of the undefended model by attack, or why it is not known.
+
+        Of several radii the largest counts: at smaller ones, and at the control 0, the undefended may stand.
+        """
+        balls = {key: {(each.attack.norm, each.attack.eps) for each in found} for key, found in self.members.items()}
+        largest: dict[str, float] = {}
+        for norm, eps in set().union(*balls.values()):
+            largest[norm] = max(eps or 0, largest.get(norm, 0))
+        keys = [
+            key
+            for key, found in balls.items()
+            if len(self.samples[key[0]]["id"]) and any(eps is None or 0 < eps == largest[norm] for norm, eps in found)
+        ]
+        attacks = {attack for _, attack in keys}
+        if not attacks:
+            return "no attack ran"
+        if self.is_undefended:
+            shares = {name: [self.share_robust(*key) for key in keys if key[1] == name] for name in attacks}
+            return {name: float(np.mean(values)) for name, values in shares.items()}
+        if self.baseline is None:
+            return "not given; set results.baseline to the folder of the base model's test under the same protocol"
+        for task, attack in keys:
+            if line := self._difference(self.baseline, task, attack):
+                return f"{self.baseline.name} has another protocol for {task} under {attack}: {line}"
+        return {name: values["acc1"] for name, values in self.baseline.result["mean"].items() if name in attacks}
+
+    def _difference(self, baseline: Run, task: str, attack: str) -> str:
+        """How the baseline's protocol of a task and attack differs from this run's; empty if it does not."""
+        own, theirs = (
+            each.get(task, {}).get(attack, {}).get("axes", {}) for each in (self.protocols, baseline.result["protocol"])
+        )
+        if not theirs:
+            return "it has none"
+        columns = self.samples[task]
+        rows = {number: {"pixels": pixels} for number, pixels in zip(columns["id"], columns["pixels"], strict=True)}
+        of_baseline = {int(row["id"]): row for row in baseline.rows(task)}
+        lines = with_counts(differences(theirs, own), of_baseline, rows)
+        if not lines and not is_checked(theirs, own):
+            return "its images are not known; test it again with this version"
+        return "; ".join(lines)
+
+
+def probed(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Places in a batch of the samples that run again, and of those among them that are attacked again.
+
+    Both are a fixed function of the ids ``(B,)``.
+    """
+    draw = noise.uniform(index, (1,), seed=PROBE_SEED)[:, 0]
+    return (draw < PROBED_SHARE).nonzero()[:, 0], (draw < PROBED_SHARE * ATTACKED_SHARE).nonzero()[:, 0]
+
+
+def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel) -> dict[str, Tensor]:
+    """What comes when images ``(B, 3, H, W)`` run again, beside their mirror images instead of the other images.
+
+    Args:
+        images: in [0, 1].
+        forward: images to logits.
+        logits: that they had, ``(B, C)``.
+        clip: whose tower should see them normalised once.
+
+    Returns:
+        ``repeat``, the largest change ``(B,)`` of a logit; ``outside``, see the ledger's columns.
+    """
+    seen: list[Tensor] = []
+    hook = clip.net.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            images = images.clone()
+            again = forward(torch.cat([images, images.flip(-1)]))[: len(images)]
+    finally:
+        hook.remove()
+    found: dict[str, Tensor] = {"repeat": (again - logits).abs().amax(-1)}
+    if len(seen) == 1 and len(seen[0]) == 2 * len(images):
+        unit = seen[0][: len(images)].float() * clip.std + clip.mean
+        found["outside"] = torch.maximum(-unit, unit - 1).flatten(1).amax(1).clamp(min=0)
+    return found
+
+
+def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tensor, Attack | None]]:
+    """Probes by column of the ledger: whom they concern ``(B,)``, and what must break them.
+
+    Args:
+        attack: first member.
+        by: ``(B,)`` verdict on the samples that are probed.
+        images: any of the task, for their size.
+    """
+    is_broken, probes = by == 0, []
+    if attack.eps:
+        probes = [("wider", is_broken, attack.scaled(radius=WIDER))]
+        half = ANYTHING * (math.sqrt(images[0].numel()) if attack.norm == "l2" else 1)
+        if attack.eps < half:
+            probes.append(("wider", by == ROBUST, attack.scaled(radius=half / attack.eps)))
+    return [*probes, ("longer", is_broken, attack.scaled(steps=LONGER))]
+
+
+def breaks(
+    images: Tensor, labels: Tensor, forward: Forward, attack: Attack | None, *, index: Tensor, seed: int
+) -> list[int | str]:
+    """For each sample 1 if an attack breaks it anywhere on its way, else 0; empty where there is no attack."""
+    if attack is None:
+        return [""] * len(images)
+    verdict = examine(images, labels, forward, [Member("probe", attack)], index=index, seed=seed)
+    return [int(number != ROBUST) for number in verdict.by.tolist()]
+
+
+def sample_columns(rows: Rows) -> Columns:
+    """Columns of the samples themselves."""
+    whole: dict[str, NDArray[Any]] = {name: _integers(rows, name) for name in ("id", "label", "clean")}
+    whole["pixels"] = np.array([row["pixels"] for row in rows], dtype=object)
+    return whole | {name: _floats(rows, name) for name in ("clean_loss", "largest_logit", "outside", "repeat")}
+
+
+def attack_columns(rows: Rows, attack: str) -> Columns:
+    """Columns of one attack, of the samples that were right without it."""
+    attacked = [row for row in rows if row[f"{attack}.by"] != "clean"]
+    names = ("loss", "steps", "dead", "distance", "excess", "nans", "wider", "longer")
+    numbers = {name: _floats(attacked, f"{attack}.{name}") for name in names}
+    by = np.array([row[f"{attack}.by"] for row in attacked], dtype=object)
+    return numbers | {"by": by, "clean_loss": _floats(attacked, "clean_loss")}
+
+
+def _integers(rows: Rows, name: str) -> NDArray[Any]:
+    return np.array([int(row[name]) for row in rows], dtype=np.int64)
+
+
+def _floats(rows: Rows, name: str) -> NDArray[Any]:
+    return np.array([float(row[name] or "nan") for row in rows])

@@ -1,0 +1,1 @@
+"""Code that several methods share; it is not public."""

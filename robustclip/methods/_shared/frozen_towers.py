@@ -1,0 +1,107 @@
+"""FrozenFeatures: what the methods share that learn behind frozen towers."""
+
+from typing import Any, Self
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+
+from robustclip.arguments import CountOrZero
+from robustclip.methods._shared.schedules import check_end, constant_warmup_cosine
+from robustclip.methods.base import RobustMethod
+from robustclip.types import Batch, Task
+
+
+class FrozenFeatures(RobustMethod):
+    """Base of methods whose towers stay as they are, in eval mode, and which may be given features for images.
+
+    A training batch is encoded once, in the trainer's precision; what follows is small and in fp32. The defaults are
+    those of CRoFT's code (https://github.com/LinLLLL/CRoFT, and CoOp's before it) for all its methods: the first epoch
+    at the constant rate 1e-5, then a cosine that falls with every epoch. Its weight decay of 0.1, two hundred times
+    CoOp's, pulls what starts at the identity towards nothing.
+
+    Args:
+        warmup_epochs: epochs at 1e-5 before the cosine.
+        optimizer: called with `parameter_groups()`.
+        kwargs: arguments of `RobustMethod`; with ``schedule`` ``constant``, there is no cosine after the warm-up.
+
+    Raises:
+        ValueError: fewer than 0 epochs, or a warm-up in steps.
+    """
+
+    of_training: tuple[str, ...] = ("warmup_epochs",)
+    takes_features = True
+
+    def __init__(
+        self,
+        warmup_epochs: CountOrZero = 1,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=2e-3, momentum=0.9, weight_decay=0.1),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer=optimizer, **kwargs)
+        if self.warmup_steps:
+            name = type(self).__name__
+            raise ValueError(f"warmup_steps must be 0 for {name}, got {self.warmup_steps}; set warmup_epochs")
+        self.warmup_epochs = warmup_epochs
+        self._texts: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self.width = self.clip.encode_text([""]).shape[1]  # of embeddings, ``D``
+        self.train()
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Embeddings ``(B, D)``, not normalised, of images ``(B, 3, H, W)`` in [0, 1]; embeddings stay what they are.
+
+        Without gradients in training; an attack sees the tower.
+        """
+        if images.ndim == 2:
+            return images
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
+            return self.clip.embed_image(images).to(self.clip.mean.dtype)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1], or their embeddings ``(B, D)``, to unit features ``(B, D)``."""
+        return F.normalize(self.embeddings(images), dim=-1)
+
+    def class_features(self, task: Task) -> Tensor:
+        """Unit features ``(C, D)`` of the text tower, which reads the words of a task once."""
+        words = task.class_names, task.templates
+        if words not in self._texts:
+            with torch.no_grad():
+                self._texts[words] = super().class_features(task)
+        return self._texts[words].to(self.clip.mean)
+
+    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy on clean images."""
+        return {"clean_ce": F.cross_entropy(self.logits(batch.images).float(), batch.labels)}
+
+    def embedded(self, batch: Batch) -> Batch:
+        """A batch whose images are embeddings ``(B, D)``."""
+        return batch._replace(images=self.embeddings(batch.images))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Encodes the images, and leaves the rest to `step`."""
+        embedded = self.embedded(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            return self.step(embedded, batch_idx)
+
+    def step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The training step on an embedded batch."""
+        return super().training_step(batch, batch_idx)
+
+    def schedule_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The schedule per epoch, as Lightning's configuration."""
+        check_end(self.trainer, self.schedule)
+        epochs = self.trainer.max_epochs if self.schedule == "cosine" else None
+        scheduler = constant_warmup_cosine(optimizer, warmup_epochs=self.warmup_epochs, epochs=epochs)
+        return {"scheduler": scheduler, "interval": "epoch"}
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over `parameter_groups()` and its schedule per epoch."""
+        optimizer = self.optimizer(self.parameter_groups())
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule_of(optimizer)}
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode, except for the towers."""
+        super().train(mode)
+        self.clip.eval()
+        return self

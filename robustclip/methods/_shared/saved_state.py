@@ -1,0 +1,306 @@
+"""What a checkpoint needs so that a killed run continues as if nothing had happened."""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from torch import Tensor, nn
+
+from robustclip.models.clip import CLIPModel
+from robustclip.models.tensor_files import DIGEST, check_fits, checked_state, digest, one_line, read_file
+
+SETTINGS = "inference_settings"  # key of a checkpoint: values beside the tensors that define its function
+BASE = "base."  # so begin the keys of settings that the files of the base model define
+# Types of what a checkpoint of ours holds, where it holds it.
+TYPES: dict[str, Any] = {
+    **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
+    **{"head_classes": list, "cache_classes": list, "bank": torch.Tensor, "loops": dict, "callbacks": dict},
+    **{"pending_gradients": list, "run": dict, "settings": dict},
+    **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
+}
+COUNTS = ("ready", "started", "processed", "completed")  # Lightning's, of batches and epochs
+log = logging.getLogger(__name__)
+
+
+def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in JSON's types, without those that have no such form, as objects."""
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = json.loads(json.dumps(value, default=_plain))
+        except TypeError:
+            continue
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError
+
+
+def with_digest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with the digest of its content, which `read_checkpoint` compares."""
+    content = {key: value for key, value in checkpoint.items() if key != DIGEST}
+    return content | {DIGEST: digest(content)}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Opens a checkpoint as data, which runs no code that may be in it, and checks that it is as it was written.
+
+    Raises:
+        ValueError: the file is damaged, may hold code, or was written by another program.
+    """
+    return _checked(read_file(path), path)
+
+
+def _checked(content: Any, path: str | Path) -> dict[str, Any]:
+    if not isinstance(content, dict) or not {"state_dict", "base_model"} <= content.keys():
+        raise ValueError(f"checkpoint {path} was not written by robustclip: it names no base model")
+    if DIGEST not in content:
+        log.warning("checkpoint %s has no digest, so a changed value would not be seen; it is of an old version", path)
+    elif with_digest(content)[DIGEST] != content[DIGEST]:
+        raise ValueError(
+            f"checkpoint {path} is not as it was written: its {DIGEST} differs; copy it again, or delete its key"
+            f" {DIGEST!r} if you changed it on purpose"
+        )
+    for key, kind in TYPES.items():
+        if key in content and not isinstance(content[key], kind):
+            raise ValueError(f"{key} of checkpoint {path} must not be of type {type(content[key]).__name__}")
+    for key in ("base_model", SETTINGS, "interpolation"):
+        if (value := content.get(key)) is not None and plain_values({key: value}) == {}:
+            raise ValueError(f"{key} of checkpoint {path} must hold plain values, without tensors or bytes")
+    if content["state_dict"] != {}:
+        checked_state(content["state_dict"], f"checkpoint {path}")
+    return content
+
+
+class RenamedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that no kill leaves half a file under a good name.
+
+    Lightning writes into the system's folder for temporary files and moves; where that is another file system, as
+    with /tmp in memory, moving means copying onto the previous checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves to a local path, with a digest; leaves URLs to Lightning.
+
+        Raises:
+            OSError: the file cannot be written; names it.
+        """
+        checkpoint = with_digest(checkpoint)
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        aside = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(place)
+        except (OSError, RuntimeError) as error:  # neither names the file; torch's writer hides the system's reason
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            reason = getattr(cause, "strerror", None) or cause
+            raise OSError(f"checkpoint {place} cannot be written: {reason}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Reads and checks a local path, as data in any case; Lightning reads URLs."""
+        if "://" in str(path):
+            return _checked(super().load_checkpoint(path, weights_only=True), path)
+        return read_checkpoint(Path(path))
+
+
+def identity(clip: CLIPModel) -> dict[str, str]:
+    """Tells which base model a checkpoint builds upon."""
+    sizes = [parameter.numel() for parameter in clip.parameters()]
+    return {
+        "arch": clip.arch or type(clip.net).__name__,
+        "size": f"{len(sizes)} tensors, {sum(sizes)} parameters",
+        "weights": clip.fingerprint,
+    }
+
+
+def check_belongs(
+    checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, *, settings: Mapping[str, Any], learning: set[str]
+) -> None:
+    """Compares a checkpoint with the module that is to load it.
+
+    Args:
+        checkpoint: as loaded.
+        module: that loads it.
+        clip: its base model.
+        settings: its inference settings.
+        learning: names of the module's parameters that must all be in the checkpoint.
+
+    Raises:
+        ValueError: another architecture, other pre-trained weights or settings, missing or unknown parameters, or other
+            shapes.
+    """
+    saved = checkpoint.get("base_model")
+    if not isinstance(saved, dict):
+        raise ValueError("the checkpoint was not written by robustclip: it names no base model")
+    theirs, base = checkpoint.get(SETTINGS, {}), identity(clip)
+    if clip.pretrained is None:
+        del base["weights"]
+    of_base = {key for key in {*settings, *theirs} if key.startswith(BASE)}
+    _compare(theirs, {key: value for key, value in settings.items() if key not in of_base})
+    _compare(dict.fromkeys(base) | saved, base)
+    _compare(theirs, {key: settings.get(key) for key in sorted(of_base)})
+    state = module.state_dict()
+    known, given = set(state), set(checkpoint["state_dict"])
+    for words, names in (("lacks", learning - given), ("has the unknown", given - known)):
+        if names:
+            raise ValueError(
+                f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
+            )
+    check_fits(checkpoint["state_dict"], state, "the checkpoint")
+
+
+def _compare(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuses the first value that differs, with both values and the option that sets it."""
+    for key, value in own.items():
+        is_comparable = key in saved or (saved and key.startswith(BASE))  # a configuration leaves its defaults out
+        if is_comparable and (other := saved.get(key)) != value:
+            option = {"method": "--model", "arch": "--model.arch"}.get(key, f"--model.{key}")
+            is_of_base = key in ("size", "weights") or key.startswith(BASE)
+            shown = "null" if other is None else other
+            remedy = "give the base model that it was trained with" if is_of_base else f"give {option} {shown}"
+            raise ValueError(f"the checkpoint was trained with {key} {other!r}, this run has {value!r}; {remedy}")
+    if missing := [key for key in own if key not in saved and not (saved and key.startswith(BASE))]:
+        names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+        log.warning("the checkpoint is of another version and lacks settings that could not be compared: %s", names)
+
+
+def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes that a part of a checkpoint tells apart, as `<part>_classes` keeps them.
+
+    Args:
+        checkpoint: as loaded.
+        part: of the method, such as "head".
+        expected: of this run's part; None where it has none yet.
+
+    Returns:
+        `()` if the checkpoint has no such part.
+
+    Raises:
+        ValueError: other classes than expected.
+    """
+    classes = tuple(checkpoint.get(f"{part}_classes", ()))
+    if expected is not None and classes != expected:
+        raise ValueError(
+            f"the checkpoint has a {part} of {len(classes)} classes, this run trains {len(expected)}"
+            " that are not the same; give the data.train that it was trained with"
+        )
+    return classes
+
+
+def on_rank_zero(value: Any, world_size: int) -> list[Any]:
+    """Gathers a value of every process, in the order of their ranks; the list is of use on rank 0 alone."""
+    values = [value] * world_size
+    if world_size > 1:
+        torch.distributed.gather_object(value, values if torch.distributed.get_rank() == 0 else None)
+    return values
+
+
+def pending_gradients(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    """Returns the gradients that wait for the optimiser step at the end of an accumulation window."""
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        return {}
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {name: gradient.cpu() for name, gradient in gradients.items() if gradient is not None}
+
+
+def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
+    """Brings a checkpoint's record of progress into a form from which Lightning resumes exactly, again and again.
+
+    Lightning 2.6 resumes from an epoch's last step without the validation that is due there, and does not count the
+    next epoch as begun, so that a second resume trains an epoch too many.
+
+    Args:
+        progress: state of the trainer's fit loop, changed in place.
+        trainer: which is fitting.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if is_validation_due(trainer):
+        parts, final = [batch["total"], batch["current"]], "processed"
+        # Lightning repeats a validation that was begun; one that was not begun it would leave out.
+        counts = dict.fromkeys(COUNTS, 0)
+        begun = {"total": {**counts, "ready": 1, "started": 1}, "current": counts, "is_last_batch": False}
+        progress["epoch_loop.val_loop.batch_progress"] = begun
+    elif trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if epoch["current"]["processed"] < epoch["current"]["ready"]:  # Lightning counts the step after it was saved
+            progress["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        parts, final = [batch["total"], batch["current"], epoch["total"], epoch["current"]], "ready"
+    else:
+        return
+    for part in parts:
+        part.update(dict.fromkeys(COUNTS, part[final]))
+
+
+def is_validation_due(trainer: Trainer) -> bool:
+    """Whether a fit is to validate before its next step; true until the validation has ended."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    progress = loop.val_loop.batch_progress if trainer.validating else loop.batch_progress
+    is_inside = bool(progress.current.completed < progress.current.processed)  # type: ignore[attr-defined]
+    if trainer.validating or not is_inside:
+        return is_inside
+    return fetcher is not None and not loop.val_loop.skip and loop._should_check_val_fx(fetcher)
+
+
+def settle_resumed_loop(fit_loop: _FitLoop) -> None:
+    """Corrects where Lightning resumes between two epochs, and before the validation at an epoch's end."""
+    loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
+    if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:
+        loop.restarting = False  # with `max_steps` Lightning takes a new epoch for a resumed one
+    elif loop.batch_progress.is_last_batch and fetcher is not None:  # of an epoch that may have had other batches
+        batches = int(loop.trainer.num_training_batches)
+        vars(loop.batch_progress.current).update(dict.fromkeys(COUNTS, batches))
+        loop.val_loop._has_run = not loop._should_check_val_fx(fetcher)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of every global generator of this process, in types that safe loading accepts."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),  # type: ignore[union-attr]  # legacy: a tuple
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts every global generator where `random_state` found it.
+
+    Args:
+        state: of this process.
+        device: whose generator is set too.
+
+    Raises:
+        ValueError: it is no such state.
+    """
+    try:
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        np.random.set_state(state["numpy"])
+    except (TypeError, LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(f"random_states of the checkpoint cannot be set: {one_line(error)}") from error

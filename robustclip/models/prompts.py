@@ -1,0 +1,164 @@
+"""Visual prompts: numbers that are learnt beside the input, for a model that may stay as it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustclip.models.clip import CLIPModel
+
+PromptKind = Literal["padding", "fixed_patch", "random_patch"]
+
+
+class VisualPrompt(nn.Module):
+    """What TeCoA learns in place of weights (https://arxiv.org/abs/2212.07016, section 3.2).
+
+    A prompt ``P`` is added to the resized and normalised pixels (Bahng et al., https://arxiv.org/abs/2203.17274),
+    ``n`` tokens follow the patches into the tower (VPT-shallow, Jia et al., https://arxiv.org/abs/2203.12119)::
+
+        v = N(R(x)) + P,   [CLS + e_0, patches + e, tokens] -> ln_pre -> blocks -> the output of CLS
+
+    so that tokens have no position. All numbers start from N(0, 1), as in the authors' code.
+
+    Args:
+        clip: the model that it is for.
+        kind: ``padding`` is a frame, ``fixed_patch`` a square in the upper left corner, ``random_patch`` one whose
+            place is drawn anew for every pass; null adds nothing to the pixels.
+        size: width of the frame, or side of the square, in pixels of the tower's input.
+        tokens: number of tokens.
+
+    Raises:
+        ValueError: a kind of another name, a size that does not fit the image, fewer than 0 tokens, or tokens for a
+            tower that has no place for them.
+    """
+
+    def __init__(self, clip: CLIPModel, kind: PromptKind | None, *, size: int, tokens: int) -> None:
+        super().__init__()
+        self.pixels = _for_pixels(kind, size, clip.image_size)
+        self.tokens = nn.Parameter(torch.randn(1, tokens, _token_width(clip.net.visual))) if tokens else None
+
+    @contextmanager
+    def inserted(self, clip: CLIPModel) -> Iterator[None]:
+        """The passes of the model's image tower inside are prompted."""
+        visual = clip.net.visual
+        # A copy of the tower, such as a teacher, must not have the prompt: the hooks do not outlive the pass. They run
+        # last, so that whoever watches what enters the tower still sees the image.
+        handles = [visual.register_forward_pre_hook(lambda _, inputs: self.pixels(inputs[0]))]
+        if self.tokens is not None:
+            handles.append(visual.ln_pre.register_forward_pre_hook(lambda _, inputs: self._append(inputs[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """A random patch moves inside even in eval mode, as it has to for an attack during training."""
+        patches = [module for module in self.modules() if isinstance(module, RandomPatch)]
+        for patch in patches:
+            patch.is_moving = True
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.is_moving = False
+
+    def _append(self, sequence: Tensor) -> Tensor:
+        """``(B, L, width)`` to ``(B, L + n, width)``."""
+        assert self.tokens is not None
+        return torch.cat([sequence, self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)], dim=1)
+
+
+class Padding(nn.Module):
+    """A frame, which is added to pixels ``(B, 3, side, side)``.
+
+    Args:
+        size: its width.
+        side: of the image.
+    """
+
+    def __init__(self, size: int, side: int) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(1, 3, size, side)) for _ in range(2))
+        self.left, self.right = (nn.Parameter(torch.randn(1, 3, side - 2 * size, size)) for _ in range(2))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Adds it to every image."""
+        inside = self.left.shape[2]
+        middle = torch.cat([self.left, self.left.new_zeros(1, 3, inside, inside), self.right], dim=3)
+        return pixels + torch.cat([self.up, middle, self.down], dim=2)
+
+
+class FixedPatch(nn.Module):
+    """A square, which is added to pixels ``(B, 3, side, side)`` in their upper left corner.
+
+    Args:
+        size: its side.
+        side: of the image.
+    """
+
+    def __init__(self, size: int, side: int) -> None:
+        super().__init__()
+        self.patch = nn.Parameter(torch.randn(1, 3, size, size))
+        self.room = side - size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Adds it to every image."""
+        top, left = self.place()
+        return pixels + F.pad(self.patch, (left, self.room - left, top, self.room - top))
+
+    def place(self) -> tuple[int, int]:
+        """Rows above and columns left of it."""
+        return 0, 0
+
+
+class RandomPatch(FixedPatch):
+    """The square at a uniformly random place, one for all images of a pass.
+
+    In evaluation it stays in the middle, where the authors' code draws there too: a verdict is a function of the
+    image, and would otherwise depend on the passes before it.
+    """
+
+    is_moving = False
+
+    def place(self) -> tuple[int, int]:
+        """Rows above and columns left of it."""
+        if not (self.training or self.is_moving):
+            return self.room // 2, self.room // 2
+        top, left = torch.randint(self.room + 1, (2,)).tolist()
+        return top, left
+
+
+KINDS: dict[PromptKind, type[Padding | FixedPatch]] = {
+    "padding": Padding,
+    "fixed_patch": FixedPatch,
+    "random_patch": RandomPatch,
+}
+
+
+def _for_pixels(kind: PromptKind | None, size: int, side: int) -> nn.Module:
+    if kind is None:
+        return nn.Identity()
+    largest = (side - 1) // 2 if kind == "padding" else side
+    if not 1 <= size <= largest:
+        raise ValueError(f"prompt_size must be in [1, {largest}] for {kind} on images of {side} pixels, got {size}")
+    return KINDS[kind](size, side)
+
+
+def _token_width(visual: nn.Module) -> int:
+    """Length of a token.
+
+    Raises:
+        ValueError: no open_clip transformer, or one that pools over its tokens.
+    """
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+        raise ValueError(
+            f"prompt_tokens needs an open_clip VisionTransformer that puts out its class token, this tower is a"
+            f" {type(visual).__name__} with another output or none; set prompt_tokens 0 and a prompt of pixels"
+        )
+    return int(visual.class_embedding.shape[0])

@@ -1,0 +1,1 @@
+"""Losses and scores that several methods share."""

@@ -1,0 +1,267 @@
+"""Accuracy of every run: the summary on the first screen, the tables, and warnings about unlike protocols."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from robustclip.names import csv_cell
+from robustclip.report.blocks import Block, Cell, Notice, Table, Tables, Text
+from robustclip.report.section import Section
+from robustclip.report.view import CLEAN, LEVEL, MISSING, Score, View, averaged, union
+from robustclip.results.protocol import differences, with_counts
+from robustclip.tools.compare import by_id, pair, unchecked_images, unlike_unknown
+
+UNITS = f"Top-1 accuracy in percent, each with its {LEVEL} interval."
+BEST_RULE = (
+    f"▲ marks the best run only where its {LEVEL} interval lies above those of all other runs, all were measured under "
+    "one protocol, and its audit did not fail."
+)
+GRADES = {
+    "A": "all checks passed",
+    "B": "something was not measured",
+    "C": "a check raised a warning",
+    "F": "a check failed, so that its accuracy under attack is no evidence of robustness",
+}
+MEAN = "mean"
+PLACES_LISTED = 6
+
+
+def summary(views: Sequence[View]) -> list[Block]:
+    """Which run is better, by how much, and whether the numbers can be trusted."""
+    kinds = union(views, of="kinds")
+    columns = [_marked(views, [view.mean.get(kind) for view in views], _is_fair(views, kind)) for kind in kinds]
+    rows = [
+        (view.label, [Cell(view.grade), *(column[place] for column in columns)]) for place, view in enumerate(views)
+    ]
+    table = Table("Mean accuracy over the tasks", "run", ["audit grade", *kinds], rows)
+    lines = [Text(line) for line in [*_findings(views), *_grades(views)]]
+    return [table, Text(_rule(views), "aside"), *lines]
+
+
+class Accuracy(Section):
+    """Accuracy of every task, with warnings where runs must not be compared."""
+
+    title = "Accuracy"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """Warnings, one table per attack, and the notes of the tests."""
+        notes: dict[str, list[str]] = {}
+        for view in views:
+            for note in view.run.result.get("notes") or []:
+                notes.setdefault(str(note), []).append(view.label)
+        lines = [
+            (note if len(labels) == len(views) else f"{', '.join(labels)}: {note}", "")
+            for note, labels in notes.items()
+        ]
+        notice = [Notice("Notes of the test", "", lines)] if lines else []
+        return [*_warnings(views), Tables(_tables(views)), *notice]
+
+
+def warning_lines(views: Sequence[View]) -> list[str]:
+    """The warnings of `Accuracy` as plain lines, for Markdown."""
+    different = [f"UNLIKE PROTOCOLS, do not compare: {line} {places}" for line, places in _unlike(views)]
+    return [*different, *_gaps(views), *_unchecked(views)]
+
+
+def csv_of(views: Sequence[View]) -> str:
+    """Every accuracy as a line of CSV, in percent."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = ["run", "method", "grade", "task", "attack", "n", "correct", "percent", "low", "high", "task_seconds"]
+    writer.writerow(head)
+    for view in views:
+        own = [csv_cell(view.run.name), csv_cell(view.run.result["method"]), view.grade]
+        rows = [
+            [task, kind, view.task(task)["n"], score.correct, *score.limits, _seconds(view.task(task).get("seconds"))]
+            for task, scores in view.scores.items()
+            for kind, score in scores.items()
+        ]
+        for name, means in [*view.averages.items(), (MEAN, view.mean)]:
+            rows += [[name, kind, "", "", *score.limits, ""] for kind, score in means.items()]
+        writer.writerows([*own, csv_cell(task), csv_cell(kind), *numbers] for task, kind, *numbers in rows)
+    return text.getvalue()
+
+
+def _findings(views: Sequence[View]) -> list[str]:
+    """One sentence per attack: the best run and its paired difference from the second, or why there is none."""
+    sound = [view for view in views if not view.has_failed]
+    lines = []
+    for kind in union(views, of="kinds") if len(views) > 1 else ():
+        ranked = sorted(
+            (view for view in sound if kind in view.mean), key=lambda view: view.mean[kind].value, reverse=True
+        )
+        if len(ranked) > 1:
+            lines.append(f"{_condition(kind)}: {_difference(ranked[0], ranked[1], kind)}")
+    return lines
+
+
+def _difference(best: View, second: View, kind: str) -> str:
+    try:
+        means = pair(second.run, best.run).means
+    except ValueError as error:
+        return f"{best.name} and {second.name} cannot be compared: {error}"
+    found = next(mean.difference for mean in means if (mean.name, mean.attack) == (MEAN, kind))
+    points, low, high = (f"{100 * value:+.1f}" for value in found)
+    interval = f"points, {LEVEL} interval of the paired difference {low} to {high}"
+    if found.low > 0:
+        return f"{best.name} is best, {points} {interval}, compared with {second.name}."
+    return f"no run is best: {best.name} differs from {second.name} by {points} {interval}."
+
+
+def _condition(kind: str) -> str:
+    return "Without attack" if kind == CLEAN else f"Under {kind}"
+
+
+def _grades(views: Sequence[View]) -> list[str]:
+    """What each grade means, and the failed checks by name."""
+    lines = []
+    for grade, meaning in GRADES.items():
+        names = [view.name for view in views if view.grade == grade]
+        if names:
+            lines.append(f"Audit grade {grade} ({', '.join(names)}): {meaning}.")
+    for view in views:
+        failed = [
+            f"{check.get('name')}: {check.get('found')}" for check in view.checks if check.get("status") == "fail"
+        ]
+        lines += [f"{view.name} failed {'; '.join(failed)}"] if failed else []
+    return lines
+
+
+def _rule(views: Sequence[View]) -> str:
+    return f"{UNITS} {BEST_RULE}" if len(views) > 1 else UNITS
+
+
+def _tables(views: Sequence[View]) -> list[Table]:
+    """Every task of one run; of several runs a table per attack, and the samples and seconds."""
+    accuracies = [_side_by_side(views, kind) for kind in union(views, of="kinds")]
+    return [*(accuracies if len(views) > 1 else [_one_run(views[0])]), _effort(views)]
+
+
+def _one_run(view: View) -> Table:
+    named = [*view.scores.items(), *view.averages.items(), (MEAN, view.mean)]
+    rows = [(name, [_cell(scores.get(kind)) for kind in view.kinds]) for name, scores in named]
+    return Table("Accuracy of every task", "task", view.kinds, rows, has_total=True)
+
+
+def _side_by_side(views: Sequence[View], kind: str) -> Table:
+    rows = []
+    for task in union(views, of="tasks"):
+        scores = [view.scores.get(task, {}).get(kind) for view in views]
+        rows.append((task, _marked(views, scores, _is_alike(views, task, kind))))
+    for name in union(views, of="averages"):
+        scores = [view.averages.get(name, {}).get(kind) for view in views]
+        tasks = averaged(next(view for view in views if name in view.averages), name)
+        is_same = all(averaged(view, name) == tasks for view in views)
+        is_fair = is_same and all(_is_alike(views, task, kind) for task in tasks)
+        rows.append((name, _marked(views, scores, is_fair)))
+    rows.append((MEAN, _marked(views, [view.mean.get(kind) for view in views], _is_fair(views, kind))))
+    caption = "Clean accuracy" if kind == CLEAN else f"Accuracy under {kind}"
+    return Table(caption, "task", [view.label for view in views], rows, has_total=True)
+
+
+def _effort(views: Sequence[View]) -> Table:
+    """Samples and seconds; numbers on which the runs differ stand side by side, in the order of the runs."""
+    tasks = union(views, of="tasks")
+    having = {task: [view.task(task) for view in views if task in view.scores] for task in tasks}
+    has_bad = any(values.get("bad_samples") for found in having.values() for values in found)
+    rows = []
+    for task, found in having.items():
+        numbers = [_joined([values["n"] for values in found])]
+        numbers += [_joined([values.get("bad_samples", 0) for values in found])] if has_bad else []
+        times = [_seconds(view.task(task).get("seconds") if task in view.scores else None) for view in views]
+        rows.append((task, [Cell(text) for text in [*numbers, *times]]))
+    columns = ["n", *(["left out"] if has_bad else []), *(f"{view.label}, seconds" for view in views)]
+    return Table("Samples and seconds", "task", columns, rows)
+
+
+def _marked(views: Sequence[View], scores: Sequence[Score | None], is_fair: bool) -> list[Cell]:
+    """Cells of the runs' scores; marks the best where `BEST_RULE` allows it."""
+    cells = [_cell(score) for score in scores]
+    present = [(score, place) for place, score in enumerate(scores) if score is not None]
+    sound = [item for item in present if not views[item[1]].has_failed]
+    if not is_fair or len(present) < 2 or not sound:
+        return cells
+    best, place = max(sound, key=lambda item: item[0].value)
+    if all(best.low > score.high for score, other in sound if other != place):
+        cells[place] = Cell(best.text, best.interval, is_best=True)
+    return cells
+
+
+def _cell(score: Score | None) -> Cell:
+    return Cell(MISSING) if score is None else Cell(score.text, score.interval)
+
+
+def _seconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return " / ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
+
+
+def _is_alike(views: Sequence[View], task: str, kind: str) -> bool:
+    """Whether all runs that have a number measured it under one protocol."""
+    having = [view for view in views if kind in view.scores.get(task, {})]
+    return all(not differences(having[0].axes(task, kind), view.axes(task, kind)) for view in having[1:])
+
+
+def _is_fair(views: Sequence[View], kind: str) -> bool:
+    """Whether the means of all runs are over the same tasks under one protocol."""
+    tasks = union(views, of="tasks")
+    return all(set(view.scores) == set(tasks) for view in views) and all(_is_alike(views, t, kind) for t in tasks)
+
+
+def _warnings(views: Sequence[View]) -> list[Notice]:
+    notices = []
+    if unlike := _unlike(views):
+        text = "These runs were measured under different protocols. The numbers named here must not be compared."
+        notices.append(Notice("Unlike protocols", text, unlike, is_bad=True))
+    if gaps := _gaps(views):
+        text = "Not every run has every task and attack, and a mean is over the tasks that its run has."
+        notices.append(Notice("Not in every run", text, [(line, "") for line in gaps]))
+    if unchecked := _unchecked(views):
+        text = "These runs may have seen different images. Run `robustclip test` again."
+        notices.append(Notice("Images not compared", text, [(line, "") for line in unchecked]))
+    return notices
+
+
+def _unlike(views: Sequence[View]) -> list[tuple[str, str]]:
+    """Each difference between the protocols of two runs in one line, and the numbers that it concerns."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for task in union(views, of="tasks"):
+        for kind in union(views, of="kinds"):
+            having = [view for view in views if kind in view.scores.get(task, {})]
+            for view in having[1:]:
+                lines = differences(having[0].axes(task, kind), view.axes(task, kind))
+                is_counted = any(line.startswith("pixels:") for line in lines)
+                rows = (by_id(having[0].run, task), by_id(view.run, task)) if is_counted else ({}, {})
+                for line in with_counts(lines, *rows):
+                    places = found.setdefault(f"{having[0].name} and {view.name} differ in {line}", {})
+                    places.setdefault(task, []).append(kind)
+    return [(line, _places(places, views)) for line, places in found.items()]
+
+
+def _gaps(views: Sequence[View]) -> list[str]:
+    """Tasks and attacks that only some of the runs have."""
+    lines = []
+    for of, singular in (("tasks", "task"), ("kinds", "attack")):
+        for name in union(views, of=of):
+            having = [view.name for view in views if name in (view.scores if of == "tasks" else view.kinds)]
+            if len(having) < len(views):
+                lines.append(f"{singular} {name} is only in {', '.join(having)}")
+    return lines
+
+
+def _unchecked(views: Sequence[View]) -> list[str]:
+    """Images of the first run that another run did not record, or recorded differently for unknown classes."""
+    first, *others = (view.run for view in views)
+    return [line for run in others for line in (*unchecked_images(first, run), *unlike_unknown(first, run))]
+
+
+def _places(places: Mapping[str, Sequence[str]], views: Sequence[View]) -> str:
+    kinds, tasks = union(views, of="kinds"), union(views, of="tasks")
+    if all(list(places.get(task, ())) == kinds for task in tasks):
+        return "(all tasks)"
+    named = [task if list(of) == kinds else f"{task} {', '.join(of)}" for task, of in places.items()]
+    more = f"; and {len(named) - PLACES_LISTED} more tasks" if len(named) > PLACES_LISTED else ""
+    return f"({'; '.join(named[:PLACES_LISTED])}{more})"

@@ -1,0 +1,91 @@
+"""The page and its Markdown twin, rendered from the blocks of all sections."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from robustclip.names import markdown as escape
+from robustclip.names import plain
+from robustclip.report.accuracy import Accuracy, summary, warning_lines
+from robustclip.report.blocks import Block, Cell, Table, Text, tables_of
+from robustclip.report.feature_geometry import Geometry
+from robustclip.report.gallery import Images
+from robustclip.report.misclassified import Misclassified
+from robustclip.report.plots import Interpolation, TradeOff
+from robustclip.report.section import Section
+from robustclip.report.trust import Audit, Protocol, Runs
+from robustclip.report.unknown_classes import UnknownClasses
+from robustclip.report.view import View
+
+SECTIONS: tuple[type[Section], ...] = (
+    *(TradeOff, Accuracy, Misclassified, Images, Interpolation, UnknownClasses, Geometry, Audit, Protocol, Runs),
+)
+SUMMARY = "Summary"
+Content = Mapping[str, Sequence[Block]]
+
+
+def content(views: Sequence[View], class_paths: Sequence[str] = ()) -> Content:
+    """Blocks by the title of their section, without empty sections.
+
+    Args:
+        views: runs of the report.
+        class_paths: further sections, placed before the audit.
+
+    Raises:
+        ValueError: a class path that is no section.
+    """
+    own = [_section(path) for path in class_paths]
+    place = SECTIONS.index(Audit)
+    sections = [*SECTIONS[:place], *own, *SECTIONS[place:]]
+    found = {SUMMARY: summary(views), **{each.title: each().blocks(views) for each in sections}}
+    return {title: blocks for title, blocks in found.items() if blocks}
+
+
+def html(views: Sequence[View], content: Content) -> str:
+    """The whole page; the same runs give the same bytes."""
+    loader = PackageLoader("robustclip.report")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value, keep="\n"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["kind"] = lambda block: type(block).__name__.lower()
+    title = f"Robustness of {', '.join(view.name for view in views)}"
+    anchors = {name: name.lower().replace(" ", "-") for name in content}
+    return environment.get_template("page.html.j2").render(title=title, content=content, anchors=anchors)
+
+
+def markdown(views: Sequence[View], content: Content) -> str:
+    """Summary, warnings and all tables that are not folded away."""
+    texts = [block.text for block in content[SUMMARY] if isinstance(block, Text)]
+    parts = ["# Robustness report\n", *(f"{escape(line)}\n" for line in [*texts, *warning_lines(views)])]
+    for blocks in content.values():
+        parts += [f"## {escape(table.caption)}\n\n{_rows(table)}" for table in tables_of(blocks)]
+    return "\n".join(parts)
+
+
+def _rows(table: Table) -> str:
+    lines = [[escape(name) for name in (table.corner, *table.columns)], ["---", *["--:"] * len(table.columns)]]
+    lines += [[escape(name), *map(_cell, cells)] for name, cells in table.rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(cell: Cell) -> str:
+    number = f"**{escape(cell.text)}** ▲" if cell.is_best else escape(cell.text)
+    return f"{number} ({escape(cell.note)})" if cell.note else number
+
+
+def _section(path: str) -> type[Section]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"sections: there is no class {path!r}; a section is written module.Class") from error
+    if not (isinstance(found, type) and issubclass(found, Section)):
+        raise ValueError(f"sections: {path!r} must be a subclass of robustclip.report.section.Section")
+    return found

@@ -1,0 +1,210 @@
+"""Plots of accuracy: against the radius, clean against robust, and between two sets of weights."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from robustclip.report.blocks import Block, Legend, Picture, Pictures, Text
+from robustclip.report.section import Section
+from robustclip.report.svg import INK, MARKERS, MUTED, draw, run_colour, run_entry, run_style
+from robustclip.report.view import CLEAN, LEVEL, Score, View, percent, union
+from robustclip.results.protocol import digest
+
+SCALES_WITH_RADIUS = ("alpha", "step_size")  # settings that may differ between radii of the same attack
+GREY_LEVELS = 255
+Point = tuple[float, Score]
+
+
+class TradeOff(Section):
+    """Accuracy against the radius, and clean against robust accuracy."""
+
+    title = "Clean and robust"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """The plots side by side; nothing where no run has an attack."""
+        attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
+        if not attacks:
+            return []
+        text = (
+            "The curves show mean accuracy against the radius of the attack; 0 is the clean image, bands are "
+            f"{LEVEL} intervals, and one plot holds attacks that differ in the radius alone. Other plots show clean "
+            "against robust accuracy: a small mark per task, a large one for the mean, a dashed line for an attack "
+            "without any success. Pale marks belong to runs whose audit failed."
+        )
+        curves, lines = _curves(views)
+        scatters = [_scatter(views, name, f"scatter-{i}") for i, name in enumerate(attacks)]
+        asides = [Text(line, "aside") for line in lines]
+        return [Text(text), legend(views), Pictures([*curves, *scatters]), *asides]
+
+
+class Interpolation(Section):
+    """Accuracy of models between the original and a fine-tuned one."""
+
+    title = "Interpolation"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """One plot per fine-tuned model with at least two interpolations; nothing without."""
+        pictures = [_interpolation(line, f"alpha-{number}") for number, line in enumerate(interpolations(views))]
+        text = (
+            "Means over the tasks of the models between the original and a fine-tuned one; "
+            f"bands are {LEVEL} intervals."
+        )
+        return [Text(text), Pictures(pictures)] if pictures else []
+
+
+def legend(views: Sequence[View]) -> Legend:
+    """Marker and colour of every run."""
+    return Legend("Runs", [run_entry(view) for view in views])
+
+
+def radius(view: View, attack: str) -> tuple[str, float] | None:
+    """Norm and radius of an attack, from its protocol; None if it has none."""
+    axes = next((view.axes(task, attack) for task in view.scores if view.axes(task, attack)), {})
+    eps = axes.get("eps")
+    words = str(next(iter(eps.values()), "") if isinstance(eps, dict) else eps).split()
+    try:
+        norm, value = words[0], float(words[1])
+    except (IndexError, ValueError):
+        return None
+    return (norm, value) if math.isfinite(value) else None
+
+
+def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
+    """A plot per kind of attack over its radii, from the clean image on, and lines about attacks it cannot show."""
+    groups: dict[str, list[str]] = {}
+    without = []
+    for attack in [kind for kind in union(views, of="kinds") if kind != CLEAN]:
+        having = next(view for view in views if attack in view.attacks)
+        if radius(having, attack) is None:
+            without.append(attack)
+        else:
+            groups.setdefault(_kind(having, attack), []).append(attack)
+    pictures = [_curve(views, attacks, f"curve-{number}") for number, attacks in enumerate(groups.values())]
+    lone = [attacks[0] for attacks in groups.values() if len(attacks) == 1]
+    lines = (
+        [f"Measured at one radius only: {', '.join(lone)}. The line joins it to the clean accuracy."] if lone else []
+    )
+    lines += [f"No curve shows {', '.join(without)}: the radius is not known."] if without else []
+    return pictures, lines
+
+
+def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
+    lines = {view.number: _points(view, attacks) for view in views}
+    norm = next(
+        found[0] for view in views for attack in attacks if attack in view.attacks if (found := radius(view, attack))
+    )
+    scale = GREY_LEVELS if norm == "linf" else 1
+
+    def paint(axes: Axes) -> None:
+        for view in views:
+            points, style = lines[view.number], run_style(view)
+            x = [scale * eps for eps, _ in points]
+            y, low, high = ([100 * getattr(score, of) for _, score in points] for of in ("value", "low", "high"))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18 * style["alpha"], linewidth=0)
+            axes.plot(x, y, markersize=5.5, linewidth=1.6, clip_on=False, **style)
+        ticks = sorted({scale * eps for points in lines.values() for eps, _ in points})
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.set_xlabel(f"radius, {norm}" + (f", in 1/{GREY_LEVELS}" if norm == "linf" else ""))
+        axes.set_ylabel("mean accuracy, %")
+        axes.set_ylim(0, 100)
+        axes.grid(axis="y")
+
+    text = "; ".join(f"{view.label}: {_told(lines[view.number], scale)}" for view in views)
+    return Picture(draw(name, f"Mean accuracy against radius. {text}", paint), ", ".join(attacks))
+
+
+def _points(view: View, attacks: Sequence[str]) -> list[Point]:
+    points = [(0.0, view.mean[CLEAN])] if CLEAN in view.mean else []
+    for attack in attacks:
+        found = radius(view, attack) if attack in view.attacks else None
+        if found:
+            points.append((found[1], view.mean[attack]))
+    return sorted(points, key=lambda point: point[0])
+
+
+def _told(points: Sequence[Point], scale: int) -> str:
+    return ", ".join(f"{score.text} % at {scale * eps:.3g}" for eps, score in points)
+
+
+def _kind(view: View, attack: str) -> str:
+    """The same for attacks that differ in nothing but the radius, and what grows with it."""
+    axes = next(view.axes(task, attack) for task in view.scores if view.axes(task, attack))
+    steps = axes.get("steps")
+    if isinstance(steps, dict):
+        steps = {name: _without_lengths(given) for name, given in steps.items()}
+    found = radius(view, attack)
+    return digest(json.loads(json.dumps([found and found[0], steps, axes.get("loss")], default=str)))
+
+
+def _without_lengths(given: object) -> object:
+    if isinstance(given, dict):
+        return {name: value for name, value in given.items() if name not in SCALES_WITH_RADIUS}
+    return given
+
+
+def _scatter(views: Sequence[View], attack: str, name: str) -> Picture:
+    having = [view for view in views if attack in view.attacks and CLEAN in view.mean]
+
+    def paint(axes: Axes) -> Mapping[str, str]:
+        titles: dict[str, str] = {}
+        axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        for view in having:
+            style = run_style(view)
+            for task, scores in view.scores.items():
+                if attack in scores and CLEAN in scores:
+                    gid = f"{view.number}-{len(titles)}"
+                    titles[gid] = _point_title(view, task, scores[CLEAN], scores[attack])
+                    x, y = [100 * scores[CLEAN].value], [100 * scores[attack].value]
+                    pale = {**style, "alpha": 0.75 * style["alpha"]}
+                    axes.scatter(x, y, s=30, linewidth=0, gid=gid, clip_on=False, **pale)
+            gid = f"{view.number}-mean"
+            titles[gid] = _point_title(view, "mean", view.mean[CLEAN], view.mean[attack])
+            at = [100 * view.mean[CLEAN].value], [100 * view.mean[attack].value]
+            axes.scatter(*at, s=130, edgecolor=INK, linewidth=1.2, gid=gid, zorder=4, clip_on=False, **style)
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="clean accuracy, %", ylabel=f"under {attack}, %")
+        axes.grid(axis="both")
+        return titles
+
+    means = "; ".join(
+        f"{view.label}: mean {view.mean[CLEAN].text} % clean, {view.mean[attack].text} %" for view in having
+    )
+    picture = draw(name, f"Clean accuracy against accuracy under {attack}. {means}", paint)
+    return Picture(picture, f"clean against {attack}")
+
+
+def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
+    """The runs between the original and the same fine-tuned model, each with its alpha, in this order."""
+    lines: dict[str, list[tuple[float, View]]] = {}
+    for view in views:
+        if view.interpolation is not None:
+            lines.setdefault(view.interpolation[0], []).append((view.interpolation[1], view))
+    return [sorted(line, key=lambda point: point[0]) for line in lines.values() if len(line) > 1]
+
+
+def _interpolation(line: Sequence[tuple[float, View]], name: str) -> Picture:
+    alphas = [alpha for alpha, _ in line]
+    kinds = union([view for _, view in line], of="kinds")
+    curves = {kind: [view.mean[kind] for _, view in line] for kind in kinds if all(kind in v.mean for _, v in line)}
+
+    def paint(axes: Axes) -> None:
+        for number, (kind, scores) in enumerate(curves.items()):
+            y, low, high = ([100 * getattr(score, of) for score in scores] for of in ("value", "low", "high"))
+            colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
+            axes.fill_between(alphas, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(alphas, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, label=kind, clip_on=False)
+        axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
+        axes.set(xlabel="alpha: original 0, fine-tuned 1", ylabel="mean accuracy, %")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(frameon=False)
+
+    told = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
+            for kind, scores in curves.items())  # fmt: skip
+    method = line[0][1].run.result["method"]
+    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(told)}", paint), str(method))
+
+
+def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:
+    return f"{view.label}, {task}: {percent(clean.value)} % clean, {percent(robust.value)} % attacked"

@@ -1,0 +1,220 @@
+"""Detection of unknown classes: tables, histograms of the scores, ROC curves, and curves over neighbours."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from robustclip.report.blocks import Block, Cell, Fold, Picture, Pictures, Table, Tables, Text
+from robustclip.report.plots import legend
+from robustclip.report.section import Section
+from robustclip.report.svg import INK, MUTED, ROBUST, draw, member_colour, run_entry, run_style
+from robustclip.report.view import CLEAN, MISSING, View, percent
+
+ATTACKED = "attacked"
+SEPARATION = {
+    "auroc": "Known against unknown classes: AUROC, percent",
+    "aupr": "Known against unknown classes: AUPR, percent",
+    "fpr95": "Unknown samples that pass where 95 % of the known ones do (FPR95), percent",
+    "h": "Harmonic mean of class accuracy and AUROC (H), percent",
+}
+OF_TASKS = {
+    "class_accuracy": "Mean accuracy of the known classes, percent",
+    "ece": "Expected calibration error, percent",
+}
+SIDES = {"known": ROBUST, "unknown": member_colour(1)}
+LINES = {CLEAN: "-", ATTACKED: (0, (4, 2))}
+MEASURES = {"auroc": "-", "fpr95": (0, (4, 2))}
+
+
+class UnknownClasses(Section):
+    """Known against unknown classes."""
+
+    title = "Unknown classes"
+
+    def blocks(self, views: Sequence[View]) -> list[Block]:
+        """Settings, plots and tables; nothing where no run measured it."""
+        shown = _tables(views)
+        if not shown:
+            return []
+        text = (
+            "Known samples are the positives. Under attack every image is moved against the reported score: known "
+            "ones lower it, unknown ones raise it. Dashed lines and empty outlines are under attack."
+        )
+        settings = [Text(_settings(view), "aside") for view in views if view.detection]
+        drawn = [pair for pair in _pairs(views) if any("roc" in pair.of(view) for view in views)]
+        plots = [_plots(views, pair, number) for number, pair in enumerate(drawn)]
+        return [Text(text), *settings, legend(views), *plots, *_over_neighbours(views), Tables(shown)]
+
+
+class Pair(NamedTuple):
+    """A known task, an unknown set, and a score."""
+
+    known: str
+    unknown: str
+    score: str
+
+    def of(self, view: View) -> Mapping[str, Any]:
+        """What a run found; empty if it has not measured it."""
+        task = view.detection.get("tasks", {}).get(self.known, {})
+        found: Mapping[str, Any] = task.get("unknown", {}).get(self.unknown, {}).get("scores", {}).get(self.score, {})
+        return found
+
+
+def _tables(views: Sequence[View]) -> list[Table]:
+    """A table per measure with a column per run; none that would be empty."""
+    found = []
+    for measure, caption in SEPARATION.items():
+        rows: dict[str, list[float | None]] = {}
+        for pair in _pairs(views):
+            name = f"{pair.known} / {pair.unknown}: {pair.score}"
+            rows[name] = [pair.of(view).get(measure) for view in views]
+            rows[f"{name}, {ATTACKED}"] = [pair.of(view).get(ATTACKED, {}).get(measure) for view in views]
+        found.append(_table(caption, views, rows))
+    for measure, caption in OF_TASKS.items():
+        of_run = [view.detection.get("tasks", {}) for view in views]
+        names = dict.fromkeys(name for tasks in of_run for name in tasks)
+        found.append(
+            _table(caption, views, {name: [tasks.get(name, {}).get(measure) for tasks in of_run] for name in names})
+        )
+    return [table for table in found if table.rows]
+
+
+def _plots(views: Sequence[View], pair: Pair, number: int) -> Fold:
+    """ROC curves of all runs, and the histogram of each run."""
+    having = [view for view in views if "roc" in pair.of(view)]
+    pictures = [_roc(having, pair, f"roc-{number}")]
+    pictures += [_histogram(view, pair, f"scores-{number}-{view.number}") for view in having]
+    return Fold(f"{pair.known} against {pair.unknown}, {pair.score}", [Pictures(pictures)], is_open=number == 0)
+
+
+def _roc(views: Sequence[View], pair: Pair, name: str) -> Picture:
+    def paint(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
+        for view in views:
+            for kind, curve in pair.of(view)["roc"].items():
+                x, y = (100 * np.array(curve[side]) for side in ("unknown", "known"))
+                style = {**run_style(view), "marker": ""}
+                axes.plot(x, y, linestyle=LINES[kind], linewidth=1.6, clip_on=False, **style)
+        axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="unknown above the threshold, %", ylabel="known above it, %")
+        axes.grid(axis="both")
+
+    areas = "; ".join(f"{view.label}: {_areas(pair.of(view))}" for view in views)
+    return Picture(draw(name, f"ROC of {pair.score}. {areas}", paint), "ROC")
+
+
+def _histogram(view: View, pair: Pair, name: str) -> Picture:
+    found = pair.of(view)
+    counts = {kind: found["histogram"][kind] for kind in (CLEAN, ATTACKED) if kind in found["histogram"]}
+
+    def paint(axes: Axes) -> None:
+        low, high = found["histogram"]["range"]
+        for kind, sides in counts.items():
+            for side, colour in SIDES.items():
+                shares = 100 * np.array(sides[side]) / sum(sides[side])
+                edges = np.linspace(low, high, len(shares) + 1)
+                if kind == CLEAN:
+                    axes.stairs(shares, edges, fill=True, alpha=0.4, color=colour, label=side)
+                else:
+                    axes.stairs(shares, edges, linewidth=1.6, color=colour, label=f"{side}, {kind}")
+        axes.set(xlabel=pair.score, ylabel="share of samples, %")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y")
+        axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+    text = f"Histograms of {pair.score} for known and unknown samples. {view.label}: {_areas(found)}"
+    return Picture(draw(name, text, paint), view.label, run_entry(view))
+
+
+def _areas(found: Mapping[str, Any]) -> str:
+    attacked = f", {_percent(found[ATTACKED]['auroc'])} % attacked" if ATTACKED in found else ""
+    return f"AUROC {_percent(found['auroc'])} %{attacked}"
+
+
+def _settings(view: View) -> str:
+    attack = view.detection.get("attack")
+    positives = "correctly classified known samples" if view.detection.get("is_correct_only") else "all known samples"
+    return f"{view.label}: {positives}; {'attack ' + json.dumps(attack) if attack else 'no attack'}"
+
+
+def _pairs(views: Sequence[View]) -> list[Pair]:
+    return list(dict.fromkeys(pair for view in views for pair in _pairs_of(view)))
+
+
+def _pairs_of(view: View) -> Iterator[Pair]:
+    for known, task in view.detection.get("tasks", {}).items():
+        for unknown, found in task["unknown"].items():
+            yield from (Pair(known, unknown, score) for score in found["scores"])
+
+
+def _table(caption: str, views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Table:
+    cells = [
+        (name, [Cell(_percent(value)) for value in values])
+        for name, values in rows.items()
+        if any(value is not None for value in values)
+    ]
+    return Table(caption, "known / unknown", [view.label for view in views], cells)
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else percent(value)
+
+
+def _over_neighbours(views: Sequence[View]) -> list[Block]:
+    """The KNN score over K: a plot per known task and unknown set; nothing where no run has such a curve."""
+    pairs = dict.fromkeys(
+        (known, unknown)
+        for view in views
+        for known, task in view.detection.get("tasks", {}).items()
+        for unknown in task["unknown"]
+        if _curve(view, known, unknown)
+    )
+    if not pairs:
+        return []
+    text = (
+        "By the distance to the K-th nearest training image, AUROC as a solid and FPR95 as a dashed line. The large "
+        "signs are at 1 % of the training images, which is the score knn of the tables."
+    )
+    drawn = [_neighbour_plot(views, *pair, f"neighbours-{number}") for number, pair in enumerate(pairs)]
+    return [Fold("knn over K", [Text(text), Pictures(drawn)], is_open=True)]
+
+
+def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) -> Picture:
+    having = [view for view in views if _curve(view, known, unknown)]
+
+    def paint(axes: Axes) -> None:
+        for view in having:
+            curve, own = _curve(view, known, unknown), _found(view, known, unknown)["scores"]["knn"]
+            style = run_style(view)
+            for measure, line in MEASURES.items():
+                y = 100 * np.array(curve[measure], float)  # null, where there is no number, becomes nan
+                axes.plot(curve["k"], y, linestyle=line, markersize=4, linewidth=1.6, clip_on=False, **style)
+                if own[measure] is not None:
+                    at = [view.detection["knn"]["k"]], [100 * own[measure]]
+                    axes.scatter(*at, s=80, edgecolor=INK, linewidth=1.2, zorder=4, clip_on=False, **style)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(ylim=(0, 100), xlabel="K", ylabel="AUROC and FPR95, %")
+        axes.grid(axis="both")
+
+    areas = "; ".join(f"{view.label}: {_spoken(_curve(view, known, unknown))}" for view in having)
+    return Picture(draw(name, f"AUROC of knn over K. {areas}", paint), f"{known} against {unknown}")
+
+
+def _spoken(curve: Mapping[str, Sequence[Any]]) -> str:
+    points = [(k, value) for k, value in zip(curve["k"], curve["auroc"], strict=True) if value is not None]
+    return ", ".join(f"{percent(value)} % at {k}" for k, value in points)
+
+
+def _curve(view: View, known: str, unknown: str) -> Mapping[str, Sequence[Any]]:
+    curve: Mapping[str, Sequence[Any]] = _found(view, known, unknown).get("neighbours", {})
+    return curve
+
+
+def _found(view: View, known: str, unknown: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = view.detection.get("tasks", {}).get(known, {}).get("unknown", {}).get(unknown, {})
+    return found

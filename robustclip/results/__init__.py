@@ -1,0 +1,1 @@
+"""Files that a test leaves, and the code that reads them."""

@@ -1,0 +1,65 @@
+"""Layout of the folder that a test leaves, and how it is read."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from robustclip.paths import local_path
+from robustclip.results import ledger
+from robustclip.textfiles import read_text
+
+RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
+PARTS = "ledger/parts"  # of each process, until the test is finished
+PROTOCOL = "protocol.json"  # of a run that is not finished
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished test.
+
+    Args:
+        folder: holds ``result.json``, ``ledger/<task>.csv`` and perhaps ``examples/``.
+
+    Raises:
+        ValueError: the folder is no finished test.
+    """
+
+    folder: Path
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """A run by its folder or by the ``result.json`` in it."""
+        path = local_path(path, "run")
+        run = cls(path.parent if path.name == RESULT else path)
+        run.result  # noqa: B018  # reads it, and tells what is wrong
+        return run
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` holds."""
+        path = self.folder / RESULT
+        if (self.folder / PROTOCOL).is_file() and not path.is_file():
+            raise ValueError(f"{self.folder} is a test that has not finished; start the same command again")
+        try:
+            result = json.loads(read_text(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder} is no result of `robustclip test`: {error}") from error
+        if not isinstance(result, dict) or not {"method", "tasks", "mean", "protocol"} <= result.keys():
+            raise ValueError(f"{path} is no result of `robustclip test`: it lacks method, tasks, mean or protocol")
+        return result
+
+    @property
+    def attacks(self) -> list[str]:
+        """Names of the attacks, without ``clean``."""
+        return [name for name in self.result["mean"] if name != "clean"]
+
+    def rows(self, task: str) -> list[dict[str, str]]:
+        """The task's ledger, in the order of the sample ids."""
+        return ledger.read(self.folder / LEDGERS / f"{task}.csv")

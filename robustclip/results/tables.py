@@ -1,0 +1,231 @@
+"""A test in numbers: from logged metrics and ledgers to what a person reads."""
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from robustclip.attacks import Member
+from robustclip.intervals import mean_interval, wilson
+from robustclip.names import csv_cell, markdown
+from robustclip.types import TASK_NAME
+
+NOT_A_TASK = "mean"
+CLEAN = "clean"
+GEOMETRY, DETECTION = "geometry", "detection"  # in the place of an attack
+DETECTION_TITLE = "Known against unknown classes, percent"
+DETECTION_WORDS = 3  # columns of its table before the numbers
+SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
+    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``, and the geometry."""
+    tasks: dict[str, dict[str, Any]] = {}
+    mean: dict[str, dict[str, Any]] = {}
+    geometry: dict[str, dict[str, float | None]] = {}
+    for name, value in metrics.items():
+        parts = name.split("/")
+        if parts[0] != stage or len(parts) not in (3, 4) or parts[2] == DETECTION:
+            continue
+        number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
+        if len(parts) == 3:
+            tasks.setdefault(parts[1], {})[parts[2]] = number
+        elif parts[2] == GEOMETRY:
+            geometry.setdefault(parts[1], {})[parts[3]] = value if math.isfinite(value) else None  # JSON has no nan
+        elif parts[1] == NOT_A_TASK:
+            mean.setdefault(parts[2], {})[parts[3]] = value
+        else:
+            tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
+    # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
+    ordered = {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}
+    return {"tasks": tasks, "mean": ordered} | ({GEOMETRY: geometry} if geometry else {})
+
+
+def with_intervals(
+    table: dict[str, Any], rows: Mapping[str, Rows], members: Mapping[tuple[str, str], Sequence[Member]]
+) -> dict[str, Any]:
+    """Adds 95 % intervals, and how many samples each member of an attack broke."""
+    for task, values in table["tasks"].items():
+        for kind in table["mean"]:
+            values[kind]["interval"] = list(wilson(values[kind]["correct"], values["n"]))
+            if (task, kind) in members:
+                broken = Counter(row[f"{kind}.by"] for row in rows[task])
+                values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
+    for kind, values in table["mean"].items():
+        values["interval"] = _interval_of_mean(table["tasks"].values(), kind)
+    return table
+
+
+def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Adds unweighted means over some of the tasks, under ``averages``."""
+    found = {}
+    for name, tasks in averages.items():
+        chosen = [table["tasks"][task] for task in tasks]
+        found[name] = {"tasks": list(tasks)} | {
+            kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
+            for kind in table["mean"]
+        }
+    return table | ({"averages": found} if found else {})
+
+
+def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
+    """Compares the averages that are wanted with the tasks of a test.
+
+    Raises:
+        ValueError: a name that is taken or malformed, no task, one twice, or one that the test has not.
+    """
+    for name, wanted in averages.items():
+        if not TASK_NAME.fullmatch(name) or name in (*tasks, NOT_A_TASK):
+            raise ValueError(
+                f"average {name!r} must match [a-z0-9_]+ and be neither a task nor {NOT_A_TASK!r}; rename it"
+            )
+        unknown = [task for task in wanted if task not in tasks]
+        if unknown or not wanted or len(set(wanted)) < len(wanted):
+            raise ValueError(
+                f"average {name!r} must list tasks of the test ({', '.join(tasks)}) once each, got {wanted}"
+            )
+
+
+def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """By name, the averages over some tasks and, last, the mean over all."""
+    return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
+
+
+def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
+    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
+
+
+def markdown_table(result: Mapping[str, Any]) -> str:
+    """A Markdown table with right-aligned numbers, what the audit says, and the detection of unknown classes."""
+    tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
+    if detected := detection_rows(result):
+        tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
+    return "\n".join(tables)
+
+
+def csv_table(result: Mapping[str, Any]) -> str:
+    """The same as shares in [0, 1], limits of the intervals in columns of their own."""
+    kinds = list(result["mean"])
+    limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
+    rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
+    for name, values in [*result["tasks"].items(), *means_of(result).items()]:
+        numbers = [number for kind in kinds for number in (values[kind]["acc1"], *values[kind]["interval"])]
+        rows.append(
+            [csv_cell(name), values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")]
+        )
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def rich_table(result: Mapping[str, Any]) -> Table:
+    """The table for a terminal, intervals in whole percent on a second line."""
+    rows = readable_rows(result, in_two_lines=True)
+    title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
+    table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
+    for number, name in enumerate(rows[0]):
+        title = name.replace("_", "_\n")
+        table.add_column(
+            title, justify="right" if number else "left", footer=_dimmed(rows[-1][number]), no_wrap=number == 0
+        )
+    for row in rows[1:-1]:
+        table.add_row(*map(_dimmed, row))
+    return table
+
+
+def rich_detection(result: Mapping[str, Any]) -> Table | None:
+    """The detection of unknown classes for a terminal, under attack on a second line; None where none was measured."""
+    rows = detection_rows(result)
+    if not rows:
+        return None
+    has_attack = result[DETECTION]["attack"] is not None
+    clean = len(rows[0]) - (len(SEPARATION) if has_attack else 0)
+    table = Table(title=DETECTION_TITLE + ("; under attack below" if has_attack else ""), box=SIMPLE_HEAD)
+    for number, name in enumerate(rows[0][:clean]):
+        is_word = number < DETECTION_WORDS
+        table.add_column(name, justify="left" if is_word else "right", overflow="fold", no_wrap=not is_word)
+    for row in rows[1:]:
+        table.add_row(*row[:clean])
+        if has_attack:
+            table.add_row(*[""] * (clean - len(SEPARATION)), *row[clean:], style="dim")
+    return table
+
+
+def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a row per known task, unknown set, and score that is the headline or attacked; empty without any."""
+    section = result.get(DETECTION)
+    if not section or not section["tasks"]:
+        return []
+    rows = [["known", "unknown", "score", "class acc", "H", *SEPARATION.values()]]
+    rows[0] += [f"attacked {title}" for title in SEPARATION.values()] if section["attack"] else []
+    for task, found in section["tasks"].items():
+        for name, each in found["unknown"].items():
+            for score in dict.fromkeys([section["headline"], *section.get("attacked", [])]):
+                values = each["scores"][score]
+                numbers = [found["class_accuracy"], values["h"], *(values[key] for key in SEPARATION)]
+                numbers += [values.get("attacked", {}).get(key) for key in SEPARATION] if section["attack"] else []
+                rows.append([task, name, score, *map(_percent, numbers)])
+    return rows
+
+
+def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
+    """Header, one row per task, and the means."""
+    percent = percent_in_two_lines if in_two_lines else percent_in_one_line
+    kinds = list(result["mean"])
+    has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
+    rows = [["task", "n", *kinds, "seconds", *(["left out"] if has_bad else [])]]
+    for name, values in result["tasks"].items():
+        bad = [str(values.get("bad_samples", 0))] if has_bad else []
+        cells = [percent(values[kind]) for kind in kinds]
+        rows.append([name, str(values["n"]), *cells, f"{values.get('seconds', 0):.1f}", *bad])
+    total = sum(values.get("seconds", 0) for values in result["tasks"].values())
+    for name, values in means_of(result).items():
+        seconds = f"{total:.1f}" if name == NOT_A_TASK else ""
+        rows.append([name, "", *(percent(values[kind]) for kind in kinds), seconds, *([""] if has_bad else [])])
+    return rows
+
+
+def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
+    """``12.3 (10.1-14.8)``: accuracy and interval in percent."""
+    low, high = accuracy["interval"]
+    return f"{100 * accuracy['acc1']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
+    """The same for narrow columns, the interval in whole percent."""
+    low, high = accuracy["interval"]
+    return f"{100 * accuracy['acc1']:.1f}\n{100 * low:.0f}-{100 * high:.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _dimmed(cell: str) -> Text:
+    """The second line of a cell is less important than the first."""
+    first, newline, rest = cell.partition("\n")
+    return Text.assemble(first, newline, (rest, "dim"))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = [[markdown(cell) for cell in row] for row in rows]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def audit_line(result: Mapping[str, Any]) -> str:
+    """``Audit: B; not measured: baseline``: the grade, and every check that did not pass."""
+    by_status: dict[str, list[str]] = {}
+    for check in result["audit"]["checks"]:
+        by_status.setdefault(check["status"].replace("_", " "), []).append(check["name"])
+    rest = [f"{status}: {', '.join(names)}" for status, names in by_status.items() if status != "pass"]
+    return "; ".join([f"Audit: {result['audit']['grade']}", *rest])

@@ -1,0 +1,7 @@
+"""Callbacks of a fit: checkpoints, signals, and a warning about runs that learn nothing."""
+
+from robustclip.training.chance_level import ChanceLevelWarning
+from robustclip.training.interruption import Interruption
+from robustclip.training.model_checkpoint import Checkpoints
+
+__all__ = ["ChanceLevelWarning", "Checkpoints", "Interruption"]

@@ -1,0 +1,116 @@
+"""Checkpoints to choose from and to continue from."""
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from robustclip.arguments import checked
+from robustclip.evaluation.robust import RobustEvaluation
+from robustclip.methods import RobustMethod
+from robustclip.results import ledger
+
+ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
+
+
+@checked
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose ``last.ckpt`` is the last one.
+
+    Lightning 2.6 renews ``last.ckpt`` only when the monitored metric improved, so a run that is continued from it
+    would lose every epoch since the best.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks before a fit, not after its first epoch, whether validation measures the monitored accuracy.
+
+        Raises:
+            ValueError: it does not.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
+            _sweep(Path(str(self.dirpath)))
+        if stage == "fit" and ACCURACY.fullmatch(self.monitor or ""):
+            known = _validated(trainer)
+            if not known:
+                raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but nothing is validated; set data.holdout")
+            if self.monitor not in known:
+                raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but validation gives {', '.join(known)}")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the settings of the command line beside the checkpoints, which hold them too."""
+        settings = pl_module.run_settings if isinstance(pl_module, RobustMethod) else None
+        is_local = self.dirpath is not None and "://" not in str(self.dirpath)
+        if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_settings(Path(str(self.dirpath)), settings)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the best, then the last, where validation decides when."""
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._renew_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the best, then the last, where the epoch decides when."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._renew_last(trainer)
+
+    def save_now(self, trainer: Trainer) -> Path:
+        """Saves ``last.ckpt``, or without `save_last: true` ``interrupted.ckpt``; returns its path."""
+        if self.save_last is True:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            return Path(self.last_model_path)
+        path = Path(str(self.dirpath)) / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        return path
+
+    def _renew_last(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):  # nothing was saved at this step yet
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """Writes the settings of a fit as ``fit.yaml``, or under the next free name; overwrites no file.
+
+    Args:
+        folder: of the checkpoints; made where it is missing.
+        settings: as ``--config`` takes them.
+
+    Returns:
+        The file, which an earlier start with equal settings may have written.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    for number in itertools.count():
+        path = folder / (f"fit-{number}.yaml" if number else "fit.yaml")
+        if not path.exists():
+            ledger.write_aside(path, text)
+        elif path.read_bytes() != text.encode():
+            continue
+        return path
+    raise AssertionError
+
+
+def _sweep(folder: Path) -> None:
+    """Removes halves of checkpoints whose writers were killed."""
+    for aside in folder.glob(".*.ckpt.*"):
+        writer = aside.suffix[1:]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
+            aside.unlink(missing_ok=True)
+
+
+def _validated(trainer: Trainer) -> list[str]:
+    """Names of the accuracies that a fit's validation logs."""
+    tasks = [task.name for task in trainer.datamodule.val_tasks]  # type: ignore[attr-defined]
+    evaluations = [each for each in trainer.callbacks if isinstance(each, RobustEvaluation)]  # type: ignore[attr-defined]
+    names = ["clean", *(name for each in evaluations for name in each.fit_attacks)]
+    return [f"val/{task}/{name}/acc1" for task in ("mean", *tasks) for name in names] if tasks else []

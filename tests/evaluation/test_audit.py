@@ -1,0 +1,577 @@
+"""The audit: deliberate breakages lower the grade, each by the check that is meant for it; what is intact passes."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robustclip.attacks import PGD, Attack, Recipe, Square, TorchAttack
+from robustclip.attacks.attack import Forward, Loss
+from robustclip.data import CLIPDataModule
+from robustclip.evaluation import ResultsWriter, RobustEvaluation, robust
+from robustclip.evaluation.audit import audit
+from robustclip.evaluation.checks import GRADES
+from robustclip.evaluation.engine import _Watch
+from robustclip.evaluation.probes import Evidence
+from robustclip.methods import RobustMethod, TeCoA, ZeroShot
+from robustclip.results.run import Run
+from robustclip.types import Task
+
+QUIET = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "enable_checkpointing": False,
+}  # fmt: skip
+TASKS = ("outlines",)  # the model is right about two thirds of its samples, and sure of few
+SAMPLES = 64  # three of them are probed
+SETTINGS: dict[str, Any] = {"eps": "5/255", "alpha": "1.25/255", "steps": 10}  # of the shapes demo
+CLASSES = 12
+
+
+def run_test(
+    folder: Path,
+    method: RobustMethod,
+    attack: Attack,
+    *,
+    tasks: Sequence[str] = TASKS,
+    max_samples: int = SAMPLES,
+    batch_size: int = 64,
+    baseline: Path | None = None,
+    is_undefended: bool | None = None,
+    **options: Any,
+) -> Run:
+    """A test as the command runs it; subclasses of ZeroShot with a mistake are declared undefended, as it is."""
+    is_undefended = isinstance(method, ZeroShot) if is_undefended is None else is_undefended
+    writer = ResultsWriter(
+        str(folder), baseline=None if baseline is None else str(baseline), is_undefended=is_undefended
+    )
+    callbacks = [RobustEvaluation({"pgd": attack}, max_samples=max_samples, **options), writer]
+    data = CLIPDataModule(train="shapes:source", test=[f"shapes:{task}" for task in tasks], batch_size=batch_size)
+    Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
+    assert writer.path is not None
+    return Run.open(writer.path)
+
+
+def statuses(run: Run, *, but: str = "pass") -> dict[str, str]:
+    """Checks by name, without those of one status."""
+    return {each["name"]: each["status"] for each in run.result["audit"]["checks"] if each["status"] != but}
+
+
+def rank(run: Run) -> int:
+    """Of a run's grade, 0 the best."""
+    return list(GRADES.values()).index(run.result["audit"]["grade"])
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The undefended model under PGD."""
+    return run_test(tmp_path_factory.mktemp("intact"), ZeroShot(), PGD(**SETTINGS))
+
+
+# Attacks with a mistake
+
+
+class WrongSign(PGD):
+    def perturb(self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, **kwargs: Any) -> Tensor:
+        return super().perturb(images, forward, targets, lambda *given: -loss(*given), **kwargs)
+
+
+class HalfMean(PGD):
+    """The mean over the batch in half precision, and no loss scaling."""
+
+    def perturb(self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, **kwargs: Any) -> Tensor:
+        return super().perturb(images, forward, targets, lambda z, y: F.cross_entropy(z.half(), y)[None], **kwargs)
+
+
+class NormalisedOutside(PGD):
+    def perturb(self, images: Tensor, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        return super().perturb(images, lambda x: forward(normalised(x)), *args, **kwargs)
+
+
+class NormalisedImages(PGD):
+    """Searches around normalised images, as papers' code does, but with the radius and the box of raw ones."""
+
+    def perturb(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().perturb(normalised(images), *args, **kwargs)
+
+
+class ReturnsClean(PGD):
+    """Searches on the side and returns what it was given."""
+
+    is_anytime = False
+
+    def perturb(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        super().perturb(images, *args, **kwargs)
+        return images
+
+
+class ReturnsNaN(PGD):
+    is_anytime = False
+
+    def perturb(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().perturb(images, *args, **kwargs) * torch.nan
+
+
+class LeavesHalf(PGD):
+    """Attacks every other sample of a batch."""
+
+    def perturb(self, images: Tensor, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        chosen = (torch.arange(len(images)) % 2 == 0).view(-1, 1, 1, 1)
+        attacked = super().perturb(images, lambda x: forward(torch.where(chosen, x, images)), *args, **kwargs)
+        return torch.where(chosen, attacked, images)
+
+
+class WrongLabels(PGD):
+    def perturb(self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, **kwargs: Any) -> Tensor:
+        return super().perturb(images, forward, (targets + 1) % CLASSES, loss, **kwargs)
+
+
+class OtherRadius(PGD):
+    """Names one radius and uses another."""
+
+    factor = 255.0
+
+    def perturb(self, *args: Any, **kwargs: Any) -> Tensor:
+        vars(twin := PGD(**SETTINGS)).update(eps=self.eps * self.factor, alpha=self.alpha * self.factor)
+        return twin.perturb(*args, **kwargs)
+
+
+class SmallerRadius(OtherRadius):
+    factor = 1 / 255
+
+
+def grey_levels() -> PGD:
+    """What `PGD(eps=5)` would be if it were not refused."""
+    return PGD(**SETTINGS)._changed(eps=5.0, alpha=1.25)
+
+
+# Models with a mistake, or with a defence that only blinds the attack
+
+
+class Detached(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features(images.detach())
+
+
+class NoTemperature(ZeroShot):
+    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+        return super().logits(images, task) / self.clip.logit_scale
+
+
+class NormalisedTwice(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features((images - self.clip.mean) / self.clip.std)
+
+
+class Noisy(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features(images + 0.05 * torch.randn_like(images))
+
+
+class Dropout(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return F.normalize(F.dropout(super().image_features(images), 0.1), dim=-1)
+
+
+class WholeBatch(ZeroShot):
+    """Centres each batch, as adaptation at test time does."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        features = super().image_features(images)
+        return F.normalize(features - 0.5 * features.mean(0), dim=-1)
+
+
+class SometimesNaN(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        is_dark = images.mean((1, 2, 3)) < 0.4
+        return super().image_features(images).masked_fill(is_dark[:, None], torch.nan)
+
+
+class Quantised(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features((images * 32).round() / 32)
+
+
+class Misleading(torch.autograd.Function):
+    """The identity, whose gradient has wrong signs where a hash of the pixel says so."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (images,) = ctx.saved_tensors
+        return gradient * (images * 1e4).sin().sign()
+
+
+class Masked(ZeroShot):
+    def image_features(self, images: Tensor) -> Tensor:
+        return super().image_features(Misleading.apply(images))
+
+
+class Saturated(ZeroShot):
+    """Logits so large that cross-entropy is flat: right, repeatable, and without a gradient."""
+
+    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+        return 1e4 * super().logits(images, task)
+
+
+class Collapsed(ZeroShot):
+    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+        logits = super().logits(images, task)
+        return logits + 1000 * F.one_hot(torch.tensor(0), logits.shape[1])
+
+
+class OtherOrder(ZeroShot):
+    def class_features(self, task: Task) -> Tensor:
+        return super().class_features(task).roll(1, 0)
+
+
+def normalised(images: Tensor) -> Tensor:
+    return (images - 0.5) / 0.25
+
+
+# Evaluations with a mistake
+
+
+@contextlib.contextmanager
+def not_frozen(model: nn.Module) -> Iterator[None]:
+    """Training mode, BatchNorm included."""
+    # The last ones see one pixel, and refuse batches of one.
+    late = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][4:]
+    modes = {module: module.training for module in model.modules() if module not in late}
+    for module in modes:
+        module.training = True
+    yield
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def in_training_mode(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(robust, "frozen", not_frozen)
+
+
+def judged_clean(patch: pytest.MonkeyPatch) -> None:
+    judge = _Watch._judge
+
+    def on_clean(self: _Watch, seen: Tensor, logits: Tensor, *, is_final: bool) -> None:
+        clean = self.images[self.rows]
+        judge(self, clean, self.forward(clean), is_final=is_final)
+
+    patch.setattr(_Watch, "_judge", on_clean)
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """What is broken, and the check that must notice it."""
+
+    check: str
+    status: str
+    method: Callable[[], RobustMethod] = ZeroShot
+    attack: Callable[[], Attack] = lambda: PGD(**SETTINGS)
+    patch: Callable[[pytest.MonkeyPatch], None] = lambda _: None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def small_cascade() -> Recipe:
+    return Recipe("cascade", "5/255", budget=0.02)
+
+
+SURE = (("tasks", ("sizes",)), ("max_samples", 192), ("batch_size", 256))  # half of the losses are below 0.002
+BREAKAGES = {
+    "wrong sign": Breakage("loss_rises", "fail", attack=lambda: WrongSign(**SETTINGS)),
+    "detached graph": Breakage("pixel_gradients", "fail", Detached),
+    "mean in half precision": Breakage("pixel_gradients", "fail", attack=lambda: HalfMean(**SETTINGS), options=SURE),
+    "saturated loss": Breakage("pixel_gradients", "fail", Saturated),
+    "no temperature": Breakage("logit_scale", "warn", NoTemperature),
+    "normalised again in the attack": Breakage("ball_and_box", "fail", attack=lambda: NormalisedOutside(**SETTINGS)),
+    "attack around normalised images": Breakage("ball_and_box", "fail", attack=lambda: NormalisedImages(**SETTINGS)),
+    "normalised again in the method": Breakage("normalised_once", "warn", NormalisedTwice),
+    "attack returns clean images": Breakage("uses_radius", "fail", attack=lambda: ReturnsClean(**SETTINGS)),
+    "verdict on clean images": Breakage("uses_radius", "fail", patch=judged_clean),
+    "half of the samples attacked": Breakage("uses_radius", "fail", attack=lambda: LeavesHalf(**SETTINGS)),
+    "wrong labels": Breakage("loss_rises", "fail", attack=lambda: WrongLabels(**SETTINGS)),
+    "radius in grey levels": Breakage("radius", "warn", attack=grey_levels),
+    "radius 255 times too large": Breakage("ball_and_box", "fail", attack=lambda: OtherRadius(**SETTINGS)),
+    "radius 255 times too small": Breakage("uses_radius", "fail", attack=lambda: SmallerRadius(**SETTINGS)),
+    "radius divided twice": Breakage("radius", "warn", attack=lambda: PGD(5 / 255**2, 1.25 / 255**2, 10)),
+    "noise only": Breakage("pixel_gradients", "fail", attack=lambda: PGD("5/255", "1.25/255", steps=0)),
+    "training mode": Breakage("repeatable", "fail", patch=in_training_mode),
+    "dropout": Breakage("repeatable", "fail", Dropout),
+    "statistics of the batch": Breakage("repeatable", "fail", WholeBatch),
+    "randomised defence": Breakage("repeatable", "fail", Noisy),
+    "NaN for some samples": Breakage("finite", "fail", SometimesNaN),
+    "NaN from the attack": Breakage("finite", "fail", attack=lambda: ReturnsNaN(**SETTINGS)),
+    "quantised input": Breakage("pixel_gradients", "fail", Quantised),
+    "masked gradients, by the loss": Breakage("loss_rises", "fail", Masked),
+    "masked gradients, by random search": Breakage(
+        "black_box", "fail", Masked, small_cascade, options=(("tasks", ("outlines",)),)
+    ),
+    "collapsed model": Breakage("predictions_vary", "warn", Collapsed),
+    "classes in another order": Breakage("better_than_chance", "warn", OtherOrder),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_breakage_lowers_the_grade(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intact: Run) -> None:
+    case = BREAKAGES[name]
+    case.patch(monkeypatch)
+    run = run_test(tmp_path, case.method(), case.attack(), **dict(case.options))
+    assert statuses(run).get(case.check) == case.status
+    assert rank(run) > rank(intact)
+
+
+def test_intact_attack_passes(intact: Run) -> None:
+    assert statuses(intact) == {"black_box": "not_measured"}
+    assert intact.result["audit"]["grade"] == "B"
+
+
+def test_cascade_on_the_undefended_model_gets_the_best_grade(tmp_path: Path) -> None:
+    run = run_test(tmp_path, ZeroShot(), small_cascade(), max_samples=32)
+    assert run.result["audit"]["grade"] == "A", statuses(run)
+
+
+NO_ALARM: dict[str, tuple[Attack, dict[str, Any]]] = {
+    "l2": (PGD(0.5, 0.125, 10, "l2"), {}),
+    "last image counts": (PGD(**SETTINGS), {"stop": "last"}),
+    "papers' PGD": (PGD("5/255", "5/255", 20), {"stop": "last", "max_samples": 24}),
+    "bf16": (PGD(**SETTINGS), {"attack_precision": "bf16"}),
+    "small batches": (PGD(**SETTINGS), {"batch_size": 7}),
+    "no random start": (PGD(**SETTINGS, random_start=False), {}),
+    "two members, last image counts": (small_cascade(), {"stop": "last", "max_samples": 24}),
+    "torchattacks": (TorchAttack("PGD", "5/255", {"alpha": "1.25/255", "steps": 10}), {}),
+    "minimum norm": (TorchAttack("CW", None, {"steps": 10}), {}),
+    "no radius": (PGD(0, 0, 1), {}),
+    "one sample": (PGD(**SETTINGS), {"max_samples": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NO_ALARM)
+def test_sound_attacks_of_other_kinds_raise_no_alarm(name: str, tmp_path: Path) -> None:
+    attack, options = NO_ALARM[name]
+    run = run_test(tmp_path, ZeroShot(), attack, **options)
+    assert set(statuses(run).values()) == {"not_measured"} or not statuses(run), statuses(run)
+
+
+def test_defence_needs_a_baseline_of_its_own_protocol(tmp_path: Path, intact: Run) -> None:
+    run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=intact.folder)
+    assert statuses(run) == statuses(intact)
+    alone = run_test(tmp_path, TeCoA(), PGD(**SETTINGS))
+    assert statuses(alone) == {**statuses(intact), "baseline": "not_measured"}
+    other = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), max_samples=40, baseline=intact.folder)
+    status, text = found(other.result["audit"], "baseline")
+    assert status == "not_measured"
+    assert text.startswith(f"{intact.name} has another protocol for outlines under pgd: sample_ids: ")
+
+
+def test_a_baseline_is_a_test_of_the_base_model_of_the_run(tmp_path: Path, intact: Run, tiny_model: Path) -> None:
+    trained = TeCoA()
+    with torch.no_grad():
+        next(trained.clip.net.parameters()).add_(1e-3)
+    defended = run_test(tmp_path, trained, PGD(**SETTINGS), max_samples=8)
+    with pytest.raises(ValueError, match="must be a test of a base model as it is, found trained weights of TeCoA"):
+        run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=defended.folder)
+    other = TeCoA(pretrained=str(tiny_model))
+    own, theirs = other.clip.fingerprint, intact.result["model"]["fingerprint"]
+    with pytest.raises(ValueError, match=f"tested weights {theirs}, but the base model here has {own}"):
+        run_test(tmp_path, other, PGD(**SETTINGS), baseline=intact.folder)
+    older = intact.result | {"model": {"fingerprint": theirs}}
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "result.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="older version"):
+        run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=tmp_path / "older")
+
+
+def test_a_baseline_that_saw_other_images_is_not_used(tmp_path: Path, intact: Run) -> None:
+    """Of the 64 samples of the baseline's ledger, two are said to have had other pixels."""
+    shutil.copytree(intact.folder, tmp_path / "changed")
+    ledger = tmp_path / "changed" / "ledger" / "outlines.csv"
+    rows = intact.rows("outlines")
+    text = ledger.read_text()
+    for row in rows[:2]:
+        text = text.replace(row["pixels"], "0" * 16)
+    ledger.write_text(text)
+    result = json.loads((tmp_path / "changed" / "result.json").read_text())
+    for protocol in result["protocol"]["outlines"].values():
+        protocol["axes"]["pixels"] = "64, digest of others"
+    (tmp_path / "changed" / "result.json").write_text(json.dumps(result))
+    run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=tmp_path / "changed")
+    assert found(run.result["audit"], "baseline") == (
+        "not_measured",
+        "changed has another protocol for outlines under pgd: pixels: 2 of 64 samples show other images",
+    )
+
+
+def test_a_model_is_undefended_only_where_that_is_declared(tmp_path: Path) -> None:
+    run = run_test(tmp_path, ZeroShot(), PGD(**SETTINGS), is_undefended=False)
+    assert found(run.result["audit"], "baseline")[0] == "not_measured"
+    assert run.result["is_undefended"] is False
+
+
+# The checks themselves, on ledgers made here
+
+
+def make_evidence(
+    n: int = 400, *, survivors: int = 20, attack: Attack | None = None, is_undefended: bool = True, **columns: Any
+) -> Evidence:
+    """A sound ledger of one task with 10 classes; its last samples survive.
+
+    Args:
+        n: samples.
+        survivors: of them.
+        attack: PGD by default.
+        is_undefended: see `Evidence`.
+        columns: replaced columns; a number fills a column, a list its beginning.
+    """
+    attack = attack or PGD(**SETTINGS)
+    members = attack.members(10)
+    index = np.arange(n)
+    is_survivor, is_probed = index >= n - survivors, index % 40 == 39
+    broken = np.where(is_probed & ~is_survivor, 1.0, np.nan)
+    defaults: dict[str, Any] = {
+        "id": index, "label": index % 10, "clean": index % 10, "clean_loss": np.full(n, 0.5),
+        "largest_logit": np.full(n, 20.0), "outside": np.where(is_probed, 0.05, np.nan),
+        "repeat": np.where(is_probed, 1e-5, np.nan), "by": np.where(is_survivor, "", members[0].name).astype(object),
+        "loss": np.full(n, 2.0), "steps": np.full(n, 10.0), "dead": np.zeros(n), "distance": np.full(n, 5 / 255),
+        "excess": np.zeros(n), "nans": np.zeros(n), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
+    }  # fmt: skip
+    for name, values in columns.items():
+        listed = values if isinstance(values, list) else [values] * n
+        defaults[name][: len(listed)] = listed
+    return Evidence(
+        {"a": defaults}, {("a", "pgd"): defaults}, {("a", "pgd"): members}, {"a": 10}, {}, is_undefended=is_undefended
+    )
+
+
+def found(report: dict[str, Any], name: str) -> tuple[str, str]:
+    """Status of a check, and what it found."""
+    (check,) = [check for check in report["checks"] if check["name"] == name]
+    return check["status"], check["found"]
+
+
+def in_cascade(by_square: int) -> dict[str, Any]:
+    return {"attack": Recipe("cascade", "5/255"), "by": ["square"] * by_square}
+
+
+# Wilson's interval of k of 400 has its lower end at 0.0077 for 6, 0.0107 for 8, 0.0990 for 51, 0.1010 for 52.
+LIMITS: list[tuple[str, str, dict[str, Any]]] = [
+    ("baseline", "pass", {"survivors": 40}),
+    ("baseline", "warn", {"survivors": 41}),
+    ("baseline", "warn", {"survivors": 120}),
+    ("baseline", "fail", {"survivors": 121}),
+    ("baseline", "not_measured", {"is_undefended": False}),
+    ("radius", "pass", {"attack": PGD("0.5/255")}),
+    ("radius", "warn", {"attack": PGD("0.4/255")}),
+    ("radius", "pass", {"attack": PGD("63/255")}),
+    ("radius", "warn", {"attack": PGD("64/255")}),
+    ("radius", "pass", {"attack": PGD(3, 1, norm="l2")}),
+    ("radius", "warn", {"attack": PGD(128, 1, norm="l2")}),
+    ("radius", "not_measured", {"attack": PGD(0)}),
+    ("pixel_gradients", "pass", {"survivors": 400}),
+    ("pixel_gradients", "pass", {"survivors": 400, "dead": [1.0] * 6}),  # of 4000
+    ("pixel_gradients", "warn", {"survivors": 400, "dead": [1.0] * 12}),
+    ("pixel_gradients", "fail", {"survivors": 400, "dead": [1.0] * 60}),
+    ("pixel_gradients", "pass", {"survivors": 0, "dead": 10.0}),
+    ("pixel_gradients", "fail", {"steps": 0}),
+    ("pixel_gradients", "pass", {"dead": [*[0.0] * 380, *[10.0] * 20], "attack": TorchAttack("CW")}),
+    ("pixel_gradients", "fail", {"dead": 10.0, "attack": TorchAttack("CW")}),
+    ("pixel_gradients", "not_measured", {"steps": 0, "attack": Square("5/255")}),
+    ("loss_rises", "pass", {"loss": [0.4] * 6}),
+    ("loss_rises", "warn", {"loss": [0.4] * 8}),
+    ("loss_rises", "warn", {"loss": [0.4] * 51}),
+    ("loss_rises", "fail", {"loss": [0.4] * 52}),
+    ("loss_rises", "pass", {"loss": 0.5}),
+    ("loss_rises", "fail", {"loss": 1e-4, "clean_loss": 2e-4}),
+    ("uses_radius", "pass", {"distance": [0.0] * 380}),  # of broken samples
+    ("uses_radius", "pass", {"survivors": 400, "distance": [2.4 / 255] * 6}),
+    ("uses_radius", "warn", {"survivors": 400, "distance": [2.4 / 255] * 8}),
+    ("uses_radius", "fail", {"survivors": 400, "distance": [2.4 / 255] * 52}),
+    ("uses_radius", "pass", {"survivors": 400, "distance": [2.6 / 255] * 52}),
+    ("uses_radius", "pass", {"survivors": 0}),
+    ("uses_radius", "not_measured", {"attack": PGD(0)}),
+    ("ball_and_box", "pass", {"excess": [1e-6]}),
+    ("ball_and_box", "fail", {"excess": [1.1e-6]}),
+    ("ball_and_box", "not_measured", {"n": 0}),
+    ("finite", "fail", {"nans": [1.0]}),
+    ("finite", "fail", {"largest_logit": [np.nan]}),
+    ("finite", "fail", {"largest_logit": [np.inf]}),
+    ("finite", "fail", {"distance": [np.nan]}),
+    ("repeatable", "pass", {"repeat": [0.0199]}),
+    ("repeatable", "fail", {"repeat": [0.0201]}),
+    ("repeatable", "fail", {"repeat": [0.0011], "largest_logit": 0.5}),
+    ("repeatable", "not_measured", {"repeat": np.nan}),
+    ("larger_radius", "warn", {"wider": [*[np.nan] * 379, 0.0]}),  # one held, no other was probed
+    ("larger_radius", "fail", {"wider": [*[np.nan] * 378, 0.0, 0.0]}),
+    ("larger_radius", "pass", {"wider": [*[1.0] * 50, 0.0]}),
+    ("larger_radius", "not_measured", {"wider": np.nan}),
+    ("any_radius", "pass", {"wider": np.nan}),  # 5 % survive
+    ("any_radius", "not_measured", {"survivors": 100, "wider": np.nan}),
+    ("any_radius", "fail", {"survivors": 400, "wider": 0.0}),
+    ("any_radius", "not_measured", {"n": 0}),
+    ("more_steps", "fail", {"longer": 0.0}),
+    ("black_box", "not_measured", {}),
+    ("black_box", "not_measured", {"attack": Square("5/255"), "by": "square"}),
+    ("black_box", "pass", in_cascade(2)),  # 0.0014 of 400
+    ("black_box", "warn", in_cascade(4)),
+    ("black_box", "fail", in_cascade(16)),
+    ("normalised_once", "pass", {"outside": 0.5}),
+    ("normalised_once", "warn", {"outside": 0.51}),
+    ("normalised_once", "not_measured", {"outside": np.nan}),
+    ("logit_scale", "warn", {"largest_logit": 1.0}),
+    ("logit_scale", "not_measured", {"n": 0}),
+    ("better_than_chance", "warn", {"clean": [1, *[0] * 399]}),
+    ("better_than_chance", "pass", {"n": 19, "survivors": 0, "clean": 11}),
+    ("predictions_vary", "warn", {"clean": [3] * 380}),
+    ("predictions_vary", "pass", {"clean": [3] * 370}),
+    ("predictions_vary", "pass", {"clean": 3, "label": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "status", "change"), LIMITS, ids=[f"{name}-{status}" for name, status, _ in LIMITS])
+def test_limit_of_a_check(name: str, status: str, change: dict[str, Any]) -> None:
+    assert found(audit(make_evidence(**change)), name)[0] == status
+
+
+def test_nothing_measured_is_nothing_blamed() -> None:
+    """No task, a task without samples, and samples without an attack."""
+    sound = make_evidence()
+    bare = [Evidence({}, {}, {}, {}, {}, is_undefended=True), make_evidence(0), replace(sound, attacked={}, members={})]
+    for evidence in bare:
+        assert audit(evidence)["grade"] == "B"
+
+
+def test_empty_task_does_not_count_as_broken() -> None:
+    """The undefended model stands on the one task that has samples."""
+    full, empty = make_evidence(survivors=200), make_evidence(0)
+    both = replace(
+        full,
+        samples={"a": full.samples["a"], "b": empty.samples["a"]},
+        attacked={("a", "pgd"): full.attacked["a", "pgd"], ("b", "pgd"): empty.attacked["a", "pgd"]},
+        members={(task, "pgd"): full.members["a", "pgd"] for task in "ab"},
+        class_counts={"a": 10, "b": 10},
+    )
+    assert found(audit(both), "baseline") == ("fail", "undefended: 50.0% right under pgd")
+
+
+@pytest.mark.parametrize(
+    ("change", "grade"),
+    [
+        ({"attack": Recipe("cascade", "5/255")}, "A"),
+        ({}, "B"),
+        ({"largest_logit": 0.5}, "C"),
+        ({"largest_logit": 0.5, "nans": 1.0}, "F"),
+    ],
+)
+def test_grade_is_that_of_the_worst_check(change: dict[str, Any], grade: str) -> None:
+    assert audit(make_evidence(**change))["grade"] == grade

@@ -1,0 +1,188 @@
+"""``robustclip doctor`` finds what would stop a long run, and how long it would take."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustclip.attacks import APGD, PGD, Square, TorchAttack
+from robustclip.cli.main import run
+from robustclip.tools.estimate import passes
+
+ARGUMENTS = (
+    "--model ZeroShot --data.root {at} --data.test [wds:good] --trainer.accelerator cpu --trainer.devices 1"
+    " --data.eval_batch_size 4 --trainer.logger false --trainer.enable_progress_bar false"
+    " --trainer.default_root_dir {at}"
+)
+Shards = Callable[..., Path]
+Doctor = Callable[..., tuple[int, list[list[str]], str]]
+
+
+@pytest.fixture
+def doctor(
+    tmp_path: Path, write_shards: Shards, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Doctor:
+    """Runs the command; gives its status, the rows of its table, and all that it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")  # one line per row
+    write_shards(tmp_path, "good", "test", [4, 4])
+
+    def command(*more: str) -> tuple[int, list[list[str]], str]:
+        words = ARGUMENTS.replace("{at}", str(tmp_path)).split()
+        status = run(["doctor", *words, *more])
+        output = capsys.readouterr()
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.out.splitlines() if "│" in line]
+        return status, rows, output.out + output.err
+
+    return command
+
+
+def found(rows: list[list[str]], mark: str) -> list[str]:
+    return [f"{check}: {detail}" for check, result, detail in rows if result == mark]
+
+
+def test_a_healthy_run_has_no_problem_and_nothing_is_written(doctor: Doctor, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    status, rows, text = doctor("--evaluation.attacks", '{"pgd3":{"class_path":"PGD","init_args":{"steps":3}}}')
+    assert status == 0, text
+    assert not found(rows, "problem")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert [check for check, *_ in rows] == [
+        "versions", "machine", "trainer", "model", "forward pass", "test: good", "attack: pgd3", "time of test",
+        "results",
+    ]  # fmt: skip
+    details = {check: detail for check, _, detail in rows}
+    assert "8 samples of 'test', 3 classes" in details["test: good"]
+    assert "3 gradient and 0 forward passes" in details["attack: pgd3"]
+
+
+def test_one_broken_set_hides_no_other(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+    write_shards(tmp_path, "undecodable", "test", [8], broken=[5])
+    nameless = write_shards(tmp_path, "nameless", "test", [8])
+    (nameless / "classnames.txt").unlink()
+    mislabelled = write_shards(tmp_path, "mislabelled", "test", [8])
+    (mislabelled / "classnames.txt").write_text("red\ngreen\n")
+    sets = "[wds:nowhere,wds:undecodable,wds:good,wds:nameless,wds:mislabelled]"
+    status, rows, _ = doctor("--data.test", sets)
+    problems = found(rows, "problem")
+    assert status == 1
+    assert len(problems) == 4
+    for words in (
+        ("wds:nowhere", "no such data set"),
+        ("undecodable", "'s0000005' does not decode", "bad_samples: skip"),
+        ("wds:nameless", "no class names"),
+        ("wds:mislabelled", "label 2", "2 class names"),
+    ):
+        assert any(all(word in problem for word in words) for problem in problems), words
+    assert any(line.startswith("test: good") for line in found(rows, "ok"))
+    assert found(rows, "info")[-1].startswith("time of test"), "what is healthy is still timed"
+
+
+def test_what_evaluation_would_skip_or_miss_is_a_warning(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+    poor = write_shards(tmp_path, "poor", "test", [8], broken=[5])
+    (poor / "classnames.txt").write_text("red\ngreen\nblue\nmauve\n")
+    status, rows, _ = doctor("--data.test", "[wds:poor]", "--data.bad_samples", "skip")
+    assert status == 0
+    warnings = found(rows, "warning")
+    assert any("'s0000005' does not decode" in line for line in warnings)
+    assert any("1 of 4 classes have no sample: mauve" in line for line in warnings)
+
+
+def test_training_data_is_checked_for_methods_that_learn(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+    status, rows, _ = doctor("--model", "TeCoA", "--data.train", "wds:nowhere")
+    assert status == 1
+    assert [line.partition(": no shards")[0] for line in found(rows, "problem")] == ["training: wds:nowhere"]
+    write_shards(tmp_path, "train", "train", [30])
+    status, rows, _ = doctor("--model", "TeCoA", "--data.train", "wds:train", "--data.batch_size", "4")
+    assert status == 0
+    details = {check: detail for check, _, detail in rows}
+    assert "27 samples of 'train'" in details["training: train"]
+    assert "3 samples" in details["hold-out: train"]
+    assert "of training and" in details["time of an epoch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "check", "words"),
+    [
+        (["--trainer.accelerator", "gpu"], "trainer", "gpu"),
+        (["--model.pretrained", "nowhere"], "model", "'nowhere' is no folder"),
+        (["--ckpt_path", "none.ckpt"], "checkpoint", "none.ckpt"),
+        (["--data.test", "[wds:good,wds:good]"], "data", "2 data sets are named 'good'"),
+        (["--data.test", "[]"], "data", "nothing to test on"),
+    ],
+)
+def test_a_part_that_does_not_build_leaves_the_others_checked(
+    doctor: Doctor, arguments: list[str], check: str, words: str
+) -> None:
+    if arguments[-1] == "gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    status, rows, _ = doctor(*arguments)
+    assert status == 1
+    (problem,) = found(rows, "problem")
+    assert problem.startswith(f"{check}: ")
+    assert words in problem
+    assert arguments[-1] == "[]" or any("test: good" in line for line in found(rows, "ok"))
+
+
+def test_model_and_trainer_are_checked_apart(doctor: Doctor) -> None:
+    status, rows, _ = doctor("--model.pretrained", "nowhere", "--trainer.strategy", "nonesuch")
+    assert status == 1
+    assert [line.partition(":")[0] for line in found(rows, "problem")] == ["model", "trainer"]
+
+
+def test_a_stream_is_looked_at(doctor: Doctor, tmp_path: Path) -> None:
+    status, rows, _ = doctor("--data.test", f"[wds:file://{tmp_path}/good]")
+    assert status == 0
+    assert any("uncounted samples" in line for line in found(rows, "ok"))
+    (tmp_path / "good" / "test" / "0.tar").unlink()
+    assert doctor("--data.test", f"[wds:file://{tmp_path}/good]")[0] == 1
+
+
+def test_one_prediction_for_everything_is_told(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+    """The same names in every class but one: nothing else can be predicted than the first of the equals."""
+    base = write_shards(tmp_path, "odd", "test", [9])
+    (base / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    (base / "classnames.txt").write_text("red\nred\nred\n")
+    _, rows, _ = doctor("--data.test", "[wds:odd]")
+    assert any("all 9 images that were tried are taken for 'red'" in line for line in found(rows, "info"))
+
+
+def test_passes_follow_from_the_settings() -> None:
+    assert passes(PGD(steps=7), 10) == (7, 0)
+    assert passes(PGD(steps=7, keep="best"), 10) == (7, 1)
+    assert passes(APGD(steps=10, restarts=2), 10) == (2 * 11, 0), "the start has a gradient too"
+    assert passes(APGD(steps=10, loss="dlr", targets=9), 3) == (2 * 11, 1), "no more targets than wrong classes"
+    assert passes(TorchAttack("PGD", eps="1/255", kwargs={"steps": 4}), 10) == (4, 0)
+    assert passes(TorchAttack("AutoAttack"), 10) is None
+    assert passes(Square(queries=50), 10) == (0, 50)
+
+
+def test_passes_count_what_an_attack_does() -> None:
+    for attack in (PGD(steps=5, keep="best"), APGD(eps="1/255", steps=6), Square(queries=9)):
+        forwards = []
+
+        def forward(images: torch.Tensor, calls: list[int] = forwards) -> torch.Tensor:
+            calls.append(len(images))
+            return 100 * torch.eye(3)[0].expand(len(images), 3) + 0 * images.mean((1, 2, 3))[:, None]  # unbreakable
+
+        attack(torch.full((2, 3, 8, 8), 0.5), forward, torch.zeros(2, dtype=torch.long))
+        cost = passes(attack, 3)
+        assert cost is not None
+        assert len(forwards) <= sum(cost) <= len(forwards) + 1
+
+
+def test_the_estimate_is_of_the_right_order(doctor: Doctor, tmp_path: Path) -> None:
+    words = [
+        "--model", "ZeroShot", "--data.test", "[shapes:colours]", "--data.eval_batch_size", "64",
+        "--evaluation.attacks", '{"pgd10":{"class_path":"PGD","init_args":{"steps":10}}}',
+    ]  # fmt: skip
+    _, rows, _ = doctor(*words)
+    (detail,) = [detail for check, _, detail in rows if check == "time of test"]
+    estimated = float(detail.removeprefix("about ").split(" s ")[0])
+    start = time.perf_counter()
+    base = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    assert run(["test", *words, *base, "--results.folder", str(tmp_path / "results")]) == 0
+    took = time.perf_counter() - start
+    assert 0.1 * estimated <= took <= 3 * max(estimated, 1.0)  # a second of set-up has nothing to do with passes
