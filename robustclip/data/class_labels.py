@@ -177,7 +177,7 @@ def by_list(folders: Mapping[int, str], words: Words, where: str) -> Named:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Refuses names with which a test means nothing: a single one, WordNet ids, control characters.
+    """Refuses names that no prompt can use: WordNet ids, and names with control characters.
 
     Args:
         names: of the labels.
@@ -186,10 +186,6 @@ def check_names(names: Sequence[str], where: str) -> None:
     Raises:
         ValueError: one of these.
     """
-    if len(names) == 1:
-        raise ValueError(
-            f"{where} has one class, {names[0]!r}, so that every answer is correct; check the path and `split`"
-        )
     if ids := [name for name in names if WORDNET_ID.fullmatch(name)]:
         raise ValueError(
             f"{where} has WordNet ids for class names, {shown(ids)}; give `name: imagenet` or `name: tiny_imagenet`, "

@@ -27,6 +27,7 @@ def open_training(wanted: Sequence[DataSource | str], *, root: str) -> OpenedSou
     for source in sources:
         if source.task.groups is not None:
             raise ValueError(f"training set {source.task.name!r} has labels of several class names; test on it")
+        _check_has_classes(source)
     return sources[0] if len(sources) == 1 else _joined(sources)
 
 
@@ -79,6 +80,7 @@ def open_tests(wanted: Sequence[DataSource | str], *, root: str) -> list[OpenedS
     for source in sources:
         if source.has_unknown:
             raise ValueError(f"set {source.task.name!r} has images of unknown classes; list these in `data.unknown`")
+        _check_has_classes(source)
     _check_names([source.task.name for source in sources])
     return sources
 
@@ -99,6 +101,15 @@ def open_unknown(wanted: Sequence[DataSource | str], *, root: str, taken: Sequen
     names = [f"{name}_unknown" if name in taken else name for name in names]
     _check_names([*taken, *names])
     return [replace(source, task=replace(source.task, name=name)) for source, name in zip(sources, names, strict=True)]
+
+
+def _check_has_classes(source: OpenedSource) -> None:
+    names = source.task.label_names
+    if len(names) == 1:
+        raise ValueError(
+            f"data set {source.task.name!r} has one class, {names[0]!r}, so that every answer is correct; check the path"
+            " and `split`"
+        )
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -125,8 +125,8 @@ def test_tools_answer_help(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_tools_get_what_the_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    for name in ("table", "compare", "report"):
-        module = importlib.import_module(f"robustclip.tools.{name}")
+    for name, path in (("table", "tools.table"), ("compare", "tools.compare"), ("report", "report")):
+        module = importlib.import_module(f"robustclip.{path}")
         monkeypatch.setattr(module, name, lambda *values, **options: calls.append((values, options)))
     a, b = Path("a"), Path("b/result.json")
     assert run(["table", "a", "b/result.json"]) == 0

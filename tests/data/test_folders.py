@@ -11,6 +11,7 @@ from PIL import Image
 
 from robustclip.data import DataSource
 from robustclip.data.catalog import CATALOG
+from robustclip.data.data_sets import open_tests, open_training
 from robustclip.data.sources.source import OpenedSource, open_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -230,8 +231,10 @@ def test_a_part_of_a_known_set_keeps_the_numbers_of_the_whole(tmp_path: Path) ->
 
 def test_a_task_of_one_class_is_refused_but_for_unknown_images(tmp_path: Path) -> None:
     write(tmp_path / "set", ["red"])
-    with pytest.raises(ValueError, match="has one class, 'red'"):
-        opened(tmp_path / "set")
+    with pytest.raises(ValueError, match="'set' has one class, 'red'"):
+        open_tests([f"folder:{tmp_path / 'set'}"], root=".")
+    with pytest.raises(ValueError, match="'set' has one class, 'red'"):
+        open_training([f"folder:{tmp_path / 'set'}"], root=".")
     unknown = open_source(f"folder:{tmp_path / 'set'}", root=".", split="test", role="unknown")
     assert len(unknown.dataset) == 1  # type: ignore[arg-type]
 
