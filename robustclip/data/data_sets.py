@@ -107,8 +107,8 @@ def _check_has_classes(source: OpenedSource) -> None:
     names = source.task.label_names
     if len(names) == 1:
         raise ValueError(
-            f"data set {source.task.name!r} has one class, {names[0]!r}, so that every answer is correct; check the path"
-            " and `split`"
+            f"data set {source.task.name!r} has one class, {names[0]!r}, so that every answer is correct;"
+            " check the path and `split`"
         )
 
 
