@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -64,7 +64,7 @@ class Settings:
 
     data: str
     pool: list[str]
-    guard: list[str]
+    guard: Sequence[str] = ()
     root: str = "."
     split: str = "train"
     arch: str | None = None
