@@ -38,6 +38,7 @@ UNIT_TOLERANCE = 0.02  # features of bf16 towers have norms within 2**-7 of 1
 REPEATS, LONGEST = 5, 3.0  # a pass is timed this often, or for so many seconds
 TYPICAL_CLASSES = 1000  # for the number of targets where no test set opens
 ATTACK_STEPS = 2  # of the attacked batch that is timed
+MOST_PASSES = 100  # of an attack that is tried whole, since its number of steps is not to be changed
 SHORTEST = 1e-9  # factor that leaves one step of any attack
 
 
@@ -139,15 +140,16 @@ class Bench:
         """
         if not self.evaluation.attacks:
             yield Finding("attacks", WARNING, "`evaluation.attacks` is empty, so only clean accuracy is measured")
+        tests, validation = ([each for each in sets if _has_images(each)] for sets in (tests, trains[1:]))
         for name, attack in self.evaluation.attacks.items():
             yield self._attack(name, attack, tests)
         if tests:
-            yield self._within_memory("time of test", "data.eval_batch_size", partial(self._test, tests))
+            yield self._tried("time of test", "data.eval_batch_size", partial(self._test, tests))
         if trains and trains[0].kind == "training":
             size, count = self.data.batch_size, 1 if self.trainer is None else self.trainer.accumulate_grad_batches
             detail = f"{size * self.world_size * count:,} images per optimiser step: {size} x {self.world_size} devices"
             yield Finding("effective batch", OK, f"{detail} x {count} accumulated batches")
-            yield self._within_memory("time of an epoch", "data.batch_size", partial(self._epoch, *trains))
+            yield self._tried("time of an epoch", "data.batch_size", partial(self._epoch, trains[0], validation))
 
     def _attack(self, name: str, attack: Attack, tests: Sequence[DataSet]) -> Finding:
         """Settings and cost of an attack, one step of which runs on two images."""
@@ -155,19 +157,23 @@ class Bench:
         passes = cost and f"at most {cost.gradient:,} gradient and {cost.forward:,} forward passes"
         detail = f"{_described(attack)}: {passes or 'unknown number of passes'} per image"
         try:
-            short = attack.scaled(steps=SHORTEST)
+            short = attack.scaled(steps=SHORTEST) or (attack if cost and sum(cost) <= MOST_PASSES else None)
             if short is not None and tests:
                 short(*self._inputs(tests[0], 2))
         except Exception as error:  # an attack of the user may raise anything
             return Finding(f"attack: {name}", PROBLEM, f"{detail}; it fails: {type(error).__name__}: {error}")
         return Finding(f"attack: {name}", OK if cost else INFO, detail)
 
-    def _within_memory(self, check: str, setting: str, estimate: Callable[[], str]) -> Finding:
+    def _tried(self, check: str, setting: str, estimate: Callable[[], str]) -> Finding:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
         try:
             detail = estimate()
         except torch.OutOfMemoryError:
             return Finding(check, PROBLEM, f"a batch does not fit into the GPU's memory; reduce {setting}")
+        except (ValueError, OSError) as error:
+            return Finding(check, PROBLEM, str(error))
+        except Exception as error:  # of a method that needs the preparations of a whole fit, or a defect of the user's
+            return Finding(check, WARNING, f"not known; it fails here with {type(error).__name__}: {error}")
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -183,7 +189,7 @@ class Bench:
         missing = f", and {', '.join(left_out)} on top" if left_out else ""
         return f"about {_duration(seconds)} without early stopping{missing}; {rates}"
 
-    def _epoch(self, training: DataSet, *validation: DataSet) -> str:
+    def _epoch(self, training: DataSet, validation: Sequence[DataSet]) -> str:
         """Time of an epoch of ``fit`` with its validation; runs training steps without an optimiser."""
         after = self._evaluation(self.evaluation.fit_attacks, validation)[0] if validation else 0.0
         model, batch = self.model, move_data_to_device(training.batch, self.device)
@@ -246,6 +252,11 @@ class Bench:
         """Seconds per image, of which loader processes hide the shorter part."""
         workers = self.data.num_workers
         return max(computing, found.load_seconds / workers) if workers else computing + found.load_seconds
+
+
+def _has_images(found: DataSet) -> bool:
+    """Whether a set has images, and not embeddings of ``robustclip cache``, which have no attacks."""
+    return found.batch is not None and found.batch.images.ndim == 4
 
 
 def _environment() -> Iterator[Finding]:
