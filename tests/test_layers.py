@@ -5,12 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "robustclip"
-COMMON = {"arguments", "names", "paths", "textfiles", "types"}  # every room may import them
+COMMON = {"arguments", "names", "paths", "persistence", "textfiles", "types"}  # every room may import them
 ALLOWED = {
     "__init__": set(),
     "arguments": set(),
     "names": set(),
     "paths": set(),
+    "persistence": set(),
     "textfiles": set(),
     "types": set(),
     "display": set(),

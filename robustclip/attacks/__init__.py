@@ -1,7 +1,7 @@
 """Attacks in pixel space; all share the signature of `Attack`."""
 
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.attack import Attack, Member, Radius, pixels
+from robustclip.attacks.attack import Attack, Cost, Member, Radius, pixels
 from robustclip.attacks.pgd import PGD
 from robustclip.attacks.recipes import Recipe
 from robustclip.attacks.sample_losses import cross_entropy
@@ -12,6 +12,7 @@ __all__ = [
     "APGD",
     "PGD",
     "Attack",
+    "Cost",
     "Member",
     "Radius",
     "Recipe",

@@ -10,6 +10,7 @@ from robustclip.arguments import Count, CountOrZero, Share
 from robustclip.attacks import perturbation_set
 from robustclip.attacks.attack import (
     Attack,
+    Cost,
     Forward,
     Loss,
     Member,
@@ -85,6 +86,11 @@ class APGD(Attack):
         """Itself, with the margin where DLR has too few classes."""
         loss, note = affordable(self.loss, classes, is_targeted=self.targets > 0)
         return [Member("apgd", self._changed(loss=loss) if note else self, note)]
+
+    def cost(self, classes: int) -> Cost:
+        """Passes per image by the settings."""
+        runs = self.restarts * max(1, min(self.targets, classes - 1))
+        return Cost(runs * (self.steps + 1), int(self.targets > 0))
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "APGD":
         """A copy with radius and number of steps multiplied; the step size follows the radius."""

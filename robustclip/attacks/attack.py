@@ -124,6 +124,10 @@ class Attack(Checked, ABC):
         """The attacks that it consists of, in order, for a task of that many classes; by default itself."""
         return [Member(_snake_case(type(self).__name__), self)]
 
+    def cost(self, classes: int) -> "Cost | None":
+        """Passes per image of an attack that never stops early, for a task of that many classes; None if unknown."""
+        return None
+
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Attack | None":
         """A copy with radius and number of steps multiplied; None where it is not known how.
 
@@ -159,6 +163,18 @@ class Member(NamedTuple):
     name: str
     attack: Attack
     note: str = ""
+
+
+class Cost(NamedTuple):
+    """Passes of the model per image.
+
+    Attributes:
+        gradient: forward and backward passes.
+        forward: forward passes alone.
+    """
+
+    gradient: int
+    forward: int
 
 
 class Worst(NamedTuple):

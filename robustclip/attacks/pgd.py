@@ -9,6 +9,7 @@ from robustclip.arguments import CountOrZero
 from robustclip.attacks import perturbation_set
 from robustclip.attacks.attack import (
     Attack,
+    Cost,
     Forward,
     Loss,
     Member,
@@ -61,6 +62,10 @@ class PGD(Attack):
         """Itself, with the margin where DLR has too few classes."""
         loss, note = (None, "") if self.loss is None else affordable(self.loss, classes)
         return [Member("pgd", self._changed(loss=loss) if note else self, note)]
+
+    def cost(self, classes: int) -> Cost:
+        """Passes per image by the settings."""
+        return Cost(self.steps, int(self.keep == "best"))
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "PGD":
         """A copy with radius, step size and number of steps multiplied."""

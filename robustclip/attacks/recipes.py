@@ -10,6 +10,7 @@ from robustclip.arguments import Positive
 from robustclip.attacks.apgd import APGD
 from robustclip.attacks.attack import (
     Attack,
+    Cost,
     Forward,
     Loss,
     Member,
@@ -89,6 +90,12 @@ class Recipe(Attack):
                 raise ValueError(f"{name} does not know how to scale its steps by {self.budget}")
             members += [member._replace(name=name) for member in attack.members(classes)]
         return members
+
+    def cost(self, classes: int) -> Cost | None:
+        """Passes per image by the settings."""
+        costs = [member.attack.cost(classes) for member in self.members(classes)]
+        known = [cost for cost in costs if cost is not None]
+        return Cost(*map(sum, zip(*known, strict=True))) if len(known) == len(costs) else None
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Recipe":
         """The same recipe with every member's radius, step size and number of steps multiplied."""

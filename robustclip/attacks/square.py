@@ -10,6 +10,7 @@ from robustclip.arguments import Count, PositiveShare
 from robustclip.attacks import perturbation_set
 from robustclip.attacks.attack import (
     Attack,
+    Cost,
     Forward,
     Loss,
     Member,
@@ -70,6 +71,10 @@ class Square(Attack):
         """Itself, with the margin where DLR has too few classes."""
         loss, note = affordable(self.loss, classes)
         return [Member("square", self._changed(loss=loss) if note else self, note)]
+
+    def cost(self, classes: int) -> Cost:
+        """Passes per image by the settings."""
+        return Cost(0, self.queries)
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Square":
         """A copy with radius and number of queries multiplied; the schedule of areas follows the queries."""

@@ -8,7 +8,17 @@ from torch import Tensor, nn
 
 from robustclip.arguments import Count, argument
 from robustclip.attacks import perturbation_set
-from robustclip.attacks.attack import Attack, Forward, Loss, Radius, cross_entropy, pixels, scaled_count, scaled_radius
+from robustclip.attacks.attack import (
+    Attack,
+    Cost,
+    Forward,
+    Loss,
+    Radius,
+    cross_entropy,
+    pixels,
+    scaled_count,
+    scaled_radius,
+)
 
 SpelledNorm = Literal["Linf", "L2", "L1"]  # as the library spells it; some of its attacks take anything else for L2
 COUNTS = ("steps", "n_queries")  # the library's names for how long an attack runs
@@ -55,6 +65,12 @@ class TorchAttack(Attack):
             self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
         self.eps = self.kwargs.get("eps")
         self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs
+
+    def cost(self, classes: int) -> Cost | None:
+        """Passes per image by the number of steps, given or by default; None for attacks without steps."""
+        takes = inspect.signature(self._attack).parameters
+        steps = self.kwargs.get("steps", takes["steps"].default if "steps" in takes else None)
+        return None if steps is None else Cost(int(steps) * int(self.kwargs.get("n_restarts", 1)), 0)
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "TorchAttack | None":
         """A copy with the given radius, step size and number of steps multiplied; None where they were not given."""

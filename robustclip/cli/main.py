@@ -40,14 +40,26 @@ commands:
 --config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
 A method of your own needs no registration: --model my_module.MyMethod finds my_module.py in the current folder.
+So does a tool, which is a function with type hints: robustclip my_module.my_tool --x 3.
 Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
-TOOLS = (
-    *("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate"),
-    *("caption", "retrieve", "cache"),
-)
-CONFIGURABLE = (*TRAINER_COMMANDS, "doctor", "replay", "export", "interpolate", "cache")  # take --config
+REBUILDING = "robustclip.cli."  # so begin the functions that take --config
+# A command's function is imported when it is called. Its signature is the command line, its docstring the help.
+TOOLS = {
+    "doctor": "robustclip.cli.commands:doctor",
+    "table": "robustclip.tools.table:table",
+    "compare": "robustclip.tools.compare:compare",
+    "report": "robustclip.report:report",
+    "verify": "robustclip.cli.commands:verify",
+    "replay": "robustclip.cli.commands:replay",
+    "import": "robustclip.convert.importing:import_checkpoint",
+    "export": "robustclip.cli.commands:export",
+    "interpolate": "robustclip.cli.commands:interpolate",
+    "caption": "robustclip.tools.caption:caption",
+    "retrieve": "robustclip.tools.retrieve:retrieve",
+    "cache": "robustclip.cli.caching:cache",
+}
 INTERRUPTED, UNREAD, TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM, as in a shell
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 
@@ -89,17 +101,19 @@ def _answer(words: list[str]) -> int:
     if command in ("-h", "--help", "help", "--version"):
         sys.stdout.write(f"robustclip {__version__}\n" if command == "--version" else HELP)
         return 0
-    if command not in COMMANDS:
+    is_own = "." in command
+    if command not in COMMANDS and not is_own:
         sys.stderr.write(f"error: no command {command!r}; the commands are {', '.join(COMMANDS)}\n")
         return 2
-    if command in CONFIGURABLE:
+    if command in TRAINER_COMMANDS or TOOLS.get(command, "").startswith(REBUILDING):
         from robustclip.cli.settings import check_files
 
         check_files(words[1:], needs_results=command in TRAINER_COMMANDS)
-    if command in TOOLS:
-        from robustclip.cli.commands import run_tool
+    if command in TOOLS or is_own:
+        from robustclip.cli.functions import call, find
 
-        return run_tool(words)
+        function = find(command, ".") if is_own else find(TOOLS[command])
+        return call(function, words[1:], command)
     from robustclip.cli.lightning import main  # slow: loads torch and lightning
 
     main(words)

@@ -12,6 +12,7 @@ from robustclip.convert.model_card import model_card
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
+from robustclip.persistence import atomic_folder
 from robustclip.results.run import Run
 
 FORMATS = ("open_clip", "hf")
@@ -45,7 +46,7 @@ def export(
     if run is not None and run.result.get("model", {}).get("weights") != fingerprint(method):
         raise ValueError(f"{results} is a test of other weights, which the model card must not claim; test this model")
     check_is_towers_alone(method)
-    with open_clip_folder.new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         difference = _write_open_clip(clip, aside) if to == "open_clip" else _write_hugging_face(clip, aside)
         base = str(clip.arch or Path(str(clip.pretrained)).name)
         source = f", {clip.pretrained}" if clip.arch and clip.pretrained else ""

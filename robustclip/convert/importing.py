@@ -10,6 +10,7 @@ import open_clip
 from robustclip.convert import hugging_face, open_clip_folder
 from robustclip.convert.foreign import Weights, check_fits, cosine_with, read, read_folder
 from robustclip.models.clip import CLIPModel
+from robustclip.persistence import atomic_folder
 from robustclip.textfiles import read_text
 
 NEAR = 0.5  # a cosine between the weights of two models; unrelated ones have about 0
@@ -38,7 +39,7 @@ def import_checkpoint(
         ValueError: a file that cannot be read safely, weights that do not fit or were trained with another
             activation, other logits, or ``out`` exists.
     """
-    with open_clip_folder.new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         if source.is_dir():
             if arch or pretrained or activation:
                 raise ValueError(f"{source} tells its own architecture; leave out --arch, --pretrained, --activation")

@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,25 +36,6 @@ class Logits(NamedTuple):
 
     cosines: Tensor
     scale: float
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path``, which gets that name at the end and is removed after an error.
-
-    Raises:
-        ValueError: ``path`` exists; nothing is overwritten.
-    """
-    if path.exists():
-        raise ValueError(f"out {str(path)!r} exists and is never overwritten; choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield aside
-        aside.chmod(0o755)  # temporary folders are for their owner alone
-        aside.rename(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from robustclip.results.ledger import write_aside
+from robustclip.persistence import atomic_write
 
 
 def report(
@@ -36,6 +36,6 @@ def report(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
-        write_aside(path, text)
+        atomic_write(path, text)
     if images is not None:
         gallery.export(views, images)

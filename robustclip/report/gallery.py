@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from robustclip.persistence import atomic_write
 from robustclip.report.blocks import Block, Card, Cards, Fold, Shot, Text
 from robustclip.report.section import Section
 from robustclip.report.view import View
 from robustclip.results import adversarial_examples
 from robustclip.results.adversarial_examples import Example
-from robustclip.results.ledger import write_aside
 from robustclip.results.run import EXAMPLES
 
 PER_TASK = 3
@@ -56,7 +56,7 @@ def export(views: Sequence[View], folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             images = {"clean": example.clean, "perturbation": _amplified(example)[0], "attacked": example.attacked}
             for name, image in images.items():
-                write_aside(place / f"{example.number}_{name}.png", _png(image))
+                atomic_write(place / f"{example.number}_{name}.png", _png(image))
 
 
 def _chosen(kept: Iterable[Example]) -> list[Example]:

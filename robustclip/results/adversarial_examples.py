@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from robustclip.results.ledger import write_aside
+from robustclip.persistence import atomic_write
 
 NAME = re.compile(r"[a-z0-9_]+")  # of tasks and attacks; keeps a path inside its folder
 NORMS = ("linf", "l2")
@@ -70,7 +70,7 @@ def save(example: Example, folder: Path) -> Path:
     images = {name: image.detach().float().cpu().contiguous().clone() for name, image in tensors.items()}
     numbers = {name: str(getattr(example, name)) for name in ("label", "clean_prediction", "prediction", "by", "norm")}
     names = {"task": example.task, "attack": example.attack, "id": str(example.number), "eps": repr(float(example.eps))}
-    write_aside(path, _in_order(serialise(images, metadata=names | numbers)))
+    atomic_write(path, _in_order(serialise(images, metadata=names | numbers)))
     return path
 
 

@@ -1,13 +1,11 @@
 """One row per evaluated sample, appended batch by batch, so that a killed test goes on where it was."""
 
 import csv
-import fcntl
 import io
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+
+from robustclip import persistence
 
 SAMPLE_COLUMNS = {
     "id": "sample id within the data set",
@@ -36,6 +34,7 @@ TIME_COLUMN = "seconds"
 BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again, in the same company
 
 Row = Mapping[str, object]
+write_aside, lock, sweep = persistence.atomic_write, persistence.lock, persistence.sweep
 
 
 def columns(attacks: Sequence[str]) -> list[str]:
@@ -57,28 +56,16 @@ class Ledger:
 
     def __init__(self, path: Path, attacks: Sequence[str]) -> None:
         self.path, self.header = path, columns(attacks)
-        self.rows = self._recover()
+        self._log = persistence.AppendLog(path, _lines([self.header]), BATCH_END)
+        self.rows = read(path, self.header)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Adds a batch in one write that is on the disk when this returns.
+        """Adds a batch in one write that is on the disk at the return.
 
         Raises:
-            OSError: with the path, where there is no room for it.
+            OSError: with the path, for example on a full disk.
         """
-        with _naming(self.path), self.path.open("ab") as file:
-            file.write(_lines([*([row.get(name, "") for name in self.header] for row in rows), []]))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _recover(self) -> list[dict[str, str]]:
-        """Rows of an earlier start; cuts off what was being written when it ended."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        begin = content.find(b"\n") + 1
-        if not begin:
-            write_aside(self.path, _lines([self.header]))
-        elif content[:begin] == _lines([self.header]):
-            os.truncate(self.path, max(begin, content.rfind(BATCH_END) + len(BATCH_END)))
-        return read(self.path, self.header)
+        self._log.append(_lines([*([row.get(name, "") for name in self.header] for row in rows), []]))
 
 
 def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]]:
@@ -117,56 +104,6 @@ def merge(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[di
     ordered = gather(parts, target, header)
     write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
     return ordered
-
-
-def write_aside(path: Path, content: bytes | str) -> None:
-    """Writes a file whole or not at all: aside, to the disk, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _naming(path), aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def lock(path: Path, refusal: str) -> IO[str]:
-    """Keeps a second process out until the file is closed; the system takes the lock back however this process ends.
-
-    Loader workers, who outlive it for seconds, do not inherit this kind of lock. The file must be one that nothing else
-    opens, since closing any handle of it frees it.
-
-    Args:
-        path: file of the lock.
-        refusal: what the second process is told.
-
-    Raises:
-        ValueError: with the refusal.
-    """
-    file = path.open("w", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(refusal) from None
-    return file
-
-
-def sweep(folder: Path) -> None:
-    """Removes what a process that was killed in `write_aside` has left in a folder."""
-    for aside in folder.glob(".*.[0-9]*"):
-        aside.unlink()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Says which file could not be written; the system tells only why."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _lines(rows: Iterable[Sequence[object]]) -> bytes:

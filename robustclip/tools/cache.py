@@ -16,13 +16,13 @@ from numpy.lib.format import open_memmap
 
 from robustclip import display
 from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.convert.open_clip_folder import new_folder
 from robustclip.data import CLIPDataModule
 from robustclip.data.feature_cache import IDS, LABELS, MANIFEST, ImageSet, digest, file_digest, file_name
 from robustclip.data.loader import ImageLoader
 from robustclip.data.samples import Images
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.models.clip import CLIPModel
+from robustclip.persistence import atomic_folder
 from robustclip.tools.retrieval.encoder import Encoder, Part, Store
 
 IMAGES_PER_PART = 4096
@@ -189,7 +189,7 @@ def _publish(
     store: Store, pieces: Sequence[Piece], out: Path, made: dict[str, Any], identities: dict[str, dict[str, Any]]
 ) -> None:
     """Joins the parts to one file per set and view, and tells what is in them."""
-    with new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         for name, identity in identities.items():
             own = [piece for piece in pieces if piece.images.name == name]
             identity |= _join(store, own, aside / name)

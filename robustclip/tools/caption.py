@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustclip import display
 from robustclip.data.decoding import DECODING_ERRORS, decoded, in_eight_bits
 from robustclip.data.sources.source import open_source
-from robustclip.results.ledger import write_aside
+from robustclip.persistence import atomic_write
 from robustclip.tools.captioner import Captioner, Decoding
 from robustclip.tools.progress_log import Journal, Row, read_all
 
@@ -139,7 +139,7 @@ def _publish(folder: Path, out: Path, count: int, settings: Mapping[str, Any]) -
         sys.stdout.write(f"{len(batches)} of {count} batches are done; the process that ends last writes {out}\n")
         return False
     rows = [row for number in range(count) for row in batches[number]]
-    write_aside(out, _table(rows, settings))
+    atomic_write(out, _table(rows, settings))
     shutil.rmtree(folder)
     empty = sum(not captions for _, captions in rows)
     sys.stdout.write(f"captions of {len(rows):,} images, {empty:,} of them without any\n{out}\n")

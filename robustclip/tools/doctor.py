@@ -1,42 +1,55 @@
-"""``robustclip doctor``: what would stop or spoil a long run, found before it starts."""
+"""``robustclip doctor``: a dry run of a configuration, which finds before a long run what would stop or spoil it."""
 
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
 from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from robustclip import display
+from robustclip.attacks import PGD, Attack, Cost
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.models.layers import frozen
-from robustclip.tools.datasets import Examined, examine
-from robustclip.tools.estimate import Bench, attack_findings, estimate_epoch, estimate_test
-from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding
+from robustclip.tools.first_batches import INFO, OK, PROBLEM, WARNING, DataSet, Finding, examine
 
+STYLES = {OK: "green", INFO: "cyan", WARNING: "yellow", PROBLEM: "bold red"}
 SHOWN_PACKAGES = ("torch", "lightning", "open_clip_torch")
 LITTLE_SPACE = 2**30  # bytes; results and examples of a test take some megabytes
 UNIT_TOLERANCE = 0.02  # features of bf16 towers have norms within 2**-7 of 1
-STYLES = {OK: "green", INFO: "cyan", WARNING: "yellow", PROBLEM: "bold red"}
+REPEATS, LONGEST = 5, 3.0  # a pass is timed this often, or for so many seconds
+TYPICAL_CLASSES = 1000  # for the number of targets where no test set opens
+ATTACK_STEPS = 2  # of the attacked batch that is timed
+MOST_PASSES = 100  # of an attack that is tried whole, since its number of steps is not to be changed
+SHORTEST = 1e-9  # factor that leaves one step of any attack
 
 
 @dataclass
 class Plan:
-    """What a run would be made of, as far as it could be built.
+    """Objects of a run, as far as they could be built.
 
     Args:
-        results: folder that results would go to.
+        results: folder for the results.
         ckpt_path: checkpoint of the run.
-        failures: what part could not be built, and why.
+        failures: error by the part that could not be built.
         model: None if it does not load.
         data: None if it could not be built.
         evaluation: None if it could not be built.
@@ -53,7 +66,7 @@ class Plan:
 
     @property
     def device(self) -> torch.device:
-        """Where the run would compute; the CPU if its trainer is refused."""
+        """Device of the run; the CPU if its trainer is refused."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
 
@@ -61,7 +74,7 @@ def doctor(plan: Plan) -> int:
     """Prints every check of a planned run with its result.
 
     Args:
-        plan: what the run would be made of.
+        plan: objects of the run.
 
     Returns:
         Number of problems, each of which would stop the run.
@@ -75,7 +88,7 @@ def doctor(plan: Plan) -> int:
     problems = sum(finding.mark == PROBLEM for finding in findings)
     console = display.console()
     console.print(shown)
-    console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing stands in the way")
+    console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problem found")
     return problems
 
 
@@ -85,31 +98,165 @@ def check(plan: Plan) -> Iterator[Finding]:
     yield from _machine(plan)
     for part, why in plan.failures.items():
         yield Finding(part, PROBLEM, why)
-    if plan.model is not None:
-        plan.model.to(plan.device)
-        yield from _model(plan.model, plan.device, plan.trainer)
-    tests, trains = yield from _data(plan)
-    if plan.model is not None and plan.evaluation is not None and plan.data is not None:
-        yield from attack_findings(plan.evaluation.attacks, tests)
-        bench = Bench(plan.model, plan.data, plan.trainer)
-        if tests:
-            yield estimate_test(bench, plan.evaluation, tests)
-        if trains:
-            yield estimate_epoch(bench, plan.evaluation, trains)
+    model, data, evaluation = plan.model, plan.data, plan.evaluation
+    if model is not None:
+        model.to(plan.device)
+        yield from _model(model, plan.device)
+    tests = trains = list[DataSet]()
+    if data is not None:
+        tests = yield from examine(data, "test", model, limit=evaluation.max_samples if evaluation else None)
+    if data is not None and model is not None and not isinstance(model, ZeroShot):
+        mark = PROBLEM if plan.ckpt_path is None else WARNING  # a test of trained weights needs no training set
+        limit = evaluation.fit_max_samples if evaluation else None
+        trains = yield from examine(data, "fit", model, limit=limit, mark=mark)
+    if model is not None and data is not None and evaluation is not None:
+        yield from Bench(model, data, evaluation, plan.trainer).findings(tests, trains)
     yield from _space(plan.results)
 
 
-def _data(plan: Plan) -> Generator[Finding, None, tuple[list[Examined], list[Examined]]]:
-    """Looks at the sets of ``test``, and at those of ``fit`` for a method that learns."""
-    if plan.data is None:
-        return [], []
-    plan.data.max_samples = plan.evaluation.max_samples if plan.evaluation else None
-    tests = yield from examine(plan.data, "test", plan.model)
-    if plan.model is None or isinstance(plan.model, ZeroShot):
-        return tests, []
-    plan.data.max_samples = plan.evaluation.fit_max_samples if plan.evaluation else None
-    # A test of trained weights can do without the training set.
-    return tests, (yield from examine(plan.data, "fit", plan.model, lenient=plan.ckpt_path is not None))
+class Bench:
+    """Times a clean batch, an attacked batch and a training step; run times follow by multiplication.
+
+    Args:
+        model: on its device.
+        data: of the run; gives batch sizes and loader processes.
+        evaluation: of the run; gives the attacks.
+        trainer: gives precision and devices; None for one device in full precision.
+    """
+
+    def __init__(
+        self, model: RobustMethod, data: CLIPDataModule, evaluation: RobustEvaluation, trainer: Trainer | None
+    ) -> None:
+        self.model, self.data, self.evaluation, self.trainer = model, data, evaluation, trainer
+        self.device = next(model.parameters()).device
+        self.world_size = 1 if trainer is None else trainer.world_size
+
+    def findings(self, tests: Sequence[DataSet], trains: Sequence[DataSet]) -> Iterator[Finding]:
+        """Attacks, batch size and times.
+
+        Args:
+            tests: that can be read.
+            trains: training and validation sets that can be read.
+        """
+        if not self.evaluation.attacks:
+            yield Finding("attacks", WARNING, "`evaluation.attacks` is empty, so only clean accuracy is measured")
+        tests, validation = ([each for each in sets if _has_images(each)] for sets in (tests, trains[1:]))
+        for name, attack in self.evaluation.attacks.items():
+            yield self._attack(name, attack, tests)
+        if tests:
+            yield self._tried("time of test", "data.eval_batch_size", partial(self._test, tests))
+        if trains and trains[0].kind == "training":
+            size, count = self.data.batch_size, 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+            detail = f"{size * self.world_size * count:,} images per optimiser step: {size} x {self.world_size} devices"
+            yield Finding("effective batch", OK, f"{detail} x {count} accumulated batches")
+            yield self._tried("time of an epoch", "data.batch_size", partial(self._epoch, trains[0], validation))
+
+    def _attack(self, name: str, attack: Attack, tests: Sequence[DataSet]) -> Finding:
+        """Settings and cost of an attack, one step of which runs on two images."""
+        cost = attack.cost(max((len(found.task.label_names) for found in tests), default=TYPICAL_CLASSES))
+        passes = cost and f"at most {cost.gradient:,} gradient and {cost.forward:,} forward passes"
+        detail = f"{_described(attack)}: {passes or 'unknown number of passes'} per image"
+        try:
+            short = attack.scaled(steps=SHORTEST) or (attack if cost and sum(cost) <= MOST_PASSES else None)
+            if short is not None and tests:
+                short(*self._inputs(tests[0], 2))
+        except Exception as error:  # an attack of the user may raise anything
+            return Finding(f"attack: {name}", PROBLEM, f"{detail}; it fails: {type(error).__name__}: {error}")
+        return Finding(f"attack: {name}", OK if cost else INFO, detail)
+
+    def _tried(self, check: str, setting: str, estimate: Callable[[], str]) -> Finding:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+        try:
+            detail = estimate()
+        except torch.OutOfMemoryError:
+            return Finding(check, PROBLEM, f"a batch does not fit into the GPU's memory; reduce {setting}")
+        except (ValueError, OSError) as error:
+            return Finding(check, PROBLEM, str(error))
+        except Exception as error:  # of a method that needs the preparations of a whole fit, or a defect of the user's
+            return Finding(check, WARNING, f"not known; it fails here with {type(error).__name__}: {error}")
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            used = torch.cuda.max_memory_allocated(self.device)
+            memory += f", {used / 2**30:.1f} of {total / 2**30:.0f} GiB on the GPU"
+        return Finding(check, INFO, f"{detail}; so far {memory}")
+
+    def _test(self, tests: Sequence[DataSet]) -> str:
+        """Time of the whole test."""
+        seconds, rates = self._evaluation(self.evaluation.attacks, tests)
+        left_out = [name for name, attack in self.evaluation.attacks.items() if attack.cost(2) is None]
+        left_out += [found.task.name for found in tests if found.size is None]
+        missing = f", and {', '.join(left_out)} on top" if left_out else ""
+        return f"about {_duration(seconds)} without early stopping{missing}; {rates}"
+
+    def _epoch(self, training: DataSet, validation: Sequence[DataSet]) -> str:
+        """Time of an epoch of ``fit`` with its validation; runs training steps without an optimiser."""
+        after = self._evaluation(self.evaluation.fit_attacks, validation)[0] if validation else 0.0
+        model, batch = self.model, move_data_to_device(training.batch, self.device)
+        model.freeze_the_rest()
+        model.train()
+        model.prepare_training(training.task)
+
+        def step() -> None:
+            with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
+                loss = torch.stack(list(model.training_loss(batch).values())).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        rate = self._seconds(step) / len(batch.labels)
+        model.zero_grad()
+        seconds = (training.size or 0) * self._with_loading(training, rate) / self.world_size
+        return f"about {_duration(seconds)} of training and {_duration(after)} of validation; {1 / rate:,.0f} images/s"
+
+    def _evaluation(self, attacks: Mapping[str, Attack], sets: Sequence[DataSet]) -> tuple[float, str]:
+        """Seconds of an evaluation, and the measured rates."""
+        largest = max(sets, key=lambda found: found.size or 0)
+        forward, gradient = self._passes(largest)
+        query, step = forward, gradient
+        if self.evaluation.attack_precision == "bf16":  # images that survive bf16 are attacked once more in fp32
+            query, step = (x + y for x, y in zip((query, step), self._passes(largest, in_bfloat16=True), strict=True))
+        total = 0.0
+        for found in sets:
+            costs = [attack.cost(len(found.task.label_names)) or Cost(0, 0) for attack in attacks.values()]
+            computing = forward + sum(cost.gradient * step + cost.forward * query + forward for cost in costs)
+            total += (found.size or 0) * self._with_loading(found, computing) / self.world_size + found.head_seconds
+        return total, f"{1 / forward:,.0f} images/s forward, {1 / gradient:,.0f} with gradient"
+
+    def _passes(self, found: DataSet, *, in_bfloat16: bool = False) -> tuple[float, float]:
+        """Seconds per image of a clean batch, and per image and step of an attacked one."""
+        size, attack = min(self.data.eval_batch_size, found.size or self.data.eval_batch_size), PGD(steps=ATTACK_STEPS)
+        images, forward, labels = self._inputs(found, size)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16), frozen(self.model):
+            with torch.no_grad():
+                clean = self._seconds(lambda: forward(images))
+            return clean / size, self._seconds(lambda: attack(images, forward, labels)) / size / ATTACK_STEPS
+
+    def _inputs(self, found: DataSet, size: int) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+        """Images, model and labels for an attack; images are repeated where fewer were read."""
+        assert found.batch is not None
+        chosen = torch.arange(size) % len(found.batch.labels)
+        images, labels = (values[chosen].to(self.device) for values in found.batch[:2])
+        return images, lambda pixels: self.model.logits(pixels, found.task.name).float(), labels
+
+    def _seconds(self, action: Callable[[], Any]) -> float:
+        """Median time of a few runs after one to warm up, which is the result if it takes long."""
+        times: list[float] = []
+        while len(times) <= REPEATS and (not times or sum(times) < LONGEST):
+            start = perf_counter()
+            action()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(perf_counter() - start)
+        return median(times[1:] or times)
+
+    def _with_loading(self, found: DataSet, computing: float) -> float:
+        """Seconds per image, of which loader processes hide the shorter part."""
+        workers = self.data.num_workers
+        return max(computing, found.load_seconds / workers) if workers else computing + found.load_seconds
+
+
+def _has_images(found: DataSet) -> bool:
+    """Whether a set has images, and not embeddings of ``robustclip cache``, which have no attacks."""
+    return found.batch is not None and found.batch.images.ndim == 4
 
 
 def _environment() -> Iterator[Finding]:
@@ -141,7 +288,7 @@ def _machine(plan: Plan) -> Iterator[Finding]:
         yield Finding("trainer", WARNING if is_idle else OK, detail + ("; the GPU stays idle" if is_idle else ""))
 
 
-def _model(model: RobustMethod, device: torch.device, trainer: Trainer | None) -> Iterator[Finding]:
+def _model(model: RobustMethod, device: torch.device) -> Iterator[Finding]:
     model.freeze_the_rest()
     total = sum(parameter.numel() for parameter in model.parameters())
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -175,3 +322,16 @@ def _space(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     mark = OK if free >= LITTLE_SPACE else WARNING
     yield Finding("results", mark, f"{folder}: {free / 2**30:.1f} GiB free")
+
+
+def _described(attack: Attack) -> str:
+    """Radii as a person would write them."""
+    shown = {key: f"{255 * value:.3g}/255" for key, value in attack.settings.items() if key in ("eps", "alpha")}
+    settings = {key: shown.get(key, value) for key, value in attack.settings.items() if value is not None}
+    return f"{type(attack).__name__}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustclip.convert.open_clip_folder import new_folder
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint, with_digest
 from robustclip.models.clip import fingerprint
+from robustclip.persistence import atomic_folder
 
 # What continues a training, which there is none of between two models.
 OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "pending_gradients", "bank")
@@ -46,7 +46,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     method.load_state_dict(original)
     kept = {name: value for name, value in content.items() if name not in OF_TRAINING}
     names = [f"alpha-{alpha:g}.ckpt" for alpha in alphas]
-    with new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         for alpha, name in zip(alphas, names, strict=True):
             origin = {"alpha": alpha, "fine_tuned": weights}
             changed = {"state_dict": between(original, tuned, alpha), "interpolation": origin}

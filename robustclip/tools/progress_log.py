@@ -1,12 +1,11 @@
 """What a command has behind it, a batch a line in JSON, so that a killed one goes on where it was."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustclip.results import ledger
+from robustclip import persistence
 
 Row = tuple[int, list[str]]
 """Sample id and captions."""
@@ -30,27 +29,16 @@ class Journal:
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         refusal = f"another process does this share of {self.path.parent}; give each its own --shard"
-        self._lock = ledger.lock(self.path.with_suffix(".lock"), refusal)
-        self._file = self.path.open("a+b")
-        self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)  # cuts off what was being written when the process ended
-        if not whole:
-            self._write(self.settings)
+        self._lock = persistence.lock(self.path.with_suffix(".lock"), refusal)
+        self._log = persistence.AppendLog(self.path, _line(self.settings))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
         self._lock.close()
 
     def append(self, number: int, rows: Sequence[Row]) -> None:
         """Adds a batch."""
-        self._write({"batch": number, "rows": rows})
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._log.append(_line({"batch": number, "rows": rows}))
 
 
 def read_all(folder: Path, settings: Mapping[str, Any]) -> dict[int, list[Row]]:
@@ -80,6 +68,10 @@ def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         if earlier.get(name) != now.get(name):
             difference = f"{name} {earlier.get(name)!r}, now it is {now.get(name)!r}"
             raise ValueError(f"{path} was begun with {difference}; delete it, or choose another place")
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

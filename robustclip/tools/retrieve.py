@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from robustclip import display
 from robustclip.arguments import Count, CountOrZero, Interval, checked
-from robustclip.convert.open_clip_folder import new_folder
 from robustclip.data.sources.source import OpenedSource, open_source
 from robustclip.models.clip import CLIPModel
 from robustclip.paths import local_path
+from robustclip.persistence import atomic_folder
 from robustclip.tools.retrieval.encoder import Encoder, Part, Store, records
 from robustclip.tools.retrieval.guard import Guard
 from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chosen, write_pairs
@@ -64,7 +64,7 @@ class Settings:
 
     data: str
     pool: list[str]
-    guard: list[str]
+    guard: Sequence[str] = ()
     root: str = "."
     split: str = "train"
     arch: str | None = None
@@ -127,7 +127,7 @@ def retrieve(settings: Settings, out: Path) -> None:
     sets = {name: image_parts(store, encoder, *each) for name, each in guards.items()}
     best, counts = _search(settings, queries, parts, sets)
     anchors = np.unique(best[best >= 0])
-    with new_folder(out) as aside:
+    with atomic_folder(out) as aside:
         write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[kinds[0]]], anchors))
         write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
         (aside / "retrieval.json").write_text(

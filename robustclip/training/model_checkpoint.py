@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from robustclip.arguments import checked
 from robustclip.evaluation.robust import RobustEvaluation
 from robustclip.methods import RobustMethod
-from robustclip.results import ledger
+from robustclip.persistence import atomic_write, sweep
 
 ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
@@ -34,7 +34,7 @@ class Checkpoints(ModelCheckpoint):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
-            _sweep(Path(str(self.dirpath)))
+            sweep(Path(str(self.dirpath)))
         if stage == "fit" and ACCURACY.fullmatch(self.monitor or ""):
             known = _validated(trainer)
             if not known:
@@ -93,19 +93,11 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
     for number in itertools.count():
         path = folder / (f"fit-{number}.yaml" if number else "fit.yaml")
         if not path.exists():
-            ledger.write_aside(path, text)
+            atomic_write(path, text)
         elif path.read_bytes() != text.encode():
             continue
         return path
     raise AssertionError
-
-
-def _sweep(folder: Path) -> None:
-    """Removes halves of checkpoints whose writers were killed."""
-    for aside in folder.glob(".*.ckpt.*"):
-        writer = aside.suffix[1:]
-        if writer.isdigit() and not Path(f"/proc/{writer}").exists():
-            aside.unlink(missing_ok=True)
 
 
 def _validated(trainer: Trainer) -> list[str]:

@@ -1,7 +1,9 @@
 """The command line."""
 
 import copy
+import functools
 import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -125,20 +127,65 @@ def test_tools_answer_help(command: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_tools_get_what_the_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    for name, path in (("table", "tools.table"), ("compare", "tools.compare"), ("report", "report")):
-        module = importlib.import_module(f"robustclip.{path}")
-        monkeypatch.setattr(module, name, lambda *values, **options: calls.append((values, options)))
+
+    def instead_of(function: Any) -> Any:
+        @functools.wraps(function)
+        def called(*values: Any, **options: Any) -> None:
+            calls.append(inspect.signature(function).bind(*values, **options).arguments)
+
+        return called
+
+    for name in ("table", "compare", "report"):
+        module = importlib.import_module("robustclip.report" if name == "report" else f"robustclip.tools.{name}")
+        monkeypatch.setattr(module, name, instead_of(getattr(module, name)))
     a, b = Path("a"), Path("b/result.json")
     assert run(["table", "a", "b/result.json"]) == 0
     assert run(["compare", "a", "b/result.json"]) == 0
     assert run(["compare", "a", "b/result.json", "--shared_samples", "true"]) == 0
     assert run(["report", "a", "b/result.json", "--out", "x.html"]) == 0
+    assert run(["report", "--runs", "a", "--sections", "x.Y", "--sections", "x.Z"]) == 0
+    page = {"runs": [a, b], "out": Path("x.html"), "images": None, "sections": []}
     assert calls == [
-        (([a, b],), {}),
-        ((a, b), {"shared_samples": False}),
-        ((a, b), {"shared_samples": True}),
-        (([a, b],), {"out": Path("x.html"), "images": None, "sections": []}),
+        {"results": [a, b]},
+        {"a": a, "b": b, "shared_samples": False},
+        {"a": a, "b": b, "shared_samples": True},
+        page,
+        {**page, "runs": [a], "out": Path("report.html"), "sections": ["x.Y", "x.Z"]},
     ]
+
+
+TOOL = """
+from pathlib import Path
+
+def shout(word: str, times: int = 1, *, into: Path | None = None) -> int:
+    '''Write a word several times.
+
+    Args:
+        word: to write.
+        times: number of repetitions.
+        into: file; null prints.
+    '''
+    into.write_text(word * times) if into else print(word * times)
+    return times - 1
+"""
+
+
+def test_a_tool_of_the_user_is_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_tools.py").write_text(TOOL)
+    assert run(["own_tools.shout", "ab"]) == 0
+    assert run(["own_tools.shout", "--word", "cd", "--times=2", "--into", "file"]) == 1, "a number is that of faults"
+    assert (capsys.readouterr().out, (tmp_path / "file").read_text()) == ("ab\n", "cdcd")
+    assert run(["own_tools.shout", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("Write a word several times.", "number of repetitions", "--into"):
+        assert words in shown
+    for bad in (["own_tools.shut", "x"], ["no_tools.shout", "x"], ["own_tools.shout", "x", "--times", "many"]):
+        assert run(bad) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(("disagreements", "status"), [(0, 0), (3, 1)])

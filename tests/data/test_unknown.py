@@ -17,7 +17,7 @@ from robustclip.data.splits import draw_known
 from robustclip.data.task_parts import Role
 from robustclip.data.views import labels_of, where_of
 from robustclip.methods import TeCoA
-from robustclip.tools.datasets import examine
+from robustclip.tools.first_batches import examine
 from robustclip.types import UNKNOWN
 
 COLOURS = ("red", "green", "blue", "pink", "grey", "teal")  # of the six classes the first three are known
@@ -150,7 +150,7 @@ def test_drawn_classes_of_imagenet_are_those_of_its_shifts(tmp_path: Path) -> No
 
 def test_the_doctor_looks_at_unknown_sets_and_at_joined_ones(root: Path) -> None:
     data = CLIPDataModule(["wds:set", "wds:set"], test=[SET], unknown=[SET], root=str(root), image_size=32)
-    for stage, title in (("test", "unknown: set"), ("fit", "training: set"), ("fit", "hold-out: set")):
+    for stage, title in (("test", "unknown: set_unknown"), ("fit", "training: set"), ("fit", "hold-out: set")):
         assert title in [finding.check for finding in examine(data, stage, None)]
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from robustclip.results import ledger
-from robustclip.results.ledger import ATTACK_COLUMNS, SAMPLE_COLUMNS, Ledger, columns, merge, read, write_aside
+from robustclip.results.ledger import ATTACK_COLUMNS, SAMPLE_COLUMNS, Ledger, columns, merge, read
 
 ATTACKS = ["pgd", "fgsm"]
 
@@ -102,18 +101,3 @@ def test_parts_of_unlike_tests_do_not_merge(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another version"):
         merge([tmp_path / "a.csv"], tmp_path / "all.csv", columns(ATTACKS))
     assert not (tmp_path / "all.csv").exists()
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no space left")
-
-    write_aside(tmp_path / "a", "old")
-    monkeypatch.setattr(*((ledger.os, "fsync", fail) if broken == "fsync" else (Path, "replace", fail)))
-    with pytest.raises(OSError, match="no space left"):
-        write_aside(tmp_path / "a", "new and longer")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_text() == "old"

@@ -47,7 +47,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def die_in_write(number: int) -> None:
     """Lets this process die after it has written so many files of the work."""
-    write, written = encoder.write_aside, []
+    write, written = encoder.atomic_write, []
 
     def struck(path: Path, content: bytes | str) -> None:
         write(path, content)
@@ -55,4 +55,4 @@ def die_in_write(number: int) -> None:
         if len(written) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    encoder.write_aside = struck
+    encoder.atomic_write = struck

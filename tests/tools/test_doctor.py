@@ -1,5 +1,6 @@
 """``robustclip doctor`` finds what would stop a long run, and how long it would take."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 
 from robustclip.attacks import APGD, PGD, Square, TorchAttack
 from robustclip.cli.main import run
-from robustclip.tools.estimate import passes
 
 ARGUMENTS = (
     "--model ZeroShot --data.root {at} --data.test [wds:good] --trainer.accelerator cpu --trainer.devices 1"
@@ -54,7 +54,7 @@ def test_a_healthy_run_has_no_problem_and_nothing_is_written(doctor: Doctor, tmp
         "results",
     ]  # fmt: skip
     details = {check: detail for check, _, detail in rows}
-    assert "8 samples of 'test', 3 classes" in details["test: good"]
+    assert "8 samples, 3 classes" in details["test: good"]
     assert "3 gradient and 0 forward passes" in details["attack: pgd3"]
 
 
@@ -95,11 +95,13 @@ def test_training_data_is_checked_for_methods_that_learn(doctor: Doctor, tmp_pat
     assert status == 1
     assert [line.partition(": no shards")[0] for line in found(rows, "problem")] == ["training: wds:nowhere"]
     write_shards(tmp_path, "train", "train", [30])
-    status, rows, _ = doctor("--model", "TeCoA", "--data.train", "wds:train", "--data.batch_size", "4")
+    accumulated = ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "3"]
+    status, rows, _ = doctor("--model", "TeCoA", "--data.train", "wds:train", *accumulated)
     assert status == 0
     details = {check: detail for check, _, detail in rows}
-    assert "27 samples of 'train'" in details["training: train"]
+    assert "27 samples" in details["training: train"]
     assert "3 samples" in details["hold-out: train"]
+    assert details["effective batch"].startswith("12 images")
     assert "of training and" in details["time of an epoch"]
 
 
@@ -146,17 +148,45 @@ def test_one_prediction_for_everything_is_told(doctor: Doctor, tmp_path: Path, w
     (base / "zeroshot_classification_templates.txt").write_text("{c}\n")
     (base / "classnames.txt").write_text("red\nred\nred\n")
     _, rows, _ = doctor("--data.test", "[wds:odd]")
-    assert any("all 9 images that were tried are taken for 'red'" in line for line in found(rows, "info"))
+    assert any("all 9 images that were tried are classified as 'red'" in line for line in found(rows, "info"))
+
+
+ATTACK = """
+from robustclip.attacks import PGD, Cost
+
+class Mine(PGD):
+    def cost(self, classes):
+        return Cost(70, classes)
+
+class Broken(PGD):
+    def perturb(self, images, forward, targets, loss, *, index, seed):
+        return images.no_such_method()
+"""
+
+
+def test_an_attack_of_the_user_states_its_cost_and_is_tried(
+    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own_attacks.py").write_text(ATTACK)
+    attacks = '{"mine":{"class_path":"own_attacks.Mine"},"broken":{"class_path":"own_attacks.Broken"}}'
+    status, rows, _ = doctor("--evaluation.attacks", attacks)
+    details = {check: detail for check, _, detail in rows}
+    assert "70 gradient and 3 forward passes" in details["attack: mine"]
+    assert status == 1
+    (problem,) = found(rows, "problem")
+    assert problem.startswith("attack: broken")
+    assert "no_such_method" in problem
 
 
 def test_passes_follow_from_the_settings() -> None:
-    assert passes(PGD(steps=7), 10) == (7, 0)
-    assert passes(PGD(steps=7, keep="best"), 10) == (7, 1)
-    assert passes(APGD(steps=10, restarts=2), 10) == (2 * 11, 0), "the start has a gradient too"
-    assert passes(APGD(steps=10, loss="dlr", targets=9), 3) == (2 * 11, 1), "no more targets than wrong classes"
-    assert passes(TorchAttack("PGD", eps="1/255", kwargs={"steps": 4}), 10) == (4, 0)
-    assert passes(TorchAttack("AutoAttack"), 10) is None
-    assert passes(Square(queries=50), 10) == (0, 50)
+    assert PGD(steps=7).cost(10) == (7, 0)
+    assert PGD(steps=7, keep="best").cost(10) == (7, 1)
+    assert APGD(steps=10, restarts=2).cost(10) == (2 * 11, 0), "the start has a gradient too"
+    assert APGD(steps=10, loss="dlr", targets=9).cost(3) == (2 * 11, 1), "no more targets than wrong classes"
+    assert TorchAttack("PGD", eps="1/255", kwargs={"steps": 4}).cost(10) == (4, 0)
+    assert TorchAttack("AutoAttack").cost(10) is None
+    assert Square(queries=50).cost(10) == (0, 50)
 
 
 def test_passes_count_what_an_attack_does() -> None:
@@ -168,7 +198,7 @@ def test_passes_count_what_an_attack_does() -> None:
             return 100 * torch.eye(3)[0].expand(len(images), 3) + 0 * images.mean((1, 2, 3))[:, None]  # unbreakable
 
         attack(torch.full((2, 3, 8, 8), 0.5), forward, torch.zeros(2, dtype=torch.long))
-        cost = passes(attack, 3)
+        cost = attack.cost(3)
         assert cost is not None
         assert len(forwards) <= sum(cost) <= len(forwards) + 1
 

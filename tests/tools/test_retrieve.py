@@ -138,7 +138,7 @@ def test_neighbours_point_at_the_nearest_anchors(anchors: Path) -> None:
 
 def die_in_write(number: int) -> None:
     """Lets this process die after it has written so many files of the cache."""
-    write, written = encoder.write_aside, []
+    write, written = encoder.atomic_write, []
 
     def struck(path: Path, content: bytes | str) -> None:
         write(path, content)
@@ -146,7 +146,7 @@ def die_in_write(number: int) -> None:
         if len(written) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    encoder.write_aside = struck
+    encoder.atomic_write = struck
 
 
 def test_a_killed_retrieval_goes_on(pool: Path, anchors: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from robustclip.models.clip import CLIPModel
 from robustclip.models.tensor_files import DIGEST, check_fits, checked_state, digest, one_line, read_file
+from robustclip.persistence import atomic_write
 
 SETTINGS = "inference_settings"  # key of a checkpoint: values beside the tensors that define its function
 BASE = "base."  # so begin the keys of settings that the files of the base model define
@@ -105,19 +105,7 @@ class RenamedCheckpointIO(TorchCheckpointIO):
             return
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
-        aside = place.with_name(f".{place.name}.{os.getpid()}")
-        try:
-            with aside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(place)
-        except (OSError, RuntimeError) as error:  # neither names the file; torch's writer hides the system's reason
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            reason = getattr(cause, "strerror", None) or cause
-            raise OSError(f"checkpoint {place} cannot be written: {reason}") from error
-        finally:
-            aside.unlink(missing_ok=True)
+        atomic_write(place, lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Reads and checks a local path, as data in any case; Lightning reads URLs."""

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from robustclip.data.decoding import DECODING_ERRORS
 from robustclip.data.transforms import ToPixels
 from robustclip.models.clip import CLIPModel
-from robustclip.results.ledger import write_aside
+from robustclip.persistence import atomic_write
 from robustclip.textfiles import read_text
 from robustclip.tools.progress_log import check_same
 
@@ -131,7 +131,7 @@ class Store:
         if told.is_file():
             check_same(folder, json.loads(read_text(told)), settings)
         else:
-            write_aside(told, json.dumps(settings, indent=2) + "\n")
+            atomic_write(told, json.dumps(settings, indent=2) + "\n")
 
     def has(self, name: str) -> bool:
         """Whether a part is there."""
@@ -147,7 +147,7 @@ class Store:
         if not self.has(name):
             content = io.BytesIO()
             np.save(content, make(), allow_pickle=False)
-            write_aside(self._path(name), content.getvalue())
+            atomic_write(self._path(name), content.getvalue())
         return self.read(name)
 
     def read(self, name: str) -> Part:

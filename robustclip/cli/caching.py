@@ -1,0 +1,20 @@
+"""``robustclip cache``."""
+
+import os
+
+from robustclip.cli.build import build_fit
+from robustclip.tools.cache import Settings
+from robustclip.tools.cache import cache as write_cache
+
+
+def cache(settings: Settings, *options: str) -> None:
+    """Write embeddings of a run's images to the folder ``--data.features``, from which training then reads.
+
+    Further options are those of `robustclip fit`.
+
+    Args:
+        settings: of the cache.
+        options: of ``robustclip fit``.
+    """
+    method, data, epochs = build_fit(options)
+    write_cache(method.clip, data, settings, epochs=epochs, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
