@@ -250,7 +250,7 @@ def _cache(words: list[str]) -> int:
     from robustclip.cli.build import build_fit
 
     method, data, epochs = build_fit(others)
-    cache(method.clip, data, settings, epochs=epochs, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
+    cache(method.clip, data, settings, epochs=epochs, seed=data.seed)
     return 0
 
 

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -89,6 +89,7 @@ class RobustCLI(LightningCLI):
             }
         )
         parser.link_arguments("model.image_size", "data.init_args.image_size", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint before anything is built; settings come from config and command line alone.
@@ -222,7 +223,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         check_words(args)
     return interface(
         RobustMethod,
-        CLIPDataModule,
+        LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -336,6 +337,11 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"ckpt_path {str(path)!r} is no file; `robustclip fit` prints where it writes checkpoints")
     return read_checkpoint(path)
+
+
+def _data_seed(seed: bool | int) -> int:
+    """Seed of the data for a value of ``seed_everything``, which starts at 0 where Lightning chooses it."""
+    return 0 if isinstance(seed, bool) else seed
 
 
 def _quieten() -> None:

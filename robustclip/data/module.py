@@ -1,7 +1,6 @@
 """The one data module of all methods."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +18,7 @@ from robustclip.data.sources.source import DataSource, OpenedSource
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
-from robustclip.types import Task
+from robustclip.types import Done, Task
 
 
 @checked
@@ -54,6 +53,7 @@ class CLIPDataModule(ResumableDataModule):
         captioned: folder of images with captions, in whose ``test`` split `FeatureGeometry` looks for them.
         features: folder of ``robustclip cache`` with embeddings that stand in place of images, but for ``test``.
         features_in_test: take them in ``test`` too, where there can be no attacks then.
+        seed: of the order, the random crops and the drawn captions of training; the commands set ``seed_everything``.
 
     Raises:
         ValueError: anything about a data set that does not fit, when a stage is set up.
@@ -83,8 +83,9 @@ class CLIPDataModule(ResumableDataModule):
         captioned: str | None = None,
         features: str | None = None,
         features_in_test: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         paths = {"root": root, "features": features, "captions": captions, "anchors": anchors, "captioned": captioned}
         for key, path in paths.items():
             local_path(path or ".", f"data.{key}")
@@ -98,9 +99,7 @@ class CLIPDataModule(ResumableDataModule):
         self.augmentation, self.captioned, self.features_in_test = augmentation, captioned, features_in_test
         self.features = None if features is None else Path(root).expanduser() / features
         self.beside = Beside(captions, anchors, anchor_choice, root)
-        self.max_samples: int | None = None
-        # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
-        self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
+        self.connect()
         self._train: OpenedSource | None = None
         self.val_positions: list[int] | None = None
         self._val: list[OpenedSource] = []
@@ -108,6 +107,17 @@ class CLIPDataModule(ResumableDataModule):
         self._unknown: list[OpenedSource] = []
         self._loaders: dict[str, ImageLoader] = {}
         self._cache: FeatureCache | None = None
+
+    def connect(self, *, limit: int | None = None, done: Done | None = None) -> None:
+        """Takes the settings of an evaluation, before loaders are made.
+
+        Args:
+            limit: evaluate a fixed choice of this many samples of each task; None for all.
+            done: returns the sample ids that an earlier start of the test has finished, by task; the loaders of
+                ``test`` call it and leave these samples out. None for no ids.
+        """
+        self.max_samples = limit
+        self.done_samples: Done = (lambda task: frozenset()) if done is None else done
 
     @property
     def train_task(self) -> Task:
@@ -175,7 +185,7 @@ class CLIPDataModule(ResumableDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Shuffled anew each epoch; the order follows from seed and epoch alone."""
-        source, seed = self._opened_train(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        source, seed = self._opened_train(), self.seed
         own, model = (
             training_pixels(size, self.augmentation, seed) for size in (self.transform(source).size, self.image_size)
         )

@@ -87,7 +87,7 @@ def test_a_stream_of_unknown_images_is_unknown(root: Path) -> None:
 
 def test_unknown_images_are_shared_and_limited_like_tests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = opened("test", root, test=[SET], unknown=[SET])
-    data.max_samples = 5
+    data.connect(limit=5)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(data, "_place", lambda rank=rank: (rank, 2))
