@@ -7,14 +7,19 @@ from typing import Annotated, Any, Literal
 import torch
 
 from robustclip.arguments import Count, CountOrZero, Interval, checked
-from robustclip.data.anchors import Choice
-from robustclip.data.captioned import CaptionedImages
-from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
+from robustclip.data._resume import ResumableDataModule
+from robustclip.data.anchors import CaptionedImages, Choice
+from robustclip.data.data_sets import (
+    OpenedSource,
+    SetLike,
+    listed,
+    open_tests,
+    open_training,
+    open_unknown,
+    split_training,
+)
 from robustclip.data.feature_cache import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
-from robustclip.data.loader import ImageLoader
-from robustclip.data.resume import ResumableDataModule
-from robustclip.data.shares import Beside, Place, Preprocessing, Samples, exact_samples, shuffled_samples
-from robustclip.data.sources.source import DataSource, OpenedSource
+from robustclip.data.loader import Beside, ImageLoader, Place, Preprocessing, Samples, exact_samples, shuffled_samples
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
@@ -25,14 +30,15 @@ from robustclip.types import Done, Task
 class CLIPDataModule(ResumableDataModule):
     """Labelled images for training and for any number of zero-shot tasks.
 
-    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``shapes:NAME``, or a name
-    of the catalogue) or a `DataSource`. Nothing touches the network unless a source is a URL.
+    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH``, ``shapes:NAME``,
+    a name of the catalogue, or the path of a class of yours), a `DataSource`, or an object: a ``Dataset`` or a
+    `Source`. Nothing touches the network unless a source is a URL.
 
     Args:
         train: training set, or several of the same classes.
-        val: validation sets; none holds out a part of the training set.
-        test: zero-shot test sets.
-        unknown: sets of images whose classes no test set knows.
+        val: validation sets, one or a list; none holds out a part of the training set.
+        test: zero-shot test sets, one or a list, such as ``folder:/my/photos``.
+        unknown: sets of images whose classes no test set knows, one or a list.
         root: folder that relative paths start at.
         image_size: side in pixels of the crop that larger images are reduced to before an attack.
         attack_resolution: ``native`` leaves small-image sets (CIFAR, STL-10) at their own size and lets the model
@@ -61,10 +67,10 @@ class CLIPDataModule(ResumableDataModule):
 
     def __init__(
         self,
-        train: DataSource | str | list[DataSource | str] = "shapes:source",
-        val: Sequence[DataSource | str] = (),
-        test: Sequence[DataSource | str] = (),
-        unknown: Sequence[DataSource | str] = (),
+        train: SetLike | list[SetLike] = "shapes:source",
+        val: SetLike | Sequence[SetLike] = (),
+        test: SetLike | Sequence[SetLike] = (),
+        unknown: SetLike | Sequence[SetLike] = (),
         root: str = ".",
         image_size: Count = 224,
         attack_resolution: Literal["native", "model"] = "native",
@@ -90,8 +96,9 @@ class CLIPDataModule(ResumableDataModule):
         for key, path in paths.items():
             local_path(path or ".", f"data.{key}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
-        self.wanted_train = tuple(train) if isinstance(train, list) else (train,)
-        self.wanted_val, self.wanted_test, self.wanted_unknown = tuple(val), tuple(test), tuple(unknown)
+        self.wanted_train, self.wanted_val, self.wanted_test, self.wanted_unknown = map(
+            listed, (train, val, test, unknown)
+        )
         self.root, self.image_size, self.transform = root, image_size, Preprocessing(image_size, attack_resolution)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples

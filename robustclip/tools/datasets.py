@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.data.data_sets import open_training
+from robustclip.data.data_sets import OpenedSource, open_source, open_training
 from robustclip.data.samples import BadSample, Images, Loaded, StreamedImages
-from robustclip.data.sources.source import OpenedSource, open_source
+from robustclip.data.sources.source import labels_of
 from robustclip.data.sources.streams import StreamedShards
 from robustclip.data.splits import choose
 from robustclip.data.task_parts import Role
-from robustclip.data.views import labels_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.tools.findings import INFO, OK, PROBLEM, WARNING, Finding
@@ -116,7 +115,7 @@ def _openers(data: CLIPDataModule, stage: str) -> Iterator[tuple[str, str, Calla
     """Kind and title of every set of a stage, and what opens it."""
 
     def title(wanted: DataSource | str) -> str:
-        return wanted if isinstance(wanted, str) else wanted.source
+        return wanted if isinstance(wanted, str) else wanted.title
 
     evaluated: dict[str, tuple[Role, tuple[DataSource | str, ...]]]
     evaluated = {"test": ("test", data.wanted_test), "unknown": ("unknown", data.wanted_unknown)}

@@ -10,12 +10,12 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
+from robustclip.data.data_sets import open_source
 from robustclip.data.loader import ImageLoader
 from robustclip.data.samples import Images
-from robustclip.data.sources.source import open_source
+from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.splits import draw_known
 from robustclip.data.task_parts import Role
-from robustclip.data.views import labels_of, where_of
 from robustclip.methods import TeCoA
 from robustclip.tools.datasets import examine
 from robustclip.types import UNKNOWN
