@@ -81,7 +81,8 @@ class Task:
             raise ValueError(f"task {self.name!r} has no templates; give `templates`")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, got {template!r}")
+                example = "such as 'a photo of {}'"
+                raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, {example}, got {template!r}")
         for group in () if self.groups is None else self.groups:
             if not group or not all(0 <= member < len(self.class_names) for member in group):
                 names = f"positions among the {len(self.class_names)} class names"

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack
 from robustclip.attacks.attack import Forward
+from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import ROBUST, StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Journal, sample_rows
@@ -34,7 +35,7 @@ class RobustEvaluation(Callback):
     a `ResultsWriter`, a test keeps a ledger of every sample and goes on where an earlier start of it was ended.
 
     Args:
-        attacks: name to attack; none measures clean accuracy alone.
+        attacks: name to attack, or the names of recipes, such as ``pgd10``; none measures clean accuracy alone.
         max_samples: evaluate this many fixed samples of each task, clean and attacked; null for all.
         fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
         fit_max_samples: their ``max_samples``; null for the same.
@@ -51,9 +52,9 @@ class RobustEvaluation(Callback):
 
     def __init__(
         self,
-        attacks: dict[str, Attack] | None = None,
+        attacks: Attacks | None = None,
         max_samples: Count | None = None,
-        fit_attacks: dict[str, Attack] | None = None,
+        fit_attacks: Attacks | None = None,
         fit_max_samples: Count | None = None,
         seed: int = 0,
         stop: StopRule = "worst",
@@ -61,8 +62,8 @@ class RobustEvaluation(Callback):
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
     ) -> None:
-        self.attacks, self.max_samples, self.seed = attacks or {}, max_samples, seed
-        self.fit_attacks = self.attacks if fit_attacks is None else fit_attacks
+        self.attacks, self.max_samples, self.seed = by_name(attacks or {}), max_samples, seed
+        self.fit_attacks = self.attacks if fit_attacks is None else by_name(fit_attacks)
         self.fit_max_samples = fit_max_samples or max_samples
         self.stop, self.attack_precision = stop, attack_precision
         self.check_every, self.save_examples = check_every, save_examples

@@ -9,9 +9,13 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
+from robustclip.cli.build import Assembled
+from robustclip.cli.lightning import start
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import ZeroShot
+from robustclip.results.run import Run
 from robustclip.types import MEMBERS, Batch, Data, Task, data_of
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -62,6 +66,50 @@ def test_a_data_module_of_a_few_lines_is_tested_on(tiny_model: Path) -> None:
     trainer = Trainer(callbacks=[RobustEvaluation()], **QUIET)
     trainer.test(ZeroShot(pretrained=str(tiny_model)), datamodule=Gradients(), verbose=False)
     assert trainer.callback_metrics["test/shades/clean/acc1"] in (0, 0.5, 1)
+
+
+OWN_MODULES = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from robustclip.cli.build import Assembled
+from robustclip.cli.lightning import start
+from robustclip.cli.main import run
+from robustclip.data import CLIPDataModule
+from robustclip.types import Batch, Data, Task
+
+class Ours(CLIPDataModule):
+    def __init__(self, name: str = "colours", **kwargs):
+        super().__init__(test=f"shapes:{name}", **kwargs)
+
+class Theirs(Data, LightningDataModule):
+    val_tasks = [Task("shades", ("black", "white"))]
+    def val_dataloader(self):
+        images = torch.linspace(0, 1, 2)[:, None, None, None].expand(2, 3, 32, 32)
+        return DataLoader([Batch(images, torch.tensor([0, 1]), torch.tensor([0, 1]))], batch_size=None)
+"""
+
+
+def test_own_data_modules_are_taken_by_the_path_of_their_class(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_modules.py").write_text(OWN_MODULES)
+    words = ["--model", "ZeroShot", "--model.pretrained", str(tiny_model), "--trainer.accelerator", "cpu"]
+    words += ["--trainer.enable_progress_bar", "false"]
+    ours = ["--data", "own_modules.Ours", "--data.name", "counts", "--evaluation.max_samples", "2"]
+    assert run(["test", *words, *ours, "--results.folder", "results", "--results.name", "ours"]) == 0
+    assert list(Run.open(tmp_path / "results" / "ours").result["tasks"]) == ["counts"]
+    assert run(["validate", *words, "--data", "own_modules.Theirs"]) == 0
+
+
+def test_the_seed_of_the_command_line_orders_the_training_data() -> None:
+    words = ["fit", "--model", "ZeroShot", "--model.pretrained", "shapes", "--trainer.accelerator", "cpu"]
+    for given, seed in (("7", 7), ("true", 0), ("false", 0)):
+        assembled = start(Assembled, [*words, "--seed_everything", given])
+        assert assembled.datamodule.seed == seed
+        assert "seed" not in assembled.given["data"]["init_args"]  # one place for the user to set it
 
 
 def test_a_limit_that_a_data_module_does_not_apply_is_refused(tiny_model: Path) -> None:
