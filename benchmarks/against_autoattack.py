@@ -98,7 +98,7 @@ def main() -> None:
     data = CLIPDataModule(
         test=[f"wds:{name}" for name in SETS], root=options.data, image_size=options.image_size, batch_size=16
     )
-    data.max_samples = options.per_set
+    data.connect(limit=options.per_set)
     data.setup("test")
     report: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "commit": commit(), "eps": options.eps}
     for name, method in models(options).items():

@@ -208,7 +208,7 @@ def main() -> None:
         data = CLIPDataModule(
             test=[f"wds:{name}" for name in SETS], root=options.data, image_size=options.image_size, batch_size=16
         )
-        data.max_samples = options.per_set
+        data.connect(limit=options.per_set)
         data.setup("test")
         attack = PGD(eps=options.eps, alpha=options.alpha, steps=options.attack_steps)
         report["real"] = {}

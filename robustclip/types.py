@@ -1,10 +1,13 @@
 """The vocabulary that every other module shares; imports nothing of ours."""
 
+import inspect
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from robustclip.arguments import checked
 
@@ -78,7 +81,8 @@ class Task:
             raise ValueError(f"task {self.name!r} has no templates; give `templates`")
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, got {template!r}")
+                example = "such as 'a photo of {}'"
+                raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, {example}, got {template!r}")
         for group in () if self.groups is None else self.groups:
             if not group or not all(0 <= member < len(self.class_names) for member in group):
                 names = f"positions among the {len(self.class_names)} class names"
@@ -95,3 +99,108 @@ class Task:
     def prompts(self) -> list[list[str]]:
         """``C`` lists of ``T`` prompts."""
         return [[template.replace("{}", name) for template in self.templates] for name in self.class_names]
+
+
+class Captioned(Protocol):
+    """Images with all their captions, for retrieval; yields ``(B, 3, H, W)`` and ``B`` lists of captions."""
+
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[list[str]]]]:
+        """Yields the batches in order."""
+
+
+class Data(Protocol):
+    """The members of a data module that methods, callbacks and tools use.
+
+    `CLIPDataModule` has them all. An own module inherits from ``Data`` and ``LightningDataModule``, sets the tasks of
+    its stages, as class attributes or properties, and yields a `Batch` from its loaders; the rest has defaults.
+    """
+
+    @property
+    def train_task(self) -> Task:
+        """Classes of the training set."""
+        raise ValueError(f"{type(self).__name__} has no `train_task`; set it to the Task of the training classes")
+
+    @property
+    def val_tasks(self) -> list[Task]:
+        """Tasks of the validation loaders, in their order."""
+        return []
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """Tasks of the test loaders, in their order."""
+        return []
+
+    @property
+    def unknown_names(self) -> Sequence[str]:
+        """Names of the sets of unknown classes, in their order; none is the name of a test task."""
+        return ()
+
+    @property
+    def train_has_unknown(self) -> bool:
+        """Whether training images are labelled `UNKNOWN`."""
+        return False
+
+    @property
+    def feature_model(self) -> Mapping[str, Any] | None:
+        """Model whose embeddings stand in place of this stage's images, by its ``fingerprint``; None for images."""
+        return None
+
+    @property
+    def bad_sample_counts(self) -> Mapping[str, int]:
+        """Images that this process could not decode in its latest evaluation, by task."""
+        return {}
+
+    def protocol(self, task: str) -> dict[str, Any]:
+        """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
+        return {"split": task, "sample_ids": "all", "preprocessing": type(self).__name__, "attack_space": "native"}
+
+    def connect(self, *, limit: int | None = None, done: "Done | None" = None) -> None:
+        """Takes the settings of an evaluation, before loaders are made.
+
+        Args:
+            limit: evaluate a fixed choice of this many samples of each task; None for all.
+            done: returns the sample ids that an earlier start of the test has finished, by task; test loaders leave
+                them out. It is called when test loaders are made. None for no ids.
+
+        Raises:
+            ValueError: a limit that the data module does not apply.
+        """
+        if limit is not None:
+            raise ValueError(f"{type(self).__name__} has no `connect`, so that max_samples must be null, got {limit}")
+
+    def done_dataloader(self, task: str) -> DataLoader[Any] | None:
+        """Loads the samples of a test task that ``done`` lists, in order and with digests; None for no sample."""
+        return None
+
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """Loads the training images once and in order, on all processes together, without augmentation."""
+        raise ValueError(f"{type(self).__name__} has no `plain_train_dataloader`; return a loader in order from it")
+
+    def unknown_dataloaders(self) -> Mapping[str, Iterable[Batch]]:
+        """Loads every set of unknown classes, by its name; all labels are `UNKNOWN`."""
+        return {}
+
+    def captioned_images(self) -> Captioned | None:
+        """Images with captions for retrieval; None for no such set."""
+        return None
+
+
+Done = Callable[[str], frozenset[int]]
+MEMBERS = tuple(name for name in vars(Data) if not name.startswith("_"))
+
+
+def data_of(trainer: Any) -> Data:
+    """Return the data module of a trainer.
+
+    Raises:
+        ValueError: the trainer has no data module, or one that lacks a member of `Data`.
+    """
+    data: Data | None = trainer.datamodule
+    if data is None:
+        raise ValueError("the trainer has no data module; give one as `datamodule`, such as CLIPDataModule(...)")
+    for name in MEMBERS:
+        if inspect.getattr_static(data, name, None) is None:  # without running a property, which may open files
+            raise ValueError(f"{type(data).__name__} lacks {name!r}; let it inherit from robustclip.types.Data first")
+    return data

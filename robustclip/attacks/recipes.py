@@ -121,3 +121,14 @@ class Recipe(Attack):
             found = Worst(*(part[rows] for part in worst)).or_worse(found)
             worst = Worst(*(part.index_put((rows,), new) for part, new in zip(worst, found, strict=True)))
         return worst.images
+
+
+Attacks = dict[str, Attack] | RecipeName | list[RecipeName]
+
+
+def by_name(attacks: Attacks) -> dict[str, Attack]:
+    """Attacks by name; the name of a recipe stands for that recipe at its default radius."""
+    if isinstance(attacks, dict):
+        return attacks
+    names: list[RecipeName] = [attacks] if isinstance(attacks, str) else attacks
+    return {name: Recipe(name) for name in names}

@@ -1,7 +1,5 @@
 """``robustclip cache``."""
 
-import os
-
 from robustclip.cli.build import build_fit
 from robustclip.tools.cache import Settings
 from robustclip.tools.cache import cache as write_cache
@@ -17,4 +15,4 @@ def cache(settings: Settings, *options: str) -> None:
         options: of ``robustclip fit``.
     """
     method, data, epochs = build_fit(options)
-    write_cache(method.clip, data, settings, epochs=epochs, seed=int(os.environ.get("PL_GLOBAL_SEED", "0")))
+    write_cache(method.clip, data, settings, epochs=epochs, seed=data.seed)

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -35,7 +35,7 @@ from robustclip.cli.settings import (
     parse,
     read_config,
 )
-from robustclip.data import CLIPDataModule
+from robustclip.data import CLIPDataModule, DataSource
 from robustclip.evaluation import ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint
@@ -51,8 +51,10 @@ EXPECTED_ERRORS = (
     ProcessRaisedException,
     ValueError,
 )
-# Mappings whose keys are the user's own, and the type of their values.
+# Mappings whose keys are the user's own, and lists of data sets: the type of an entry.
 ENTRIES = {"evaluation.attacks": Attack, "evaluation.fit_attacks": Attack, "results.averages": list[str]}
+SETS = list[DataSource | str]
+ENTRIES |= {f"data.{role}": SETS for role in ("train", "val", "test", "unknown")}
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,6 +91,7 @@ class RobustCLI(LightningCLI):
             }
         )
         parser.link_arguments("model.image_size", "data.init_args.image_size", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint before anything is built; settings come from config and command line alone.
@@ -222,7 +225,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         check_words(args)
     return interface(
         RobustMethod,
-        CLIPDataModule,
+        LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
@@ -267,11 +270,11 @@ def check_words(words: list[str]) -> None:
 
 
 def check_entries(key: str, entries: Any, kind: Any) -> None:
-    """Checks a mapping entry by entry, since the parser does not say which entry it refuses.
+    """Checks a mapping or a list of mappings entry by entry, since the parser does not say which entry it refuses.
 
     Args:
-        key: of the mapping.
-        entries: the mapping; anything else is left to the parser.
+        key: of the mapping or the list.
+        entries: the mapping, or data sets; anything else is left to the parser.
         kind: type of an entry.
 
     Raises:
@@ -279,12 +282,17 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--entry", type=kind, required=True)
-    for name, value in entries.items() if isinstance(entries, Mapping) else ():
+    if kind is SETS:
+        listed = entries if isinstance(entries, list) else [entries]
+        named = [(key, [each]) for each in listed if isinstance(each, Mapping) and "class_path" not in each]
+    else:
+        named = [(f"{key}.{name}", each) for name, each in entries.items()] if isinstance(entries, Mapping) else []
+    for name, value in named:
         try:
             parser.parse_object({"entry": value})
         except ArgumentError as error:
-            text = str(error).replace('Parser key "entry"', f'Parser key "{key}.{name}"', 1)
-            raise ArgumentError(None, text.replace("required: entry", f"required: {key}.{name}")) from error
+            text = str(error).replace('Parser key "entry"', f'Parser key "{name}"', 1)
+            raise ArgumentError(None, text.replace("required: entry", f"required: {name}")) from error
 
 
 def check_processes(world_size: int) -> None:
@@ -336,6 +344,11 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"ckpt_path {str(path)!r} is no file; `robustclip fit` prints where it writes checkpoints")
     return read_checkpoint(path)
+
+
+def _data_seed(seed: bool | int) -> int:
+    """Seed of the data for a value of ``seed_everything``, which starts at 0 where Lightning chooses it."""
+    return 0 if isinstance(seed, bool) else seed
 
 
 def _quieten() -> None:

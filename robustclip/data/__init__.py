@@ -1,6 +1,7 @@
 """The shared data module and its data sets."""
 
+from robustclip.data.data_sets import DataSource
 from robustclip.data.module import CLIPDataModule
-from robustclip.data.sources.source import DataSource
+from robustclip.data.sources.source import Opened, Source
 
-__all__ = ["CLIPDataModule", "DataSource"]
+__all__ = ["CLIPDataModule", "DataSource", "Opened", "Source"]

@@ -1,6 +1,6 @@
-"""What anchored fine-tuning reads beside a training set: a caption of each image, and image-text pairs."""
+"""Images with captions: beside a training set, for anchored fine-tuning, and on their own, for retrieval."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -224,3 +224,32 @@ def _open_anchors(place: Path, source: Any, choice: Choice, transform: ToPixels,
     if (farthest := neighbours.greatest()) >= len(pairs):
         raise ValueError(f"{place}/neighbours.parquet names pair {farthest}, but only {len(pairs)} lie beside it")
     return AnchorSet(pairs, transform, seed=seed, neighbours=neighbours)
+
+
+class CaptionedImages:
+    """Batches of images ``(B, 3, H, W)`` in [0, 1], each image with its captions; in order, from front to back.
+
+    Args:
+        folder: of shards with ``KEY.txt``, one caption a line, in ``test``; its name is that of the set.
+        transform: from image to pixels of one size.
+        batch_size: images at once.
+
+    Raises:
+        ValueError: no such shards, an image without captions or, on the way, one that does not decode.
+    """
+
+    def __init__(self, folder: Path, transform: ToPixels, *, batch_size: int) -> None:
+        self.name = folder.name.lower()
+        self.shards = IndexedShards([Path(shard) for shard in list_shards(str(folder), "test")], is_labelled=False)
+        self.transform, self.batch_size = transform, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[list[str]]]]:
+        for start in range(0, len(self.shards), self.batch_size):
+            chosen = range(start, min(start + self.batch_size, len(self.shards)))
+            yield torch.stack([self._pixels(number) for number in chosen]), [*map(self.shards.captions, chosen)]
+
+    def _pixels(self, number: int) -> Tensor:
+        try:
+            return self.transform(self.shards[number][0])
+        except DECODING_ERRORS as error:
+            raise ValueError(f"{self.shards.where(number)} does not decode: {error}") from error

@@ -330,5 +330,6 @@ def lookup(name: str) -> CatalogEntry:
     if name in CATALOG:
         return CATALOG[name]
     close = difflib.get_close_matches(name, CATALOG, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(CATALOG)}"
+    others = "a folder is written folder:/my/photos, a class of yours my_module.MySet"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"{others}; known are {', '.join(CATALOG)}"
     raise ValueError(f"data set must be a name of the catalogue, got {name!r}; {hint}")

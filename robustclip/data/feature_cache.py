@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from robustclip.data.data_sets import DataSource, OpenedSource
 from robustclip.data.samples import BadSample, Images, Loaded
-from robustclip.data.sources.source import DataSource, OpenedSource
+from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.transforms import AugmentedPixels, ToPixels
-from robustclip.data.views import labels_of, where_of
 from robustclip.textfiles import read_text
 from robustclip.types import Batch
 
@@ -274,7 +274,8 @@ def file_name(view: int | None) -> str:
 
 def _told(wanted: DataSource | str) -> dict[str, Any]:
     source = DataSource(wanted) if isinstance(wanted, str) else wanted
-    return {key: value for key, value in asdict(source).items() if value is not None and key not in WORDS}
+    settings = {field.name: getattr(source, field.name) for field in fields(source)} | {"source": source.title}
+    return {key: value for key, value in settings.items() if value is not None and key not in WORDS}
 
 
 def _rows(ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:

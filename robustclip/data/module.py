@@ -1,39 +1,44 @@
 """The one data module of all methods."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
 from robustclip.arguments import Count, CountOrZero, Interval, checked
-from robustclip.data.anchors import Choice
-from robustclip.data.captioned import CaptionedImages
-from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
+from robustclip.data._resume import ResumableDataModule
+from robustclip.data.anchors import CaptionedImages, Choice
+from robustclip.data.data_sets import (
+    OpenedSource,
+    SetLike,
+    listed,
+    open_tests,
+    open_training,
+    open_unknown,
+    split_training,
+)
 from robustclip.data.feature_cache import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
-from robustclip.data.loader import ImageLoader
-from robustclip.data.resume import ResumableDataModule
-from robustclip.data.shares import Beside, Place, Preprocessing, Samples, exact_samples, shuffled_samples
-from robustclip.data.sources.source import DataSource, OpenedSource
+from robustclip.data.loader import Beside, ImageLoader, Place, Preprocessing, Samples, exact_samples, shuffled_samples
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
-from robustclip.types import Task
+from robustclip.types import Done, Task
 
 
 @checked
 class CLIPDataModule(ResumableDataModule):
     """Labelled images for training and for any number of zero-shot tasks.
 
-    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``shapes:NAME``, or a name
-    of the catalogue) or a `DataSource`. Nothing touches the network unless a source is a URL.
+    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH``, ``shapes:NAME``,
+    a name of the catalogue, or the path of a class of yours), a `DataSource`, or an object: a ``Dataset`` or a
+    `Source`. Nothing touches the network unless a source is a URL.
 
     Args:
         train: training set, or several of the same classes.
-        val: validation sets; none holds out a part of the training set.
-        test: zero-shot test sets.
-        unknown: sets of images whose classes no test set knows.
+        val: validation sets, one or a list; none holds out a part of the training set.
+        test: zero-shot test sets, one or a list, such as ``folder:/my/photos``.
+        unknown: sets of images whose classes no test set knows, one or a list.
         root: folder that relative paths start at.
         image_size: side in pixels of the crop that larger images are reduced to before an attack.
         attack_resolution: ``native`` leaves small-image sets (CIFAR, STL-10) at their own size and lets the model
@@ -54,6 +59,7 @@ class CLIPDataModule(ResumableDataModule):
         captioned: folder of images with captions, in whose ``test`` split `FeatureGeometry` looks for them.
         features: folder of ``robustclip cache`` with embeddings that stand in place of images, but for ``test``.
         features_in_test: take them in ``test`` too, where there can be no attacks then.
+        seed: of the order, the random crops and the drawn captions of training; the commands set ``seed_everything``.
 
     Raises:
         ValueError: anything about a data set that does not fit, when a stage is set up.
@@ -61,10 +67,10 @@ class CLIPDataModule(ResumableDataModule):
 
     def __init__(
         self,
-        train: DataSource | str | list[DataSource | str] = "shapes:source",
-        val: Sequence[DataSource | str] = (),
-        test: Sequence[DataSource | str] = (),
-        unknown: Sequence[DataSource | str] = (),
+        train: SetLike | list[SetLike] = "shapes:source",
+        val: SetLike | Sequence[SetLike] = (),
+        test: SetLike | Sequence[SetLike] = (),
+        unknown: SetLike | Sequence[SetLike] = (),
         root: str = ".",
         image_size: Count = 224,
         attack_resolution: Literal["native", "model"] = "native",
@@ -83,14 +89,16 @@ class CLIPDataModule(ResumableDataModule):
         captioned: str | None = None,
         features: str | None = None,
         features_in_test: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         paths = {"root": root, "features": features, "captions": captions, "anchors": anchors, "captioned": captioned}
         for key, path in paths.items():
             local_path(path or ".", f"data.{key}")
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
-        self.wanted_train = tuple(train) if isinstance(train, list) else (train,)
-        self.wanted_val, self.wanted_test, self.wanted_unknown = tuple(val), tuple(test), tuple(unknown)
+        self.wanted_train, self.wanted_val, self.wanted_test, self.wanted_unknown = map(
+            listed, (train, val, test, unknown)
+        )
         self.root, self.image_size, self.transform = root, image_size, Preprocessing(image_size, attack_resolution)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
@@ -98,9 +106,7 @@ class CLIPDataModule(ResumableDataModule):
         self.augmentation, self.captioned, self.features_in_test = augmentation, captioned, features_in_test
         self.features = None if features is None else Path(root).expanduser() / features
         self.beside = Beside(captions, anchors, anchor_choice, root)
-        self.max_samples: int | None = None
-        # Samples that an interrupted test has behind it, by the name of the task; asked when loaders are made.
-        self.done_samples: Callable[[str], frozenset[int]] = lambda task: frozenset()
+        self.connect()
         self._train: OpenedSource | None = None
         self.val_positions: list[int] | None = None
         self._val: list[OpenedSource] = []
@@ -108,6 +114,17 @@ class CLIPDataModule(ResumableDataModule):
         self._unknown: list[OpenedSource] = []
         self._loaders: dict[str, ImageLoader] = {}
         self._cache: FeatureCache | None = None
+
+    def connect(self, *, limit: int | None = None, done: Done | None = None) -> None:
+        """Takes the settings of an evaluation, before loaders are made.
+
+        Args:
+            limit: evaluate a fixed choice of this many samples of each task; None for all.
+            done: returns the sample ids that an earlier start of the test has finished, by task; the loaders of
+                ``test`` call it and leave these samples out. None for no ids.
+        """
+        self.max_samples = limit
+        self.done_samples: Done = (lambda task: frozenset()) if done is None else done
 
     @property
     def train_task(self) -> Task:
@@ -175,7 +192,7 @@ class CLIPDataModule(ResumableDataModule):
 
     def train_dataloader(self) -> ImageLoader:
         """Shuffled anew each epoch; the order follows from seed and epoch alone."""
-        source, seed = self._opened_train(), int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        source, seed = self._opened_train(), self.seed
         own, model = (
             training_pixels(size, self.augmentation, seed) for size in (self.transform(source).size, self.image_size)
         )

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from robustclip.data.decoding import DECODING_ERRORS, open_image
+from robustclip.data.sources.source import where_of
 from robustclip.data.sources.streams import ShuffledShards, StreamedImage, StreamedShards
 from robustclip.data.transforms import ToPixels
-from robustclip.data.views import where_of
 from robustclip.types import UNKNOWN
 
 

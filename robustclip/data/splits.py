@@ -8,7 +8,7 @@ import torch
 from torch import Generator
 from torch.utils.data import Dataset
 
-from robustclip.data.views import Joined, labels_of
+from robustclip.data.sources.source import Joined, labels_of
 from robustclip.types import UNKNOWN
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""From a decoded image to a tensor in [0, 1]."""
+"""Transforms of images to tensors in [0, 1]."""
 
 from dataclasses import dataclass
 from random import Random
@@ -15,8 +15,24 @@ from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded
 RESIZE_RATIO = 256 / 224  # the short side before the centre crop, as in CLIP's and TeCoA's evaluation
 
 
+Picture = Image.Image | Tensor
+
+
+def size_of(image: Picture) -> tuple[int, int]:
+    """Height and width of an image."""
+    return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)
+
+
+def _without_border(image: Picture, border: int) -> Picture:
+    if isinstance(image, Tensor):
+        return image[:, border : image.shape[1] - border, border : image.shape[2] - border]
+    return ImageOps.crop(image, border)
+
+
 class ToPixels:
-    """From an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
+    """Turns an image into ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
+
+    A tensor ``(3, H, W)`` in [0, 1] is taken as such an image, and is not rounded to 8 bits.
 
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
@@ -37,11 +53,14 @@ class ToPixels:
             return f"{start}, own size"
         return f"{start}, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
 
-    def __call__(self, image: Image.Image, key: tuple[int, ...] = ()) -> Tensor:
-        """One image; ``key`` is what random transforms depend on."""
-        image = decoded(image)
-        self._check_size(*image.size)
-        image = self.fitted(ImageOps.crop(image, self.border), key)
+    def __call__(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
+        """Transforms one image; random transforms depend on ``key``."""
+        image = image.float() if isinstance(image, Tensor) else decoded(image)
+        height, width = size_of(image)
+        self._check_size(width, height)
+        image = self.fitted(_without_border(image, self.border), key)
+        if isinstance(image, Tensor):
+            return image.clamp(0, 1).contiguous()
         values = torch.from_numpy(np.array(image))
         if image.mode == "F":
             return values.clamp(0, 1).repeat(3, 1, 1)  # bicubic resizing overshoots
@@ -55,7 +74,7 @@ class ToPixels:
         if self.size is not None and round(self.size * RESIZE_RATIO) ** 2 * long / short > MAX_PIXELS:
             raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
-    def fitted(self, image: Image.Image, key: tuple[int, ...]) -> Image.Image:
+    def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
         """The image in its final size."""
         return image if self.size is None else self._crop(self._resize(image))
 
@@ -95,14 +114,14 @@ class AugmentedPixels(ToPixels):
         self.augmentation, self.seed = augmentation, seed
         self._flip = RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
 
-    def fitted(self, image: Image.Image, key: tuple[int, ...]) -> Image.Image:
+    def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
         """A random part of the image in the final size."""
-        size = image.size[::-1] if self.size is None else (self.size, self.size)
+        size = size_of(image) if self.size is None else (self.size, self.size)
         crop = RandomResizedCrop(size, self.augmentation.scale, interpolation=InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would start every GPU's stream anew as well.
             torch.default_generator.manual_seed(Random(repr((self.seed, *key))).getrandbits(63))
-            result: Image.Image = self._flip(crop(image))
+            result: Picture = self._flip(crop(image))
         return result
 
 

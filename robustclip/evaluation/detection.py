@@ -22,7 +22,7 @@ from robustclip.models.layers import frozen
 from robustclip.objectives.scores import KNN, SCORES, Score, ScoreName, confidence
 from robustclip.results.protocol import digest
 from robustclip.results.tables import DETECTION
-from robustclip.types import Batch
+from robustclip.types import Batch, data_of
 
 Key = tuple[str, str]
 """A known task and an unknown set; the task twice for its own samples."""
@@ -94,7 +94,7 @@ class OODDetection(Callback):
         """Pairs known tasks with unknown sets."""
         if stage != "test":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         tasks, names = [task.name for task in data.test_tasks], list(data.unknown_names)
         if self.attacked:
             check_has_images(trainer, "OODDetection's attacks")
@@ -130,7 +130,7 @@ class OODDetection(Callback):
         for task in self._pairs:
             for batch in finished_batches(trainer, task):
                 self._add(method, (task, task), batch)
-        for name, loader in trainer.datamodule.unknown_dataloaders().items():  # type: ignore[attr-defined]
+        for name, loader in data_of(trainer).unknown_dataloaders().items():
             keys = [key for key in self._samples if key[1] == name]
             total = 0
             for batch in loader if keys else ():
@@ -141,7 +141,7 @@ class OODDetection(Callback):
                         trainer.progress_bar_callback.announce(f"{name}, unknown to {key[0]}")
                     self._add(method, key, moved)
             self._pixels[name] = _joined_sum(trainer, total)
-        tasks = {task: self._summary(trainer.datamodule, task) for task, name in self._samples if task == name}  # type: ignore[attr-defined]
+        tasks = {task: self._summary(data_of(trainer), task) for task, name in self._samples if task == name}
         for task, found in tasks.items():
             method.log_dict({f"test/{task}/{DETECTION}/{name}": value for name, value in scalars(found).items()})
         for writer in trainer.callbacks:  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from robustclip.metrics import class_sums, collapse, recalls, similarity
 from robustclip.models.clip import CLIPModel
 from robustclip.models.teacher import ImageTeacher
 from robustclip.results.tables import GEOMETRY
-from robustclip.types import Batch, Task
+from robustclip.types import Batch, Task, data_of
 
 CHOICE_SEED = 0x9E0  # of the project, not of the run: every run compares the same samples
 
@@ -93,7 +93,7 @@ class FeatureGeometry(Callback):
             sums = trainer.strategy.reduce(self._sums.get(task.name, nothing), reduce_op="sum")
             tuned, original = self._twins[task.name].joined(method, width)
             _log(method, f"{stage}/{task.name}", {"collapse": collapse(sums), **similarity(tuned, original)})
-        captioned = trainer.datamodule.captioned_images()  # type: ignore[attr-defined]
+        captioned = data_of(trainer).captioned_images()
         if captioned is not None and not trainer.sanity_checking:
             _log(method, f"{stage}/{captioned.name}", retrieval(method, captioned))
 

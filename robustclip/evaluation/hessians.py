@@ -13,7 +13,7 @@ from robustclip.arguments import Count, checked
 from robustclip.evaluation.robust import finished_batches, method_of, stage_of
 from robustclip.methods import RobustMethod
 from robustclip.models.heads import head_logits
-from robustclip.types import Batch, Task
+from robustclip.types import Batch, Task, data_of
 
 SEED = 0x4E5  # of the first direction
 EPS = 1e-30  # of a difference that is zero, which has no direction
@@ -45,7 +45,7 @@ class HessianDifference(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks for pairs."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         if not pairs(data.test_tasks if stage == "test" else data.val_tasks):
             where = "data.test" if stage == "test" else "data.val"
             raise ValueError(f"HessianDifference needs two tasks of the same classes in {where}; give their domains")

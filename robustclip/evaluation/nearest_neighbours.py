@@ -12,7 +12,7 @@ from robustclip.methods import RobustMethod
 from robustclip.methods._shared.distributed import of_training_images
 from robustclip.objectives.scores import KNN, Score, plain
 from robustclip.results.protocol import digest
-from robustclip.types import UNKNOWN, Task
+from robustclip.types import UNKNOWN, Task, data_of
 
 BANK_PER_NEIGHBOUR = 100  # K is 1 % of the bank, https://arxiv.org/abs/2204.06507
 PRODUCT = 2**26  # cosines that are held at once, 256 MiB
@@ -55,7 +55,7 @@ class Neighbours:
             index, features, labels = of_training_images(method)
             is_known = labels != UNKNOWN
             found = cls(features[is_known], curve)
-        task = method.trainer.datamodule.train_task  # type: ignore[attr-defined]
+        task = data_of(method.trainer).train_task
         found.settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
         return found
 

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from robustclip import display
 from robustclip.arguments import CountOrZero, checked
+from robustclip.types import data_of
 
 
 @checked
@@ -47,14 +48,14 @@ class TaskProgress(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the bar of a new data set."""
-        self._label = display.label(trainer.datamodule.test_tasks[dataloader_idx].name)  # type: ignore[attr-defined]
+        self._label = display.label(data_of(trainer).test_tasks[dataloader_idx].name)
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Opens the bar of a new data set."""
-        self._label = display.label(trainer.datamodule.val_tasks[dataloader_idx].name)  # type: ignore[attr-defined]
+        self._label = display.label(data_of(trainer).val_tasks[dataloader_idx].name)
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack
 from robustclip.attacks.attack import Forward
+from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import ROBUST, StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Journal, sample_rows
@@ -21,7 +22,7 @@ from robustclip.methods import RobustMethod
 from robustclip.metrics import Top1
 from robustclip.models.layers import frozen
 from robustclip.results.tables import DETECTION, GEOMETRY
-from robustclip.types import TASK_NAME, Batch, Task
+from robustclip.types import TASK_NAME, Batch, Task, data_of
 
 NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY, DETECTION)  # other keys of a task's results
 
@@ -34,7 +35,7 @@ class RobustEvaluation(Callback):
     a `ResultsWriter`, a test keeps a ledger of every sample and goes on where an earlier start of it was ended.
 
     Args:
-        attacks: name to attack; none measures clean accuracy alone.
+        attacks: name to attack, or the names of recipes, such as ``pgd10``; none measures clean accuracy alone.
         max_samples: evaluate this many fixed samples of each task, clean and attacked; null for all.
         fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
         fit_max_samples: their ``max_samples``; null for the same.
@@ -51,9 +52,9 @@ class RobustEvaluation(Callback):
 
     def __init__(
         self,
-        attacks: dict[str, Attack] | None = None,
+        attacks: Attacks | None = None,
         max_samples: Count | None = None,
-        fit_attacks: dict[str, Attack] | None = None,
+        fit_attacks: Attacks | None = None,
         fit_max_samples: Count | None = None,
         seed: int = 0,
         stop: StopRule = "worst",
@@ -61,8 +62,8 @@ class RobustEvaluation(Callback):
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
     ) -> None:
-        self.attacks, self.max_samples, self.seed = attacks or {}, max_samples, seed
-        self.fit_attacks = self.attacks if fit_attacks is None else fit_attacks
+        self.attacks, self.max_samples, self.seed = by_name(attacks or {}), max_samples, seed
+        self.fit_attacks = self.attacks if fit_attacks is None else by_name(fit_attacks)
         self.fit_max_samples = fit_max_samples or max_samples
         self.stop, self.attack_precision = stop, attack_precision
         self.check_every, self.save_examples = check_every, save_examples
@@ -85,10 +86,9 @@ class RobustEvaluation(Callback):
         limit = self.fit_max_samples if stage == "fit" else self.max_samples
         if self._running:
             check_has_images(trainer, f"attacks, {', '.join(self._running)},")
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        data.max_samples, self._journal = limit, None
-        if stage == "test":
-            data.done_samples = partial(self._done_samples, trainer, pl_module)
+        done = partial(self._done_samples, trainer, pl_module) if stage == "test" else None
+        self._journal = None
+        data_of(trainer).connect(limit=limit, done=done)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting, after what an earlier start of the same test has counted."""
@@ -127,7 +127,7 @@ class RobustEvaluation(Callback):
         """Logs accuracies, seconds and what did not decode."""
         stage, tasks = stage_of(trainer)
         self._log_accuracies(pl_module, stage, tasks)
-        left_out = trainer.datamodule.bad_sample_counts  # type: ignore[attr-defined]
+        left_out = data_of(trainer).bad_sample_counts
         for task in tasks:
             bad = torch.tensor(float(left_out.get(task.name, 0)), device=pl_module.device)
             pl_module.log(f"{stage}/{task.name}/bad_samples", bad, sync_dist=True, reduce_fx="sum")
@@ -178,7 +178,7 @@ class RobustEvaluation(Callback):
         if writer is None:
             return frozenset()
         if self._journal is None:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+            data = data_of(trainer)
             members = members_of(data.test_tasks, self._running)
             identity = describe(
                 method_of(module),
@@ -233,7 +233,7 @@ def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
         trainer: of the running test.
         task: name of a test task.
     """
-    loader = trainer.datamodule.done_dataloader(task)  # type: ignore[attr-defined]
+    loader = data_of(trainer).done_dataloader(task)
     for batch in () if loader is None else loader:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
@@ -244,12 +244,12 @@ def check_has_images(trainer: Trainer, who: str) -> None:
     Raises:
         ValueError: the stage's batches hold embeddings.
     """
-    if trainer.datamodule.feature_model is not None:  # type: ignore[attr-defined]
+    if data_of(trainer).feature_model is not None:
         remedy = "run none there, as by `fit_attacks: {}`, or set data.features to null"
         raise ValueError(f"{who} need images, and data.features gives embeddings in this stage; {remedy}")
 
 
 def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:
     """Prefix of the metrics and tasks of what runs now."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)

@@ -36,7 +36,7 @@ from robustclip.results.tables import (
     with_intervals,
 )
 from robustclip.textfiles import read_text
-from robustclip.types import Task
+from robustclip.types import Task, data_of
 
 LOCK = "lock"
 
@@ -89,7 +89,7 @@ class ResultsWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses averages that could not be taken, and a baseline of another model."""
         if stage == "test":
-            tasks = [task.name for task in trainer.datamodule.test_tasks]  # type: ignore[attr-defined]
+            tasks = [task.name for task in data_of(trainer).test_tasks]
             check_averages(self.averages, tasks)
             if self.baseline is not None and isinstance(pl_module, RobustMethod):
                 _check_baseline(self.baseline, pl_module.clip.fingerprint)
@@ -125,7 +125,7 @@ class ResultsWriter(Callback):
         trainer.strategy.barrier("ledgers are complete")
         if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or self.path is None:
             return
-        tasks = trainer.datamodule.test_tasks  # type: ignore[attr-defined]
+        tasks = data_of(trainer).test_tasks
         rows = self._merge(self.path, tasks)
         self._result = self._summary(trainer, pl_module, tasks, rows)
         for task, attack in self._members:

@@ -11,7 +11,7 @@ from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.attacks import PGD, Attack
 from robustclip.methods.base import RobustMethod
 from robustclip.models.layers import frozen
-from robustclip.types import Batch
+from robustclip.types import Batch, data_of
 
 
 class AdversarialTraining(RobustMethod):
@@ -59,7 +59,7 @@ class AdversarialTraining(RobustMethod):
     def setup(self, stage: str) -> None:
         """Adds the classifier for the training classes."""
         if stage == "fit" and isinstance(self.classifier, nn.Identity):
-            self.add_classifier(len(self.trainer.datamodule.train_task.class_names))  # type: ignore[attr-defined]
+            self.add_classifier(len(data_of(self.trainer).train_task.class_names))
         super().setup(stage)
 
     def add_classifier(self, classes: int) -> None:

@@ -44,7 +44,7 @@ from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
 from robustclip.models.heads import encode_heads, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
-from robustclip.types import Batch, Task
+from robustclip.types import Batch, Task, data_of
 
 
 class RobustMethod(Checked, LightningModule, ABC):
@@ -235,14 +235,14 @@ class RobustMethod(Checked, LightningModule, ABC):
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a person's own choice stays
             self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(self.trainer)
         check_intake(self, data, stage)
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
         self.counts = nn.ModuleDict({f"{PREFIX}{task.name}": Top1() for task in tasks})
 
     def on_fit_start(self) -> None:
         """Builds the training head."""
-        self.prepare_training(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
+        self.prepare_training(data_of(self.trainer).train_task)
 
     def on_train_start(self) -> None:
         """Continues the random streams, the accumulation window and the epoch of an interrupted run."""
@@ -286,19 +286,19 @@ class RobustMethod(Checked, LightningModule, ABC):
     def on_validation_epoch_start(self) -> None:
         """Builds the heads anew, since the text side may have learnt."""
         synchronise_forwards(self, is_on=False)
-        self.prepare(self.trainer.datamodule.val_tasks)  # type: ignore[attr-defined]
+        self.prepare(data_of(self.trainer).val_tasks)
 
     def on_test_epoch_start(self) -> None:
         """Builds the heads."""
-        self.prepare(self.trainer.datamodule.test_tasks)  # type: ignore[attr-defined]
+        self.prepare(data_of(self.trainer).test_tasks)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Counts and returns clean logits ``(B, C)``."""
-        return self._evaluate(batch, self.trainer.datamodule.val_tasks[dataloader_idx])  # type: ignore[attr-defined]
+        return self._evaluate(batch, data_of(self.trainer).val_tasks[dataloader_idx])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Counts and returns clean logits ``(B, C)``."""
-        return self._evaluate(batch, self.trainer.datamodule.test_tasks[dataloader_idx])  # type: ignore[attr-defined]
+        return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # verdicts are fp32, in any precision of the trainer

@@ -14,7 +14,7 @@ from robustclip.methods.base import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.models.teacher import ImageTeacher
 from robustclip.objectives.losses import kl
-from robustclip.types import Batch, Task
+from robustclip.types import Batch, Task, data_of
 
 
 class FineTuning(RobustMethod):
@@ -138,7 +138,7 @@ class FineTuning(RobustMethod):
     def setup(self, stage: str) -> None:
         """Makes room for a classifier of the training classes; the text tower is not on its device yet."""
         if stage == "fit" and self.head is None:
-            task = self.trainer.datamodule.train_task  # type: ignore[attr-defined]
+            task = data_of(self.trainer).train_task
             with torch.no_grad(), frozen(self):
                 feature = self.clip.encode_text(task.prompts[0])
             self.add_head(task.class_names, feature.new_zeros(len(task.class_names), feature.shape[1]))
@@ -149,7 +149,7 @@ class FineTuning(RobustMethod):
         """Starts a new classifier at the zero-shot head."""
         if self._is_head_empty and self.head is not None and self.zero_shot_head is not None:
             with torch.no_grad(), frozen(self):
-                features = self.clip.encode_classes(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
+                features = self.clip.encode_classes(data_of(self.trainer).train_task)
                 self.head.copy_(self.clip.logit_scale * features)
                 self.zero_shot_head.copy_(self.head)
             self._is_head_empty = False

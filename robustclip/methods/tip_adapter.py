@@ -12,7 +12,7 @@ from robustclip.methods._shared.distributed import of_training_images
 from robustclip.methods._shared.frozen_towers import FrozenFeatures
 from robustclip.methods._shared.saved_state import saved_classes
 from robustclip.models.heads import head_logits
-from robustclip.types import UNKNOWN, Task
+from robustclip.types import UNKNOWN, Task, data_of
 
 
 class TipAdapter(FrozenFeatures):
@@ -77,8 +77,8 @@ class TipAdapter(FrozenFeatures):
     def setup(self, stage: str) -> None:
         """Makes room for a key of every training image; the image tower is not on its device yet."""
         if stage == "fit" and self.keys is None:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            count = len(data.plain_train_dataloader().dataset)
+            data = data_of(self.trainer)
+            count = len(data.plain_train_dataloader().dataset)  # type: ignore[arg-type]
             empty = torch.zeros(count, self.width), torch.full((count,), UNKNOWN)
             self.add_cache(data.train_task.class_names, *empty)
             self._is_empty = True

@@ -12,7 +12,7 @@ import torch
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.loader import ImageLoader
 from robustclip.data.samples import Images
-from robustclip.data.views import labels_of
+from robustclip.data.sources.source import labels_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.types import UNKNOWN, Batch, Task
@@ -115,7 +115,7 @@ def _set_up(data: CLIPDataModule, stage: str, mark: str) -> Generator[Finding, N
             part.setup(own_stage)
             parts.append((part, own_stage, kind))
         except (ValueError, OSError) as error:
-            names = ", ".join(each if isinstance(each, str) else each.source for each in sources)
+            names = ", ".join(each if isinstance(each, str) else each.title for each in sources)
             problems.append(Finding(f"{kind}: {names}", mark, str(error)))
     yield from problems or [whole]
     return parts

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from robustclip.types import data_of
+
 SHARE_OF_CHANCE = 0.97  # a loss above this share of log(C) is no better than guessing
 MEMORY = 0.95  # of the moving average: some twenty steps, so that the start of an epoch does not count
 
@@ -31,7 +33,7 @@ class ChanceLevelWarning(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares with chance."""
-        chance = math.log(len(trainer.datamodule.train_task.class_names))  # type: ignore[attr-defined]
+        chance = math.log(len(data_of(trainer).train_task.class_names))
         for name, average in self._averages.items():
             if not float(average) <= SHARE_OF_CHANCE * chance:
                 warnings.warn(

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from robustclip.evaluation.writer import ResultsWriter
 from robustclip.methods._shared.saved_state import is_validation_due
 from robustclip.training.model_checkpoint import Checkpoints
+from robustclip.types import data_of
 
 RUN = "run"  # key of a checkpoint: identity of the run that wrote it
 
@@ -93,7 +94,7 @@ class Interruption(Checkpoint):  # callbacks of this type come last, after what 
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the run's identity."""
-        checkpoint[RUN] = run_identity(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        checkpoint[RUN] = run_identity(pl_module, data_of(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives Lightning's own end after SIGTERM its status."""

@@ -14,6 +14,7 @@ from robustclip.arguments import checked
 from robustclip.evaluation.robust import RobustEvaluation
 from robustclip.methods import RobustMethod
 from robustclip.persistence import atomic_write, sweep
+from robustclip.types import data_of
 
 ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
@@ -102,7 +103,7 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 def _validated(trainer: Trainer) -> list[str]:
     """Names of the accuracies that a fit's validation logs."""
-    tasks = [task.name for task in trainer.datamodule.val_tasks]  # type: ignore[attr-defined]
+    tasks = [task.name for task in data_of(trainer).val_tasks]
     evaluations = [each for each in trainer.callbacks if isinstance(each, RobustEvaluation)]  # type: ignore[attr-defined]
     names = ["clean", *(name for each in evaluations for name in each.fit_attacks)]
     return [f"val/{task}/{name}/acc1" for task in ("mean", *tasks) for name in names] if tasks else []

@@ -22,7 +22,7 @@ Case = tuple[Forward, Batch]
 def case(photographs: Path, real_model: Path) -> Case:
     """A frozen model and 24 photographs that it is right about."""
     data = CLIPDataModule(test=["wds:pacs_photo"], root=str(photographs), image_size=64, batch_size=48)
-    data.max_samples = 48
+    data.connect(limit=48)
     data.setup("test")
     method = ZeroShot(pretrained=str(real_model), image_size=64).eval().requires_grad_(False)
     method.prepare(data.test_tasks)

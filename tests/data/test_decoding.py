@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded, in_eight_bits, open_image
 from robustclip.data.samples import BadSample, Images, digest_of
-from robustclip.data.sources.files import ImageFiles
+from robustclip.data.sources.folder import ImageFiles
 from robustclip.data.transforms import Augmentation, AugmentedPixels, ToPixels
 
 RAMP = np.arange(1600).reshape(40, 40) / 1599

@@ -11,8 +11,8 @@ from PIL import Image
 
 from robustclip.data import DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.data_sets import open_tests, open_training
-from robustclip.data.sources.source import OpenedSource, open_source
+from robustclip.data.data_sets import OpenedSource, open_source, open_tests, open_training
+from robustclip.data.sources.source import labels_of, where_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -30,8 +30,10 @@ def opened(base: Path, split: str = "test", kind: str = "folder", **options: Any
 
 def pairs(source: OpenedSource) -> set[tuple[str, str]]:
     """Folder of each image, and the class name that the image has."""
-    samples = source.dataset.samples  # type: ignore[union-attr]
-    return {(Path(path).parent.name, source.task.label_names[label]) for path, label in samples}
+    assert source.dataset is not None
+    labels = labels_of(source.dataset) or ()
+    folders = [Path(where_of(source.dataset, number)).parent.name for number in range(len(labels))]
+    return {(folder, source.task.label_names[label]) for folder, label in zip(folders, labels, strict=True)}
 
 
 def same(names: Sequence[str]) -> set[tuple[str, str]]:

@@ -204,9 +204,9 @@ def test_finished_samples_are_read_again_in_order_by_place_and_stream(
     ids = {"set": [0, 2, 4, 5], "streamed": [0, 2, 1 << 32 | 1, 1 << 32 | 2]}
     for task, numbers in ids.items():
         assert data.done_dataloader(task) is None
-        data.done_samples = {task: frozenset(numbers)}.__getitem__
+        data.connect(done={task: frozenset(numbers)}.__getitem__)
         loader = data.done_dataloader(task)
         assert loader is not None
         assert [number for batch in loader for number in batch.index.tolist()] == [*numbers[:2], numbers[3]]
         assert len(loader.bad_samples) == 1
-        data.done_samples = lambda task: frozenset()
+        data.connect()

@@ -11,9 +11,9 @@ from inputs import ShardWriter
 from jsonargparse import ArgumentParser
 
 from robustclip.data import CLIPDataModule, DataSource
+from robustclip.data.sources.source import Joined, where_of
 from robustclip.data.splits import Shots, few_shots
 from robustclip.data.transforms import Augmentation
-from robustclip.data.views import Joined, where_of
 
 DOMAINS = ["wds:art", "wds:cartoon", "wds:photo"]
 LEAVE_ONE_OUT = Path(__file__).parents[2] / "configs" / "data" / "pacs_leave_one_out.yaml"

@@ -9,8 +9,8 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.sources.source import OpenedSource, open_source
-from robustclip.data.views import labels_of
+from robustclip.data.data_sets import OpenedSource, open_source
+from robustclip.data.sources.source import labels_of
 
 
 def opened(source: DataSource | str, root: Path | str = ".", split: str = "test") -> OpenedSource:

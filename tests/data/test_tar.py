@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from inputs import ShardWriter
 from PIL import Image
 
-from robustclip.data.captioned import CaptionedImages
+from robustclip.data.anchors import CaptionedImages
 from robustclip.data.sources.streams import read_shard
 from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels

@@ -10,12 +10,12 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
+from robustclip.data.data_sets import open_source
 from robustclip.data.loader import ImageLoader
 from robustclip.data.samples import Images
-from robustclip.data.sources.source import open_source
+from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.splits import draw_known
 from robustclip.data.task_parts import Role
-from robustclip.data.views import labels_of, where_of
 from robustclip.methods import TeCoA
 from robustclip.tools.first_batches import examine
 from robustclip.types import UNKNOWN
@@ -87,7 +87,7 @@ def test_a_stream_of_unknown_images_is_unknown(root: Path) -> None:
 
 def test_unknown_images_are_shared_and_limited_like_tests(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = opened("test", root, test=[SET], unknown=[SET])
-    data.max_samples = 5
+    data.connect(limit=5)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(data, "_place", lambda rank=rank: (rank, 2))

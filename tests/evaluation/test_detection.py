@@ -196,7 +196,7 @@ def test_a_resumed_test_detects_like_an_uninterrupted_one(folder: Path) -> None:
     found = []
     for done in (set(), {0, 3, 5}, set(range(9))):
         module = cases.data(folder, test=["mixed", "lone_known"], unknown=["lone_unknown"])
-        module.done_samples = lambda task, done=done: frozenset(done if task == "mixed" else ())
+        module.connect(done=lambda task, done=done: frozenset(done if task == "mixed" else ()))
         trainer = Trainer(callbacks=[OODDetection(attack=cases.ATTACK)], **QUIET)
         trainer.test(cases.method(folder), datamodule=module, verbose=False)
         found.append({name: float(value) for name, value in trainer.callback_metrics.items() if "/detection/" in name})

@@ -171,7 +171,7 @@ def test_a_resumed_test_measures_like_an_uninterrupted_one(
 ) -> None:
     whole = measured(moved(tiny_model), data, max_samples=6)
     trainer = Trainer(callbacks=[FeatureGeometry(max_samples=6)], **QUIET)
-    data.done_samples = lambda task: frozenset(done)
+    data.connect(done=lambda task: frozenset(done))
     trainer.test(moved(tiny_model), datamodule=data, verbose=False)
     found = {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
     assert found == pytest.approx(whole, rel=1e-4)

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule
-from robustclip.data.sources.source import DataSource
+from robustclip.data.data_sets import DataSource
 from robustclip.data.transforms import Augmentation
 from robustclip.methods import RobustMethod
 from robustclip.types import Batch

@@ -23,6 +23,7 @@ from robustclip.data.sources.scenes import (
     pick,
     render,
 )
+from robustclip.data.sources.source import LocatedSource, Opened
 
 Fixed = Mapping[str, Any]
 """The fields of a `Scene` that a class decides."""
@@ -201,6 +202,15 @@ _MAKERS: dict[str, Callable[[], _Set]] = {
 }
 SHAPES_SETS: tuple[str, ...] = tuple(_MAKERS)
 """Names of the sets: the source first, then the fifteen zero-shot sets."""
+
+
+class Shapes(LocatedSource):
+    """A set of the shapes world by its name, such as ``shapes:colours``."""
+
+    def open(self, split: str) -> Opened:
+        """Makes the set; its images are drawn when they are read."""
+        shapes = ShapesDataset(self.location, split)
+        return Opened(shapes, names=shapes.class_names, templates=shapes.templates, native_size=True)
 
 
 class ShapesDataset(Dataset[tuple[Image.Image, int]]):

@@ -1,240 +1,226 @@
-"""From a line of configuration to a labelled data set and its zero-shot task."""
+"""The contract of a source, and the data sets that are made of others without reading an image."""
 
-import re
+from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
 
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.data.catalog import CATALOG, lookup, named
-from robustclip.data.class_labels import Words, check_names, warn_of_missing
-from robustclip.data.sources.kinds import BESIDE, KINDS, open_kind
-from robustclip.data.sources.wds import REMOTE
-from robustclip.data.task_parts import (
-    Part,
-    Role,
-    Shift,
-    benchmark,
-    narrowed,
-    part_by_ranges,
-    part_by_seed,
-    part_by_shift,
-)
-from robustclip.data.views import Relabelled, labels_of, where_of
-from robustclip.paths import local_path, located
-from robustclip.types import UNKNOWN, Task
-
-DEFAULT_TEMPLATES = ("This is a photo of a {}",)
-
-
-@checked
-@dataclass(frozen=True)
-class DataSource:
-    """One data set in a configuration; a plain string stands for one with only ``source`` given.
-
-    Args:
-        source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH`` of a text file with
-            ``{split}`` in its name, ``shapes:NAME``, or a name of the catalogue, which brings the papers' class names
-            and prompts.
-        name: of the task in metrics and results, ``[a-z0-9_]+``; null derives it from the source.
-        split: null for ``train`` in training and ``test`` in evaluation.
-        class_names: in label order, or a mapping from folders to names; null takes those beside the data, else the
-            catalogue's; ``openai`` for OpenAI's names of the classes of ImageNet.
-        templates: prompts with ``{}``; null takes those beside the data, else the catalogue's; ``openai`` for
-            OpenAI's 80 templates.
-        native_size: attack images at their own size instead of a crop of the model's; null asks the catalogue.
-        border: pixels to cut off on every side of an image first; null asks the catalogue.
-        length: number of samples; only needed to train from a remote source.
-        classes: labels of the class list that is kept, such as ``0-14,25-27``; they are renumbered. Null for all.
-        images: old labels of the images that are kept, those without a class as unknown; null for those of `classes`,
-            or, in a set of unknown classes, for those of all others.
-        shift: instead of both, what a benchmark trains on: ``closed``, ``partial``, ``open`` or ``open_partial``.
-        known: number of known classes, the first of the list; null asks the benchmark that the name begins with.
-        known_seed: draws them at random instead, from all names of the list; null for the first.
-    """
-
-    source: str
-    name: str | None = None
-    split: str | None = None
-    class_names: list[str] | dict[str | int, str] | Literal["openai"] | None = None
-    templates: Sequence[str] | Literal["openai"] | None = None
-    native_size: bool | None = None
-    border: CountOrZero | None = None
-    length: Count | None = None
-    classes: str | None = None
-    images: str | None = None
-    shift: Shift | None = None
-    known: Count | None = None
-    known_seed: int | None = None
+from robustclip.data.class_labels import Named, Words, by_label, by_list, join
+from robustclip.paths import located
+from robustclip.types import UNKNOWN
 
 
 @dataclass(frozen=True)
-class OpenedSource:
-    """A data set that was found: its task, and either random access or the URLs of its shards.
+class Opened:
+    """A data set under its own labels.
 
     Args:
-        task: what the text tower needs.
-        split: which part of the data set.
-        native_size: whether images keep their size.
-        border: pixels that are cut off on every side.
-        dataset: gives image and label by position; None for remote shards.
-        urls: of remote shards.
-        length: number of samples if known.
-        keys: what tells the class names apart.
-        part: which of the classes and images, in words; empty for all.
-        is_unknown: whether no image's class is known.
+        dataset: gives ``(image, label)`` by position: a PIL image or a float tensor ``(3, H, W)`` in [0, 1], and an
+            integer. An attribute ``labels`` or ``targets`` gives all labels without decoding. None for remote shards.
+        urls: addresses of remote shards.
+        keys: names of its own labels, such as folders, which are joined to class names by name; None where labels are
+            numbers.
+        folders: folder by label, of a list of images.
+        names: class names in the order of its labels, if it brings any.
+        templates: prompts that it brings, each with ``{}``.
+        native_size: attack its images at their own size; None looks the set up in the catalogue.
     """
 
-    task: Task
-    split: str
-    native_size: bool
-    border: int
-    dataset: Dataset[tuple[Any, int]] | None
+    dataset: Dataset[Any] | None
     urls: tuple[str, ...] = ()
-    length: int | None = None
-    keys: tuple[str, ...] = ()
-    part: str = ""
-    is_unknown: bool = False
+    keys: Sequence[str] | None = None
+    folders: dict[int, str] | None = None
+    names: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    native_size: bool | None = None
 
-    @property
-    def class_count(self) -> int | None:
-        """Labels are below it; None where they are all unknown."""
-        return None if self.is_unknown else len(self.task.label_names)
+    def named(self, words: Words, where: str, *, is_same_copy: bool) -> tuple[Dataset[Any] | None, Named]:
+        """The data set under the labels of its class names, and these.
 
-    @property
-    def has_unknown(self) -> bool:
-        """Whether images are labelled as of no known class."""
-        return self.is_unknown or (self.dataset is not None and UNKNOWN in (labels_of(self.dataset) or ()))
+        Args:
+            words: of the configuration and the catalogue.
+            where: data set, for messages.
+            is_same_copy: whether the catalogue describes the label order of this very copy.
+
+        Raises:
+            ValueError: labels and names do not go together.
+        """
+        words = words._replace(beside=self.names)
+        if self.folders is not None:
+            named = by_list(self.folders, words, where)
+        elif self.keys is not None:
+            named = join(self.keys, words, where)
+        else:
+            named = by_label(words, where, is_same_copy=is_same_copy)
+        labels = named.labels
+        if labels is None or (self.keys is not None and labels == {number: number for number in range(len(self.keys))}):
+            return self.dataset, named
+        own = None if self.dataset is None else labels_of(self.dataset)
+        if self.dataset is None or own is None:
+            raise ValueError(f"{where} has the classes in another order, and labels that only decoding reveals")
+        return Relabelled(self.dataset, own, labels), named
 
 
-def open_source(wanted: DataSource | str, *, root: str, split: str, role: Role | None = None) -> OpenedSource:
-    """Finds a data set; reads names and labels, no image.
+class Source(ABC):
+    """A place that images with labels come from; a subclass can be named in a configuration, as ``my_module.MySet``."""
+
+    @abstractmethod
+    def open(self, split: str) -> Opened:
+        """Opens one split; reads names and labels, no image.
+
+        Args:
+            split: ``train``, ``test``, or the ``split`` of the configuration.
+
+        Raises:
+            ValueError: no such data set or split.
+        """
+
+
+@dataclass(frozen=True)
+class LocatedSource(Source):
+    """A source of the package's own kinds, written ``KIND:LOCATION``.
 
     Args:
-        wanted: the configuration.
-        root: relative paths start here.
-        split: default split.
-        role: what the images are for; None goes by the default split.
-
-    Raises:
-        ValueError: no such kind, set, path, split or name, or class names and labels that do not fit.
+        location: path, address or name behind the colon.
+        root: folder that relative paths start at.
+        is_split_given: whether the configuration names the split.
     """
-    wanted = DataSource(wanted) if isinstance(wanted, str) else wanted
-    local_path(root, "root")
-    role = role or ("train" if split == "train" else "test")
-    opened = _part_of(_open_whole(wanted, root=root, split=split), wanted, role)
-    if role != "unknown":
-        check_names(opened.task.label_names, f"data source {wanted.source!r}")
-    return opened
+
+    schemes: ClassVar[Sequence[str]] = ()  # of addresses that are no local path
+
+    location: str
+    root: str = "."
+    is_split_given: bool = False
+
+    @property
+    def path(self) -> str:
+        """The complete path, or the address.
+
+        Raises:
+            ValueError: an address that cannot be read.
+        """
+        return located(self.location, self.root, "data source", self.schemes)
 
 
-def _part_of(whole: OpenedSource, wanted: DataSource, role: Role) -> OpenedSource:
-    """The classes and images that are wanted of a set."""
-    where = f"data source {wanted.source!r}"
-    is_whole = all(
-        each is None for each in (wanted.classes, wanted.images, wanted.shift, wanted.known, wanted.known_seed)
-    )
-    if is_whole and role != "unknown":
-        return whole
-    if whole.dataset is None:
-        if not is_whole:
-            raise ValueError(f"{where} is remote: classes, images, shift and known must be null")
-        return replace(whole, is_unknown=True)
-    task, labels = whole.task, labels_of(whole.dataset)
-    if labels is None:
-        raise ValueError(f"{where} does not tell its labels without decoding; read it as wds:, folder: or list:")
-    if wanted.known_seed is not None and task.groups is not None:
-        task, labels = _by_name(task, labels)
-    part = _wanted_part(wanted, task, whole.keys, role)
-    dataset = Relabelled(whole.dataset, labels, part.new_labels)
-    if not dataset.labels:
-        raise ValueError(f"{where} has no sample of what is wanted, {part.words}")
-    task = narrowed(task, part.classes) if part.classes else task
-    return replace(whole, task=task, dataset=dataset, part=part.words, is_unknown=role == "unknown")
+def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
+    """Labels of every sample where the data set tells them without decoding."""
+    for attribute in ("labels", "targets", "_labels", "y"):
+        labels = getattr(dataset, attribute, None)
+        if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
+            return [int(label) for label in labels]
+    return None
 
 
-def _wanted_part(wanted: DataSource, task: Task, keys: Sequence[str], role: Role) -> Part:
-    where, count = f"data source {wanted.source!r}", len(task.label_names)
-    if wanted.shift is None and wanted.known is None and wanted.known_seed is None:
-        return part_by_ranges(wanted.classes, wanted.images, count, role)
-    if wanted.classes is not None or wanted.images is not None:
-        raise ValueError(f"{where} has classes or images beside shift or known; give one of both")
-    if wanted.known_seed is None:
-        return part_by_shift(wanted.shift or "closed", benchmark(task.name, count, wanted.known), role)
-    if wanted.known is None or wanted.shift not in (None, "closed"):
-        raise ValueError(f"{where} has a `known_seed`: give `known`, and no shift but `closed`")
-    return part_by_seed(keys if len(keys) == count else task.class_names, wanted.known, wanted.known_seed, role)
+def where_of(dataset: Dataset[Any], index: int) -> str:
+    """Where a sample lies, for messages."""
+    where: str = getattr(dataset, "where", "sample {} of the data set".format)(index)
+    return where
 
 
-def _by_name(task: Task, labels: Sequence[int]) -> tuple[Task, list[int]]:
-    """The same samples, labelled by the positions of their names in the whole list."""
-    groups = task.groups or ()
-    if any(len(group) > 1 for group in groups):
-        raise ValueError(f"set {task.name!r} has labels of several class names; `known_seed` must be null")
-    return replace(task, groups=None), [groups[label][0] for label in labels]
+class Relabelled(Dataset[Any]):
+    """The samples of some labels, under new labels, in their order.
+
+    Args:
+        source: gives image and label by position.
+        labels: of all samples of the source.
+        new_labels: by old label; samples of any other are left out.
+    """
+
+    def __init__(self, source: Dataset[Any], labels: Sequence[int], new_labels: Mapping[int, int]) -> None:
+        self.source = source
+        self.positions = [position for position, label in enumerate(labels) if label in new_labels]
+        self.labels = [new_labels[labels[position]] for position in self.positions]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.source[self.positions[index]][0], self.labels[index]
+
+    def where(self, index: int) -> str:
+        """Where the source has a sample."""
+        return where_of(self.source, self.positions[index])
 
 
-def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
-    where = f"data source {wanted.source!r}"
-    given, wanted_templates = _wanted_words(wanted)
-    kind, separator, location = wanted.source.partition(":")
-    entry = None
-    if not separator:
-        entry = lookup(wanted.source)
-        kind, _, location = entry.source.partition(":")
-    if kind not in KINDS:
-        known = ", ".join(f"{kind}:" for kind in KINDS)
-        raise ValueError(f"{where} must begin with one of {known} or be a name of the catalogue")
-    known_set = entry or (CATALOG.get(wanted.name) if wanted.name else named(_slug(location)))
-    name = wanted.name or (known_set.name if known_set else _slug(location))
-    split, is_asked = wanted.split or split, wanted.split is not None
-    if kind in BESIDE:
-        location = located(location, root, "data source", REMOTE if kind == "wds" else ())
-    found = open_kind(kind, location, root=root, split=split, is_asked=is_asked)
-    if entry is not None and given is None and found.keys is None:  # its prompts go before what is beside the data
-        given = entry.class_names
-    is_same_copy = known_set is not None and (
-        known_set.source.startswith(f"{kind}:") or (kind == "torchvision" and named(_slug(location)) is known_set)
-    )
-    dataset, names = found.named(Words(given, None, known_set), where, is_same_copy=is_same_copy)
-    own_templates = found.templates if entry is None else None  # what is beside the data goes before the catalogue
-    templates = wanted_templates or own_templates or (known_set.templates if known_set else DEFAULT_TEMPLATES)
-    task = Task(name, names.names, tuple(templates), names.groups)
-    if dataset is not None:
-        _check_labels(wanted.source, dataset, len(task.label_names))
-    if names.labels is not None and dataset is not None:
-        warn_of_missing(labels_of(dataset) or (), task.label_names, where)
-    is_small = kind == "shapes" or (known_set is not None and known_set.native_size)
-    native_size = is_small if wanted.native_size is None else wanted.native_size
-    border = (known_set.border if known_set else 0) if wanted.border is None else wanted.border
-    keys = known_set.keys if known_set else ()
-    return OpenedSource(task, split, native_size, border, dataset, found.urls, wanted.length, keys)
+class Joined(Dataset[Any]):
+    """Data sets one after the other, numbered through.
+
+    Args:
+        sources: of which each tells its labels.
+    """
+
+    def __init__(self, sources: Sequence[Dataset[Any]]) -> None:
+        self.sources = sources
+        sizes = [len(source) for source in sources]  # type: ignore[arg-type]
+        self._ends = list(accumulate(sizes))
+        self.domains = [number for number, size in enumerate(sizes) for _ in range(size)]
+        self.labels = [label for source in sources for label in labels_of(source) or ()]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        source, position = self._place(index)
+        return source[position]
+
+    def where(self, index: int) -> str:
+        """Where the source has a sample."""
+        return where_of(*self._place(index))
+
+    def _place(self, index: int) -> tuple[Dataset[Any], int]:
+        number = bisect_right(self._ends, index)
+        return self.sources[number], index - (self._ends[number - 1] if number else 0)
 
 
-def _wanted_words(wanted: DataSource) -> tuple[Sequence[str] | Mapping[Any, str] | None, Sequence[str] | None]:
-    """Class names and templates that were asked for."""
-    names, templates = wanted.class_names, wanted.templates
-    if names == "openai":
-        names = list(IMAGENET_CLASSNAMES)
-    elif isinstance(names, Mapping):
-        names = {str(folder): name for folder, name in names.items()}  # YAML reads 0 as a number
-    return names, [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES] if templates == "openai" else templates
+class CheckedImages(Dataset[Any]):
+    """Labelled images of a user's data set, each of which is checked when it is read.
 
+    Args:
+        source: gives image and label by position.
+        class_count: labels must be below it.
+        name: name of the data set, for messages.
+    """
 
-def _check_labels(source: str, dataset: Dataset[Any], class_count: int) -> None:
-    labels = labels_of(dataset)
-    if labels is not None and not labels:
-        raise ValueError(f"data source {source!r} has no samples")
-    if labels and max(labels) >= class_count:
-        index = max(range(len(labels)), key=labels.__getitem__)
-        raise ValueError(
-            f"{where_of(dataset, index)} has label {labels[index]}, but there are {class_count} class names"
-        )
+    def __init__(self, source: Dataset[Any], class_count: int, name: str) -> None:
+        self.source, self.class_count, self.name = source, class_count, name
+        self.labels = labels_of(source)
 
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
 
-def _slug(location: str) -> str:
-    parts = [part for part in location.split("/") if part not in ("", "resolve", "tree", "main")]  # of Hugging Face
-    return re.sub(r"[^a-z0-9_]+", "_", parts[-1].lower() if parts else "").strip("_") or "data"
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        """Returns one image and its label.
+
+        Raises:
+            ValueError: the data set yields no pair, no image, or a label that is no class.
+        """
+        sample = self.source[index]
+        if not isinstance(sample, tuple | list) or len(sample) != 2:
+            raise ValueError(f"{self.where(index)} must be (image, label), got {type(sample).__name__}")
+        image, label = sample
+        if isinstance(image, Tensor):
+            self._check_tensor(image, index)
+        elif not isinstance(image, Image.Image):
+            kind = type(image).__name__
+            raise ValueError(f"{self.where(index)} must be a PIL image or a tensor (3, H, W) in [0, 1], got {kind}")
+        if int(label) != label or not UNKNOWN <= label < self.class_count:
+            raise ValueError(f"{self.where(index)} has label {label}, but there are {self.class_count} class names")
+        return image, int(label)
+
+    def where(self, index: int) -> str:
+        """Names a sample, for messages."""
+        return where_of(self.source, index) if hasattr(self.source, "where") else f"sample {index} of {self.name}"
+
+    def _check_tensor(self, image: Tensor, index: int) -> None:
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            got = f"{image.dtype} {tuple(image.shape)}"
+            raise ValueError(f"{self.where(index)} must be a float tensor (3, H, W) in [0, 1], got {got}")
+        low, high = float(image.min()), float(image.max())
+        if not (low >= 0 and high <= 1):  # NaN fails too
+            raise ValueError(f"{self.where(index)} must have values in [0, 1], got {low:.3g} to {high:.3g}")

@@ -14,12 +14,27 @@ from robustclip import textfiles
 from robustclip.data.decoding import open_image
 from robustclip.data.sources import tar
 from robustclip.data.sources.remote import HttpFile
+from robustclip.data.sources.source import LocatedSource, Opened
 from robustclip.data.sources.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
 from robustclip.textfiles import check_printable
 
 HTTP = ("http://", "https://")
 REMOTE = (*HTTP, "file://")
 MAX_SHARDS = 2_000_000  # DataComp's pool of 12.8 billion pairs has 1.28 million
+
+
+class Shards(LocatedSource):
+    """Tar files in the WebDataset layout, local or remote, such as ``wds:/my/shards`` or ``wds:https://host/set``."""
+
+    schemes = REMOTE
+
+    def open(self, split: str) -> Opened:
+        """Indexes local shards, lists remote ones, and reads class names beside them."""
+        names, templates = read_lines(self.path, "classnames.txt"), read_templates(self.path)
+        urls = list_shards(self.path, split)
+        if self.path.startswith(REMOTE):
+            return Opened(None, tuple(urls), names=names, templates=templates)
+        return Opened(IndexedShards([Path(url) for url in urls]), names=names, templates=templates)
 
 
 class Place(NamedTuple):
@@ -179,6 +194,16 @@ def read_lines(location: str, name: str) -> list[str] | None:
             raise ValueError(f"{path} line {number} is empty; every line must hold a name, since labels count lines")
         check_printable(line, f"{path} line {number}")
     return lines
+
+
+def read_templates(location: str) -> list[str] | None:
+    """Prompts in the text file beside the data, with ``{}`` where the class name goes; None if there is no such file.
+
+    Raises:
+        ValueError: as `read_lines`.
+    """
+    templates = read_lines(location, "zeroshot_classification_templates.txt")
+    return templates and [template.replace("{c}", "{}") for template in templates]
 
 
 def read_text(path: str) -> str | None:

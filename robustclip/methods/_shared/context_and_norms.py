@@ -14,7 +14,7 @@ from robustclip.methods.base import RobustMethod
 from robustclip.models.context import LearnableContext
 from robustclip.models.heads import head_logits
 from robustclip.models.layers import NormFilter, frozen, norm_parameters
-from robustclip.types import Task
+from robustclip.types import Task, data_of
 
 
 class ContextAndNorms(RobustMethod):
@@ -105,7 +105,7 @@ class ContextAndNorms(RobustMethod):
         """
         with self.as_at_the_start():
             with torch.no_grad(), frozen(self):
-                classes = self.class_features(self.trainer.datamodule.train_task)  # type: ignore[attr-defined]
+                classes = self.class_features(data_of(self.trainer).train_task)
             index, found, _ = of_training_images(self, lambda features: summary(features, classes))
         return found.new_full((int(index.max()) + 1, *found.shape[1:]), torch.nan).index_copy(0, index, found)
 

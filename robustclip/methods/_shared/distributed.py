@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 
 from robustclip.methods.base import RobustMethod
 from robustclip.models.layers import frozen
+from robustclip.types import data_of
 
 
 def of_all(module: LightningModule, rows: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def of_training_images(
         none = torch.empty(0, dtype=torch.int64, device=method.device)
         found = [(none, summary(method.clip.encode_text([""])[:0]), none)]  # a process may have no image
         with frozen(method):
-            for batch in trainer.datamodule.plain_train_dataloader():  # type: ignore[attr-defined]
+            for batch in data_of(trainer).plain_train_dataloader():
                 here = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 found.append((here.index, summary(method.image_features(here.images)), here.labels))
         index, summaries, labels = (of_all(method, torch.cat(parts)) for parts in zip(*found, strict=True))

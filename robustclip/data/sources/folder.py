@@ -4,13 +4,17 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
+from torch.utils.data import Dataset
 
 from robustclip.data.class_labels import WORDNET_ID, shown
+from robustclip.data.decoding import open_file
+from robustclip.data.sources.source import LocatedSource, Opened
+from robustclip.data.sources.wds import read_lines, read_templates
 from robustclip.textfiles import read_text
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,39 @@ class ClassImages(NamedTuple):
 
     keys: list[str]
     samples: list[tuple[str, int]]
+
+
+class ImageFiles(Dataset[Any]):
+    """Images by their paths.
+
+    Args:
+        samples: path and label of each.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
+        self.samples = samples
+        self.labels = [label for _, label in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.samples[index]
+        return open_file(path), label
+
+    def where(self, index: int) -> str:
+        """Path of an image, for messages."""
+        return self.samples[index][0]
+
+
+class Folder(LocatedSource):
+    """Images of one sub-folder per class, or of a published layout, such as ``folder:/my/photos``."""
+
+    def open(self, split: str) -> Opened:
+        """Lists the images of the split, and reads class names beside them."""
+        names, templates = read_lines(self.path, "classnames.txt"), read_templates(self.path)
+        images = read_folder(self.path, split, is_asked=self.is_split_given)
+        return Opened(ImageFiles(images.samples), keys=images.keys, names=names, templates=templates)
 
 
 def read_folder(location: str, split: str, *, is_asked: bool) -> ClassImages:

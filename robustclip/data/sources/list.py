@@ -1,42 +1,23 @@
-"""Images in files of their own: in a sub-folder per class, or in a list of paths and labels."""
+"""Images in a text file of paths and labels."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import Dataset
-
-from robustclip.data.decoding import open_file
-from robustclip.data.sources.folders import SPLITS
+from robustclip.data.sources.folder import SPLITS, ImageFiles
+from robustclip.data.sources.source import LocatedSource, Opened
+from robustclip.data.sources.wds import read_lines, read_templates
 from robustclip.textfiles import read_text
 
 
-class ImageFiles(Dataset[Any]):
-    """Images by their paths.
+class ListSource(LocatedSource):
+    """Images by a text file of lines ``PATH LABEL``, such as ``list:real_{split}.txt``."""
 
-    Args:
-        samples: path and label of each.
-    """
-
-    def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
-        self.samples = samples
-        self.labels = [label for _, label in samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        path, label = self.samples[index]
-        return open_file(path), label
-
-    def relabelled(self, labels: Mapping[int, int]) -> "ImageFiles":
-        """The images of some labels, under new labels."""
-        return ImageFiles([(path, labels[label]) for path, label in self.samples if label in labels])
-
-    def where(self, index: int) -> str:
-        """Path of an image, for messages."""
-        return self.samples[index][0]
+    def open(self, split: str) -> Opened:
+        """Reads the list of the split, and class names beside it."""
+        place = str(Path(self.path).parent)
+        names, templates = read_lines(place, "classnames.txt"), read_templates(place)
+        dataset, folders = read_list(self.path, split)
+        return Opened(dataset, folders=folders, names=names, templates=templates)
 
 
 def read_list(location: str, split: str) -> tuple[ImageFiles, dict[int, str]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -15,10 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class ResumableDataModule(LightningDataModule):
-    """A data module whose training loader continues where another run's stood."""
+    """A data module whose training loader resumes at the position in a checkpoint.
 
-    def __init__(self) -> None:
+    Args:
+        seed: of the order of training samples.
+    """
+
+    def __init__(self, seed: int) -> None:
         super().__init__()
+        self.seed = seed
         self.train_positions: list[int] | None = None
         self._train_loader: ImageLoader | None = None
         self._resume_at: dict[str, Any] | None = None
@@ -79,6 +83,6 @@ class ResumableDataModule(LightningDataModule):
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "number of training samples": len(loader.dataset),  # type: ignore[arg-type]
             "choice of training samples (by data.shots, data.shots_seed and data.holdout)": chosen,
-            "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            "seed_everything": self.seed,
             "data.num_workers": loader.num_workers if is_stream else None,  # readers of a stream fill batches each
         }
