@@ -51,7 +51,7 @@ class Score:
             outputs: of `forward`, by default logits ``(B, C)``.
             scale: of the model's logits, a scalar.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define `value`")
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
         """An increasing function ``(B,)`` of the value whose gradient does not vanish where a softmax is one-hot.
