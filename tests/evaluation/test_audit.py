@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,10 +27,6 @@ from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.results.run import Run
 from robustclip.types import Task
 
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False,
-}  # fmt: skip
 TASKS = ("outlines",)  # the model is right about two thirds of its samples, and sure of few
 SAMPLES = 64  # three of them are probed
 SETTINGS: dict[str, Any] = {"eps": "5/255", "alpha": "1.25/255", "steps": 10}  # of the shapes demo
@@ -56,7 +52,7 @@ def run_test(
     )
     callbacks = [RobustEvaluation({"pgd": attack}, max_samples=max_samples, **options), writer]
     data = CLIPDataModule(train="shapes:source", test=[f"shapes:{task}" for task in tasks], batch_size=batch_size)
-    Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
+    quick_trainer(*callbacks).test(method, datamodule=data, verbose=False)
     assert writer.path is not None
     return Run.open(writer.path)
 
