@@ -11,6 +11,7 @@ callables, classes, and ``Annotated`` with an `Interval`. An argument with any o
 """
 
 import difflib
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +109,27 @@ def argument(value: Any, hint: Any, name: str) -> Any:
         return fitted(value, hint)
     except _Unfit:
         raise ValueError(f"{name} must be {expected(hint)}, got {_shown(value)}{_remedy(value, hint)}") from None
+
+
+def class_at(path: str, base: type[T], option: str) -> type[T]:
+    """Imports a class that an option names by its path.
+
+    Args:
+        path: such as ``my_module.MyClass``.
+        base: class that it must extend.
+        option: name of the option, for the message.
+
+    Raises:
+        ValueError: no class is found there, or one of another kind.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option}: there is no class {path!r}; write module.Class ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{option}: {path!r} must be a subclass of {base.__module__}.{base.__name__}")
+    return found
 
 
 def fitted(value: Any, hint: Any) -> Any:

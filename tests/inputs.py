@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip.model
@@ -17,11 +18,16 @@ TEMPLATES = ("a photo of a {c}", "a drawing of a {c}")
 ShardWriter = Callable[..., Path]
 
 
-def write_tiny_model(folder: Path) -> Path:
-    """A CLIP of 32 x 32 images with random weights, in open_clip's local-dir layout; returns its folder."""
+def write_tiny_model(folder: Path, **vision: Any) -> Path:
+    """A CLIP of 32 x 32 images with random weights, in open_clip's local-dir layout; returns its folder.
+
+    Args:
+        folder: of the model.
+        vision: changes of the image tower's configuration; four ``layers`` make a ResNet.
+    """
     config = {
         "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8} | vision,
         "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
     }
     with torch.random.fork_rng():

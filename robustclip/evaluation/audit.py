@@ -1,20 +1,24 @@
-"""Can a robust accuracy be trusted? What a ledger tells of the attack, of the model, and of both together."""
+"""Grades whether a robust accuracy can be trusted, from what the ledgers report of attack and model."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustclip.arguments import class_at
 from robustclip.attacks.attack import BOX_TOLERANCE
-from robustclip.evaluation.checks import GRADES, Check, Status, counted, graded
 from robustclip.evaluation.probes import Evidence
 from robustclip.intervals import wilson
 
-# Limits of warning and of failure, for shares. What is compared is the lower end of the share's 95 % interval, so that
-# chance on a small set blames nobody.
+Status = Literal["pass", "not_measured", "warn", "fail"]
+GRADES: dict[Status, str] = {"pass": "A", "not_measured": "B", "warn": "C", "fail": "F"}
+ORDER = list(GRADES)  # from the best to the worst
+
+# Limits of warning and of failure, for shares. The lower end of a share's 95 % interval is compared with them, so that
+# chance on a small set fails nobody.
 DEAD_GRADIENTS = (0.001, 0.01)  # each is a step that the attack did not take
 FALLING_LOSS = (0.01, 0.1)  # noise and wrong labels lower it for a third and more
 NEAR_CLEAN = (0.01, 0.1)  # each is a sample that counts as robust against a radius that it has not seen
@@ -30,185 +34,321 @@ REPEAT_TOLERANCE = 1e-3  # of the largest logit; kernels differ with the size of
 SMALLEST_TASK = 20  # samples, for statements about one task
 
 
-def audit(evidence: Evidence) -> dict[str, Any]:
-    """Grade and checks: A all passed, B something was not measured, C a warning, F a failure."""
-    checks = [check(evidence) for check in CHECKS]
-    worst = max((check.status for check in checks), key=list(GRADES).index)
+@dataclass(frozen=True)
+class Check:
+    """The answer of one audit check.
+
+    Attributes:
+        name: of the check.
+        status: how good the answer is.
+        found: measurement behind it.
+        why: meaning of a bad answer.
+    """
+
+    name: str
+    status: Status
+    found: str
+    why: str
+
+
+class AuditCheck:
+    """Grades one property of a finished test; a subclass sets `name` and `why` and defines `grade`.
+
+    - ``name``: key in the result.
+    - ``why``: one sentence on what a bad answer means.
+    - ``grade(evidence)``: returns a `Check`, which these make:
+      ``answer(status, found)`` from a status, ``of_share(share, limits, found)`` from limits of warning and failure,
+      ``of_count(count, total, limits, what)`` from the lower end of the share's 95 % interval.
+    """
+
+    name: str = ""
+    why: str = ""
+
+    def grade(self, evidence: Evidence) -> Check:
+        """Answers from the columns of the ledgers; ``not_measured`` where they do not suffice."""
+        raise NotImplementedError
+
+    def answer(self, status: Status, found: str) -> Check:
+        """The check's answer.
+
+        Args:
+            status: ``pass``, ``not_measured``, ``warn`` or ``fail``.
+            found: measurement behind it.
+        """
+        return Check(self.name, status, found, self.why)
+
+    def of_share(self, share: float, limits: tuple[float, float], found: str) -> Check:
+        """Grades a share.
+
+        Args:
+            share: in [0, 1].
+            limits: shares above which the answer is a warning and a failure.
+            found: measurement behind it.
+        """
+        return self.answer("fail" if share > limits[1] else "warn" if share > limits[0] else "pass", found)
+
+    def of_count(self, count: int, total: int, limits: tuple[float, float], what: str) -> Check:
+        """Grades the lower end of the 95 % interval of a share.
+
+        Args:
+            count: cases of the fault.
+            total: cases that were examined; 0 is ``not_measured``.
+            limits: see `of_share`.
+            what: description of the fault, which follows the two numbers.
+        """
+        if not total:
+            return self.answer("not_measured", f"0 of 0 {what}")
+        return self.of_share(wilson(count, total)[0], limits, f"{count:,} of {total:,} {what}")
+
+
+def audit(evidence: Evidence, further: Sequence[AuditCheck] = ()) -> dict[str, Any]:
+    """Grade and checks: A all passed, B something was not measured, C a warning, F a failure.
+
+    Args:
+        evidence: of a finished test.
+        further: checks of the user, which follow ours and count as much.
+    """
+    checks = [check.grade(evidence) for check in (*CHECKS, *further)]
+    worst = max((check.status for check in checks), key=ORDER.index)
     return {"grade": GRADES[worst], "checks": [asdict(check) for check in checks]}
 
 
-def _baseline(evidence: Evidence) -> Check:
+def checks_at(paths: Iterable[str]) -> list[AuditCheck]:
+    """Makes the user's checks from the paths of their classes.
+
+    Args:
+        paths: such as ``my_module.MyCheck``.
+
+    Raises:
+        ValueError: no such class, one that is not complete, or one whose name is taken.
+    """
+    checks: list[AuditCheck] = []
+    for path in paths:
+        cls = class_at(path, AuditCheck, "results.checks")
+        missing = [name for name in ("name", "why", "grade") if getattr(cls, name) is getattr(AuditCheck, name)]
+        if missing:
+            raise ValueError(f"results.checks: {path!r} must define {', '.join(missing)}")
+        if cls.name in {check.name for check in (*CHECKS, *checks)}:
+            raise ValueError(f"results.checks: the name {cls.name!r} of {path!r} is taken; choose another one")
+        checks.append(cls())
+    return checks
+
+
+class _Baseline(AuditCheck):
+    name = "baseline"
     why = "an attack that leaves the undefended model standing says nothing about a defence"
-    shares = evidence.undefended()
-    if isinstance(shares, str):
-        return Check("baseline", "not_measured", shares, why)
-    name, share = max(shares.items(), key=lambda item: item[1])
-    return graded("baseline", share, BASELINE_ROBUST, f"undefended: {share:.1%} right under {name}", why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        shares = evidence.undefended()
+        if isinstance(shares, str):
+            return self.answer("not_measured", shares)
+        name, share = max(shares.items(), key=lambda item: item[1])
+        return self.of_share(share, BASELINE_ROBUST, f"undefended: {share:.1%} right under {name}")
 
 
-def _radius(evidence: Evidence) -> Check:
+class _Radius(AuditCheck):
+    name = "radius"
     why = "a radius in grey levels, or divided by 255 twice, is another threat model than the one that is meant"
-    radii = {
-        (member.attack.eps, member.attack.norm)
-        for members in evidence.members.values()
-        for member in members
-        if member.attack.eps and member.attack.norm in RADII
-    }
-    if not radii:
-        return Check("radius", "not_measured", "no attack with a radius", why)
-    odd = [f"{norm} {eps:.3g}" for eps, norm in sorted(radii) if not RADII[norm][0] <= eps <= RADII[norm][1]]
-    return Check("radius", "warn" if odd else "pass", f"out of the ordinary: {', '.join(odd) or 'none'}", why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        radii = {
+            (member.attack.eps, member.attack.norm)
+            for members in evidence.members.values()
+            for member in members
+            if member.attack.eps and member.attack.norm in RADII
+        }
+        if not radii:
+            return self.answer("not_measured", "no attack with a radius")
+        odd = [f"{norm} {eps:.3g}" for eps, norm in sorted(radii) if not RADII[norm][0] <= eps <= RADII[norm][1]]
+        return self.answer("warn" if odd else "pass", f"out of the ordinary: {', '.join(odd) or 'none'}")
 
 
-def _pixel_gradients(evidence: Evidence) -> Check:
+class _PixelGradients(AuditCheck):
+    name = "pixel_gradients"
     why = "a gradient that is zero in every pixel, or was never taken, lets the sample pass unattacked"
-    steps = faults = 0
-    for key, columns in evidence.attacked.items():
-        held = columns["by"] == ""  # an attack that has broken a sample may rest
-        # Others than anytime attacks may break a survivor, rest, and return another image (CW of torchattacks).
-        may_rest = not all(member.attack.is_anytime for member in evidence.members[key])
-        dead = columns["dead"] * (not may_rest or (columns["dead"] == columns["steps"]).all())
-        steps, faults = steps + int(columns["steps"][held].sum()), faults + int(dead[held].sum())
-        if any(member.attack.is_anytime and not member.attack.is_black_box for member in evidence.members[key]):
-            missing = int((columns["steps"][held] == 0).sum())
-            steps, faults = steps + missing, faults + missing
-    if not steps and evidence.total("steps").sum():
-        return Check("pixel_gradients", "pass", "nothing survived", why)
-    return counted("pixel_gradients", faults, steps, DEAD_GRADIENTS, "survivors' gradients are zero or missing", why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        steps = faults = 0
+        for key, columns in evidence.attacked.items():
+            held = columns["by"] == ""  # after its success an attack may rest
+            # Others than anytime attacks may succeed, rest, and yet return another image (CW of torchattacks).
+            may_rest = not all(member.attack.is_anytime for member in evidence.members[key])
+            dead = columns["dead"] * (not may_rest or (columns["dead"] == columns["steps"]).all())
+            steps, faults = steps + int(columns["steps"][held].sum()), faults + int(dead[held].sum())
+            if any(member.attack.is_anytime and not member.attack.is_black_box for member in evidence.members[key]):
+                missing = int((columns["steps"][held] == 0).sum())
+                steps, faults = steps + missing, faults + missing
+        if not steps and evidence.total("steps").sum():
+            return self.answer("pass", "nothing survived")
+        return self.of_count(faults, steps, DEAD_GRADIENTS, "survivors' gradients are zero or missing")
 
 
-def _loss_rises(evidence: Evidence) -> Check:
+class _LossRises(AuditCheck):
+    name = "loss_rises"
     why = "an attack that lowers the loss has a wrong sign, wrong labels, or is noise"
-    loss, clean = evidence.total("loss"), evidence.total("clean_loss")
-    falls = loss < 0.99 * clean - 1e-6  # of tiny losses fp32 keeps 1e-7
-    what = "attacked samples end with a lower loss than clean"
-    return counted("loss_rises", int(falls.sum()), falls.size, FALLING_LOSS, what, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        loss, clean = evidence.total("loss"), evidence.total("clean_loss")
+        falls = loss < 0.99 * clean - 1e-6  # of tiny losses fp32 keeps 1e-7
+        what = "attacked samples end with a lower loss than clean"
+        return self.of_count(int(falls.sum()), falls.size, FALLING_LOSS, what)
 
 
-def _uses_radius(evidence: Evidence) -> Check:
-    """Of survivors alone: what broke inside a smaller radius is broken all the same."""
+class _UsesRadius(AuditCheck):
+    name = "uses_radius"
     why = "a sample that survived near its clean image was tried at a smaller radius than the result tells"
-    name, near, survivors, attacked = "uses_radius", 0, 0, 0
-    for (task, attack), columns in evidence.attacked.items():
-        members = [member.attack for member in evidence.members[task, attack]]
-        if all(member.eps for member in members):
-            used = columns["distance"] / max(member.eps or 0 for member in members)
-            held = columns["by"] == ""
-            # Minimum-norm attacks give the clean image back where they fail, but not everywhere.
-            is_near = used < 0.5 if all(member.is_anytime for member in members) else used.max(initial=0) < 0.01
-            near, survivors, attacked = near + int((held & is_near).sum()), survivors + held.sum(), attacked + used.size
-    if attacked and not survivors:
-        return Check(name, "pass", "nothing survived", why)
-    return counted(name, near, int(survivors), NEAR_CLEAN, "survivors lie within half the radius", why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        near = survivors = attacked = 0
+        for key, columns in evidence.attacked.items():
+            members = [member.attack for member in evidence.members[key]]
+            if all(member.eps for member in members):
+                used = columns["distance"] / max(member.eps or 0 for member in members)
+                held = columns["by"] == ""  # misclassified inside a smaller radius is misclassified all the same
+                # Minimum-norm attacks give the clean image back where they fail, but not everywhere.
+                is_near = used < 0.5 if all(member.is_anytime for member in members) else used.max(initial=0) < 0.01
+                near, survivors = near + int((held & is_near).sum()), survivors + int(held.sum())
+                attacked += used.size
+        if attacked and not survivors:
+            return self.answer("pass", "nothing survived")
+        return self.of_count(near, survivors, NEAR_CLEAN, "survivors lie within half the radius")
 
 
-def _ball_and_box(evidence: Evidence) -> Check:
-    excess = evidence.total("excess")
-    found = f"largest excess {excess.max(initial=0):.2g}"
+class _BallAndBox(AuditCheck):
+    name = "ball_and_box"
     why = "images outside of ball or box were tried; they do not count, but the attack is not the one that is named"
-    status: Status = "fail" if excess.max(initial=0) > BOX_TOLERANCE else "pass" if excess.size else "not_measured"
-    return Check("ball_and_box", status, found, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        excess = evidence.total("excess")
+        found = f"largest excess {excess.max(initial=0):.2g}"
+        status: Status = "fail" if excess.max(initial=0) > BOX_TOLERANCE else "pass" if excess.size else "not_measured"
+        return self.answer(status, found)
 
 
-def _finite(evidence: Evidence) -> Check:
-    clean = sum(int((~np.isfinite(columns["largest_logit"])).sum()) for columns in evidence.samples.values())
-    under_attack = ~np.isfinite(evidence.total("distance")) | (evidence.total("nans") > 0)
-    count = int(under_attack.sum())
-    found = f"{clean:,} clean and {count:,} attacked samples are not"
-    return Check("finite", "fail" if clean + count else "pass", found, "NaN compares as it likes")
+class _Finite(AuditCheck):
+    name = "finite"
+    why = "NaN compares as it likes"
+
+    def grade(self, evidence: Evidence) -> Check:
+        clean = sum(int((~np.isfinite(columns["largest_logit"])).sum()) for columns in evidence.samples.values())
+        under_attack = ~np.isfinite(evidence.total("distance")) | (evidence.total("nans") > 0)
+        count = int(under_attack.sum())
+        found = f"{clean:,} clean and {count:,} attacked samples are not"
+        return self.answer("fail" if clean + count else "pass", found)
 
 
-def _repeatable(evidence: Evidence) -> Check:
+class _Repeatable(AuditCheck):
+    name = "repeatable"
     why = "a model whose answer depends on chance or on the rest of the batch (dropout, BatchNorm) blinds the attack"
-    difference, largest = evidence.clean("repeat"), evidence.clean("largest_logit")
-    probed = np.isfinite(difference) & np.isfinite(largest)
-    if not probed.any():
-        return Check("repeatable", "not_measured", "no sample was probed", why)
-    is_same = bool((difference[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
-    found = f"largest difference of a logit {difference[probed].max():.2g}, {probed.sum()} samples"
-    return Check("repeatable", "pass" if is_same else "fail", found, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        difference, largest = evidence.clean("repeat"), evidence.clean("largest_logit")
+        probed = np.isfinite(difference) & np.isfinite(largest)
+        if not probed.any():
+            return self.answer("not_measured", "no sample was probed")
+        is_same = bool((difference[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
+        found = f"largest difference of a logit {difference[probed].max():.2g}, {probed.sum()} samples"
+        return self.answer("pass" if is_same else "fail", found)
 
 
-def _probe(name: str, column: str, is_of_survivors: bool, why: str) -> Callable[[Evidence], Check]:
-    """A check that a stronger version of an attack's first member breaks what it broke, or what it could not."""
+class _StrongerAttack(AuditCheck):
+    """Grades whether a stronger version of an attack's first member also succeeds.
 
-    def check(evidence: Evidence) -> Check:
-        held = [
-            columns[column][
-                (columns["by"] == ("" if is_of_survivors else evidence.members[key][0].name))
-                & ~np.isnan(columns[column])
-            ]
-            == 0
-            for key, columns in evidence.attacked.items()
-        ]
-        count, total = sum(int(each.sum()) for each in held), sum(each.size for each in held)
-        if is_of_survivors and not total and evidence.total("by").size:
+    Args:
+        name: of the check.
+        column: of the ledger, with 1 where the stronger version succeeded and 0 where it failed.
+        is_of_survivors: it was tried on samples that survived the attack, else on those that its first member changed.
+        why: see `AuditCheck`.
+    """
+
+    def __init__(self, name: str, column: str, is_of_survivors: bool, why: str) -> None:
+        self.name, self.column, self.is_of_survivors, self.why = name, column, is_of_survivors, why
+
+    def grade(self, evidence: Evidence) -> Check:
+        count = total = 0
+        for key, columns in evidence.attacked.items():
+            by = "" if self.is_of_survivors else evidence.members[key][0].name
+            results = columns[self.column][(columns["by"] == by) & ~np.isnan(columns[self.column])]
+            count, total = count + int((results == 0).sum()), total + results.size
+        if self.is_of_survivors and not total and evidence.total("by").size:
             share = float((evidence.total("by") == "").mean())
             if share <= BASELINE_ROBUST[0]:
-                return Check(name, "pass", f"{share:.1%} survive, none of them was probed", why)
-        return counted(name, count, total, PROBES_RESISTED, "probed samples hold", why)
-
-    return check
+                return self.answer("pass", f"{share:.1%} survive, none of them was probed")
+        return self.of_count(count, total, PROBES_RESISTED, "probed samples hold")
 
 
-def _black_box(evidence: Evidence) -> Check:
+class _BlackBox(AuditCheck):
+    name = "black_box"
     why = "what gradients miss and random search finds points to masked gradients"
-    won, samples = Counter[str](), Counter[str]()
-    for (task, attack), columns in evidence.attacked.items():
-        members = evidence.members[task, attack]
-        blind = [member.name for member in members if member.attack.is_black_box]
-        if 0 < len(blind) < len(members):
-            won[attack] += int(np.isin(columns["by"], blind).sum())
-            samples[attack] += len(evidence.samples[task]["id"])
-    checks = [
-        counted("black_box", won[name], samples[name], BLACK_BOX_WINS, f"broken by it alone, {name}", why)
-        for name in samples
-    ]
-    if not checks:
-        found = "no black-box attack after others; the recipes cascade and autoattack have one"
-        return Check("black_box", "not_measured", found, why)
-    return max(checks, key=lambda check: list(GRADES).index(check.status))
+
+    def grade(self, evidence: Evidence) -> Check:
+        won, samples = Counter[str](), Counter[str]()
+        for (task, attack), columns in evidence.attacked.items():
+            members = evidence.members[task, attack]
+            blind = [member.name for member in members if member.attack.is_black_box]
+            if 0 < len(blind) < len(members):
+                won[attack] += int(np.isin(columns["by"], blind).sum())
+                samples[attack] += len(evidence.samples[task]["id"])
+        checks = [
+            self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"broken by it alone, {name}") for name in samples
+        ]
+        if not checks:
+            found = "no black-box attack after others; the recipes cascade and autoattack have one"
+            return self.answer("not_measured", found)
+        return max(checks, key=lambda check: ORDER.index(check.status))
 
 
-def _normalised_once(evidence: Evidence) -> Check:
+class _NormalisedOnce(AuditCheck):
+    name = "normalised_once"
     why = "pixels far outside of a normalised image's range were normalised twice, or are grey levels"
-    outside = evidence.clean("outside")
-    outside = outside[np.isfinite(outside)]
-    if not outside.size:
-        return Check("normalised_once", "not_measured", "no sample was probed", why)
-    found = f"the tower sees pixels {outside.max():.0%} of the range outside of it"
-    return Check("normalised_once", "warn" if outside.max() > OUTSIDE else "pass", found, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        outside = evidence.clean("outside")
+        outside = outside[np.isfinite(outside)]
+        if not outside.size:
+            return self.answer("not_measured", "no sample was probed")
+        found = f"the tower sees pixels {outside.max():.0%} of the range outside of it"
+        return self.answer("warn" if outside.max() > OUTSIDE else "pass", found)
 
 
-def _logit_scale(evidence: Evidence) -> Check:
+class _LogitScale(AuditCheck):
+    name = "logit_scale"
     why = "logits that are bare cosines lack the temperature: attacks on them are weak, and so is the softmax"
-    logits = evidence.clean("largest_logit")
-    largest = logits[np.isfinite(logits)].max(initial=0)
-    status: Status = "pass" if largest > 1.01 else "warn" if logits.size else "not_measured"
-    return Check("logit_scale", status, f"largest logit {largest:.3g}", why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        logits = evidence.clean("largest_logit")
+        largest = logits[np.isfinite(logits)].max(initial=0)
+        status: Status = "pass" if largest > 1.01 else "warn" if logits.size else "not_measured"
+        return self.answer(status, f"largest logit {largest:.3g}")
 
 
-def _better_than_chance(evidence: Evidence) -> Check:
-    guessing = []
-    for task, columns in evidence.samples.items():
-        n, correct = len(columns["id"]), int((columns["clean"] == columns["label"]).sum())
-        if n >= SMALLEST_TASK and wilson(correct, n)[0] <= 1 / evidence.class_counts[task]:
-            guessing.append(task)
+class _BetterThanChance(AuditCheck):
+    name = "better_than_chance"
     why = "a model that guesses has nothing to lose: look for normalisation done twice, or class names in another order"
-    found = f"clean accuracy at chance: {', '.join(guessing) or 'no task'}"
-    return Check("better_than_chance", "warn" if guessing else "pass", found, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        guessing = []
+        for task, columns in evidence.samples.items():
+            n, correct = len(columns["id"]), int((columns["clean"] == columns["label"]).sum())
+            if n >= SMALLEST_TASK and wilson(correct, n)[0] <= 1 / evidence.class_counts[task]:
+                guessing.append(task)
+        found = f"clean accuracy at chance: {', '.join(guessing) or 'no task'}"
+        return self.answer("warn" if guessing else "pass", found)
 
 
-def _predictions_vary(evidence: Evidence) -> Check:
-    stuck = [
-        task
-        for task, columns in evidence.samples.items()
-        if len(columns["id"]) >= SMALLEST_TASK
-        and _commonest(columns["clean"]) >= ONE_CLASS > _commonest(columns["label"])
-    ]
+class _PredictionsVary(AuditCheck):
+    name = "predictions_vary"
     why = "a model that gives one answer to everything cannot be attacked; its accuracy is no robustness"
-    found = f"one class for nearly all: {', '.join(stuck) or 'no task'}"
-    return Check("predictions_vary", "warn" if stuck else "pass", found, why)
+
+    def grade(self, evidence: Evidence) -> Check:
+        stuck = [
+            task
+            for task, columns in evidence.samples.items()
+            if len(columns["id"]) >= SMALLEST_TASK
+            and _commonest(columns["clean"]) >= ONE_CLASS > _commonest(columns["label"])
+        ]
+        found = f"one class for nearly all: {', '.join(stuck) or 'no task'}"
+        return self.answer("warn" if stuck else "pass", found)
 
 
 def _commonest(classes: NDArray[Any]) -> float:
@@ -216,21 +356,25 @@ def _commonest(classes: NDArray[Any]) -> float:
     return float(np.unique(classes, return_counts=True)[1].max() / classes.size)
 
 
-CHECKS: Sequence[Callable[[Evidence], Check]] = (
-    _baseline,
-    _radius,
-    _pixel_gradients,
-    _loss_rises,
-    _uses_radius,
-    _ball_and_box,
-    _finite,
-    _repeatable,
-    _probe("larger_radius", "wider", False, "a larger radius must not help the model; if it does, gradients mislead"),
-    _probe("any_radius", "wider", True, "half the pixel range erases an image; who survives it hides its gradients"),
-    _probe("more_steps", "longer", False, "more steps must not help the model; if they do, gradients mislead"),
-    _black_box,
-    _normalised_once,
-    _logit_scale,
-    _better_than_chance,
-    _predictions_vary,
+CHECKS: Sequence[AuditCheck] = (
+    _Baseline(),
+    _Radius(),
+    _PixelGradients(),
+    _LossRises(),
+    _UsesRadius(),
+    _BallAndBox(),
+    _Finite(),
+    _Repeatable(),
+    _StrongerAttack(
+        "larger_radius", "wider", False, "a larger radius must not help the model; if it does, gradients mislead"
+    ),
+    _StrongerAttack(
+        "any_radius", "wider", True, "half the pixel range erases an image; who survives it hides its gradients"
+    ),
+    _StrongerAttack("more_steps", "longer", False, "more steps must not help the model; if they do, gradients mislead"),
+    _BlackBox(),
+    _NormalisedOnce(),
+    _LogitScale(),
+    _BetterThanChance(),
+    _PredictionsVary(),
 )

@@ -19,7 +19,7 @@ from robustclip.evaluation.writer import ResultsWriter
 from robustclip.methods import RobustMethod
 from robustclip.metrics import Rows
 from robustclip.models.layers import frozen
-from robustclip.objectives.scores import KNN, SCORES, Score, ScoreName, confidence
+from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
 from robustclip.results.protocol import digest
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
@@ -48,8 +48,8 @@ class OODDetection(Callback):
     Args:
         known: test tasks; null for all.
         unknown: known task to the names of its unknown sets; null, or a task that is not named, for all.
-        scores: what is computed; ``mcm`` is the softmax of the cosines, ``msp`` that of the scaled logits, ``knn`` the
-            nearness of the training images, see `Neighbours`.
+        scores: names, class paths or objects of `Score`; ``mcm`` is the softmax of the cosines, ``msp`` that of the
+            scaled logits, ``knn`` the nearness of the training images, see `Neighbours`.
         neighbours: every K for which the result has AUROC and FPR95 of ``knn``, up to the number of training images;
             the score itself takes 1 % of that.
         headline: score of the tables.
@@ -68,15 +68,20 @@ class OODDetection(Callback):
         self,
         known: list[str] | None = None,
         unknown: dict[str, list[str]] | None = None,
-        scores: Sequence[ScoreName] = ("mcm", "msp", "max_logit", "energy", "entropy"),
-        headline: ScoreName = "mcm",
+        scores: Sequence[str | Score] = ("mcm", "msp", "max_logit", "energy", "entropy"),
+        headline: str = "mcm",
         attack: PGD | None = None,
-        attacked: list[ScoreName] | None = None,
+        attacked: list[str] | None = None,
         is_correct_only: bool = False,
         seed: int = 0,
         neighbours: Sequence[Count] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
     ) -> None:
-        self.known, self.unknown, self.scores, self.headline = known, unknown or {}, list(scores), headline
+        self.known, self.unknown, self.headline = known, unknown or {}, headline
+        chosen = [score if score == KNN else score_of(score) for score in scores]
+        self.scores = [score if isinstance(score, str) else score.name for score in chosen]
+        self._score_by_name = {score.name: score for score in chosen if isinstance(score, Score)}
+        if len(set(self.scores)) < len(self.scores):
+            raise ValueError(f"scores must differ in their names, got {self.scores}")
         self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
         self.attacked = [] if attack is None else [headline] if attacked is None else attacked
         for name in (headline, *self.attacked):
@@ -110,7 +115,14 @@ class OODDetection(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with no sample."""
-        self._bank = Neighbours.of_training(method_of(pl_module), self.neighbours) if KNN in self.scores else None
+        method = method_of(pl_module)
+        if KNN in self.scores:
+            self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
+        # Outside inference mode, whose tensors could not take part in an attack's graph.
+        with torch.inference_mode(False), torch.no_grad(), frozen(method):
+            for task in trainer.datamodule.test_tasks:  # type: ignore[attr-defined]
+                for score in self._score_by_name.values() if task.name in self._pairs else ():
+                    score.prepare(method, task)
         self._samples = {}
         for task, unknown in self._pairs.items():
             self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
@@ -156,23 +168,24 @@ class OODDetection(Callback):
                 "label": batch.labels,
                 "is_right": logits.argmax(-1) == batch.labels,
                 "confidence": confidence(logits),
-                **{name: SCORES[name].value(logits, scale) for name in self.scores if name != KNN},
             }
+            for score in self._score_by_name.values():
+                if score is not self._bank:
+                    is_of_logits = type(score).forward is Score.forward  # one pass of the tower serves all of these
+                    outputs = logits if is_of_logits else score.forward(method, batch.images, task).double()
+                    columns[score.name] = _per_sample(score, outputs, scale)
             if self._bank is not None:
                 columns |= self._bank.columns(method.image_features(batch.images))
             if self.attack is not None:
                 for name in self.attacked:
-                    read = self._read(method, task, name)
-                    found = attacked_score(self.attack, method, *read, batch, is_known=is_known, seed=self.seed)
+                    score = self._score_by_name[name]
+                    forward = partial(score.forward, method, task=task)
+                    found = attacked_score(
+                        self.attack, method, forward, score, batch, is_known=is_known, seed=self.seed
+                    )
                     worse = torch.minimum if is_known else torch.maximum
                     columns[column(name, ATTACKED)] = worse(columns[column(name, CLEAN)], found)
         self._samples[key].update(torch.stack([columns[name].double() for name in self._columns], dim=1))
-
-    def _read(self, method: RobustMethod, task: str, name: ScoreName) -> tuple[Forward, Score]:
-        """Images to logits or features, and the score of these."""
-        if name == KNN and self._bank is not None:
-            return method.image_features, self._bank.score
-        return partial(method.logits, task=task), SCORES[name]
 
     @property
     def _columns(self) -> list[str]:
@@ -211,6 +224,9 @@ class OODDetection(Callback):
         attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
         shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
         shared |= {} if self._bank is None else {KNN: self._bank.settings}
+        own = {name: score for name, score in self._score_by_name.items() if name != KNN and name not in SCORES}
+        classes = {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()}
+        shared |= {"scores": classes} if own else {}
         return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
 
 
@@ -248,6 +264,15 @@ def attacked_score(
 
     attacked = attack(batch.images, forward, sign, push, index=batch.index, seed=seed)
     return score.value(forward(attacked).double(), method.clip.logit_scale.double())
+
+
+def _per_sample(score: Score, outputs: Tensor, scale: Tensor) -> Tensor:
+    """The values of a score, which must be one per sample."""
+    values = score.value(outputs, scale)
+    if values.shape != outputs.shape[:1]:
+        shape = tuple(values.shape)
+        raise ValueError(f"{type(score).__name__}.value must return one number per sample, shape (B,), got {shape}")
+    return values
 
 
 def _check_names(option: str, wanted: Iterable[str], offered: Sequence[str]) -> None:

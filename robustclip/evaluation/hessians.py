@@ -1,4 +1,4 @@
-"""Do two domains see the same curvature? The spectral norm of the difference of their Hessians."""
+"""Compares the curvature of the loss between domains, by the spectral norm of the difference of their Hessians."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustclip.arguments import Count, checked
 from robustclip.evaluation.robust import finished_batches, method_of, stage_of
 from robustclip.methods import RobustMethod
-from robustclip.models.heads import head_logits
 from robustclip.types import Batch, Task, data_of
 
 SEED = 0x4E5  # of the first direction
@@ -23,20 +23,21 @@ EPS = 1e-30  # of a difference that is zero, which has no direction
 class HessianDifference(Callback):
     """Compares the Hessians of the cross-entropy on the first images of every two tasks of the same classes.
 
-    For risks ``R_1``, ``R_2`` of two domains and a step ``v`` of what learns, ``|R_1 - R_2|`` changes, up to the third
-    order, by no more than ``|<grad R_1 - grad R_2, v>| + |v|^2 |H_1 - H_2| / 2``. CRoFT's paper
+    For risks ``R_1``, ``R_2`` of two domains and a step ``v`` of the learning parameters, ``|R_1 - R_2|`` changes, up
+    to the third order, by no more than ``|<grad R_1 - grad R_2, v>| + |v|^2 |H_1 - H_2| / 2``. CRoFT's paper
     (https://arxiv.org/abs/2405.16417) argues that its penalty makes Hessians alike; this measures it, as the spectral
     norm ``<stage>/<one>_<other>/hessian/difference``.
 
-    The cross-entropy is that of image and class features; what a method adds to these in its logits is not seen. Each
-    process takes images of its own share, and the mean over the processes is logged.
+    The parameters are those of the method's `parameter_groups`, and the cross-entropy is that of its logits, through
+    image and class features. Each process uses images of its own share, and the mean over the processes is logged.
 
     Args:
         max_samples: images of a task, which are held in memory together with two passes' activations.
         iterations: of the power method.
 
     Raises:
-        ValueError: a number below 1; when a stage is set up, no two tasks of the same classes.
+        ValueError: a number below 1; when a stage is set up, no two tasks of the same classes; when it starts, a method
+            without learning parameters.
     """
 
     def __init__(self, max_samples: Count = 256, iterations: Count = 20) -> None:
@@ -44,11 +45,17 @@ class HessianDifference(Callback):
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # images and labels by task
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks for pairs."""
+        """Refuses data without two tasks of the same classes."""
         data = data_of(trainer)
         if not pairs(data.test_tasks if stage == "test" else data.val_tasks):
             where = "data.test" if stage == "test" else "data.val"
             raise ValueError(f"HessianDifference needs two tasks of the same classes in {where}; give their domains")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a method without learning parameters; some have theirs only after a checkpoint was loaded."""
+        if not method_of(pl_module).learning_names:
+            name = type(pl_module).__name__
+            raise ValueError(f"HessianDifference needs a method with learning parameters, but {name} has none")
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts with the images that an earlier start of the test has finished."""
@@ -67,7 +74,7 @@ class HessianDifference(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps the first images."""
+        """Keeps the first images of each task."""
         self._keep(stage_of(trainer)[1][dataloader_idx], batch)
 
     def _keep(self, task: Task, batch: Batch) -> None:
@@ -79,26 +86,33 @@ class HessianDifference(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs."""
         method, (stage, tasks) = method_of(pl_module), stage_of(trainer)
-        learning = [parameter for parameter in method.parameters() if parameter.requires_grad]
+        names = method.learning_names
+        learning = [parameter for name, parameter in method.named_parameters() if name in names]
         for one, other in pairs(tasks):
             if not (self._seen[one.name] and self._seen[other.name]):
                 continue
-            with torch.inference_mode(False), torch.enable_grad():
+            # The fused attention kernels have no second derivative.
+            with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 difference = self._risk(method, one) - self._risk(method, other)
                 value = spectral_norm(difference, learning, iterations=self.iterations)
             method.log(f"{stage}/{one.name}_{other.name}/hessian/difference", value, sync_dist=True)
 
-    # Validation is the same on other tasks.
+    # Validation does the same on other tasks.
+    on_validation_start = on_test_start
     on_validation_epoch_start = on_test_epoch_start
     on_validation_batch_end = on_test_batch_end
     on_validation_epoch_end = on_test_epoch_end
 
     def _risk(self, method: RobustMethod, task: Task) -> Tensor:
-        # Clones, since what is made in inference mode cannot be part of a graph.
+        # Clones, since tensors made in inference mode cannot be part of a graph.
         images, labels = (torch.cat(parts).clone() for parts in zip(*self._seen[task.name], strict=True))
+        head = method.heads[task.name]
         with torch.autocast(method.device.type, enabled=False):
-            logits = head_logits(method.image_features(images), method.class_features(task), method.clip.logit_scale)
-            return F.cross_entropy(logits, labels)
+            try:
+                method.heads[task.name] = method.class_features(task)  # with a graph, which the head for tests has not
+                return F.cross_entropy(method.logits(images, task.name), labels)
+            finally:
+                method.heads[task.name] = head
 
 
 def pairs(tasks: Sequence[Task]) -> list[tuple[Task, Task]]:
@@ -114,13 +128,17 @@ def spectral_norm(value: Tensor, parameters: Sequence[Tensor], *, iterations: in
         parameters: any number, of any shapes.
         iterations: products; the estimate rises with them and never exceeds the norm.
     """
+    if not value.requires_grad:
+        return torch.zeros_like(value)
     gradients = torch.autograd.grad(value, parameters, create_graph=True, materialize_grads=True)
-    gradient = torch.cat([each.flatten() for each in gradients])
+    gradient = torch.cat([part.flatten() for part in gradients])
+    if not gradient.requires_grad:  # the value is linear
+        return torch.zeros_like(value)
     direction = torch.randn(len(gradient), generator=torch.Generator().manual_seed(SEED)).to(gradient)
     norm: Tensor = direction.norm()
     for _ in range(iterations):
         direction = direction / norm.clamp(min=EPS)
         products = torch.autograd.grad(gradient, parameters, direction, retain_graph=True, materialize_grads=True)
-        direction = torch.cat([each.flatten() for each in products])
+        direction = torch.cat([part.flatten() for part in products])
         norm = direction.norm()
     return norm

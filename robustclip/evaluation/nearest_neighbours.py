@@ -10,7 +10,7 @@ from torch import Tensor
 from robustclip.evaluation.detection_summary import column
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.distributed import of_training_images
-from robustclip.objectives.scores import KNN, Score, plain
+from robustclip.objectives.scores import KNN, Model, Score
 from robustclip.results.protocol import digest
 from robustclip.types import UNKNOWN, Task, data_of
 
@@ -18,7 +18,7 @@ BANK_PER_NEIGHBOUR = 100  # K is 1 % of the bank, https://arxiv.org/abs/2204.065
 PRODUCT = 2**26  # cosines that are held at once, 256 MiB
 
 
-class Neighbours:
+class Neighbours(Score):
     """The KNN score (Sun et al., ICML 2022, https://arxiv.org/abs/2204.06507).
 
     Minus the squared Euclidean distance of an image's unit feature to the K-th nearest of a bank, those of the training
@@ -39,6 +39,8 @@ class Neighbours:
         ValueError: an empty bank.
     """
 
+    name = KNN
+
     def __init__(self, bank: Tensor, curve: Sequence[int]) -> None:
         if not len(bank):
             raise ValueError(
@@ -46,7 +48,7 @@ class Neighbours:
             )
         self.bank, self.k = bank, max(1, len(bank) // BANK_PER_NEIGHBOUR)
         self.curve = [k for k in curve if k <= len(bank)]
-        self.settings: dict[str, Any] = {"k": self.k, "bank": len(bank)}
+        self._settings: dict[str, Any] = {"k": self.k, "bank": len(bank)}
 
     @classmethod
     def of_training(cls, method: RobustMethod, curve: Sequence[int]) -> Self:
@@ -56,13 +58,21 @@ class Neighbours:
             is_known = labels != UNKNOWN
             found = cls(features[is_known], curve)
         task = data_of(method.trainer).train_task
-        found.settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
+        found._settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
         return found
 
     @property
-    def score(self) -> Score:
-        """Of unit features ``(B, D)`` in the place of logits."""
-        return plain(lambda features, scale: self.scores(features, [self.k])[:, 0])
+    def settings(self) -> dict[str, Any]:
+        """K, and the images of the bank."""
+        return self._settings
+
+    def forward(self, model: Model, images: Tensor, task: str) -> Tensor:
+        """Unit features ``(B, D)``, for every task."""
+        return model.image_features(images)
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """The score ``(B,)`` of unit features ``(B, D)``."""
+        return self.scores(outputs, [self.k])[:, 0]
 
     def columns(self, features: Tensor) -> dict[str, Tensor]:
         """The score and its curve, by the names of `Columns`."""

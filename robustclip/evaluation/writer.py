@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from robustclip import display
 from robustclip.arguments import checked
 from robustclip.attacks import Member
-from robustclip.evaluation.audit import audit
+from robustclip.evaluation.audit import audit, checks_at
 from robustclip.evaluation.identity import unlike, with_samples, words
 from robustclip.evaluation.journal import keep_examples
 from robustclip.evaluation.probes import Evidence, attack_columns, sample_columns
@@ -59,6 +59,7 @@ class ResultsWriter(Callback):
         is_undefended: the tested model has no defence, so that it is its own baseline.
         averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
         config: what the run was started with, kept in the file.
+        checks: class paths of your own audit checks, see `AuditCheck`.
 
     Raises:
         ValueError: before the test starts, an average of no task or one that the test has not, or whose name is taken;
@@ -73,12 +74,14 @@ class ResultsWriter(Callback):
         is_undefended: bool = False,
         averages: dict[str, list[str]] | None = None,
         config: dict[str, Any] | None = None,
+        checks: list[str] | None = None,
     ) -> None:
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         if folder is not None:
             local_path(folder, "results.folder")
         self.is_undefended = is_undefended
         self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
+        self.checks = checks_at(checks or ())
         self.path: Path | None = None
         self.sections: dict[str, Any] = {}  # what other callbacks add to the result of the running test
         self._result: dict[str, Any] = {}
@@ -165,7 +168,7 @@ class ResultsWriter(Callback):
             "model": self._model(method, trainer),
             **with_averages(with_intervals(tabulate(metrics, stage="test"), rows, self._members), self.averages),
             **self.sections,
-            "audit": audit(evidence),
+            "audit": audit(evidence, self.checks),
             "notes": _notes(self._members),
             "classes": {task.name: words(task) for task in tasks},
             "protocol": protocol,

@@ -1,32 +1,176 @@
-"""How much an image looks like one of the known classes: logits to a score ``(B,)``, higher for the known.
+"""Scores that rate how much an image looks like one of a task's classes; higher means known.
 
 Cosines are ``logits / scale`` with the model's scale (inverse temperature).
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import json
+import re
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ScoreName = Literal["mcm", "msp", "max_logit", "energy", "entropy", "knn"]
-KNN: Literal["knn"] = "knn"  # of features and a bank of others, not of logits
+from robustclip.arguments import class_at
+from robustclip.types import Task
 
-Of = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``(B, C)`` and scale, a scalar, to ``(B,)``."""
+KNN: Literal["knn"] = "knn"  # compares features with those of a bank; see evaluation/nearest_neighbours.py
+NAME = re.compile(r"[a-z0-9_]+")
 
 
-class Score(NamedTuple):
-    """A score and what an attack on it pushes.
+class Model(Protocol):
+    """The part of a `RobustMethod` that a score may call."""
 
-    Attributes:
-        value: as the papers report it.
-        evidence: an increasing function of the value whose gradient does not vanish where a softmax is one-hot.
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+
+    def class_features(self, task: Task) -> Tensor:
+        """Unit features ``(C, D)``, one row per class of the task."""
+
+    def logits(self, images: Tensor, task: str) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)`` of a test task."""
+
+
+class Score:
+    """Rates how much an image looks like one of a task's classes; a subclass sets `name` and defines `value`.
+
+    - ``name``: key in the result, of a-z, 0-9 and ``_``.
+    - ``value(outputs, scale)``: outputs of `forward` in fp64 to ``(B,)``, higher for known classes.
+    - ``evidence(outputs, scale)``: increases with the value, and an attack moves it; default the value.
+    - ``forward(model, images, task)``: what an attack differentiates; default the logits of the task of that name.
+    - ``prepare(model, task)``: runs once per known task before its images, without gradients.
+    - ``settings``: go into the result; default the public attributes of the object, so tensors belong in private ones.
     """
 
-    value: Of
-    evidence: Of
+    name: str = ""
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """The score ``(B,)`` as its paper reports it.
+
+        Args:
+            outputs: of `forward`, by default logits ``(B, C)``.
+            scale: of the model's logits, a scalar.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `value`")
+
+    def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """An increasing function ``(B,)`` of the value whose gradient does not vanish where a softmax is one-hot.
+
+        Args:
+            outputs: see `value`.
+            scale: see `value`.
+        """
+        return self.value(outputs, scale)
+
+    def forward(self, model: Model, images: Tensor, task: str) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1] to the outputs that `value` takes.
+
+        Args:
+            model: under test.
+            images: clean or attacked.
+            task: name of the known task.
+        """
+        return model.logits(images, task)
+
+    def prepare(self, model: Model, task: Task) -> None:
+        """Computes what `forward` needs for a known task, which it may keep under the task's name.
+
+        Args:
+            model: under test.
+            task: its classes and templates.
+        """
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Parameters of the score in JSON's types."""
+        public = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        settings: dict[str, Any] = json.loads(json.dumps(public, default=repr))
+        return settings
+
+
+class MCM(Score):
+    """Highest softmax probability of the cosines, https://arxiv.org/abs/2211.13445; UEO's score."""
+
+    name = "mcm"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Maximum concept matching at temperature 1."""
+        return confidence(outputs / scale)
+
+    def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Log-odds of the highest probability."""
+        return log_odds(outputs / scale)
+
+
+class MSP(Score):
+    """Highest softmax probability of the logits, https://arxiv.org/abs/1610.02136."""
+
+    name = "msp"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Maximum softmax probability."""
+        return confidence(outputs)
+
+    def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Log-odds of the highest probability."""
+        return log_odds(outputs)
+
+
+class MaxLogit(Score):
+    """Highest logit, https://arxiv.org/abs/1911.11132."""
+
+    name = "max_logit"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """``max_c z_c``."""
+        return outputs.amax(-1)
+
+
+class Energy(Score):
+    """Negative free energy, https://arxiv.org/abs/2010.03759; CRoFT's score."""
+
+    name = "energy"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """``log sum_c exp z_c``."""
+        return outputs.logsumexp(-1)
+
+
+class Entropy(Score):
+    """Negative entropy of the softmax."""
+
+    name = "entropy"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """``sum_c p_c log p_c`` in [-log C, 0], ``p = softmax(z)``."""
+        log_p = F.log_softmax(outputs, dim=-1)
+        return (log_p.exp() * log_p).sum(-1)
+
+
+SCORES: dict[str, Score] = {score.name: score for score in (MCM(), MSP(), MaxLogit(), Energy(), Entropy())}
+
+
+def score_of(score: str | Score) -> Score:
+    """A score by its name, by the path of its class, or as an object.
+
+    Args:
+        score: such as ``mcm``, ``my_module.MyScore``, or ``MyScore(width=3)``.
+
+    Raises:
+        ValueError: no such score, or one whose name is taken or is not valid.
+    """
+    if isinstance(score, str):
+        if score in SCORES:
+            return SCORES[score]
+        if "." not in score:
+            ours = ", ".join((*SCORES, KNN))
+            raise ValueError(f"scores: there is no score {score!r}; ours are {ours}, and yours is written module.Class")
+        score = class_at(score, Score, "scores")()
+    is_taken = score.name == KNN or (score.name in SCORES and SCORES[score.name] is not score)
+    if is_taken or not NAME.fullmatch(score.name):
+        reason = "is the name of one of ours" if is_taken else "must consist of a-z, 0-9 and _"
+        raise ValueError(f"scores: {type(score).__name__}.name {reason}, got {score.name!r}")
+    return score
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -35,32 +179,10 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """``z_(1) - log sum_{c != (1)} exp z_c``: `confidence` is the sigmoid of it, and hence increases with it.
+    """``z_(1) - log sum_{c != (1)} exp z_c`` of logits ``(B, C)``, which increases with `confidence`, its sigmoid.
 
-    ``p = exp z_(1) / sum_c exp z_c = 1 / (1 + exp(-u))`` with ``u`` the log-odds; infinite where there is one class.
+    ``p = exp z_(1) / sum_c exp z_c = 1 / (1 + exp(-u))`` with ``u`` the log-odds; infinite for a single class.
     """
     highest = logits.max(-1, keepdim=True)
     others = logits.scatter(-1, highest.indices, -torch.inf)
     return highest.values[..., 0] - others.logsumexp(-1)
-
-
-def negative_entropy(logits: Tensor) -> Tensor:
-    """``sum_c p_c log p_c``, ``p = softmax(logits)``, in [-log C, 0]."""
-    log_p = F.log_softmax(logits, dim=-1)
-    return (log_p.exp() * log_p).sum(-1)
-
-
-def plain(value: Of) -> Score:
-    """An attack pushes the value itself."""
-    return Score(value, value)
-
-
-SCORES: dict[ScoreName, Score] = {
-    # Maximum concept matching at temperature 1, https://arxiv.org/abs/2211.13445; UEO's score
-    "mcm": Score(lambda z, scale: confidence(z / scale), lambda z, scale: log_odds(z / scale)),
-    # Hendrycks & Gimpel, https://arxiv.org/abs/1610.02136
-    "msp": Score(lambda z, scale: confidence(z), lambda z, scale: log_odds(z)),
-    "max_logit": plain(lambda z, scale: z.amax(-1)),  # https://arxiv.org/abs/1911.11132
-    "energy": plain(lambda z, scale: z.logsumexp(-1)),  # https://arxiv.org/abs/2010.03759, negated; CRoFT's score
-    "entropy": plain(lambda z, scale: negative_entropy(z)),
-}

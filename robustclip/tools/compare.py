@@ -72,11 +72,16 @@ def unchecked_images(a: Run, b: Run) -> list[str]:
 
 
 def unlike_unknown(a: Run, b: Run) -> list[str]:
-    """One sentence per set of unknown classes that differs between the detection sections of two runs."""
+    """One sentence per set of unknown classes, and per score of a user, that differs between two runs' detection."""
     of_a, of_b = _unknown_sets(a), _unknown_sets(b)
     lines = {name: protocol.differences(of_a[name], of_b[name]) for name in of_a if name in of_b}
     remedy = "do not compare the detection"
-    return [f"unknown set {name} differs in {'; '.join(each)}: {remedy}" for name, each in lines.items() if each]
+    in_a, in_b = ((run.result.get("detection") or {}).get("scores", {}) for run in (a, b))
+    scores = {name: (in_a[name], in_b[name]) for name in in_a if in_a[name] != in_b.get(name, in_a[name])}
+    return [
+        *(f"unknown set {name} differs in {'; '.join(each)}: {remedy}" for name, each in lines.items() if each),
+        *(f"score {name} differs: {one} against {other}: {remedy}" for name, (one, other) in scores.items()),
+    ]
 
 
 def _unknown_sets(run: Run) -> dict[str, protocol.Axes]:

@@ -11,26 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.attacks import PGD, Attack, Recipe, Square, TorchAttack
 from robustclip.attacks.attack import Forward, Loss
+from robustclip.cli.main import run as main
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import ResultsWriter, RobustEvaluation, robust
-from robustclip.evaluation.audit import audit
-from robustclip.evaluation.checks import GRADES
+from robustclip.evaluation.audit import CHECKS, GRADES, AuditCheck, Check, audit, checks_at
 from robustclip.evaluation.engine import _Watch
 from robustclip.evaluation.probes import Evidence
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.results.run import Run
 from robustclip.types import Task
 
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False,
-}  # fmt: skip
 TASKS = ("outlines",)  # the model is right about two thirds of its samples, and sure of few
 SAMPLES = 64  # three of them are probed
 SETTINGS: dict[str, Any] = {"eps": "5/255", "alpha": "1.25/255", "steps": 10}  # of the shapes demo
@@ -56,7 +52,7 @@ def run_test(
     )
     callbacks = [RobustEvaluation({"pgd": attack}, max_samples=max_samples, **options), writer]
     data = CLIPDataModule(train="shapes:source", test=[f"shapes:{task}" for task in tasks], batch_size=batch_size)
-    Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
+    quick_trainer(*callbacks).test(method, datamodule=data, verbose=False)
     assert writer.path is not None
     return Run.open(writer.path)
 
@@ -417,6 +413,87 @@ def test_a_model_is_undefended_only_where_that_is_declared(tmp_path: Path) -> No
     run = run_test(tmp_path, ZeroShot(), PGD(**SETTINGS), is_undefended=False)
     assert found(run.result["audit"], "baseline")[0] == "not_measured"
     assert run.result["is_undefended"] is False
+
+
+# Checks of users
+
+OWN = """
+from robustclip.evaluation.audit import AuditCheck
+
+
+class EnoughSamples(AuditCheck):
+    name = "enough_samples"
+    why = "a small set decides nothing"
+
+    def grade(self, evidence):
+        smallest = min(len(columns["id"]) for columns in evidence.samples.values())
+        return self.answer("warn" if smallest < 100 else "pass", f"smallest task: {smallest} samples")
+"""
+INCOMPLETE = """
+from robustclip.evaluation.audit import AuditCheck
+
+
+class Nameless(AuditCheck):
+    why = "it has no name"
+
+
+class Taken(AuditCheck):
+    name, why = "radius", "it has the name of another one"
+
+    def grade(self, evidence):
+        return self.answer("pass", "")
+"""
+
+
+def test_own_check_by_class_path_is_part_of_the_grade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("size_checks.py").write_text(OWN)
+    status = main(
+        ["test", "--model", "ZeroShot", "--data.test", "[shapes:outlines]", "--evaluation.max_samples", "8",
+         "--results.checks", "[size_checks.EnoughSamples]", "--results.is_undefended", "true",
+         "--results.folder", str(tmp_path), "--results.name", "own", "--trainer.accelerator", "cpu"]
+    )  # fmt: skip
+    assert status == 0
+    report = Run.open(tmp_path / "own").result["audit"]
+    assert [check["name"] for check in report["checks"]] == [*(check.name for check in CHECKS), "enough_samples"]
+    assert report["checks"][-1] == {
+        "name": "enough_samples", "status": "warn", "found": "smallest task: 8 samples",
+        "why": "a small set decides nothing",
+    }  # fmt: skip
+    assert report["grade"] == "C"
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("incomplete_checks.Nameless", "must define name, grade"),
+        ("incomplete_checks.Taken", "the name 'radius'"),
+        ("incomplete_checks.Absent", "there is no class"),
+        ("robustclip.evaluation.ResultsWriter", "must be a subclass of robustclip.evaluation.audit.AuditCheck"),
+    ],
+)
+def test_what_is_no_check_is_refused(path: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "incomplete_checks.py").write_text(INCOMPLETE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"results\.checks: ") as error:
+        ResultsWriter(checks=[path])
+    assert key in str(error.value)
+    assert path in str(error.value)
+
+
+def test_an_own_check_that_passes_leaves_the_grade() -> None:
+    class Sound(AuditCheck):
+        name, why = "sound", "never"
+
+        def grade(self, evidence: Evidence) -> Check:
+            return self.of_count(0, 50, (0.1, 0.2), "faults")
+
+    ours = audit(make_evidence())
+    both = audit(make_evidence(), [Sound()])
+    assert both["grade"] == ours["grade"]
+    assert both["checks"][:-1] == ours["checks"]
+    assert found(both, "sound") == ("pass", "0 of 50 faults")
+    assert checks_at([]) == []
 
 
 # The checks themselves, on ledgers made here

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -15,9 +16,6 @@ from robustclip.methods import DANCE, UEO, UPL, AdversarialTraining, FineTuning,
 from robustclip.types import Batch, Task
 
 TASK = Task("train", ("a red circle", "a blue square", "a green star"), ("This is a photo of a {}",))
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 class Recorded:
@@ -143,14 +141,14 @@ def assert_the_attack_maximises(
 
 
 def fit(method: RobustMethod, *, steps: int, ckpt_path: Path | None = None, shots: int | None = None) -> Trainer:
-    trainer = Trainer(max_steps=steps, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer = quick_trainer(max_steps=steps, limit_val_batches=0)
     data = CLIPDataModule(train="shapes:source", batch_size=4, image_size=32, shots=shots)
     trainer.fit(method, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
 def test(method: RobustMethod, ckpt_path: Path) -> dict[str, float]:
-    trainer = Trainer(limit_test_batches=1, **QUIET)
+    trainer = quick_trainer(limit_test_batches=1)
     data = CLIPDataModule(test=["shapes:colours"], batch_size=4, image_size=32)
     trainer.test(method, datamodule=data, ckpt_path=str(ckpt_path), weights_only=True, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

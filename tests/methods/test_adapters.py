@@ -6,8 +6,8 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
+from helpers import quick_trainer
 from inputs import ShardWriter
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,7 +63,7 @@ def test_a_key_is_the_feature_of_a_training_image(tiny_model: Path, write_shards
     """In the order of the ids, whatever the order in training; one that does not decode leaves an empty place."""
     write_shards(tmp_path, "few", "train", [7, 6], broken=[4])
     data = CLIPDataModule(train="wds:few", root=str(tmp_path), image_size=32, batch_size=5, holdout=0)
-    trainer = Trainer(max_epochs=1, limit_val_batches=0, enable_checkpointing=False, **cases.QUIET)
+    trainer = quick_trainer(max_epochs=1, limit_val_batches=0)
     method = TipAdapter(pretrained=str(tiny_model), **STILL)
     trainer.fit(method, datamodule=data)
     found = list(data.plain_train_dataloader())

@@ -8,8 +8,9 @@ import method_cases as cases
 import pytest
 import torch
 from anchor_cases import shapes_pairs, write_pairs, write_table
+from helpers import quick_trainer
 from inputs import ShardWriter, write_tiny_model
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from ranks import in_background
 from test_flyp import gradients, read, symmetric
 from torch import Tensor
@@ -85,7 +86,7 @@ def test_without_weights_a_fit_is_that_of_flyp_bit_for_bit(files: Path) -> None:
     def fitted(method: FLYP, **options: Any) -> dict[str, Tensor]:
         seed_everything(0, verbose=False)
         data = CLIPDataModule("wds:even", root=str(files), image_size=32, batch_size=3, holdout=0, **options)
-        trainer = Trainer(max_steps=3, limit_val_batches=0, enable_checkpointing=False, **cases.QUIET)
+        trainer = quick_trainer(max_steps=3, limit_val_batches=0)
         trainer.fit(method, datamodule=data)
         return method.state_dict()
 

@@ -5,26 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from safetensors.torch import load_file, save_file
 
 from robustclip.data import CLIPDataModule
 from robustclip.methods import TeCoA
 
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
-
 
 def fitted(method: TeCoA, path: Path) -> Path:
-    trainer = Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer = quick_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
     trainer.save_checkpoint(path)
     return path
 
 
 def load(method: TeCoA, path: Path) -> TeCoA:
-    trainer = Trainer(limit_test_batches=1, **QUIET)
+    trainer = quick_trainer(limit_test_batches=1)
     data = CLIPDataModule(test=["shapes:colours"], batch_size=4, image_size=32)
     trainer.test(method, datamodule=data, ckpt_path=str(path), weights_only=True, verbose=False)
     return method

@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 import tower_cases
-from lightning.pytorch import Callback, Trainer
+from helpers import quick_trainer
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from robustclip.attacks import APGD, PGD, Attack, Square, TorchAttack
@@ -62,7 +63,7 @@ def evaluate(method: RobustMethod, **options: Any) -> tuple[dict[str, float], Te
     """Metrics and clean logits of four samples."""
     kept = Outputs()
     callbacks = [RobustEvaluation({"linf": LINF, "l2": L2}, max_samples=4), kept]
-    trainer = Trainer(callbacks=callbacks, **{**cases.QUIET, **options})
+    trainer = quick_trainer(*callbacks, **options)
     data = CLIPDataModule(test=["shapes:colours"], batch_size=4, image_size=32)
     trainer.test(method, datamodule=data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}, torch.cat(kept.logits)
@@ -72,7 +73,7 @@ def assert_it_works(method: RobustMethod, **options: Any) -> None:
     """Fits one step and evaluates: what is declared moves, the rest stays, and every number is one."""
     tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    trainer = Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, **{**cases.QUIET, **options})
+    trainer = quick_trainer(max_steps=1, limit_val_batches=0, **options)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
     assert math.isfinite(trainer.callback_metrics["train/loss"])
     moved = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}

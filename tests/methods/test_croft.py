@@ -7,6 +7,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
+from helpers import quick_trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -41,11 +42,9 @@ def build(folder: Path, cls: type[CRoFT] = CRoFT, **options: Any) -> CRoFT:
 
 
 def fit(method: CRoFT, *callbacks: Callback, epochs: int = 1, path: Path | None = None, **options: Any) -> Trainer:
-    trainer = Trainer(
-        **{"max_epochs": epochs, "limit_train_batches": STEPS, "limit_val_batches": 0, **cases.QUIET, **options},
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
-    )
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    limits = {"max_epochs": epochs, "limit_train_batches": STEPS, "limit_val_batches": 0}
+    trainer = quick_trainer(*callbacks, enable_checkpointing=saves, **limits | options)
     trainer.fit(
         method, datamodule=CLIPDataModule(train="shapes:source", batch_size=8, image_size=32), ckpt_path=path,
         weights_only=True,

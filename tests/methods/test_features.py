@@ -7,6 +7,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 
 from robustclip.methods import CLIPAdapter, CRoFT, FineTuning, RobustMethod, TeCoA, TipAdapter
@@ -71,10 +72,7 @@ class Rates(Callback):
 
 def test_the_rate_changes_with_the_epoch(tiny_model: Path) -> None:
     rates = Rates()
-    trainer = Trainer(
-        max_epochs=4, limit_train_batches=3, limit_val_batches=0, enable_checkpointing=False, callbacks=[rates],
-        **cases.QUIET,
-    )  # fmt: skip
+    trainer = quick_trainer(rates, max_epochs=4, limit_train_batches=3, limit_val_batches=0)
     trainer.fit(CLIPAdapter(pretrained=str(tiny_model)), datamodule=cases.CLIPDataModule(batch_size=4, image_size=32))
     # 0.002 (1 + cos(pi k / 4)) / 2 for k = 0, 1, 2
     assert rates.seen == pytest.approx([1e-5, 2e-3, 2e-3 * (2 + 2**0.5) / 4, 1e-3])

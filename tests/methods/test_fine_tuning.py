@@ -6,6 +6,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -67,10 +68,8 @@ def test_a_probe_leaves_the_tower_without_gradients(kwargs: dict[str, Any], tiny
 
 def fitted(method: FineTuning, *callbacks: Callback, epochs: int = 1, **options: Any) -> Trainer:
     data = CLIPDataModule(train="shapes:source", test=["shapes:source", "shapes:colours"], batch_size=4, image_size=32)
-    trainer = Trainer(
-        max_epochs=epochs, limit_train_batches=2, limit_val_batches=0, limit_test_batches=2, callbacks=list(callbacks),
-        enable_checkpointing=False, **cases.QUIET,
-    )  # fmt: skip
+    limits = {"limit_train_batches": 2, "limit_val_batches": 0, "limit_test_batches": 2}
+    trainer = quick_trainer(*callbacks, max_epochs=epochs, **limits)
     trainer.fit(method, datamodule=data, **options)
     return trainer
 

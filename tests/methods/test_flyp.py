@@ -7,7 +7,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from torch import Tensor
 
 from robustclip.data import CLIPDataModule
@@ -180,7 +180,7 @@ def tuned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[F
 
 def colour_logits(method: Any, checkpoint: Path | None) -> Tensor:
     """As a test run computes them, with the heads that it builds."""
-    trainer = Trainer(limit_test_batches=1, **cases.QUIET)
+    trainer = quick_trainer(limit_test_batches=1)
     data = CLIPDataModule(test=["shapes:colours"], batch_size=4, image_size=32)
     options = {} if checkpoint is None else {"ckpt_path": str(checkpoint), "weights_only": True}
     trainer.test(method, datamodule=data, verbose=False, **options)

@@ -1,19 +1,16 @@
 """PMG-AFT's training step against its definition (specification sections 3, 4, 6, 7, 10)."""
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import method_cases as cases
-import open_clip.model
 import pytest
 import torch
+from helpers import quick_trainer
 from inputs import write_tiny_model
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import save_file
 from torch import Tensor
 
 from robustclip.attacks import APGD, PGD
@@ -30,8 +27,15 @@ def total(method: RobustMethod, data: Batch) -> Tensor:
     return torch.stack(list(method.training_loss(data).values())).sum()
 
 
-def fit(method: RobustMethod, *, steps: int, batch_size: int = 4, ckpt_path: Path | None = None, **options: Any) -> Any:
-    trainer = Trainer(max_steps=steps, limit_val_batches=0, **{"enable_checkpointing": False, **cases.QUIET, **options})
+def fit(
+    method: RobustMethod,
+    *callbacks: Any,
+    steps: int,
+    batch_size: int = 4,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Any:
+    trainer = quick_trainer(*callbacks, max_steps=steps, limit_val_batches=0, **options)
     data = CLIPDataModule(train="shapes:source", batch_size=batch_size, image_size=32)
     trainer.fit(method, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return trainer
@@ -217,7 +221,7 @@ def test_every_declared_parameter_gets_a_gradient_also_under_autocast(tiny_model
 def test_a_resumed_fit_equals_an_uninterrupted_one(tiny_model: Path, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     whole, resumed = (PMGAFT(pretrained=str(tiny_model), **BOLD) for _ in range(2))
-    fit(whole, steps=4, callbacks=[keep], enable_checkpointing=True)
+    fit(whole, keep, steps=4, enable_checkpointing=True)
     saved = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[0] for name in saved} == {"clip"}
     fit(resumed, steps=4, ckpt_path=tmp_path / "step=2.ckpt")
@@ -238,26 +242,15 @@ def test_accumulated_batches_equal_a_large_one(tiny_model: Path) -> None:
 
 
 def test_a_convolutional_tower_is_guided_by_means_over_its_pixels(tmp_path: Path) -> None:
-    method = cases.make(PMGAFT, write_convolutional_model(tmp_path), beta=0.0, alpha=1.0, distance="l2", layer=-1)
+    method = cases.make(
+        PMGAFT, write_tiny_model(tmp_path, layers=[1, 1, 1, 1], width=8), beta=0.0, alpha=1.0, distance="l2", layer=-1
+    )
     data, outputs = cases.batch(), []
     for clip in (method.clip, method.teacher.clip):
         clip.net.visual.layer4.register_forward_hook(lambda *call: outputs.append(call[-1].detach().double()))
     guidance = method.training_loss(data)["guidance"]
     student, teacher = (output.sum((2, 3)) / output.shape[2:].numel() for output in outputs[-2:])
     torch.testing.assert_close(guidance.double(), ((student - teacher) ** 2).mean(), rtol=1e-5, atol=1e-9)
-
-
-def write_convolutional_model(folder: Path) -> Path:
-    """The tiny model with a ResNet of one block a layer."""
-    write_tiny_model(folder)
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
-    config["model_cfg"]["vision_cfg"] = vision
-    torch.manual_seed(0)
-    net = open_clip.model.CLIP(**config["model_cfg"])
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(net.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
 
 
 def test_the_default_recipe_is_the_papers(tiny_model: Path) -> None:

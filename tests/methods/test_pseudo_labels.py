@@ -6,6 +6,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -30,9 +31,7 @@ class Noise(Callback):
 
 
 def fitted(method: RobustMethod, *callbacks: Callback) -> RobustMethod:
-    trainer = Trainer(
-        max_steps=3, limit_val_batches=0, enable_checkpointing=False, callbacks=list(callbacks), **cases.QUIET
-    )
+    trainer = quick_trainer(*callbacks, max_steps=3, limit_val_batches=0)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
     return method
 

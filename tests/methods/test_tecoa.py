@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,10 +45,7 @@ def logits_by_hand(method: RobustMethod, images: Tensor) -> Tensor:
 
 class Fit:
     def __call__(self, method: RobustMethod, *, steps: int, **kwargs: object) -> Trainer:
-        trainer = Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, **kwargs,
-        )  # fmt: skip
+        trainer = quick_trainer(max_steps=steps, limit_val_batches=0, **kwargs)
         trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
         return trainer
 

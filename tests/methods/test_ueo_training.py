@@ -7,7 +7,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from torch import Tensor
 from unlabelled_cases import OPTIONS, Looking, Save, fitted, learnt, shapes
 
@@ -143,6 +143,6 @@ def test_upl_learns_by_cross_entropy_from_what_has_an_answer(tiny_model: Path) -
 
 
 def test_a_method_of_labels_refuses_unknown_images() -> None:
-    trainer = Trainer(max_steps=1, **cases.QUIET)
+    trainer = quick_trainer(max_steps=1)
     with pytest.raises(ValueError, match="TeCoA needs images of known classes"):
         trainer.fit(TeCoA(), datamodule=shapes())

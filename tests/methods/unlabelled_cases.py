@@ -5,6 +5,7 @@ from typing import Any
 
 import method_cases as cases
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
@@ -51,9 +52,7 @@ class Save(Callback):
 
 
 def fitted(method: Any, *callbacks: Callback, ckpt_path: Path | None = None, **data: bool) -> Any:
-    trainer = Trainer(
-        max_steps=STEPS, limit_val_batches=0, enable_checkpointing=False, callbacks=list(callbacks), **cases.QUIET
-    )
+    trainer = quick_trainer(*callbacks, max_steps=STEPS, limit_val_batches=0)
     trainer.fit(method, datamodule=shapes(**data), ckpt_path=ckpt_path)
     return method
 

@@ -1,15 +1,27 @@
 """Scores of known classes and what is measured of them, against formulas, scikit-learn and counting."""
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import quick_trainer
 from sklearn.metrics import average_precision_score, recall_score, roc_auc_score, roc_curve
 from torch import Tensor
 
+from robustclip.attacks import PGD
+from robustclip.cli.main import run
+from robustclip.data import CLIPDataModule, DataSource
+from robustclip.evaluation import OODDetection
+from robustclip.methods import ZeroShot
 from robustclip.metrics import class_accuracy, harmonic_mean, roc, separation
-from robustclip.objectives.scores import SCORES, ScoreName
+from robustclip.objectives.scores import SCORES, Model, Score, score_of
+from robustclip.results.run import Run
+from robustclip.tools.compare import unlike_unknown
+from robustclip.types import Task
 
 SCALE = torch.tensor(50.0, dtype=torch.float64)
 
@@ -19,7 +31,7 @@ def logits(*shape: int, seed: int = 0) -> Tensor:
     return SCALE * cosines
 
 
-def by_hand(row: list[float]) -> dict[ScoreName, float]:
+def by_hand(row: list[float]) -> dict[str, float]:
     """The scores of one sample, summed class by class."""
     exponentials = [math.exp(z) for z in row]
     p = [e / sum(exponentials) for e in exponentials]
@@ -41,9 +53,9 @@ def test_scores_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_what_an_attack_pushes_increases_with_the_score(name: ScoreName) -> None:
+def test_what_an_attack_pushes_increases_with_the_score(name: str) -> None:
     rows = logits(500, 4)
-    value, evidence = (of(rows, SCALE) for of in SCORES[name])
+    value, evidence = SCORES[name].value(rows, SCALE), SCORES[name].evidence(rows, SCALE)
     assert torch.equal(value.argsort(), evidence.argsort())
     if name in ("mcm", "msp"):  # 1 / (1 + exp(-log-odds)) is increasing
         torch.testing.assert_close(evidence.sigmoid(), value, rtol=1e-12, atol=0)
@@ -51,9 +63,151 @@ def test_what_an_attack_pushes_increases_with_the_score(name: ScoreName) -> None
 
 def test_evidence_has_a_gradient_where_a_softmax_has_none() -> None:
     certain = torch.tensor([[90.0, 0.0, -5.0]], requires_grad=True)
-    for of, has_gradient in zip(SCORES["msp"], (False, True), strict=True):
-        (gradient,) = torch.autograd.grad(of(certain, SCALE.float()).sum(), certain)
+    for function, has_gradient in ((SCORES["msp"].value, False), (SCORES["msp"].evidence, True)):
+        (gradient,) = torch.autograd.grad(function(certain, SCALE.float()).sum(), certain)
         assert bool(gradient[0, 0] > 0.5) == has_gradient
+
+
+# Scores of users
+
+OWN = """
+from robustclip.objectives.scores import Score
+
+
+class LogitGap(Score):
+    name = "logit_gap"
+
+    def __init__(self, top: int = 3) -> None:
+        self.top = top
+
+    def value(self, outputs, scale):
+        ranked = (outputs / scale).topk(self.top).values
+        return ranked[:, 0] - ranked[:, 1:].mean(-1)
+"""
+
+
+def test_own_score_by_class_path_is_attacked_and_has_its_settings_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gap_scores.py").write_text(OWN)
+    attack = {"class_path": "PGD", "init_args": {"eps": "4/255", "alpha": "1/255", "steps": 2}}
+    runs = []
+    for name, score in {
+        "path": "gap_scores.LogitGap",
+        "options": {"class_path": "gap_scores.LogitGap", "init_args": {"top": 2}},
+    }.items():
+        options = {"scores": ["mcm", score], "headline": "logit_gap", "attack": attack}
+        detection = [{"class_path": "OODDetection", "init_args": options}]
+        colours = "[{source: shapes:colours, classes: 0-5}]"
+        status = run(
+            ["test", "--model", "ZeroShot", "--data.test", colours, "--data.unknown", colours,
+             "--evaluation.max_samples", "12", "--trainer.callbacks", json.dumps(detection),
+             "--trainer.accelerator", "cpu", "--results.folder", str(tmp_path), "--results.name", name]
+        )  # fmt: skip
+        assert status == 0
+        runs.append(Run.open(tmp_path / name))
+    for top, each in zip((3, 2), runs, strict=True):
+        detection = each.result["detection"]
+        assert detection["scores"] == {"logit_gap": {"class": "LogitGap", "top": top}}
+        scores = detection["tasks"]["colours"]["unknown"]["colours_unknown"]["scores"]
+        assert list(scores) == ["mcm", "logit_gap"]
+        assert 0.5 < scores["logit_gap"]["auroc"] <= 1
+        assert scores["logit_gap"]["attacked"]["auroc"] < scores["logit_gap"]["auroc"]
+    assert unlike_unknown(runs[0], runs[0]) == []
+    (line,) = unlike_unknown(*runs)
+    assert "logit_gap" in line
+    assert "'top': 3" in line
+    assert "'top': 2" in line
+
+
+class Negatives(Score):
+    """Share of the classes in a softmax with further names, as an example of a score that prepares."""
+
+    name = "negatives"
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._features: dict[str, Tensor] = {}
+
+    def prepare(self, model: Model, task: Task) -> None:
+        further = [model.class_features(Task(task.name, names, task.templates)) for names in (self.names,)]
+        self._features[task.name] = torch.cat([model.class_features(task), *further])
+
+    def forward(self, model: Model, images: Tensor, task: str) -> Tensor:
+        return model.image_features(images) @ self._features[task].T
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        return (scale * outputs).softmax(-1)[:, : -len(self.names)].sum(-1)
+
+
+def test_a_score_may_prepare_and_replace_what_an_attack_differentiates() -> None:
+    sets = [DataSource("shapes:colours", classes="0-5")]
+    data = CLIPDataModule(test=sets, unknown=sets, image_size=32, batch_size=12)
+    method = ZeroShot()
+    names = ("a photo of a dog", "a photo of a tree")
+    options: Any = {"scores": Negatives(names), "headline": "negatives", "attack": PGD(eps="4/255", steps=2)}
+    detection = OODDetection(**options)
+    trainer = quick_trainer(detection)
+    trainer.test(method, datamodule=data, verbose=False)
+    found = float(trainer.callback_metrics["test/colours/detection/colours_unknown/negatives/auroc"])
+
+    task, expected = data.test_tasks[0], []
+    loaders = data.test_dataloader()[0], data.unknown_dataloaders()["colours_unknown"]
+    with torch.no_grad():
+        classes = method.clip.encode_classes(Task("all", (*task.class_names, *names), task.templates))
+        scale = method.clip.logit_scale.double()
+        for loader in loaders:
+            features = torch.cat([method.clip.encode_image(batch.images) for batch in loader])
+            odds = scale * (features @ classes.T).double()
+            expected.append(odds[:, :6].logsumexp(1) - odds.logsumexp(1))
+    truth = [1] * len(expected[0]) + [0] * len(expected[1])
+    assert found == pytest.approx(roc_auc_score(truth, torch.cat(expected)), abs=1e-6)
+    assert detection._settings()["scores"]["negatives"]["names"] == list(names)
+
+
+class Taken(Score):
+    name = "mcm"
+
+
+class Unnamed(Score):
+    pass
+
+
+class Wide(Score):
+    name = "wide"
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("score", "key", "value"),
+    [
+        ("mpc", "no score 'mpc'", "max_logit"),
+        ("no_such_module.Score", "no class", "'no_such_module.Score'"),
+        ("robustclip.types.Task", "'robustclip.types.Task'", "robustclip.objectives.scores.Score"),
+        (Taken(), "Taken.name", "'mcm'"),
+        (Unnamed(), "Unnamed.name", "''"),
+    ],
+)
+def test_what_is_no_score_is_refused(score: Any, key: str, value: str) -> None:
+    for refuse in (score_of, lambda each: OODDetection(scores=[each], headline="mcm")):
+        with pytest.raises(ValueError, match=key) as error:
+            refuse(score)
+        assert value in str(error.value)
+
+
+def test_two_scores_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\['wide', 'wide'\]"):
+        OODDetection(scores=[Wide(), Wide()], headline="wide")
+
+
+def test_a_score_that_is_not_one_number_per_sample_is_refused() -> None:
+    sets = [DataSource("shapes:colours", classes="0-5")]
+    data = CLIPDataModule(test=sets, unknown=sets, image_size=32, batch_size=12)
+    with pytest.raises(ValueError, match=r"Wide.value .* \(12, 6\)"):
+        quick_trainer(OODDetection(scores=[Wide()], headline="wide")).test(ZeroShot(), datamodule=data, verbose=False)
 
 
 @pytest.mark.parametrize("kind", ["distinct", "ties", "beyond the sigmoid", "one each"])
