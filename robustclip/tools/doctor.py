@@ -6,8 +6,8 @@ import platform
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +29,7 @@ from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.models.layers import frozen
 from robustclip.tools.first_batches import INFO, OK, PROBLEM, WARNING, DataSet, Finding, examine
+from robustclip.types import Batch
 
 STYLES = {OK: "green", INFO: "cyan", WARNING: "yellow", PROBLEM: "bold red"}
 SHOWN_PACKAGES = ("torch", "lightning", "open_clip_torch")
@@ -114,6 +114,26 @@ def check(plan: Plan) -> Iterator[Finding]:
     yield from _space(plan.results)
 
 
+class _Timer(Callback):
+    """Measures the seconds per image of training steps, and stops the fit when enough are measured."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Starts the clock."""
+        self._start = perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Stops the clock."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(trainer.strategy.root_device)
+        self.seconds.append((perf_counter() - self._start) / len(batch.labels))
+        trainer.should_stop = sum(self.seconds) * len(batch.labels) > LONGEST
+
+
 class Bench:
     """Times a clean batch, an attacked batch and a training step; run times follow by multiplication.
 
@@ -190,20 +210,17 @@ class Bench:
         return f"about {_duration(seconds)} without early stopping{missing}; {rates}"
 
     def _epoch(self, training: DataSet, validation: Sequence[DataSet]) -> str:
-        """Time of an epoch of ``fit`` with its validation; runs training steps without an optimiser."""
+        """Time of an epoch of ``fit`` with its validation; trains the model for a few steps."""
         after = self._evaluation(self.evaluation.fit_attacks, validation)[0] if validation else 0.0
-        model, batch = self.model, move_data_to_device(training.batch, self.device)
-        model.freeze_the_rest()
-        model.train()
-        model.prepare_training(training.task)
-
-        def step() -> None:
-            with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
-                loss = torch.stack(list(model.training_loss(batch).values())).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-
-        rate = self._seconds(step) / len(batch.labels)
-        model.zero_grad()
+        timer = _Timer()
+        place: Any = {"accelerator": "cpu" if self.device.type == "cpu" else "gpu", "devices": 1}
+        place["precision"] = None if self.trainer is None else self.trainer.precision
+        limits: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": REPEATS, "limit_val_batches": 0}
+        fit = Trainer(**place, **limits, barebones=True, callbacks=[timer])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*barebones.*")  # it logs nothing, which is intended
+            fit.fit(self.model, datamodule=self.data)
+        rate = median(timer.seconds[1:] or timer.seconds)
         seconds = (training.size or 0) * self._with_loading(training, rate) / self.world_size
         return f"about {_duration(seconds)} of training and {_duration(after)} of validation; {1 / rate:,.0f} images/s"
 

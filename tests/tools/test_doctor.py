@@ -95,12 +95,14 @@ def test_training_data_is_checked_for_methods_that_learn(doctor: Doctor, tmp_pat
     assert status == 1
     assert [line.partition(": no shards")[0] for line in found(rows, "problem")] == ["training: wds:nowhere"]
     write_shards(tmp_path, "train", "train", [30])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     accumulated = ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "3"]
     status, rows, _ = doctor("--model", "TeCoA", "--data.train", "wds:train", *accumulated)
     assert status == 0
     details = {check: detail for check, _, detail in rows}
     assert "27 samples" in details["training: train"]
     assert "3 samples" in details["hold-out: train"]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert details["effective batch"].startswith("12 images")
     assert "of training and" in details["time of an epoch"]
 
