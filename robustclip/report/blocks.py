@@ -1,4 +1,4 @@
-"""Building blocks of the report: content without layout, each rendered by the macro of its name in `templates`."""
+"""Defines the building blocks of a report: content without layout, each rendered by the macro of its name."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -117,7 +117,7 @@ class Checks(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """One axis of a protocol; each value comes after the runs and attacks that have it."""
+    """One axis of a protocol; each value follows the names of the runs and attacks that have it."""
 
     name: str
     meaning: str
@@ -160,7 +160,7 @@ Block = Text | Heading | Table | Tables | Legend | Pictures | Fold | Notice | Fa
 
 
 def tables_of(blocks: Sequence[Block]) -> Iterator[Table]:
-    """Tables among the blocks that are not folded away."""
+    """Yields the tables among the blocks that are not folded away."""
     for block in blocks:
         if isinstance(block, Table):
             yield block
