@@ -41,8 +41,8 @@ class UnknownClasses(Section):
         if not tables:
             return []
         text = (
-            "Known samples are the positives. The attack changes every image against the reported score: it lowers "
-            "the score of known images and raises that of unknown ones. Dashed lines and empty outlines show the attack."
+            "Known samples are the positives. The attack lowers the reported score of known images and raises "
+            "that of unknown ones. Dashed lines and empty outlines show scores under attack."
         )
         settings = [Text(_settings(view), "aside") for view in views if view.detection]
         drawn = [pair for pair in _pairs(views) if any("roc" in pair.of(view) for view in views)]
