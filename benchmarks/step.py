@@ -2,8 +2,8 @@
 
 The ways (see `ways.py`, `pmg_aft_ways.py`, `arf_ways.py` and `ueo_ways.py`) take turns, so that a drift of the
 machine's speed cancels in the ratios. Weights are random. If the method attacks, the equality test starts the
-authors' and the bare way from one perturbation, and the package's and the bare way from equal sample ids. Updates are compared on
-equal attacked images, so that one flipped sign cannot affect them.
+authors' and the bare way from one perturbation, and the package's and the bare way from equal sample ids. Updates are
+compared on equal attacked images, so that one flipped sign cannot affect them.
 """
 
 import argparse

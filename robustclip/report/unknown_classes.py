@@ -51,7 +51,13 @@ class UnknownClasses(Section):
 
 
 class Pair(NamedTuple):
-    """A known task, an unknown set, and a score."""
+    """A task, a set of unknown classes, and a score.
+
+    Attributes:
+        known: name of the task.
+        unknown: name of the set of unknown classes.
+        score: name of the score.
+    """
 
     known: str
     unknown: str

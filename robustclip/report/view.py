@@ -18,7 +18,14 @@ FAILED = "✕ failed audit"
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy and its 95 % interval, in [0, 1]."""
+    """An accuracy and its 95 % interval.
+
+    Args:
+        value: accuracy in [0, 1].
+        low: lower limit of the interval.
+        high: upper limit of the interval.
+        correct: number of correct samples; None for means.
+    """
 
     value: float
     low: float
