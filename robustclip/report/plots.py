@@ -137,7 +137,7 @@ def _described(points: Sequence[Point], scale: int) -> str:
 
 
 def _kind(view: View, attack: str) -> str:
-    """Returns a digest that is equal for attacks that differ only in the radius and the step lengths."""
+    """Returns a digest of an attack without its radius and step lengths, which groups attacks to one curve."""
     axes = next(view.axes(task, attack) for task in view.scores if view.axes(task, attack))
     steps = axes.get("steps")
     if isinstance(steps, dict):

@@ -157,7 +157,7 @@ def _identities(sets: Sequence[ImageSet]) -> dict[str, Any]:
 
 
 def _pieces(images: ImageSet, augmentation: Augmentation | None, views: int, seed: int) -> Iterator[Piece]:
-    """Yields the parts of all views of a training set, and of the view without augmentation of any other set."""
+    """Yields the parts to encode: all views of a training set, only the plain view of other sets."""
     positions = images.positions
     for view in (None, *range(views if images.name == "train" else 0)):
         is_plain = view is None

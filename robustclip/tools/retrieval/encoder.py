@@ -142,7 +142,7 @@ class Store:
         return self._path(name).is_file()
 
     def part(self, name: str, make: Callable[[], Part]) -> Part:
-        """Returns a part, mapped into memory.
+        """Returns a part of the features, mapped into memory.
 
         Args:
             name: name of the part.
@@ -155,7 +155,7 @@ class Store:
         return self.read(name)
 
     def read(self, name: str) -> Part:
-        """Returns an existing part, mapped into memory."""
+        """Reads a stored part of the features, mapped into memory."""
         part: Part = np.load(self._path(name), mmap_mode="r", allow_pickle=False)
         return part
 
