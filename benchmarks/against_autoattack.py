@@ -1,7 +1,7 @@
-"""Robust accuracy by the package's recipes against the reference AutoAttack, on the same real images.
+"""Compares robust accuracy by the package's recipes with the reference AutoAttack, on equal real images.
 
 Every recipe and `pyautoattack` (version "standard") see the same images, labels and frozen model. A package that finds
-fewer adversarial images than the reference would report robustness that is not there.
+fewer adversarial images than the reference overestimates robustness.
 """
 
 import argparse
@@ -25,23 +25,26 @@ from robustclip.results.provenance import commit
 
 
 class Logits(nn.Module):
-    """What the reference attacks: one task's logits."""
+    """Module for the reference attack: it returns the logits of one task."""
 
     def __init__(self, method: RobustMethod, task: str) -> None:
         super().__init__()
-        self.method, self.task = (method,), task  # in a tuple: not a child, so that nothing of it can be switched
+        self.method, self.task = (
+            (method,),
+            task,
+        )  # a tuple hides the method from torch: the attack cannot change its mode or flags
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C)."""
+        """Maps images (B, 3, H, W) to logits (B, C)."""
         return self.method[0].logits(images, self.task)
 
 
 def reference(method: RobustMethod, task: str, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    """True (B,) where the standard AutoAttack finds nothing."""
+    """Returns a mask (B,), true where the standard AutoAttack finds no adversarial image."""
     from pyautoattack import AutoAttack
 
     model = Logits(method, task).eval()
-    # Its targets are the nine highest wrong classes; a set with fewer classes has fewer.
+    # Targets are the nine wrong classes with the highest logits; a set with fewer classes has fewer targets.
     attack = AutoAttack(model, eps=eps, norm="Linf", seed=0, version="standard", device="cpu")
     attacked = attack.run_standard_evaluation(images, labels, batch_size=16)
     attacked = attacked[0] if isinstance(attacked, tuple) else attacked
@@ -51,7 +54,7 @@ def reference(method: RobustMethod, task: str, images: Tensor, labels: Tensor, e
 
 
 def measure(method: RobustMethod, data: CLIPDataModule, eps: str) -> dict[str, Any]:
-    """Samples that survive each way, over all sets."""
+    """Counts the robust samples under each attack, over all sets."""
     ours: dict[str, Attack] = {
         "apgd_ce": APGD(eps=eps),
         "cascade": Recipe("cascade", eps=eps),
@@ -87,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the recipes with the reference AutoAttack.")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="folder of the photographs")
-    parser.add_argument("--checkpoint", type=Path, help="of TeCoA; without it only the undefended model is attacked")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="checkpoint of TeCoA; without it only the undefended model is attacked"
+    )
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--per-set", type=int, default=25)
     parser.add_argument("--eps", default="0.5/255")

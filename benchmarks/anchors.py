@@ -1,9 +1,9 @@
-"""Compares ARF with what it is built on, on photographs: in distribution, under domain shift, and zero-shot.
+"""Compares ARF with fine-tuning and FLYP on photographs: in distribution, under domain shift, and zero-shot.
 
 Fine-tunes on one set of labelled photographs with Flickr8k as the pool of image-text pairs. Pairs are retrieved by
-image; as a caption of a fine-tuning image stands a human caption of the pair that is nearest to it, since no captioner
-is at hand. Every method has the same optimiser, rate, steps and batches, and is tested as it is and half-way to the
-original (WiSE-FT 0.5). What is there is left out, so the script goes on where it was ended.
+image. The caption of a training image is a human caption of its nearest pair, since no captioner was available. All
+methods have equal optimiser, rate, steps and batches, and are tested as they are and half-way to the original (WiSE-FT
+0.5). Finished runs are skipped, so that an interrupted script resumes.
 """
 
 import json
@@ -35,14 +35,14 @@ METHODS = {
 
 
 class Anchored:
-    """The runs on one training set.
+    """All runs on one training set.
 
     Args:
-        train: name of the set.
+        train: name of the training set.
         data: folder of the data sets.
         model: folder of the model.
         work: folder of anchors, fits and tests.
-        options: of every fit.
+        options: options of every fit.
     """
 
     def __init__(self, train: str, *, data: Path, model: str, work: Path, options: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ class Anchored:
         ]
 
     def anchors(self) -> list[str]:
-        """Options that give a fit its captions and pairs, which are made first."""
+        """Returns the options for captions and pairs of a fit; creates the files first if they are missing."""
         folder, captions = self.work / "pairs", self.work / "captions.parquet"
         if not folder.is_dir():
             guards = [word for name in self.averages["zero_shot"] for word in ("--guard", f"wds:{name}")]
@@ -70,7 +70,7 @@ class Anchored:
         return ["--data.captions", str(captions), "--data.anchors", str(folder)]
 
     def rows(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Fits and tests what is missing, and tells all accuracies."""
+        """Runs the missing fits and tests, and returns all accuracies."""
         zero_shot = ["--model", "ZeroShot", "--model.image_size", "96"]
         rows = [self._row("zero_shot", zero_shot, method="zero_shot", alpha=0.0, seed=0)]
         anchors = self.anchors()
@@ -98,7 +98,7 @@ class Anchored:
 
 
 def _nearest_captions(pairs: Path, out: Path) -> None:
-    """A table with the captions of each image's nearest pair."""
+    """Writes a table with the captions of each image's nearest pair."""
     table = parquet.read_table(pairs / "neighbours.parquet").to_pydict()
     captions = IndexedShards([Path(shard) for shard in list_shards(str(pairs), "train")], is_labelled=False).captions
     nearest = [captions(found[0]) if found else [] for found in table["neighbours"]]
@@ -110,7 +110,7 @@ def _nearest_captions(pairs: Path, out: Path) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: means over the seeds and, after them, their range, in percent."""
+    """Formats means over the seeds and their ranges as Markdown, in percent."""
     kinds = [kind for kind in ("in_distribution", "shifts", "zero_shot") if kind in rows[0]]
     lines = [
         "| method | alpha | " + " | ".join([*kinds, "collapse"]) + " |",
@@ -128,7 +128,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, prints tables, and writes the file."""
+    """Runs the missing fits and tests, prints tables, and writes the file."""
     words = parser(__doc__)
     words.add_argument("--train", nargs="*", default=list(SHIFTS), choices=list(SHIFTS))
     words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)

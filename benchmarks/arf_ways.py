@@ -1,8 +1,8 @@
-"""Ways to do one ARF training step, which has no published code, and to read its class prompts.
+"""Implements one ARF training step, which has no published code, and its class prompts in several ways.
 
-* `Separate`: each term by itself, as one would write it down: images for both of their terms, every text on 77 tokens;
+* `Separate`: computes each term by itself, as a direct implementation would, with every text on 77 tokens;
 * `Ours`: the package;
-* `Bare`: one pass of each tower on no more tokens than the batch has, and nothing else, without a framework;
+* `Bare`: one pass of each tower on as many tokens as the batch has, without a framework;
 * `WholeText`, `CutText`: the text side alone, forward and backward, on 77 tokens and by the package.
 
 Class prompts are of OpenAI's 80 templates. Captions, and those of the pairs, are sentences of 12 to 27 tokens.
@@ -27,7 +27,7 @@ TEMPLATES = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
 class Texts:
-    """What is read in one step, and the images of the pairs."""
+    """Texts of one step, and the images of the pairs."""
 
     def __init__(self, problem: Problem) -> None:
         size, names = len(problem.labels), problem.class_names
@@ -73,7 +73,7 @@ class Separate:
 
 
 class Bare(Separate):
-    """One pass of each tower; the tokens are there already."""
+    """One pass of each tower, on tokens that were computed before."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -91,7 +91,7 @@ class Bare(Separate):
 
 
 def read_cut(model: CLIP, tokens: Tensor) -> Tensor:
-    """Unit features of fewer tokens than the context has; the tower is causal, so that they are the same."""
+    """Computes unit features from fewer tokens than the context has; they are equal, since the tower is causal."""
     length = tokens.shape[1]
     vectors = model.token_embedding(tokens) + model.positional_embedding[:length]
     vectors = model.ln_final(model.transformer(vectors, attn_mask=model.attn_mask[:length, :length]))

@@ -1,10 +1,10 @@
-"""CRoFT's energy penalty in closed form against the double backward pass of its code, in CPU seconds of one thread.
+"""Times CRoFT's energy penalty in closed form against the double backward pass of its code, on one thread.
 
 usage: python benchmarks/energy.py [--out FILE]; both ways are measured in turns, and compared in fp64 first.
 
-``alone`` is value and gradient of the penalty from the adapters on; ``added`` is what it adds to a step with
-cross-entropy, whose features the closed form shares. The code computes its own behind a shift of the adapters;
-``shared`` is a double backward pass that need not.
+``alone`` is the time for value and gradient of the penalty, without the towers. ``added`` is the time that it adds to a
+step with cross-entropy; the closed form shares the features of that step. The authors' code computes its own features
+with shifted adapters; ``shared`` is a double backward pass without that.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class Problem:
         self.labels = torch.randint(CLASSES, (BATCH,))
 
     def view(self) -> tuple[Branch, Branch]:
-        """Both sides behind their adapters."""
+        """Returns image and text features after their adapters."""
         images, texts = self.adapters
         return adapted(self.x, images, RATIO), adapted(self.t, texts, RATIO_TEXT, self.gram)
 
     def twice(self) -> Tensor:
-        """The penalty by ``create_graph``."""
+        """Computes the penalty by ``create_graph``."""
         shifts = [torch.zeros(WIDTH, WIDTH, dtype=self.x.dtype, requires_grad=True) for _ in range(2)]
         images, texts = (adapter + shift for adapter, shift in zip(self.adapters, shifts, strict=True))
         u = F.normalize(RATIO * self.x @ images.T + (1 - RATIO) * self.x, dim=-1)
@@ -61,23 +61,23 @@ class Problem:
         return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
 
     def twice_from(self, images: Branch, texts: Branch) -> Tensor:
-        """The same, from features that are there."""
+        """Computes the penalty by ``create_graph`` from given features."""
         total = (images.unit @ texts.unit.T).exp().mean()
         gradients = torch.autograd.grad(total, self.adapters, create_graph=True)
         return torch.stack([gradient.square().sum() for gradient in gradients]).sum()
 
     def cross_entropy(self, images: Branch, texts: Branch) -> Tensor:
-        """Of the step."""
+        """Computes the cross-entropy of the step."""
         return F.cross_entropy(100 * images.unit @ texts.unit.T, self.labels)
 
     def step(self, penalty: Callable[[Branch, Branch], Tensor] | None) -> tuple[Tensor, ...]:
-        """Gradients in the adapters."""
+        """Computes the gradients of the adapters."""
         view = self.view()
         loss = self.cross_entropy(*view)
         return torch.autograd.grad(loss if penalty is None else loss + 5 * penalty(*view), self.adapters)
 
     def ways(self) -> dict[str, Way]:
-        """What is timed."""
+        """Returns the functions that are timed, by name."""
         return {
             "alone: double backward": lambda: torch.autograd.grad(self.twice(), self.adapters),
             "alone: closed form": lambda: torch.autograd.grad(batch_penalty(*self.view()), self.adapters),
@@ -89,14 +89,14 @@ class Problem:
 
 
 def compare() -> float:
-    """Largest difference of the gradients in fp64, relative to the largest entry."""
+    """Returns the largest difference of the gradients in fp64, relative to the largest entry."""
     ways = Problem(torch.float64).ways()
     pairs = zip(ways["step: closed form"](), ways["step: double backward"](), strict=True)
     return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
 
 
 def measure() -> dict[str, list[float]]:
-    """CPU milliseconds of each way in each turn."""
+    """Measures CPU milliseconds of each way in each turn."""
     ways = Problem().ways()
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
@@ -110,7 +110,7 @@ def measure() -> dict[str, list[float]]:
 
 
 def multiplications() -> dict[str, float]:
-    """Of the matrix products of each way, in millions."""
+    """Counts the multiplications in the matrix products of each way, in millions."""
     counts = {}
     for name, way in Problem().ways().items():
         with FlopCounterMode(display=False) as counter:
@@ -120,7 +120,7 @@ def multiplications() -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints, and writes where a file is given."""
+    """Prints the figures, and writes them if a file is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out

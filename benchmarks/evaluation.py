@@ -1,12 +1,12 @@
-"""Times the evaluation engine against plain loops, and checks that the verdicts are the same.
+"""Times the evaluation engine against plain loops, and checks that the verdicts are equal.
 
 * real images: the engine against a loop that attacks every sample to the end (text features cached), for the undefended
   model and for a fine-tuned one; both take the worst image of each sample, from the same starts;
-* the audit's share of a whole `test`: with its probes and its gradient counts, and without;
+* a whole `test` with the audit's probes and gradient counts against one without;
 * ViT-B/32 with random weights: one attacked image in the engine against one in the authors' way, in which both towers
   and all their gradients are computed in every step (see `ways.py`); the ways take turns.
 
-All times are CPU seconds of one thread, which other programs on the machine disturb less than a clock's.
+All times are CPU seconds of one thread, which other programs disturb less than wall-clock time.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SETS = ("cifar10", "caltech101", "oxford_pets", "pacs_photo", "pacs_sketch", "fo
 
 
 def plain_loop(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
-    """Attack all samples in all steps; true (B,) where a sample is right in every image."""
+    """Attack all samples in all steps; returns a mask (B,), true where a sample is correct on every image."""
     forward = partial(method.logits, task=task)
     with torch.no_grad():
         is_robust = forward(batch.images).argmax(1) == batch.labels
@@ -63,13 +63,13 @@ def plain_loop(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Te
 
 
 def by_package(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
-    """The same by the package."""
+    """Attack by the package; returns a mask (B,), true where a sample is robust."""
     forward = partial(method.logits, task=task)
     return examine(batch.images, batch.labels, forward, attack.members(0), index=batch.index).by == ROBUST
 
 
 def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[str, Any]:
-    """Seconds of both ways over all sets, the model frozen; the verdicts of every sample must be equal."""
+    """Measure seconds of both ways over all sets, with a frozen model, and count unequal verdicts."""
     ways: dict[str, Callable[..., Tensor]] = {"engine": by_package, "plain": plain_loop}
     seconds, robust, n, clean, different = dict.fromkeys(ways, 0.0), 0, 0, 0, 0
     method.eval().requires_grad_(False)
@@ -96,7 +96,7 @@ def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[s
 
 
 def time_official(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds per attacked image and step of both ways; every sample is attacked to the end in both."""
+    """Measure seconds per attacked image and step of both ways, which attack every sample to the end."""
     problem = Problem.random("ViT-B-32", options.batch_size, options.classes, options.steps)
     official, ours = Official(problem), Ours(problem)
     attack = PGD(eps="1/255", alpha="1/255", steps=problem.steps)
@@ -123,7 +123,7 @@ def time_official(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_audit(repeats: int, samples: int) -> dict[str, Any]:
-    """CPU seconds of testing the undefended shapes model on its sets under PGD-10, with and without the audit."""
+    """Measure CPU seconds of a test of the undefended shapes model under PGD-10, with and without the audit."""
     attack = PGD(eps="5/255", alpha="1.25/255", steps=10)
     data = CLIPDataModule(
         test=[f"shapes:{name}" for name in SHAPES_SETS if name != "source"], image_size=32, batch_size=64
@@ -161,7 +161,7 @@ def time_audit(repeats: int, samples: int) -> dict[str, Any]:
 
 
 def models(options: argparse.Namespace) -> dict[str, RobustMethod]:
-    """The undefended model, and the fine-tuned one."""
+    """Load the undefended model, and the fine-tuned one."""
     shared: dict[str, Any] = {"pretrained": options.model, "image_size": options.image_size}
     found: dict[str, RobustMethod] = {"undefended": ZeroShot(**shared)}
     if options.checkpoint:

@@ -2,8 +2,8 @@
 
 Every method fine-tunes on Tiny-ImageNet for the same number of images; the learning rate is the one of three whose
 seed-0 model at the smaller radius has the best mean of clean and attacked accuracy on held-out training images. Each
-fit and each test is an ordinary command of robustclip and is left out if its folder exists, so that several of these
-scripts may share the work, and each goes on where it was ended.
+fit and each test is an ordinary command of robustclip and is skipped if its folder exists. Several of these scripts may
+therefore share the work, and an interrupted script resumes.
 """
 
 import csv
@@ -27,7 +27,7 @@ ATTACKS = {
     for name, eps in (("pgd10_half", RADII[0]), ("pgd10", RADII[1]))
 }
 ADAMW_RATES = ("1e-4", "3e-4", "1e-3")
-PROMPT_RATES = ("0.4", "4", "40")  # the paper's is 40, for a whole epoch of ImageNet and more
+PROMPT_RATES = ("0.4", "4", "40")  # the paper uses 40, for at least an epoch of ImageNet
 
 
 class Method(NamedTuple):
@@ -39,7 +39,7 @@ class Method(NamedTuple):
     is_attacked: bool = True
 
 
-PROMPT = ("--model.prompt", "padding", "--model.prompt_size", "13")  # 30 of 224 pixels are 13 of 96
+PROMPT = ("--model.prompt", "padding", "--model.prompt_size", "13")  # 13 of 96 pixels correspond to 30 of 224
 SGD = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.momentum", "0.9")
 METHODS = {
     "clean": Method(("--model", "CleanFineTuning"), is_attacked=False),
@@ -63,7 +63,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folders."""
+        """Name of the folders of a fit."""
         return f"{self.method}_{self.radius.removesuffix('/255')}_{self.rate}_seed{self.seed}"
 
 
@@ -81,7 +81,7 @@ class Family:
         self.out, self.shared, self.epochs, self.samples = out, list(shared), epochs, samples
 
     def fit(self, cell: Cell) -> Path:
-        """The checkpoint of a fit."""
+        """Fits if needed, and returns the checkpoint."""
         method, names = METHODS[cell.method], ("eps", "alpha")
         attack = [f"--model.attack.{name}={cell.radius}" for name in names] if method.is_attacked else []
         held_out = [f"--evaluation.fit_attacks.pgd2.{name}={cell.radius}" for name in names]
@@ -92,7 +92,7 @@ class Family:
         return fit_once(self.out / "fits" / cell.name, words, **cell._asdict())
 
     def held_out(self, cell: Cell) -> dict[str, float]:
-        """Clean and attacked accuracy on the held-out images, in [0, 1]."""
+        """Reads clean and attacked accuracy on the held-out images, in [0, 1]."""
         rows = list(csv.DictReader((self.fit(cell).parents[1] / "metrics.csv").open()))
         last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
         return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in ("clean", "pgd2")}
@@ -132,7 +132,7 @@ class Family:
             self.test(f"{cell.name}_{path.stem}", (*options, "--ckpt_path", str(path)))
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """What every test found: the means over the sets and their intervals, and every set."""
+        """Reads the results of every test: means over the sets, their intervals, and every set."""
         for path in sorted((self.out / "tests").glob("*/result.json")):
             result, fit = json.loads(path.read_text()), self.out / "fits" / path.parent.name
             row: dict[str, Any] = {"name": path.parent.name, "commit": result["commit"]}
@@ -150,7 +150,7 @@ class Family:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent: mean over the seeds, lowest and highest of them, and the mean of their intervals."""
+    """Formats means over the seeds, their range and the mean of their intervals as Markdown, in percent."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in results:
         cell = (
@@ -173,7 +173,7 @@ def _shown(scores: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, then writes the file."""
+    """Runs the missing fits and tests, then writes the file."""
     words = parser(__doc__)
     words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     words.add_argument("--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model")

@@ -1,9 +1,9 @@
-"""Does CRoFT's penalty make the Hessians of two domains alike? A toy of unit features, in fp64.
+"""Measures whether CRoFT's penalty makes the Hessians of two domains alike, in a toy problem in fp64.
 
 usage: python benchmarks/hessians.py [--out FILE]
 
-Adapters learn from two domains, each with a shift of its own; then the spectral norm of the difference of the Hessians
-is taken, and the accuracy on a third domain. Means over seeds.
+Adapters are trained on unit features of two domains, each with its own shift. The script then prints the spectral norm
+of the difference of the Hessians, and the accuracy on a third domain, as means over seeds.
 """
 
 import argparse
@@ -30,10 +30,10 @@ Domain = tuple[Tensor, Tensor]
 
 
 class Toy:
-    """Two domains to train on, one that is not seen, and the adapters.
+    """Toy problem: two training domains, one unseen domain, and the adapters.
 
     Args:
-        seed: of all.
+        seed: seed of domains and adapters.
     """
 
     def __init__(self, seed: int) -> None:
@@ -44,29 +44,29 @@ class Toy:
         self.adapters = [torch.eye(WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def draw(self, *shape: int) -> Tensor:
-        """From N(0, 1)."""
+        """Draws from N(0, 1)."""
         return torch.randn(*shape, generator=self.random, dtype=torch.float64)
 
     def domain(self, count: int) -> Domain:
-        """Unit features around the class means, all moved by one vector of length 0.5, and labels."""
+        """Draws unit features around the class means, all moved by one vector of length 0.5, and labels."""
         shift, labels = 0.5 * F.normalize(self.draw(WIDTH), dim=0), torch.arange(count) % CLASSES
         return F.normalize(self.means[labels] + shift + 0.2 * self.draw(count, WIDTH), dim=-1), labels
 
     def view(self, features: Tensor) -> tuple[Branch, Branch]:
-        """Both sides behind their adapters."""
+        """Returns image and text features after their adapters."""
         return adapted(features, self.adapters[0], RATIO), adapted(self.texts, self.adapters[1], RATIO)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Of unit features ``(N, D)``."""
+        """Computes the logits of unit features ``(N, D)``."""
         images, texts = self.view(features)
         return SCALE * images.unit @ texts.unit.T
 
     def risk(self, domain: Domain) -> Tensor:
-        """Cross-entropy."""
+        """Computes the cross-entropy on a domain."""
         return F.cross_entropy(self.logits(domain[0]), domain[1])
 
     def fit(self, penalty: str, weight: float) -> None:
-        """Full-batch gradient descent."""
+        """Trains by full-batch gradient descent."""
         optimizer = torch.optim.SGD(self.adapters, lr=0.1, momentum=0.9)
         both = torch.cat([self.one[0], self.two[0]])
         for _ in range(STEPS):
@@ -76,14 +76,14 @@ class Toy:
             optimizer.step()
 
     def measures(self) -> Tensor:
-        """``|H1 - H2|`` and the accuracy on the unseen domain."""
+        """Returns ``|H1 - H2|`` and the accuracy on the unseen domain."""
         norm = spectral_norm(self.risk(self.one) - self.risk(self.two), self.adapters, iterations=100)
         is_right = self.logits(self.unseen[0]).argmax(1) == self.unseen[1]
         return torch.stack([norm, is_right.double().mean()]).detach()
 
 
 def mean(penalty: str, weight: float) -> dict[str, float]:
-    """Over the seeds."""
+    """Returns the means over the seeds."""
     found = []
     for seed in range(SEEDS):
         toy = Toy(seed)
@@ -94,7 +94,7 @@ def mean(penalty: str, weight: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints, and writes where a file is given."""
+    """Prints the figures, and writes them if a file is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out

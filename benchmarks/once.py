@@ -1,4 +1,4 @@
-"""What scripts on photographs share: runs that are made once, so that they go on where they were ended, and tables."""
+"""Runs each fit and test once, so that an interrupted script resumes, and formats tables; shared by several scripts."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from robustclip.cli.lightning import main as robustclip
 from robustclip.results.provenance import commit
 
-RUN = "cell.json"  # beside a checkpoint: what the fit was, and what it cost
+RUN = "cell.json"  # file beside a checkpoint: settings and CPU time of the fit
 
 
 def fit_once(folder: Path, words: Sequence[str], **told: Any) -> Path:
@@ -30,17 +30,17 @@ def fit_once(folder: Path, words: Sequence[str], **told: Any) -> Path:
 
 
 def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The result of a test in its folder."""
+    """Tests if needed, and returns the result in its folder."""
     if not (folder / "result.json").is_file():
         places = ("--results.folder", str(folder.parent), "--results.name", folder.name)
-        # Without a logger, whose folder is numbered: two tests that start together would share one.
+        # No logger: it numbers its folder, and two tests that start together would use one number.
         robustclip(["test", *words, *places, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Takes where everything lies."""
+    """Builds a parser with the options for the folders."""
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--data", required=True, help="folder of the data sets")
     found.add_argument("--model", required=True, help="folder of the model")
@@ -50,7 +50,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
-    """``74.4 [73.9, 75.0]``: in percent, the mean of the rows and the lowest and highest mean of a seed."""
+    """Formats ``74.4 [73.9, 75.0]``, in percent: mean of the rows, lowest and highest mean of a seed."""
     seeds = sorted({row["seed"] for row in rows})
     means = [100 * statistics.mean(row[measure] for row in rows if row["seed"] == seed) for seed in seeds]
     spread = f" [{min(means):.1f}, {max(means):.1f}]" if len(means) > 1 else ""
@@ -58,7 +58,7 @@ def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
 
 
 def write(out: Path | None, results: Any, **more: Any) -> None:
-    """Leaves results and ``more`` in a file, with commit and command; none wants none."""
+    """Writes results and ``more`` to a file, with commit and command; does nothing without a file."""
     if out is not None:
         told = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
         out.write_text(json.dumps({**told, **more, "results": results}, indent=1) + "\n")

@@ -1,9 +1,9 @@
 """Compares CRoFT with methods on the same frozen features, on photographs: under domain shift, and on unknown classes.
 
 PACS leave-one-domain-out, and Tiny-ImageNet with 80 of its 200 classes; 16 images of each class. All methods of a
-seed share one cache of features. The settings of each method are chosen of a grid by accuracy on held-out training
-images, at the first seed; CRoFT's once with and once without the energy's penalty. What is there is left out, so the
-script goes on where it was ended, and several may share the work.
+seed share one cache of features. The settings of each method are chosen from a grid by accuracy on held-out training
+images, at the first seed; those of CRoFT once with and once without the energy's penalty. Finished runs are skipped, so
+that an interrupted script resumes, and several may share the work.
 """
 
 import csv
@@ -46,17 +46,17 @@ class Target:
     """All runs that are tested on one set.
 
     Args:
-        name: of the set.
+        name: name of the set.
         work: folder of features, fits and tests.
         shared: options of every command: where data and model lie.
-        views: augmented views of each image.
+        views: number of augmented views of each image.
     """
 
     def __init__(self, name: str, *, work: Path, shared: Sequence[str], views: str) -> None:
         self.name, self.work, self.shared, self.views = name, work / name, list(shared), views
 
     def rows(self, seeds: Sequence[int], methods: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Fits and tests what is missing, and tells the measures."""
+        """Runs the missing fits and tests, and returns the measures."""
         zero_shot = ("--model", "ZeroShot", "--model.image_size", "96")
         for seed in seeds if self.name == TINY else seeds[:1]:
             yield self._test("zero_shot", seed, [*self._data(seed), *zero_shot])
@@ -65,13 +65,13 @@ class Target:
             yield from (self._row(method, model, chosen, seed) for seed in seeds)
 
     def by_penalty(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Tests CRoFT at every weight of the penalty, beside the other weight that is best without it."""
+        """Tests CRoFT at every weight of the penalty; the other weight is the best one without penalty."""
         without = self.chosen("croft_no_penalty", seed)
         for weight in PENALTIES:
             yield self._row(f"lambda2={weight}", "CRoFT", without | {LAMBDA2: weight}, seed)
 
     def features(self, seed: int) -> Path:
-        """The cache of a seed's images, which is made first."""
+        """Creates the feature cache of a seed if needed, and returns its folder."""
         out = self.work / f"features_seed{seed}"
         if not out.is_dir():
             words = ["--config", CONFIG, *self._data(seed), "--data.features", str(out), "--with_test", "true"]
@@ -79,13 +79,13 @@ class Target:
         return out
 
     def chosen(self, method: str, seed: int) -> dict[str, str]:
-        """The grid's point of the best held-out accuracy, the first of several."""
+        """Selects the grid point of the best held-out accuracy; ties go to the first."""
         model, grid = METHODS[method]
         points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
         return max(points, key=lambda point: self.held_out(model, point, seed))
 
     def held_out(self, model: str, options: dict[str, str], seed: int) -> float:
-        """Accuracy on held-out training images after the last epoch."""
+        """Reads the accuracy on held-out training images after the last epoch."""
         rows = list(csv.DictReader((self._fit(model, options, seed).parents[1] / "metrics.csv").open()))
         return max(float(row["val/mean/clean/acc1"]) for row in rows if row["val/mean/clean/acc1"])
 
@@ -128,7 +128,7 @@ def _words(model: str, options: dict[str, str]) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent: means over targets and seeds, and the range of the seeds' means."""
+    """Formats means over targets and seeds, and the range of the seeds' means, as Markdown in percent."""
     lines = ["| data | method | accuracy | AUROC | FPR95 |", "| --- | --- | --: | --: | --: |"]
     for data, targets in {"PACS": DOMAINS, "Tiny-ImageNet": (TINY,)}.items():
         for method in ("zero_shot", *METHODS, *(f"lambda2={weight}" for weight in PENALTIES)):
@@ -140,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, prints the table, and writes the file."""
+    """Runs the missing fits and tests, prints the table, and writes the file."""
     words = parser(__doc__)
     words.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))

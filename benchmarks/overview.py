@@ -1,7 +1,7 @@
 """Tests checkpoints of all five methods under one protocol: clean, robust, shifted, zero-shot, unknown classes.
 
-What they share is the model that they started from, and these two tests: of all images without an attack, and of a few
-images of each set with the full recipe and with attacked detection.
+All checkpoints start from one model and take two tests: one of all images without attack, and one of a few images of
+each set under the full recipe and with attacked detection.
 """
 
 import json
@@ -19,7 +19,7 @@ CLEAN = ("--evaluation", "configs/evaluation/clean.yaml", f"--trainer.callbacks=
 
 
 def measures(clean: dict[str, Any], attacked: dict[str, Any]) -> dict[str, float]:
-    """What the table shows of both results, in [0, 1]."""
+    """Collects the measures of the table from both results, in [0, 1]."""
     scores, worst = _scores(clean), [each["attacked"] for each in _scores(attacked)]
     return {
         "clean": clean["mean"]["clean"]["acc1"],
@@ -38,7 +38,7 @@ def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent."""
+    """Formats the table as Markdown, in percent."""
     names = [name for name in rows[0] if name not in ("model", "commit", "audit")]
     lines = ["| | " + " | ".join(names) + " |", "| --- " + "| --: " * len(names) + "|"]
     lines += [f"| {row['model']} | " + " | ".join(f"{100 * row[name]:.1f}" for name in names) + " |" for row in rows]
@@ -46,7 +46,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Tests what is missing, prints the table, and writes the file."""
+    """Runs the missing tests, prints the table, and writes the file."""
     words = parser(__doc__)
     words.add_argument("models", nargs="*", metavar="METHOD=CHECKPOINT", help="class of the method and its checkpoint")
     words.add_argument("--samples", default="25", help="of every attacked set")

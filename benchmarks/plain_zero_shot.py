@@ -1,10 +1,10 @@
-"""Zero-shot accuracy under PGD in plain PyTorch: an independent reference for the package's numbers.
+"""Measures zero-shot accuracy under PGD in plain PyTorch, as an independent reference for the package.
 
-Nothing of the package is imported, so a fault in the package cannot hide here as well. The protocol, in full:
+The script imports nothing from the package, so that it cannot share a fault with it. The complete protocol:
 
 * data: the clip_benchmark layout, `ROOT/<set>/test/N.tar`; the id of a sample is its position in the split;
 * model: an open_clip folder, fp32, eval mode; resize to the tower's input and normalisation happen inside the model;
-* attack: PGD in the L-infinity ball from a random start that depends on (seed, sample id) alone; last iterate counts.
+* attack: L-infinity PGD from a random start that depends only on (seed, sample id); the last iterate counts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torchvision import transforms
 
 SEED = 0
 WORD = 0xFFFFFFFF
-# These arrive at the model as they are: an attack on CIFAR has 32 x 32 variables.
+# These images are not resized before the attack: an attack on CIFAR has 32 x 32 variables.
 NATIVE_SIZE_SETS = frozenset({"cifar10", "cifar100", "stl10"})
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 Integer = TypeVar("Integer", int, Tensor)
@@ -48,7 +48,7 @@ def mix(word: Integer) -> Integer:
 
 
 def uniform(ids: list[int], shape: torch.Size, seed: int = SEED) -> Tensor:
-    """Uniform numbers in [0, 1), (B, C, H, W) for a `shape` of (C, H, W), from nothing but the seed and the ids."""
+    """Draw uniform numbers (B, C, H, W) in [0, 1) for a `shape` of (C, H, W), from the seed and the ids only."""
     counters = mix(torch.arange(shape.numel(), dtype=torch.int64)).view(shape)
     keys = [mix(mix(mix(seed & WORD) ^ (number & WORD)) ^ (number >> 32)) for number in ids]
     return torch.stack([(mix(counters ^ key) >> 8).to(torch.float32) / 2**24 for key in keys])
@@ -57,7 +57,7 @@ def uniform(ids: list[int], shape: torch.Size, seed: int = SEED) -> Tensor:
 def pgd(
     model: nn.Module, images: Tensor, labels: Tensor, ids: list[int], eps: float, alpha: float, steps: int
 ) -> Tensor:
-    """Attacked images (B, C, H, W) in [0, 1], no further than `eps` from `images`."""
+    """Attack images (B, C, H, W) in [0, 1]; the result differs by at most `eps` per pixel."""
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
     start = images + eps * (2 * uniform(ids, images.shape[1:]) - 1)
     attacked = torch.clamp(start, lower, upper)
@@ -85,7 +85,7 @@ class ZeroShotClassifier(nn.Module):
             text_settings[key] = str((folder / text_settings[key]).resolve())
         self.clip = CustomTextCLIP(**settings["model_cfg"])
         self.clip.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
-        # The channels-last tower is 1.7 times faster on a CPU; the values are the same up to rounding.
+        # The channels-last tower is 1.7 times faster on a CPU; the values are equal up to rounding.
         self.clip.float().eval().requires_grad_(False).visual.to(memory_format=torch.channels_last)
         self.tokenizer = HFTokenizer(text_settings["hf_tokenizer_name"], context_length=text_settings["context_length"])
         self.image_size = image_size
@@ -142,7 +142,7 @@ def read_batches(
 
 
 def evaluate(model: ZeroShotClassifier, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Count the images of one set that are classified right, clean and attacked."""
+    """Count the images of one set that are classified correctly, clean and attacked."""
     started = time.perf_counter()
     class_names = (folder / "classnames.txt").read_text().splitlines()
     model.set_classes(class_names, (folder / "zeroshot_classification_templates.txt").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Three ways to do one PMG-AFT training step as the authors' released code defines it; each builds on TeCoA's.
+"""Implements one PMG-AFT training step of the authors' released code in three ways; each builds on TeCoA's.
 
 The logits are cosines, since that code normalises the scaled class features once more; both divergences are summed
 over the batch; pixels are standardised by ImageNet's statistics.
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def with_imagenets_statistics(problem: Problem) -> Problem:
-    """Change what pixels are standardised by."""
+    """Standardise pixels by ImageNet's statistics."""
     return replace(problem, statistics=(IMAGENET_MEAN, IMAGENET_STD))
 
 
 def teacher_of(problem: Problem) -> CLIP:
-    """Build a model like the student's but for its image tower: of equal towers the guidance is nothing."""
+    """Build a model like the student's with another image tower: with equal towers the guidance is zero."""
     teacher = problem.model()
     generator = torch.Generator().manual_seed(1)
     for parameter in teacher.visual.parameters():
@@ -34,7 +34,7 @@ def teacher_of(problem: Problem) -> CLIP:
 
 
 class Official(ways.Official):
-    """The authors' loop, in own words: the teacher is a second full model that nobody froze."""
+    """The authors' loop, in own words: the teacher is a second full model that is not frozen."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(with_imagenets_statistics(problem))
@@ -61,7 +61,7 @@ class Official(ways.Official):
 
 
 class Bare(ways.Bare):
-    """The needed passes alone: the teacher is an image tower without gradients."""
+    """Only the needed passes: the teacher is an image tower without gradients."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(with_imagenets_statistics(problem))

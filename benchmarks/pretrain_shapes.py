@@ -1,8 +1,8 @@
-"""Make the tiny CLIP model of the shapes world again: `python benchmarks/pretrain_shapes.py --out DIR`.
+"""Train the tiny CLIP model of the shapes world: `python benchmarks/pretrain_shapes.py --out DIR`.
 
-Contrastive training on a stream of random scenes and captions. No image of a test set comes up in the stream, nor any
-colour and shape of `held_out_pairs`. A caption is right for every image of the batch that shows what it mentions, so
-the loss has several positives: each is compared with the wrong partners alone.
+Contrastive training on a stream of random scenes and captions. The stream contains no
+image of a test set, and no colour and shape of `held_out_pairs`. A caption is correct for every image of the batch that
+shows the mentioned properties. The loss therefore has several positives; each is compared only with wrong partners.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def mentions(scene: Scene, random: Random) -> list[str]:
 
 
 def make_batch(seed: int, start: int, size: int) -> tuple[Tensor, list[str], Tensor]:
-    """Return images (B, 3, H, W) in [0, 1], captions, and whether caption j is right for image i (B, B)."""
+    """Return images (B, 3, H, W) in [0, 1], captions, and a mask (B, B): caption j is correct for image i."""
     images, captions = [], []
     values = np.zeros((size, len(MENTIONABLE)), dtype=np.int64)
     masks = np.zeros((size, len(MENTIONABLE)), dtype=bool)
@@ -120,7 +120,7 @@ def make_batch(seed: int, start: int, size: int) -> tuple[Tensor, list[str], Ten
 
 
 def one_sided_loss(logits: Tensor, is_right: Tensor) -> Tensor:
-    """Compare each right partner with all wrong ones of its row; (B, B) logits and flags in, the mean over rows out."""
+    """Compare each correct partner with all wrong ones of its row, from logits and mask (B, B); mean over rows."""
     wrong = logits.masked_fill(is_right, -torch.inf).logsumexp(dim=1, keepdim=True)
     losses = functional.softplus(wrong - logits) * is_right
     return (losses.sum(dim=1) / is_right.sum(dim=1)).mean()

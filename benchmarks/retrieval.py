@@ -1,7 +1,7 @@
-"""Times the search of `robustclip retrieve`, in vectors that lie on the disk in half precision as its cache does.
+"""Times the search of `robustclip retrieve` in vectors that are stored on disk in half precision, like its cache.
 
-The exact search goes first. Recall of IVF-PQ is told for random vectors, the worst case there is, since every cell is
-as near as every other, and for vectors in clusters, which features of photographs are more like.
+The exact search runs first. Recall of IVF-PQ is measured on random vectors and on vectors in clusters. Random vectors
+are the worst case, since all cells are equally near; clusters resemble features of photographs.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from robustclip.results.provenance import commit
 from robustclip.tools.retrieval.encoder import Part
 from robustclip.tools.retrieval.search import Candidates, Search, flat, ivf_pq
 
-ROWS = 10_000  # of a part, as in a shard
-CENTRES, SPREAD = 5000, 0.7  # the clusters, and the norm of what is added to a unit centre
+ROWS = 10_000  # number of vectors in a part, as in a shard
+CENTRES, SPREAD = 5000, 0.7  # number of clusters, and norm of the offset from a unit centre
 
 
 def draw(
     count: int, width: int, random: np.random.Generator, centres: NDArray[np.float32] | None
 ) -> NDArray[np.float32]:
-    """Unit vectors (count, width), around random centres if there are some."""
+    """Draws unit vectors (count, width), around random centres if centres are given."""
     vectors = random.standard_normal((count, width), np.float32)
     if centres is not None:
         vectors = centres[random.integers(0, len(centres), count)] + SPREAD * vectors / width**0.5
@@ -41,7 +41,7 @@ def draw(
 def write(
     folder: Path, count: int, width: int, random: np.random.Generator, centres: NDArray[Any] | None
 ) -> list[Part]:
-    """Parts on the disk, mapped into memory."""
+    """Writes parts to disk, and maps them into memory."""
     parts = []
     for begin in range(0, count, ROWS):
         rows = min(ROWS, count - begin)
@@ -53,7 +53,7 @@ def write(
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in GB; pages of mapped files count."""
+    """Returns the largest resident memory of this process so far, in GB; pages of mapped files count."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
@@ -64,7 +64,7 @@ def timed(search: Search, queries: NDArray[np.float32], k: int) -> tuple[NDArray
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Both searches in one pool."""
+    """Times both searches in one pool."""
     random = np.random.default_rng(options.seed)
     centres = draw(CENTRES, options.width, random, None) if kind == "clusters" else None
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=("random", "clusters"), default=["random", "clusters"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="where the vectors lie for a while; 1 GB a million")
+    parser.add_argument("--folder", help="temporary folder of the vectors; 1 GB per million")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     faiss.omp_set_num_threads(options.threads)

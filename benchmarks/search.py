@@ -1,7 +1,7 @@
-"""Searches settings of a fit with Optuna, each trial an ordinary `robustclip fit` on cached features.
+"""Searches settings of a fit with Optuna; each trial is an ordinary `robustclip fit` on cached features.
 
-A recipe to copy: the grid, or a sampler of Optuna's, asks for values; the fit's held-out accuracy is the answer. The
-study lies in a file, so that a search goes on where it was ended and several processes may share it.
+This is an example to copy: the grid, or a sampler of Optuna, proposes values, and the held-out accuracy of the fit is
+the objective. The study is stored in a file, so that an interrupted search resumes and several processes may share it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ METRIC = "val/mean/clean/acc1"
 
 
 def held_out(folder: Path, options: Sequence[str]) -> float:
-    """The best held-out accuracy, in [0, 1], of a fit in its run folder."""
+    """Fits if needed, and returns the best held-out accuracy in [0, 1]."""
     places = ("--trainer.logger.save_dir", str(folder.parent), "--trainer.logger.version", folder.name)
     robustclip(["fit", *options, *places, "--trainer.enable_progress_bar", "false"])
     with (folder / "metrics.csv").open() as file:
@@ -31,10 +31,10 @@ def held_out(folder: Path, options: Sequence[str]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the trials that are missing, and prints the best and the time."""
+    """Runs the missing trials, and prints the best one and the time."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="All other options are those of `robustclip fit`.")
     parser.add_argument("--work", type=Path, required=True, help="folder of the study and its runs")
-    parser.add_argument("--trials", type=int, help="null for the whole grid")
+    parser.add_argument("--trials", type=int, help="number of trials; the whole grid if not given")
     arguments, options = parser.parse_known_args(argv)
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Times the training step of a method in several ways, and checks that they agree.
 
 The ways (see `ways.py`, `pmg_aft_ways.py`, `arf_ways.py` and `ueo_ways.py`) take turns, so that a drift of the
-machine's speed cancels in the ratios. Random weights. Where there is an attack, the equality test starts the authors'
-and the bare one from the same perturbation, the package's and the bare one from the same sample ids; the update is
-compared on the same attacked images, so one flipped sign cannot hide in it.
+machine's speed cancels in the ratios. Weights are random. If the method attacks, the equality test starts the
+authors' and the bare way from one perturbation, and the package's and the bare way from equal sample ids. Updates are
+compared on equal attacked images, so that one flipped sign cannot affect them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ways import EPS, Bare, Official, Ours, Problem
 from robustclip.results.provenance import commit
 
 Ways = Mapping[str, type[Any]]
-# The ways of each, the longest first; the last is what the others must equal.
+# The ways of each method, the slowest first; the others must equal the last one.
 METHODS: dict[str, Ways] = {
     "tecoa": {"official": ways.Official, "ours": ways.Ours, "bare": ways.Bare},
     "pmg_aft": {"official": pmg_aft_ways.Official, "ours": pmg_aft_ways.Ours, "bare": pmg_aft_ways.Bare},
@@ -40,7 +40,7 @@ METHODS: dict[str, Ways] = {
     "ueo": {"official": ueo_ways.Official, "ours": ueo_ways.Ours, "bare": ueo_ways.Bare},
 }
 ATTACKED = ("tecoa", "pmg_aft")
-# Relative. Weights hardly feel one update at a small learning rate, so their gradients are compared too. Encoding the
+# Relative tolerances. One update at a small rate hardly changes weights, so gradients are compared too. Encoding the
 # classes without a graph takes another attention kernel in torch: its rounding, 1e-7, times the logit scale, 100.
 TOLERANCES = {"parameters": 1e-6, "gradients": 1e-5}
 # Below this size the sign of a pixel's gradient is rounding noise.
@@ -53,9 +53,9 @@ TINY_CLIP = {
 
 
 def time_ways(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, after one warm-up; the ways take turns.
+    """Measures milliseconds of each step after one warm-up; the ways take turns.
 
-    One thread is timed by its CPU seconds, which other programs on the machine disturb less than a clock's.
+    One thread is timed by its CPU seconds, which other programs disturb less than wall-clock time.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     durations: dict[str, list[float]] = {name: [] for name in ways}
@@ -69,12 +69,12 @@ def time_ways(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
+    """Returns median and range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(durations: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Ratios within each turn, for every two ways that were both timed."""
+    """Computes ratios within each turn, for every two timed ways."""
     return {
         f"{slow}/{fast}": summary([a / b for a, b in zip(durations[slow], durations[fast], strict=True)])
         for slow, fast in combinations(durations, 2)
@@ -82,7 +82,7 @@ def ratios(durations: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Distance of two lists of tensors, relative to the norm of the second."""
+    """Computes the distance of two lists of tensors, relative to the norm of the second."""
     first, second = (torch.cat([tensor.detach().flatten().double() for tensor in row]) for row in (one, other))
     return float((first - second).norm() / second.norm())
 
@@ -94,7 +94,7 @@ def update_gaps(one: Official | Ours, bare: Bare) -> dict[str, float]:
 
 
 def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float]:
-    """Count the pixels that went another way; a flipped sign moves a pixel by 8e-3, another order of sums by 1e-7."""
+    """Count pixels that differ; a flipped sign changes a pixel by 8e-3, another order of summation by 1e-7."""
     flipped = (one - other).abs() > 1e-6
     return {
         "pixels": flipped.numel(),
@@ -104,7 +104,7 @@ def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float
 
 
 def official_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
-    """From one start: the same perturbation but for rounding noise, and then the same update."""
+    """Check, from one start, that perturbations are equal up to rounding noise, and updates on them too."""
     torch.manual_seed(1)
     images, official, bare, contaminated = (
         problem.images, method["official"](problem), method["bare"](problem), method["official"](problem)
@@ -120,7 +120,7 @@ def official_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
 
 
 def ours_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
-    """From the start that the sample ids give: the same attacked images, no sign excused, and the same update."""
+    """Check, from equal sample ids, that attacked images agree in every sign, and updates on them too."""
     images, ours, bare = problem.images, method["ours"](problem), method["bare"](problem)
     start = images + EPS * (2 * uniform(list(range(len(images))), images.shape[1:]) - 1)
     expected = bare.attack(start.clamp(0, 1))
@@ -131,7 +131,7 @@ def ours_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
 
 
 def equal_updates(problem: Problem, method: Ways) -> dict[str, dict[str, float]]:
-    """Without an attack: one step of each way against that of the last."""
+    """Compare one step of each way with that of the last one, for methods without attack."""
     *others, (_, last) = [(name, way(problem)) for name, way in method.items()]
     last.step()
     for _, way in others:
@@ -140,7 +140,7 @@ def equal_updates(problem: Problem, method: Ways) -> dict[str, dict[str, float]]
 
 
 def register_tiny() -> str:
-    """Teach open_clip a two-layer architecture, so that every way can build it by name."""
+    """Register a two-layer architecture with open_clip, so that every way can build it by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "two-layer-clip.json"
         path.write_text(json.dumps(TINY_CLIP))
@@ -165,7 +165,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def chosen_ways(options: argparse.Namespace) -> Ways:
-    """Return the ways that were asked for, the longest first."""
+    """Return the chosen ways, the slowest first."""
     return {name: way for name, way in METHODS[options.method].items() if not options.ways or name in options.ways}
 
 

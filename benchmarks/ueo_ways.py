@@ -1,7 +1,7 @@
-"""Three ways to do one UEO training step, which has no attack; all start from the words "a photo of a".
+"""Implements one UEO training step in three ways. It has no attack; the context starts at "a photo of a".
 
-The authors' loop reads every prompt on the whole context of 77 tokens at every step; what must not learn is frozen in
-it too. All ways have the same weights of the samples, and their logit scale is the trained 100.
+The authors' loop reads every prompt on the whole context of 77 tokens at every step, and freezes untrained parameters
+too. All ways have equal sample weights, and their logit scale is the trained 100.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,12 @@ RATE, EPS, SCALE = 1e-4, 1e-5, 100.0
 
 
 def sample_weights(problem: Problem) -> Tensor:
-    """Draw how sure the zero-shot model would be of each image: (B,)."""
+    """Draw the confidence (B,) of a zero-shot model on each image."""
     return 0.4 + 0.6 * torch.rand(len(problem.labels), generator=torch.Generator().manual_seed(1))
 
 
 def freeze(model: CLIP) -> list[Tensor]:
-    """Leave gradients to the norms of the image tower; return these."""
+    """Freeze all parameters except the norms of the image tower; return these."""
     model.requires_grad_(False).eval()
     norms = [each for name, each in model.visual.named_parameters() if "ln" in name or "bn" in name]
     for norm in norms:
@@ -53,7 +53,7 @@ def entropy(p: Tensor) -> Tensor:
 
 
 class Official:
-    """The authors' loop, in own words: whole texts, and a diagonal matrix where a product of vectors would do."""
+    """The authors' loop, in own words: whole texts, and a diagonal matrix in place of a product of vectors."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.model, self.weights = problem, problem.model(), sample_weights(problem)
@@ -86,10 +86,10 @@ class Official:
 
 
 class Bare(Official):
-    """The needed passes alone: texts end where the longest does."""
+    """Only the needed passes: all texts are cut behind the longest."""
 
     def tokenize(self) -> Tensor:
-        """Cut the columns that are empty: (C, L)."""
+        """Cut the empty columns: (C, L)."""
         tokens = super().tokenize()
         return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 

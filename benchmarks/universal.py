@@ -1,10 +1,10 @@
-"""Compares UEO with what it is built on, on photographs: four category shifts, known and unknown classes.
+"""Compares UEO with other methods without labels on photographs: four category shifts, known and unknown classes.
 
 Each set is adapted to alone and without labels, and tested on its own test images: known classes for accuracy, known
 against unknown ones for detection. UEO and its options have one rate for all sets, each other method its own; they are
-chosen on one set, seed 0, apart from the others. With `--attacked`, a checkpoint of TeCoA, the undefended model, TeCoA
-and UEO after an open shift are tested again with known images pushed out and unknown ones in. What is there is left
-out, so the script goes on where it was ended, and several may share the work.
+chosen on one further set, seed 0. With `--attacked`, a checkpoint of TeCoA, the undefended model, TeCoA and UEO after
+an open shift are tested again under an attack that makes known images look unknown and unknown ones look known.
+Finished runs are skipped, so that an interrupted script resumes, and several may share the work.
 """
 
 import argparse
@@ -30,9 +30,9 @@ KNOWN = {
     "pacs_sketch": 5,
     "cifar10": 6,
 }
-CHOICE = "cifar10"  # where the rate is chosen; in no table
+CHOICE = "cifar10"  # set on which the rate is chosen; it is in no table
 ATTACK = {"class_path": "PGD", "init_args": {"eps": "0.5/255", "alpha": "0.125/255", "steps": 10, "keep": "best"}}
-ATTACKED = "100"  # images of every known and unknown set
+ATTACKED = "100"  # number of images of every known and unknown set
 METHODS = {
     "entmin": ("--model.weights", "uniform", "--model.marginal_weight", "0"),
     "infomax": ("--model.weights", "uniform"),
@@ -56,7 +56,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folders."""
+        """Name of the folders of a fit."""
         return f"{self.data}_{self.shift}_{self.method}_seed{self.seed}"
 
 
@@ -66,15 +66,15 @@ class Universal:
     Args:
         work: folder of fits and tests.
         shared: options of every command: where data and model lie.
-        rate: of context and norms; None for the method's.
-        options: of every fit.
+        rate: learning rate of context and norms; None takes the method's.
+        options: options of every fit.
     """
 
     def __init__(self, work: Path, shared: Sequence[str], rate: str | None, options: Sequence[str]) -> None:
         self.work, self.shared, self.rate, self.options = work, list(shared), rate, list(options)
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """Fits, tests, and tells accuracy, AUROC and H-score."""
+        """Fits and tests if needed, and returns accuracy, AUROC and H-score."""
         if cell.method == "oracle" and cell.shift in ("closed", "partial"):  # all known: uniform weights, to rounding
             return self.row(cell._replace(method="infomax")) | {"method": cell.method}
         seed = ("--seed_everything", str(cell.seed))
@@ -83,12 +83,12 @@ class Universal:
         return cell._asdict() | self._measures(cell.name, cell.data, [*words, "--ckpt_path", str(checkpoint)])
 
     def zero_shot(self, data: str) -> dict[str, Any]:
-        """The same of the model as it was, which no shift changes."""
+        """Returns the measures of the zero-shot model, which do not depend on the shift."""
         words = [*self._words(data, "closed"), "--model", "ZeroShot", "--model.image_size", "96"]
         return {"data": data, "method": "zero_shot", "seed": 0} | self._measures(f"{data}_zero_shot", data, words)
 
     def attacked(self, data: str, tecoa: str) -> Iterator[dict[str, Any]]:
-        """AUROC, clean and attacked, of the undefended model, of TeCoA and of UEO."""
+        """Measures AUROC, clean and attacked, of the undefended model, of TeCoA and of UEO."""
         cell = Cell(data, "open", "ueo_msp", 0)
         ueo = fit_once(self.work / "fits" / cell.name, [*self._fit_words(cell), "--seed_everything", "0"])
         models = {
@@ -129,14 +129,14 @@ class Universal:
 
 
 def commonest_answer(ledger: Path) -> float:
-    """Share of the images of a test that get the most frequent answer, in [0, 1]."""
+    """Returns the share of a test's images that get the most frequent answer, in [0, 1]."""
     with ledger.open() as file:
         answers = Counter(row["clean"] for row in csv.DictReader(file))
     return round(max(answers.values()) / answers.total(), 4)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent: for each shift the means over sets and seeds, and the range of the seeds' means."""
+    """Formats, per shift, the means over sets and seeds and the range of the seeds' means, as Markdown in percent."""
     measures = ("accuracy", "auroc", "h")
     lines = ["| shift | method | " + " | ".join(measures) + " |", "| --- | --- " + "| --: " * len(measures) + "|"]
     for shift, method, found in _groups(rows):
@@ -146,7 +146,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table_by_set(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent: under open shifts, means of AUROC and of the share of the most frequent answer."""
+    """Formats means of AUROC and of the share of the most frequent answer under open shifts, as Markdown."""
     sets = list(dict.fromkeys(row["data"] for row in rows))
     lines = ["| AUROC / commonest | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
     for method in ("zero_shot", *METHODS):
@@ -162,7 +162,7 @@ def table_by_set(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def attacked_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, in percent: AUROC of every set, clean and attacked."""
+    """Formats AUROC of every set, clean and attacked, as Markdown in percent."""
     sets = list(dict.fromkeys(row["data"] for row in rows))
     lines = ["| method | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -181,7 +181,7 @@ def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dic
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing, prints the table, and writes the file."""
+    """Runs the missing fits and tests, prints the table, and writes the file."""
     words = parser(__doc__)
     sets = [name for name in KNOWN if name != CHOICE]
     words.add_argument("--sets", nargs="*", default=sets, choices=list(KNOWN))

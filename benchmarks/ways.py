@@ -1,10 +1,10 @@
-"""Three ways to do one TeCoA training step, for `step.py` to time and to compare; `pmg_aft_ways.py` builds on them.
+"""Implements one TeCoA training step in three ways, for `step.py`; `pmg_aft_ways.py` builds on them.
 
 * `Official`: the authors' way, in own words: every attack step runs both towers and back-propagates into all weights;
 * `Ours`: the package;
-* `Bare`: the passes that are needed and nothing else, without a framework.
+* `Bare`: only the needed passes, without a framework.
 
-All three have the same weights, images and labels; fp32, SGD with momentum.
+All three have equal weights, images and labels; fp32, SGD with momentum.
 """
 
 import math
@@ -35,14 +35,14 @@ MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is the same for all ways.
+    """Inputs that all ways share.
 
     Args:
         arch: architecture, by its name in open_clip.
         class_names: C names.
         images: (B, 3, H, W) in [0, 1], at the architecture's own size.
-        labels: (B,).
-        steps: attack iterations.
+        labels: (B,) numbers of the classes.
+        steps: number of attack iterations.
         statistics: mean and deviation of the pixels, by which the towers' inputs are standardised.
     """
 
@@ -95,19 +95,19 @@ class Official:
         self.gradients: list[Tensor] = []
 
     def random_start(self) -> Tensor:
-        """Draw a perturbation in the ball that keeps the images in [0, 1]."""
+        """Draw a perturbation within the radius that keeps the images in [0, 1]."""
         images = self.problem.images
         return torch.max(torch.min(torch.empty_like(images).uniform_(-EPS, EPS), 1 - images), -images)
 
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Run both towers; the resize keeps the values at the model's own size, as it does in the original."""
+        """Run both towers; the resize changes nothing at the model's own size, as in the original."""
         resized = F.interpolate(images, size=images.shape[-2:], mode="bicubic", align_corners=False)
         image_features, text_features, scale = self.model(self.problem.normalise(resized), tokens)
         logits: Tensor = image_features @ (scale * text_features).T
         return logits
 
     def attack(self, delta: Tensor, tokens: Tensor) -> Tensor:
-        """Move `delta`; the weight gradients of every step pile up on the side."""
+        """Update `delta`; the weight gradients of all steps accumulate, as in the original."""
         images, self.gradients = self.problem.images, []
         delta = delta.clone().requires_grad_()
         for _ in range(self.problem.steps):
@@ -144,7 +144,7 @@ class Official:
 
 
 class Bare:
-    """The needed passes alone: cached class features, input gradients in the attack, one full backward."""
+    """Only the needed passes: cached class features, input gradients in the attack, one full backward."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, model = problem, problem.model().requires_grad_(False).eval()
@@ -160,7 +160,7 @@ class Bare:
         return logits
 
     def attack(self, attacked: Tensor) -> Tensor:
-        """Move `attacked`, a start in the ball around the images; the weights stay out of the graph."""
+        """Update `attacked`, which starts within the radius; the weights need no gradient."""
         images = self.problem.images
         lower, upper = (images - EPS).clamp(min=0), (images + EPS).clamp(max=1)
         self.visual.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What the README shows, works."""
+"""Code, commands, links and paths of the README and of the other pages work."""
 
 import re
 import shlex
@@ -10,6 +10,7 @@ from robustclip.cli.lightning import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")]
 
 
 def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,10 +27,43 @@ def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mon
     assert type(finished.model).__name__ == "Consistency"
     assert finished.model.beta == 3
     assert finished.model.attack.eps == pytest.approx(1 / 255)
-    assert finished.model.attack.steps == 2, "what both classes take stays as the file has it"
+    assert finished.model.attack.steps == 2, "settings that both classes have keep their values from the file"
     assert finished.trainer.callback_metrics["train/loss"] > 0
 
 
-def test_its_links_and_configs_exist() -> None:
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"configs/[a-z_/]+\.yaml", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_of_a_page_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / path).is_file(), path
+    for path in re.findall(r"(?:configs|benchmarks)/[a-z0-9_/]+\.(?:yaml|py|json)", text):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_anchors_of_a_page_exist(page: Path) -> None:
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
+        target = page.parent / path if path else page
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in headings]
+
+
+def commands() -> list[str]:
+    """Commands of all pages that configure a run; a word in capitals stands for a folder of the user."""
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+    lines = re.findall(r"^robustclip +((?:fit|test) .*)$", text, re.MULTILINE)
+    return [line for line in lines if "consistency" not in line and line.count("'") % 2 == 0]
+
+
+@pytest.mark.slow
+def test_the_commands_of_all_pages_parse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    for command in commands():
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(command, comments=True), "--print_config"])
+        assert ended.value.code in (0, None), f"{command}: {capsys.readouterr().err}"
+    assert len(commands()) >= 10
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150

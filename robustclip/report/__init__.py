@@ -1,4 +1,4 @@
-"""``robustclip report``: finished tests as one page that needs no network."""
+"""``robustclip report`` writes one page about finished tests, which needs no network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,11 @@ def report(
         runs: folders that ``robustclip test`` wrote.
         out: the page, ``.html``; ``.md`` and ``.csv`` get the same name.
         images: folder for the kept adversarial examples as PNG files; null writes none.
-        sections: class paths of further sections, see `Section`.
+        sections: class paths of further sections, subclasses of `Section`.
 
     Raises:
-        ValueError: no runs, an unfinished test, another ending of ``out``, or a class path that is no section.
+        ValueError: there is no run, a test is unfinished, ``out`` does not end in .html, or a class path names no
+            section.
     """
     # Imported here because the command line imports every tool and matplotlib takes a second.
     from robustclip.report import accuracy, gallery, page, view

@@ -1,4 +1,4 @@
-"""Accuracy of every run: the summary on the first screen, the tables, and warnings about unlike protocols."""
+"""Shows the accuracy of every run: summary on the first screen, tables, and warnings about unlike protocols."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ PLACES_LISTED = 6
 
 
 def summary(views: Sequence[View]) -> list[Block]:
-    """Which run is better, by how much, and whether the numbers can be trusted."""
+    """Summarises which run is better, by how much, and whether its audit passed."""
     kinds = union(views, of="kinds")
     columns = [_marked(views, [view.mean.get(kind) for view in views], _is_fair(views, kind)) for kind in kinds]
     rows = [
@@ -44,7 +44,7 @@ class Accuracy(Section):
     title = "Accuracy"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """Warnings, one table per attack, and the notes of the tests."""
+        """Returns warnings, one table per attack, and the notes of the tests."""
         notes: dict[str, list[str]] = {}
         for view in views:
             for note in view.run.result.get("notes") or []:
@@ -58,13 +58,13 @@ class Accuracy(Section):
 
 
 def warning_lines(views: Sequence[View]) -> list[str]:
-    """The warnings of `Accuracy` as plain lines, for Markdown."""
+    """Returns the warnings of `Accuracy` as plain lines, for Markdown."""
     different = [f"UNLIKE PROTOCOLS, do not compare: {line} {places}" for line, places in _unlike(views)]
     return [*different, *_gaps(views), *_unchecked(views)]
 
 
 def csv_of(views: Sequence[View]) -> str:
-    """Every accuracy as a line of CSV, in percent."""
+    """Returns every accuracy as a line of CSV, in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["run", "method", "grade", "task", "attack", "n", "correct", "percent", "low", "high", "task_seconds"]
@@ -83,7 +83,7 @@ def csv_of(views: Sequence[View]) -> str:
 
 
 def _findings(views: Sequence[View]) -> list[str]:
-    """One sentence per attack: the best run and its paired difference from the second, or why there is none."""
+    """Writes one sentence per attack: the best run and its paired difference from the second, or why no run is best."""
     sound = [view for view in views if not view.has_failed]
     lines = []
     for kind in union(views, of="kinds") if len(views) > 1 else ():
@@ -100,10 +100,10 @@ def _difference(best: View, second: View, kind: str) -> str:
         means = pair(second.run, best.run).means
     except ValueError as error:
         return f"{best.name} and {second.name} cannot be compared: {error}"
-    found = next(mean.difference for mean in means if (mean.name, mean.attack) == (MEAN, kind))
-    points, low, high = (f"{100 * value:+.1f}" for value in found)
+    difference = next(mean.difference for mean in means if (mean.name, mean.attack) == (MEAN, kind))
+    points, low, high = (f"{100 * value:+.1f}" for value in difference)
     interval = f"points, {LEVEL} interval of the paired difference {low} to {high}"
-    if found.low > 0:
+    if difference.low > 0:
         return f"{best.name} is best, {points} {interval}, compared with {second.name}."
     return f"no run is best: {best.name} differs from {second.name} by {points} {interval}."
 
@@ -113,7 +113,7 @@ def _condition(kind: str) -> str:
 
 
 def _grades(views: Sequence[View]) -> list[str]:
-    """What each grade means, and the failed checks by name."""
+    """Explains each grade, and names the failed checks."""
     lines = []
     for grade, meaning in GRADES.items():
         names = [view.name for view in views if view.grade == grade]
@@ -132,7 +132,7 @@ def _rule(views: Sequence[View]) -> str:
 
 
 def _tables(views: Sequence[View]) -> list[Table]:
-    """Every task of one run; of several runs a table per attack, and the samples and seconds."""
+    """Returns a table of all tasks for one run, or a table per attack for several; samples and seconds come last."""
     accuracies = [_side_by_side(views, kind) for kind in union(views, of="kinds")]
     return [*(accuracies if len(views) > 1 else [_one_run(views[0])]), _effort(views)]
 
@@ -160,14 +160,14 @@ def _side_by_side(views: Sequence[View], kind: str) -> Table:
 
 
 def _effort(views: Sequence[View]) -> Table:
-    """Samples and seconds; numbers on which the runs differ stand side by side, in the order of the runs."""
+    """Counts samples and seconds; numbers that differ between runs are joined in the order of the runs."""
     tasks = union(views, of="tasks")
     having = {task: [view.task(task) for view in views if task in view.scores] for task in tasks}
-    has_bad = any(values.get("bad_samples") for found in having.values() for values in found)
+    has_bad = any(values.get("bad_samples") for results in having.values() for values in results)
     rows = []
-    for task, found in having.items():
-        numbers = [_joined([values["n"] for values in found])]
-        numbers += [_joined([values.get("bad_samples", 0) for values in found])] if has_bad else []
+    for task, results in having.items():
+        numbers = [_joined([values["n"] for values in results])]
+        numbers += [_joined([values.get("bad_samples", 0) for values in results])] if has_bad else []
         times = [_seconds(view.task(task).get("seconds") if task in view.scores else None) for view in views]
         rows.append((task, [Cell(text) for text in [*numbers, *times]]))
     columns = ["n", *(["left out"] if has_bad else []), *(f"{view.label}, seconds" for view in views)]
@@ -175,7 +175,7 @@ def _effort(views: Sequence[View]) -> Table:
 
 
 def _marked(views: Sequence[View], scores: Sequence[Score | None], is_fair: bool) -> list[Cell]:
-    """Cells of the runs' scores; marks the best where `BEST_RULE` allows it."""
+    """Returns cells of the runs' scores, and marks the best where `BEST_RULE` allows it."""
     cells = [_cell(score) for score in scores]
     present = [(score, place) for place, score in enumerate(scores) if score is not None]
     sound = [item for item in present if not views[item[1]].has_failed]
@@ -200,13 +200,13 @@ def _joined(numbers: Sequence[int]) -> str:
 
 
 def _is_alike(views: Sequence[View], task: str, kind: str) -> bool:
-    """Whether all runs that have a number measured it under one protocol."""
+    """Reports whether all runs that have a number measured it under one protocol."""
     having = [view for view in views if kind in view.scores.get(task, {})]
     return all(not differences(having[0].axes(task, kind), view.axes(task, kind)) for view in having[1:])
 
 
 def _is_fair(views: Sequence[View], kind: str) -> bool:
-    """Whether the means of all runs are over the same tasks under one protocol."""
+    """Reports whether the means of all runs are over equal tasks under one protocol."""
     tasks = union(views, of="tasks")
     return all(set(view.scores) == set(tasks) for view in views) and all(_is_alike(views, t, kind) for t in tasks)
 
@@ -226,8 +226,8 @@ def _warnings(views: Sequence[View]) -> list[Notice]:
 
 
 def _unlike(views: Sequence[View]) -> list[tuple[str, str]]:
-    """Each difference between the protocols of two runs in one line, and the numbers that it concerns."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """Lists each difference between the protocols of two runs in one line, with the numbers that it concerns."""
+    by_line: dict[str, dict[str, list[str]]] = {}
     for task in union(views, of="tasks"):
         for kind in union(views, of="kinds"):
             having = [view for view in views if kind in view.scores.get(task, {})]
@@ -236,13 +236,13 @@ def _unlike(views: Sequence[View]) -> list[tuple[str, str]]:
                 is_counted = any(line.startswith("pixels:") for line in lines)
                 rows = (by_id(having[0].run, task), by_id(view.run, task)) if is_counted else ({}, {})
                 for line in with_counts(lines, *rows):
-                    places = found.setdefault(f"{having[0].name} and {view.name} differ in {line}", {})
+                    places = by_line.setdefault(f"{having[0].name} and {view.name} differ in {line}", {})
                     places.setdefault(task, []).append(kind)
-    return [(line, _places(places, views)) for line, places in found.items()]
+    return [(line, _places(places, views)) for line, places in by_line.items()]
 
 
 def _gaps(views: Sequence[View]) -> list[str]:
-    """Tasks and attacks that only some of the runs have."""
+    """Lists tasks and attacks that only some of the runs have."""
     lines = []
     for of, singular in (("tasks", "task"), ("kinds", "attack")):
         for name in union(views, of=of):
@@ -253,7 +253,7 @@ def _gaps(views: Sequence[View]) -> list[str]:
 
 
 def _unchecked(views: Sequence[View]) -> list[str]:
-    """Images of the first run that another run did not record, or recorded differently for unknown classes."""
+    """Lists images of the first run that another run did not record, or recorded differently for unknown classes."""
     first, *others = (view.run for view in views)
     return [line for run in others for line in (*unchecked_images(first, run), *unlike_unknown(first, run))]
 

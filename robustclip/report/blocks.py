@@ -1,4 +1,4 @@
-"""Building blocks of the report: content without layout, each rendered by the macro of its name in `templates`."""
+"""Defines the building blocks of a report: content without layout, each rendered by the macro of its name."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -7,7 +7,13 @@ from markupsafe import Markup
 
 
 class Cell(NamedTuple):
-    """One cell of a table; ``note`` is smaller text below, ``is_best`` marks the best run of its row or column."""
+    """One cell of a table.
+
+    Attributes:
+        text: main text.
+        note: smaller text below.
+        is_best: whether the cell is marked as the best run of its row or column.
+    """
 
     text: str
     note: str = ""
@@ -15,7 +21,13 @@ class Cell(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One entry of a legend: style and text of its sign (empty for a patch of colour), and its label."""
+    """One entry of a legend.
+
+    Attributes:
+        style: classes of the style sheet for the sign.
+        sign: character of the sign; empty for a patch of colour.
+        text: label of the entry.
+    """
 
     style: str
     sign: str
@@ -23,7 +35,12 @@ class Entry(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A paragraph; ``style`` is a class of the style sheet."""
+    """A paragraph of the page.
+
+    Attributes:
+        text: content of the paragraph.
+        style: class of the style sheet.
+    """
 
     text: str
     style: str = ""
@@ -36,7 +53,15 @@ class Heading(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows of cells under headings; with ``has_total`` the last row sums up the others."""
+    """Rows of cells under headings.
+
+    Attributes:
+        caption: title of the table.
+        corner: heading of the first column.
+        columns: headings of the other columns.
+        rows: name and cells of every row.
+        has_total: whether the last row sums up the others.
+    """
 
     caption: str
     corner: str
@@ -52,14 +77,25 @@ class Tables(NamedTuple):
 
 
 class Legend(NamedTuple):
-    """Colours and markers with their meaning."""
+    """Colours and markers with their meaning.
+
+    Attributes:
+        name: description for screen readers.
+        entries: entries in order.
+    """
 
     name: str
     entries: Sequence[Entry]
 
 
 class Picture(NamedTuple):
-    """A drawing of `svg.draw`, its caption, and the run that it shows if it shows one alone."""
+    """A drawing of `svg.draw` with its caption.
+
+    Attributes:
+        svg: the drawing.
+        caption: text above the drawing.
+        entry: legend entry of the run, if the drawing shows only one.
+    """
 
     svg: Markup
     caption: str
@@ -73,7 +109,15 @@ class Pictures(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Blocks that a click on the summary unfolds."""
+    """Blocks that a click on the summary unfolds.
+
+    Attributes:
+        summary: text that is always visible.
+        blocks: content that is folded away.
+        note: smaller text after the summary.
+        warning: warning after the summary.
+        is_open: whether the content is visible at first.
+    """
 
     summary: str
     blocks: Sequence["Block"]
@@ -83,7 +127,14 @@ class Fold(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """A box with lines, each a text and its smaller addition."""
+    """A box with lines of text.
+
+    Attributes:
+        title: heading of the box.
+        text: paragraph before the lines.
+        lines: text and smaller addition of every line.
+        is_bad: whether the box reports an error.
+    """
 
     title: str
     text: str
@@ -92,13 +143,21 @@ class Notice(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Names and values."""
+    """A list of names and values."""
 
     pairs: Mapping[str, str]
 
 
 class Check(NamedTuple):
-    """One audit check and its finding."""
+    """One audit check and its finding.
+
+    Attributes:
+        status: key of the status.
+        status_text: status in words.
+        name: name of the check.
+        finding: result of the check.
+        reason: purpose of the check.
+    """
 
     status: str
     status_text: str
@@ -108,7 +167,14 @@ class Check(NamedTuple):
 
 
 class Checks(NamedTuple):
-    """The audit of a run."""
+    """All audit checks of a run.
+
+    Attributes:
+        entry: legend entry of the run.
+        number: number of the run, from 0.
+        grade: grade of the audit.
+        parts: checks in order.
+    """
 
     entry: Entry
     number: int
@@ -117,7 +183,14 @@ class Checks(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """One axis of a protocol; each value comes after the runs and attacks that have it."""
+    """One axis of a protocol.
+
+    Attributes:
+        name: name of the axis.
+        meaning: explanation of the axis.
+        owned_values: owners and value: runs and attacks, and the value that they have.
+        is_unlike: whether the runs have different values.
+    """
 
     name: str
     meaning: str
@@ -126,14 +199,26 @@ class Axis(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """The protocol of a task."""
+    """The protocol of a task.
+
+    Attributes:
+        caption: title of the table.
+        parts: axes in order.
+    """
 
     caption: str
     parts: Sequence[Axis]
 
 
 class Shot(NamedTuple):
-    """One image of a card, as a data URL; ``prediction`` is empty where nothing was predicted."""
+    """One image of a card.
+
+    Attributes:
+        url: data URL of the image.
+        title: text below the image.
+        prediction: predicted class; empty if nothing was predicted.
+        is_correct: whether the prediction is the label.
+    """
 
     url: str
     title: str
@@ -142,7 +227,13 @@ class Shot(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A clean image, its perturbation and the attacked image."""
+    """A clean image, its perturbation and the attacked image.
+
+    Attributes:
+        shots: the images in order.
+        label: correct class.
+        facts: attack, radius and outcome.
+    """
 
     shots: Sequence[Shot]
     label: str
@@ -150,7 +241,12 @@ class Card(NamedTuple):
 
 
 class Cards(NamedTuple):
-    """Adversarial examples of one task."""
+    """Adversarial examples of one task.
+
+    Attributes:
+        title: name of the task.
+        parts: cards in order.
+    """
 
     title: str
     parts: Sequence[Card]
@@ -160,7 +256,7 @@ Block = Text | Heading | Table | Tables | Legend | Pictures | Fold | Notice | Fa
 
 
 def tables_of(blocks: Sequence[Block]) -> Iterator[Table]:
-    """Tables among the blocks that are not folded away."""
+    """Yields the tables among the blocks that are not folded away."""
     for block in blocks:
         if isinstance(block, Table):
             yield block

@@ -1,4 +1,4 @@
-"""Geometry of the image features: tables and a plot of the class scatter."""
+"""Shows the geometry of the image features: tables, and a plot of the class scatter."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ class Geometry(Section):
     title = "Geometry"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """A plot and tables; nothing where no run measured it."""
-        shown = _tables(views)
-        if not shown:
+        """Returns a plot and tables, or nothing if no run measured the geometry."""
+        tables = _tables(views)
+        if not tables:
             return []
         text = (
             "Collapse divides the scatter of the unit image features around their class means by the scatter of these "
@@ -36,26 +36,26 @@ class Geometry(Section):
             "those of the pre-trained model."
         )
         pictures = [Pictures([_picture(views)])] if _names(views, COLLAPSE) else []
-        return [Text(text), legend(views), *pictures, Tables(shown)]
+        return [Text(text), legend(views), *pictures, Tables(tables)]
 
 
 def _tables(views: Sequence[View]) -> list[Table]:
-    """A table per measure with a column per run, and one of the retrieval; none that would be empty."""
-    found = []
+    """Returns a table per measure with a column per run, and one of the retrieval; empty tables are left out."""
+    tables = []
     for measure, caption in CAPTIONS.items():
         rows = {name: [view.geometry.get(name, {}).get(measure) for view in views] for name in _names(views, measure)}
-        found.append(_table(caption, views, {name: [_number(each) for each in row] for name, row in rows.items()}))
+        tables.append(_table(caption, views, {name: [_number(value) for value in row] for name, row in rows.items()}))
     recalls = {}
     for name, measure in _recalls(views):
         values = [view.geometry.get(name, {}).get(measure) for view in views]
-        words = measure.replace("_r", ", first ").replace("_", " ")
-        recalls[f"{name}: {words}"] = [MISSING if value is None else percent(value) for value in values]
-    found.append(_table("Retrieval of captions, percent", views, recalls))
-    return [table for table in found if table.rows]
+        text = measure.replace("_r", ", first ").replace("_", " ")
+        recalls[f"{name}: {text}"] = [MISSING if value is None else percent(value) for value in values]
+    tables.append(_table("Retrieval of captions, percent", views, recalls))
+    return [table for table in tables if table.rows]
 
 
 def _picture(views: Sequence[View]) -> Picture:
-    """A line per task, from the run of the least collapse ratio to that of the greatest."""
+    """Draws a line per task, from the run with the least collapse ratio to the run with the greatest."""
     names = _names(views, COLLAPSE)[::-1]  # matplotlib counts from below
 
     def paint(axes: Axes) -> Mapping[str, str]:
@@ -75,20 +75,20 @@ def _picture(views: Sequence[View]) -> Picture:
         axes.grid(axis="x")
         return titles
 
-    told = "; ".join(f"{name}: " + ", ".join(_told(view, name) for view in views) for name in names[::-1])
-    picture = draw("collapse", f"Class collapse of every task. {told}", paint, size=(5.0, FRAME + ROW * len(names)))
+    alt = "; ".join(f"{name}: " + ", ".join(_described(view, name) for view in views) for name in names[::-1])
+    picture = draw("collapse", f"Class collapse of every task. {alt}", paint, size=(5.0, FRAME + ROW * len(names)))
     return Picture(picture, "Class collapse, before and after")
 
 
 def _names(views: Sequence[View], measure: str) -> list[str]:
-    """Tasks for which any run has a number, in the order of the runs."""
-    names = (name for view in views for name, found in view.geometry.items() if found.get(measure) is not None)
+    """Lists the tasks for which any run has a number, in the order of the runs."""
+    names = (name for view in views for name, values in view.geometry.items() if values.get(measure) is not None)
     return list(dict.fromkeys(names))
 
 
 def _recalls(views: Sequence[View]) -> list[tuple[str, str]]:
-    found = ((name, measure) for view in views for name, values in view.geometry.items() for measure in values)
-    return [(name, measure) for name, measure in dict.fromkeys(found) if measure not in CAPTIONS]
+    pairs = ((name, measure) for view in views for name, values in view.geometry.items() for measure in values)
+    return [(name, measure) for name, measure in dict.fromkeys(pairs) if measure not in CAPTIONS]
 
 
 def _table(caption: str, views: Sequence[View], rows: Mapping[str, Sequence[str]]) -> Table:
@@ -100,7 +100,7 @@ def _collapse(view: View, name: str) -> float | None:
     return view.geometry.get(name, {}).get(COLLAPSE)
 
 
-def _told(view: View, name: str) -> str:
+def _described(view: View, name: str) -> str:
     return f"{view.label} {_number(_collapse(view, name))}"
 
 

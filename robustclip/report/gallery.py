@@ -1,4 +1,4 @@
-"""Adversarial examples that the tests kept: on the page and as PNG files."""
+"""Shows the adversarial examples that the tests kept: on the page and as PNG files."""
 
 import base64
 import io
@@ -27,13 +27,13 @@ class Images(Section):
     title = "Images"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """Some adversarial examples of each run; nothing where no run kept any."""
+        """Returns some adversarial examples of each run, or nothing if no run kept any."""
         folds: list[Block] = []
         for view in views:
             kept = list(adversarial_examples.load_all(view.run.folder / EXAMPLES))
             chosen = _chosen(kept)
             tasks = dict.fromkeys(example.task for example in chosen)
-            cards = [Cards(task, [_card(view, each) for each in chosen if each.task == task]) for task in tasks]
+            cards = [Cards(task, [_card(view, item) for item in chosen if item.task == task]) for task in tasks]
             note = f"{len(chosen)} of {len(kept)} images kept"
             folds += [Fold(view.label, cards, note=note, is_open=not folds)] if kept else []
         text = (
@@ -60,18 +60,18 @@ def export(views: Sequence[View], folder: Path) -> None:
 
 
 def _chosen(kept: Iterable[Example]) -> list[Example]:
-    """The first examples of each task, in turn from its attacks."""
+    """Selects the first examples of each task, in turn from its attacks."""
     turns: dict[str, dict[str, list[Example]]] = {}
     for example in kept:
         turns.setdefault(example.task, {}).setdefault(example.attack, []).append(example)
     chosen = []
     for by_attack in turns.values():
         ranked = [
-            (turn, place, each)
+            (turn, place, example)
             for place, of_attack in enumerate(by_attack.values())
-            for turn, each in enumerate(of_attack)
+            for turn, example in enumerate(of_attack)
         ]
-        chosen += [each for _, _, each in sorted(ranked, key=lambda item: item[:2])[:PER_TASK]]
+        chosen += [example for _, _, example in sorted(ranked, key=lambda item: item[:2])[:PER_TASK]]
     return chosen
 
 
@@ -96,7 +96,7 @@ def _url(image: Tensor) -> str:
 
 
 def _amplified(example: Example) -> tuple[Tensor, float]:
-    """The perturbation around grey, amplified until its largest value just fits."""
+    """Returns the perturbation around grey, amplified until its largest value just fits, and the factor."""
     difference = torch.nan_to_num(example.attacked - example.clean, nan=0.0, posinf=0.0, neginf=0.0)
     largest = float(difference.abs().max())
     factor = 0.5 / largest if largest else 1.0

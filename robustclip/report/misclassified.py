@@ -1,4 +1,4 @@
-"""Which member of an attack misclassified which samples, from the ledgers."""
+"""Shows how many samples each member of an attack misclassified, from the ledgers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ class Misclassified(Section):
     title = "Which member succeeded"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """Stacked bars of every attack, and their numbers; nothing where no run has an attack."""
+        """Returns stacked bars of every attack and their numbers, or nothing if no run has an attack."""
         attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
         if not attacks:
             return []

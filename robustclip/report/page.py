@@ -1,4 +1,4 @@
-"""The page and its Markdown twin, rendered from the blocks of all sections."""
+"""Renders the page and its Markdown version from the blocks of all sections."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -27,24 +27,29 @@ Content = Mapping[str, Sequence[Block]]
 
 
 def content(views: Sequence[View], class_paths: Sequence[str] = ()) -> Content:
-    """Blocks by the title of their section, without empty sections.
+    """Collects the blocks by the title of their section, without empty sections.
 
     Args:
         views: runs of the report.
         class_paths: further sections, placed before the audit.
 
     Raises:
-        ValueError: a class path that is no section.
+        ValueError: a class path names no section.
     """
     own = [_section(path) for path in class_paths]
     place = SECTIONS.index(Audit)
     sections = [*SECTIONS[:place], *own, *SECTIONS[place:]]
-    found = {SUMMARY: summary(views), **{each.title: each().blocks(views) for each in sections}}
-    return {title: blocks for title, blocks in found.items() if blocks}
+    filled = {SUMMARY: summary(views), **{section.title: section().blocks(views) for section in sections}}
+    return {title: blocks for title, blocks in filled.items() if blocks}
 
 
 def html(views: Sequence[View], content: Content) -> str:
-    """The whole page; the same runs give the same bytes."""
+    """Renders the whole page; equal runs give equal bytes.
+
+    Args:
+        views: runs of the report.
+        content: blocks of every section, from `content`.
+    """
     loader = PackageLoader("robustclip.report")
     environment = Environment(
         loader=loader,
@@ -61,7 +66,12 @@ def html(views: Sequence[View], content: Content) -> str:
 
 
 def markdown(views: Sequence[View], content: Content) -> str:
-    """Summary, warnings and all tables that are not folded away."""
+    """Renders summary, warnings and all tables that are not folded away, as Markdown.
+
+    Args:
+        views: runs of the report.
+        content: blocks of every section, from `content`.
+    """
     texts = [block.text for block in content[SUMMARY] if isinstance(block, Text)]
     parts = ["# Robustness report\n", *(f"{escape(line)}\n" for line in [*texts, *warning_lines(views)])]
     for blocks in content.values():
@@ -83,9 +93,9 @@ def _cell(cell: Cell) -> str:
 def _section(path: str) -> type[Section]:
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        section = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"sections: there is no class {path!r}; a section is written module.Class") from error
-    if not (isinstance(found, type) and issubclass(found, Section)):
+        raise ValueError(f"sections: there is no class {path!r}; write a section as module.Class") from error
+    if not (isinstance(section, type) and issubclass(section, Section)):
         raise ValueError(f"sections: {path!r} must be a subclass of robustclip.report.section.Section")
-    return found
+    return section

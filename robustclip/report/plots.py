@@ -1,4 +1,4 @@
-"""Plots of accuracy: against the radius, clean against robust, and between two sets of weights."""
+"""Plots accuracy: against the radius, clean against robust, and between two sets of weights."""
 
 import json
 import math
@@ -23,15 +23,15 @@ class TradeOff(Section):
     title = "Clean and robust"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """The plots side by side; nothing where no run has an attack."""
+        """Returns the plots side by side, or nothing if no run has an attack."""
         attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
         if not attacks:
             return []
         text = (
-            "The curves show mean accuracy against the radius of the attack; 0 is the clean image, bands are "
-            f"{LEVEL} intervals, and one plot holds attacks that differ in the radius alone. Other plots show clean "
-            "against robust accuracy: a small mark per task, a large one for the mean, a dashed line for an attack "
-            "without any success. Pale marks belong to runs whose audit failed."
+            "The curves show mean accuracy against the radius of the attack; radius 0 is the clean image, and bands "
+            f"are {LEVEL} intervals. One plot holds attacks that differ in the radius alone. Other plots show clean "
+            "against robust accuracy: a small mark per task, a large one for the mean, and a dashed line for an attack "
+            "without any success. Pale marks belong to runs with a failed audit."
         )
         curves, lines = _curves(views)
         scatters = [_scatter(views, name, f"scatter-{i}") for i, name in enumerate(attacks)]
@@ -45,7 +45,7 @@ class Interpolation(Section):
     title = "Interpolation"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """One plot per fine-tuned model with at least two interpolations; nothing without."""
+        """Returns one plot per fine-tuned model with at least two interpolations, or nothing."""
         pictures = [_interpolation(line, f"alpha-{number}") for number, line in enumerate(interpolations(views))]
         text = (
             "Means over the tasks of the models between the original and a fine-tuned one; "
@@ -55,24 +55,32 @@ class Interpolation(Section):
 
 
 def legend(views: Sequence[View]) -> Legend:
-    """Marker and colour of every run."""
+    """Returns the legend of all runs: marker, colour and name."""
     return Legend("Runs", [run_entry(view) for view in views])
 
 
 def radius(view: View, attack: str) -> tuple[str, float] | None:
-    """Norm and radius of an attack, from its protocol; None if it has none."""
+    """Reads norm and radius of an attack from its protocol.
+
+    Args:
+        view: the run.
+        attack: name of the attack.
+
+    Returns:
+        Norm and radius in pixel values of [0, 1]; None if the attack has no finite radius.
+    """
     axes = next((view.axes(task, attack) for task in view.scores if view.axes(task, attack)), {})
     eps = axes.get("eps")
-    words = str(next(iter(eps.values()), "") if isinstance(eps, dict) else eps).split()
+    parts = str(next(iter(eps.values()), "") if isinstance(eps, dict) else eps).split()
     try:
-        norm, value = words[0], float(words[1])
+        norm, value = parts[0], float(parts[1])
     except (IndexError, ValueError):
         return None
     return (norm, value) if math.isfinite(value) else None
 
 
 def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
-    """A plot per kind of attack over its radii, from the clean image on, and lines about attacks it cannot show."""
+    """Draws a plot per kind of attack over its radii, and writes lines about attacks that no plot can show."""
     groups: dict[str, list[str]] = {}
     without = []
     for attack in [kind for kind in union(views, of="kinds") if kind != CLEAN]:
@@ -93,7 +101,7 @@ def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
 def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
     lines = {view.number: _points(view, attacks) for view in views}
     norm = next(
-        found[0] for view in views for attack in attacks if attack in view.attacks if (found := radius(view, attack))
+        limit[0] for view in views for attack in attacks if attack in view.attacks if (limit := radius(view, attack))
     )
     scale = GREY_LEVELS if norm == "linf" else 1
 
@@ -111,31 +119,31 @@ def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
         axes.set_ylim(0, 100)
         axes.grid(axis="y")
 
-    text = "; ".join(f"{view.label}: {_told(lines[view.number], scale)}" for view in views)
+    text = "; ".join(f"{view.label}: {_described(lines[view.number], scale)}" for view in views)
     return Picture(draw(name, f"Mean accuracy against radius. {text}", paint), ", ".join(attacks))
 
 
 def _points(view: View, attacks: Sequence[str]) -> list[Point]:
     points = [(0.0, view.mean[CLEAN])] if CLEAN in view.mean else []
     for attack in attacks:
-        found = radius(view, attack) if attack in view.attacks else None
-        if found:
-            points.append((found[1], view.mean[attack]))
+        limit = radius(view, attack) if attack in view.attacks else None
+        if limit:
+            points.append((limit[1], view.mean[attack]))
     return sorted(points, key=lambda point: point[0])
 
 
-def _told(points: Sequence[Point], scale: int) -> str:
+def _described(points: Sequence[Point], scale: int) -> str:
     return ", ".join(f"{score.text} % at {scale * eps:.3g}" for eps, score in points)
 
 
 def _kind(view: View, attack: str) -> str:
-    """The same for attacks that differ in nothing but the radius, and what grows with it."""
+    """Returns a digest of an attack without its radius and step lengths, which groups attacks to one curve."""
     axes = next(view.axes(task, attack) for task in view.scores if view.axes(task, attack))
     steps = axes.get("steps")
     if isinstance(steps, dict):
         steps = {name: _without_lengths(given) for name, given in steps.items()}
-    found = radius(view, attack)
-    return digest(json.loads(json.dumps([found and found[0], steps, axes.get("loss")], default=str)))
+    limit = radius(view, attack)
+    return digest(json.loads(json.dumps([limit and limit[0], steps, axes.get("loss")], default=str)))
 
 
 def _without_lengths(given: object) -> object:
@@ -175,7 +183,7 @@ def _scatter(views: Sequence[View], attack: str, name: str) -> Picture:
 
 
 def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
-    """The runs between the original and the same fine-tuned model, each with its alpha, in this order."""
+    """Groups the runs between the original and one fine-tuned model, each with its alpha and sorted by it."""
     lines: dict[str, list[tuple[float, View]]] = {}
     for view in views:
         if view.interpolation is not None:
@@ -200,10 +208,10 @@ def _interpolation(line: Sequence[tuple[float, View]], name: str) -> Picture:
         axes.grid(axis="y")
         axes.legend(frameon=False)
 
-    told = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
+    text = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
             for kind, scores in curves.items())  # fmt: skip
     method = line[0][1].run.result["method"]
-    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(told)}", paint), str(method))
+    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(text)}", paint), str(method))
 
 
 def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:

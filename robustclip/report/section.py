@@ -1,4 +1,4 @@
-"""The contract of a report section."""
+"""Defines the contract of a report section."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,4 +19,4 @@ class Section(ABC):
 
     @abstractmethod
     def blocks(self, views: Sequence[View]) -> Sequence[Block]:
-        """Content of the section for these runs, from top to bottom."""
+        """Returns the content of the section for these runs, from top to bottom."""

@@ -1,4 +1,4 @@
-"""Pictures by matplotlib that follow the page: its colours in light and dark, its fonts, unique ids."""
+"""Draws pictures by matplotlib in the page's own style: its colours in light and dark, its fonts, unique ids."""
 
 import html
 import io
@@ -43,22 +43,22 @@ STYLE = {
 
 
 def run_colour(number: int) -> str:
-    """Placeholder of a run's colour; they recur after `RUN_COLOURS`, with other markers."""
+    """Returns the placeholder of a run's colour; colours recur after `RUN_COLOURS` runs, with other markers."""
     return f"#0b0a{number % RUN_COLOURS:02x}"
 
 
 def member_colour(number: int) -> str:
-    """Placeholder of the colour of an attack's member."""
+    """Returns the placeholder of the colour of an attack's member."""
     return f"#0c0a{number % MEMBER_COLOURS:02x}"
 
 
 def run_entry(view: View) -> Entry:
-    """The legend entry of a run."""
+    """Returns the legend entry of a run."""
     return Entry(f"sign run{view.number % RUN_COLOURS}", MARKER_SIGNS[view.number % len(MARKER_SIGNS)], view.label)
 
 
 def run_style(view: View) -> dict[str, Any]:
-    """Colour and marker of a run; a run whose audit failed is drawn pale."""
+    """Returns the colour and marker of a run; a run whose audit failed is drawn pale."""
     alpha = FAILED_ALPHA if view.has_failed else 1.0
     return {"color": run_colour(view.number), "marker": MARKERS[view.number % len(MARKERS)], "alpha": alpha}
 
@@ -66,12 +66,12 @@ def run_style(view: View) -> dict[str, Any]:
 def draw(
     name: str, alt: str, paint: Callable[[Axes], Mapping[str, str] | None], *, size: tuple[float, float] = (5.0, 3.6)
 ) -> Markup:
-    """An inline picture, the same bytes for the same content.
+    """Draws an inline picture; equal content gives equal bytes.
 
     Args:
         name: unique on the page; letters, digits and ``-``.
-        alt: what the picture shows, for those who cannot see it.
-        paint: draws, and may return the text that the mouse finds over an artist, by the artist's gid.
+        alt: description of the picture, for readers who cannot see it.
+        paint: draws on the axes; may return tooltips by the gid of their artist.
         size: in inches; the page scales it to its column.
     """
     text = io.StringIO()
@@ -97,8 +97,8 @@ def _follow_page(svg: str, name: str, alt: str, titles: Mapping[str, str]) -> st
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     for placeholder, variable in NAMES.items():
         svg = svg.replace(placeholder, f"var(--{variable})")
-    svg = re.sub(r"#0b0a(\w\w)", lambda found: f"var(--run{int(found[1], 16)})", svg)
-    svg = re.sub(r"#0c0a(\w\w)", lambda found: f"var(--member{int(found[1], 16)})", svg)
+    svg = re.sub(r"#0b0a(\w\w)", lambda match: f"var(--run{int(match[1], 16)})", svg)
+    svg = re.sub(r"#0c0a(\w\w)", lambda match: f"var(--member{int(match[1], 16)})", svg)
     return re.sub(r"\s*\n\s*", "\n", svg)
 
 

@@ -1,4 +1,4 @@
-"""Evidence that the numbers can be trusted: the runs, their audits, and their protocols."""
+"""Shows the evidence behind the numbers: the runs, their audits, and their protocols."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Audit(Section):
     title = "Audit"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """The checks of each run, failures first."""
+        """Returns the checks of each run, failures first."""
         return [Checks(run_entry(view), view.number, view.grade, _ranked(view)) for view in views]
 
 
@@ -29,7 +29,7 @@ class Protocol(Section):
     title = "Protocol"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """One folded table per task."""
+        """Returns one folded table per task."""
         text = "Two numbers are comparable only if these axes agree. An axis is shown once where all runs agree."
         return [Text(text), *(_task(views, task) for task in union(views, of="tasks"))]
 
@@ -40,7 +40,7 @@ class Runs(Section):
     title = "Runs"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """Facts of each run; versions are folded away."""
+        """Returns the facts of each run; versions are folded away."""
         blocks: list[Block] = []
         for view in views:
             versions = view.run.result.get("versions") or {}
@@ -98,7 +98,7 @@ def _task(views: Sequence[View], task: str) -> Fold:
 
 
 def _values(views: Sequence[View], per_run: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The distinct values of an axis, each with the attacks and runs that have it."""
+    """Lists the distinct values of an axis, each with the attacks and runs that have it."""
     is_shared = all(values == per_run[0] for values in per_run)
     owners: dict[str, dict[str, list[str]]] = {}
     for view, values in list(zip(views, per_run, strict=True))[: 1 if is_shared else None]:
@@ -111,7 +111,7 @@ def _values(views: Sequence[View], per_run: Sequence[dict[str, Any]]) -> list[tu
 
 
 def _owned(by_run: Mapping[str, Sequence[str]], per_run: Sequence[Mapping[str, Any]]) -> str:
-    """Runs, each with its attacks unless it has the value for all of them."""
+    """Names the runs, each with its attacks unless it has the value for all of them."""
     most = max(len(values) for values in per_run)
     return "; ".join(
         name if name and len(kinds) == most else f"{name} {', '.join(kinds)}".strip() for name, kinds in by_run.items()

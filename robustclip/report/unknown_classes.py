@@ -1,4 +1,4 @@
-"""Detection of unknown classes: tables, histograms of the scores, ROC curves, and curves over neighbours."""
+"""Shows the detection of unknown classes: tables, histograms of the scores, ROC curves, and curves over neighbours."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,60 +31,67 @@ MEASURES = {"auroc": "-", "fpr95": (0, (4, 2))}
 
 
 class UnknownClasses(Section):
-    """Known against unknown classes."""
+    """Detection of unknown classes by scores."""
 
     title = "Unknown classes"
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
-        """Settings, plots and tables; nothing where no run measured it."""
-        shown = _tables(views)
-        if not shown:
+        """Returns settings, plots and tables, or nothing if no run measured the detection."""
+        tables = _tables(views)
+        if not tables:
             return []
         text = (
-            "Known samples are the positives. Under attack every image is moved against the reported score: known "
-            "ones lower it, unknown ones raise it. Dashed lines and empty outlines are under attack."
+            "Known samples are the positives. The attack lowers the reported score of known images and raises "
+            "that of unknown ones. Dashed lines and empty outlines show scores under attack."
         )
         settings = [Text(_settings(view), "aside") for view in views if view.detection]
         drawn = [pair for pair in _pairs(views) if any("roc" in pair.of(view) for view in views)]
         plots = [_plots(views, pair, number) for number, pair in enumerate(drawn)]
-        return [Text(text), *settings, legend(views), *plots, *_over_neighbours(views), Tables(shown)]
+        return [Text(text), *settings, legend(views), *plots, *_over_neighbours(views), Tables(tables)]
 
 
 class Pair(NamedTuple):
-    """A known task, an unknown set, and a score."""
+    """A task, a set of unknown classes, and a score.
+
+    Attributes:
+        known: name of the task.
+        unknown: name of the set of unknown classes.
+        score: name of the score.
+    """
 
     known: str
     unknown: str
     score: str
 
     def of(self, view: View) -> Mapping[str, Any]:
-        """What a run found; empty if it has not measured it."""
+        """Returns the measures of a run; empty if it has none for this pair."""
         task = view.detection.get("tasks", {}).get(self.known, {})
-        found: Mapping[str, Any] = task.get("unknown", {}).get(self.unknown, {}).get("scores", {}).get(self.score, {})
-        return found
+        scores = task.get("unknown", {}).get(self.unknown, {}).get("scores", {})
+        measures: Mapping[str, Any] = scores.get(self.score, {})
+        return measures
 
 
 def _tables(views: Sequence[View]) -> list[Table]:
-    """A table per measure with a column per run; none that would be empty."""
-    found = []
+    """Returns a table per measure with a column per run; empty tables are left out."""
+    tables = []
     for measure, caption in SEPARATION.items():
         rows: dict[str, list[float | None]] = {}
         for pair in _pairs(views):
             name = f"{pair.known} / {pair.unknown}: {pair.score}"
             rows[name] = [pair.of(view).get(measure) for view in views]
             rows[f"{name}, {ATTACKED}"] = [pair.of(view).get(ATTACKED, {}).get(measure) for view in views]
-        found.append(_table(caption, views, rows))
+        tables.append(_table(caption, views, rows))
     for measure, caption in OF_TASKS.items():
-        of_run = [view.detection.get("tasks", {}) for view in views]
-        names = dict.fromkeys(name for tasks in of_run for name in tasks)
-        found.append(
-            _table(caption, views, {name: [tasks.get(name, {}).get(measure) for tasks in of_run] for name in names})
+        by_run = [view.detection.get("tasks", {}) for view in views]
+        names = dict.fromkeys(name for tasks in by_run for name in tasks)
+        tables.append(
+            _table(caption, views, {name: [tasks.get(name, {}).get(measure) for tasks in by_run] for name in names})
         )
-    return [table for table in found if table.rows]
+    return [table for table in tables if table.rows]
 
 
 def _plots(views: Sequence[View], pair: Pair, number: int) -> Fold:
-    """ROC curves of all runs, and the histogram of each run."""
+    """Draws ROC curves of all runs, and the histogram of each run."""
     having = [view for view in views if "roc" in pair.of(view)]
     pictures = [_roc(having, pair, f"roc-{number}")]
     pictures += [_histogram(view, pair, f"scores-{number}-{view.number}") for view in having]
@@ -107,11 +114,12 @@ def _roc(views: Sequence[View], pair: Pair, name: str) -> Picture:
 
 
 def _histogram(view: View, pair: Pair, name: str) -> Picture:
-    found = pair.of(view)
-    counts = {kind: found["histogram"][kind] for kind in (CLEAN, ATTACKED) if kind in found["histogram"]}
+    measures = pair.of(view)
+    histogram = measures["histogram"]
+    counts = {kind: histogram[kind] for kind in (CLEAN, ATTACKED) if kind in histogram}
 
     def paint(axes: Axes) -> None:
-        low, high = found["histogram"]["range"]
+        low, high = histogram["range"]
         for kind, sides in counts.items():
             for side, colour in SIDES.items():
                 shares = 100 * np.array(sides[side]) / sum(sides[side])
@@ -125,13 +133,13 @@ def _histogram(view: View, pair: Pair, name: str) -> Picture:
         axes.grid(axis="y")
         axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
-    text = f"Histograms of {pair.score} for known and unknown samples. {view.label}: {_areas(found)}"
+    text = f"Histograms of {pair.score} for known and unknown samples. {view.label}: {_areas(measures)}"
     return Picture(draw(name, text, paint), view.label, run_entry(view))
 
 
-def _areas(found: Mapping[str, Any]) -> str:
-    attacked = f", {_percent(found[ATTACKED]['auroc'])} % attacked" if ATTACKED in found else ""
-    return f"AUROC {_percent(found['auroc'])} %{attacked}"
+def _areas(measures: Mapping[str, Any]) -> str:
+    attacked = f", {_percent(measures[ATTACKED]['auroc'])} % attacked" if ATTACKED in measures else ""
+    return f"AUROC {_percent(measures['auroc'])} %{attacked}"
 
 
 def _settings(view: View) -> str:
@@ -146,8 +154,8 @@ def _pairs(views: Sequence[View]) -> list[Pair]:
 
 def _pairs_of(view: View) -> Iterator[Pair]:
     for known, task in view.detection.get("tasks", {}).items():
-        for unknown, found in task["unknown"].items():
-            yield from (Pair(known, unknown, score) for score in found["scores"])
+        for unknown, measures in task["unknown"].items():
+            yield from (Pair(known, unknown, score) for score in measures["scores"])
 
 
 def _table(caption: str, views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Table:
@@ -164,7 +172,7 @@ def _percent(value: float | None) -> str:
 
 
 def _over_neighbours(views: Sequence[View]) -> list[Block]:
-    """The KNN score over K: a plot per known task and unknown set; nothing where no run has such a curve."""
+    """Draws the score knn over K, a plot per known task and unknown set; nothing if no run has such a curve."""
     pairs = dict.fromkeys(
         (known, unknown)
         for view in views
@@ -175,8 +183,8 @@ def _over_neighbours(views: Sequence[View]) -> list[Block]:
     if not pairs:
         return []
     text = (
-        "By the distance to the K-th nearest training image, AUROC as a solid and FPR95 as a dashed line. The large "
-        "signs are at 1 % of the training images, which is the score knn of the tables."
+        "Solid lines show AUROC and dashed lines FPR95 of the distance to the K-th nearest training image. Large signs "
+        "are at 1 % of the training images, which is the K of the score knn in the tables."
     )
     drawn = [_neighbour_plot(views, *pair, f"neighbours-{number}") for number, pair in enumerate(pairs)]
     return [Fold("knn over K", [Text(text), Pictures(drawn)], is_open=True)]
@@ -187,7 +195,7 @@ def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) 
 
     def paint(axes: Axes) -> None:
         for view in having:
-            curve, own = _curve(view, known, unknown), _found(view, known, unknown)["scores"]["knn"]
+            curve, own = _curve(view, known, unknown), _measures(view, known, unknown)["scores"]["knn"]
             style = run_style(view)
             for measure, line in MEASURES.items():
                 y = 100 * np.array(curve[measure], float)  # null, where there is no number, becomes nan
@@ -211,10 +219,11 @@ def _spoken(curve: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _curve(view: View, known: str, unknown: str) -> Mapping[str, Sequence[Any]]:
-    curve: Mapping[str, Sequence[Any]] = _found(view, known, unknown).get("neighbours", {})
+    curve: Mapping[str, Sequence[Any]] = _measures(view, known, unknown).get("neighbours", {})
     return curve
 
 
-def _found(view: View, known: str, unknown: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = view.detection.get("tasks", {}).get(known, {}).get("unknown", {}).get(unknown, {})
-    return found
+def _measures(view: View, known: str, unknown: str) -> Mapping[str, Any]:
+    task = view.detection.get("tasks", {}).get(known, {})
+    measures: Mapping[str, Any] = task.get("unknown", {}).get(unknown, {})
+    return measures

@@ -1,4 +1,4 @@
-"""A run as the report reads it: its result and ledgers, read once and checked."""
+"""Reads the results and ledgers of runs for the report, once, and checks them."""
 
 import math
 from collections import Counter
@@ -18,7 +18,14 @@ FAILED = "✕ failed audit"
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy and its 95 % interval, in [0, 1]."""
+    """An accuracy and its 95 % interval.
+
+    Args:
+        value: accuracy in [0, 1].
+        low: lower limit of the interval.
+        high: upper limit of the interval.
+        correct: number of correct samples; None for means.
+    """
 
     value: float
     low: float
@@ -27,7 +34,7 @@ class Score:
 
     @property
     def text(self) -> str:
-        """In percent."""
+        """Accuracy in percent."""
         return percent(self.value)
 
     @property
@@ -43,7 +50,7 @@ class Score:
 
 @dataclass(frozen=True)
 class View:
-    """A run as the report shows it.
+    """One run of the report.
 
     Args:
         run: the finished test.
@@ -66,18 +73,18 @@ class View:
 
     @property
     def grade(self) -> str:
-        """Grade of the audit; a dash without one."""
+        """Grade of the audit, or a dash if there is none."""
         return str((self.run.result.get("audit") or {}).get("grade") or MISSING)
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:
         """Checks of the audit."""
-        found: Sequence[Mapping[str, Any]] = (self.run.result.get("audit") or {}).get("checks") or []
-        return found
+        checks: Sequence[Mapping[str, Any]] = (self.run.result.get("audit") or {}).get("checks") or []
+        return checks
 
     @property
     def has_failed(self) -> bool:
-        """Whether the audit failed, so that the accuracy under attack is no evidence."""
+        """Whether the audit failed; the accuracy under attack is then no evidence of robustness."""
         return self.grade == "F"
 
     @property
@@ -87,90 +94,111 @@ class View:
 
     @property
     def kinds(self) -> list[str]:
-        """``clean`` and the attacks."""
+        """Names of the accuracies: ``clean`` and the attacks."""
         return list(self.mean)
 
     @property
     def attacks(self) -> list[str]:
-        """Without ``clean``."""
+        """Names of the attacks, without ``clean``."""
         return [kind for kind in self.mean if kind != CLEAN]
 
     def task(self, name: str) -> Mapping[str, Any]:
-        """What the result says of a task."""
-        found: Mapping[str, Any] = self.run.result["tasks"][name]
-        return found
+        """Returns the part of the result about one task."""
+        values: Mapping[str, Any] = self.run.result["tasks"][name]
+        return values
 
     def axes(self, task: str, kind: str) -> Mapping[str, Any]:
-        """The protocol of one number; empty if the run does not have it."""
-        found: Mapping[str, Any] = self.run.result["protocol"].get(task, {}).get(kind, {}).get("axes", {})
-        return found
+        """Returns the protocol of one accuracy.
+
+        Args:
+            task: name of the task.
+            kind: ``clean`` or name of the attack.
+
+        Returns:
+            Values by axis; empty if the run does not have this accuracy.
+        """
+        axes: Mapping[str, Any] = self.run.result["protocol"].get(task, {}).get(kind, {}).get("axes", {})
+        return axes
 
     @property
     def geometry(self) -> Mapping[str, Mapping[str, float | None]]:
-        """What `FeatureGeometry` measured, by task or captioned set."""
-        found: Mapping[str, Mapping[str, float | None]] = self.run.result.get("geometry") or {}
-        return found
+        """Measures of `FeatureGeometry`, by task or captioned set."""
+        geometry: Mapping[str, Mapping[str, float | None]] = self.run.result.get("geometry") or {}
+        return geometry
 
     @property
     def detection(self) -> Mapping[str, Any]:
-        """What `OODDetection` measured, and how; empty if it did not."""
-        found: Mapping[str, Any] = self.run.result.get("detection") or {}
-        return found
+        """Measures and settings of `OODDetection`; empty if it did not run."""
+        detection: Mapping[str, Any] = self.run.result.get("detection") or {}
+        return detection
 
     @property
     def interpolation(self) -> tuple[str, float] | None:
-        """The fine-tuned weights and their share, for a model between them and the original."""
-        found = (self.run.result.get("model") or {}).get("interpolation")
-        return (str(found["fine_tuned"]), float(found["alpha"])) if found else None
+        """Fingerprint and share of the fine-tuned weights, for a model between them and the original."""
+        origin = (self.run.result.get("model") or {}).get("interpolation")
+        return (str(origin["fine_tuned"]), float(origin["alpha"])) if origin else None
 
     def members(self, attack: str) -> list[str]:
-        """Who can break a sample, in the order in which they try."""
+        """Lists the members of an attack that misclassified samples, in the order in which they try."""
         planned = [self.axes(task, attack).get("steps") for task in self.scores]
         tried = [name for steps in planned if isinstance(steps, dict) for name in steps]
         named = [name for task in self.scores for name in self.task(task).get(attack, {}).get("broken_by") or {}]
-        found = [name for task in self.scores for name in sorted(self.successes[task].get(attack, {}))]
-        return [name for name in dict.fromkeys([*tried, *named, *found]) if name in {*named, *found} - {"", CLEAN}]
+        counted = [name for task in self.scores for name in sorted(self.successes[task].get(attack, {}))]
+        return [name for name in dict.fromkeys([*tried, *named, *counted]) if name in {*named, *counted} - {"", CLEAN}]
 
 
 def views(paths: Sequence[Path]) -> list[View]:
-    """Reads runs, in the order given.
+    """Reads runs, in the order of the paths.
 
     Raises:
-        ValueError: a folder is no finished test, or lacks what the report shows.
+        ValueError: a folder holds no finished test, or its result lacks a value that the report shows.
     """
     runs = [Run.open(path) for path in paths]
     methods = Counter(run.result["method"] for run in runs)
     labels = [_label(run) if methods[run.result["method"]] > 1 else str(run.result["method"]) for run in runs]
     seen: Counter[str] = Counter()
-    found = []
+    opened = []
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         seen[label] += 1
         unique = f"{label} ({seen[label]})" if seen[label] > 1 else label
         try:
-            found.append(_view(run, unique, number))
+            opened.append(_view(run, unique, number))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{run.folder} is no result that a report can show: it lacks {error}") from error
-    return found
+            raise ValueError(f"{run.folder} cannot be shown in a report: its result lacks {error}") from error
+    return opened
 
 
 def union(views: Sequence[View], *, of: str) -> list[str]:
-    """Tasks, averages or kinds (``clean`` and attacks) that any run has, in the order of the runs."""
+    """Lists the names that any run has, in the order of the runs.
+
+    Args:
+        views: runs of the report.
+        of: ``tasks``, ``averages`` or ``kinds`` (``clean`` and attacks).
+    """
     names = ({"tasks": view.scores, "averages": view.averages, "kinds": view.mean}[of] for view in views)
     return list(dict.fromkeys(chain.from_iterable(names)))
 
 
 def averaged(view: View, average: str) -> list[str]:
-    """The tasks of an average; none where the run has not taken it."""
+    """Lists the tasks of an average.
+
+    Args:
+        view: the run.
+        average: name of the average.
+
+    Returns:
+        Names of the tasks; empty if the run does not have this average.
+    """
     return list(view.run.result["averages"][average]["tasks"]) if average in view.averages else []
 
 
 def percent(value: float) -> str:
-    """With one decimal; a dash for what cannot be told."""
+    """Formats a share in percent with one decimal; a number that is not finite becomes a dash."""
     return f"{100 * value:.1f}" if math.isfinite(value) else MISSING
 
 
 def _label(run: Run) -> str:
-    """Method and folder; the folder alone where it is named after the method."""
+    """Names a run by method and folder, or by its folder alone if this begins with the method."""
     method = str(run.result["method"])
     return run.name if run.name.lower().startswith(method.lower()) else f"{method} {run.name}"
 

@@ -1,1 +1,1 @@
-"""Commands beside fit, validate and test, one file each."""
+"""Holds the commands other than fit, validate and test, one file each."""

@@ -1,4 +1,4 @@
-"""``robustclip cache``: embeddings of a run's images by the frozen model, which training reads in their place."""
+"""``robustclip cache`` writes the frozen model's image embeddings, which training then reads in place of images."""
 
 import json
 import shutil
@@ -31,19 +31,19 @@ IMAGES_PER_PART = 4096
 @checked
 @dataclass(frozen=True)
 class Settings:
-    """What is kept, and how it is made.
+    """Settings of the feature cache.
 
     Args:
-        views: augmented views of each training image, one for each epoch; null for as many as the run has epochs. The
-            plain view comes beside them.
-        with_test: keep the test sets and those of unknown classes too.
-        device: of the model; ``auto`` takes a GPU if there is one.
-        precision: of the model: ``fp32`` or ``bf16``; the disk has fp16 in either case.
-        shard: which share of the images this process encodes, from 0.
-        shards: number of shares; several only encode, and the command without them joins what they made.
+        views: number of augmented views of each training image, one per epoch; null takes the number of epochs of the
+            run. The view without augmentation is always added.
+        with_test: also caches the test sets and the sets of unknown classes.
+        device: device of the model; ``auto`` takes a GPU if there is one.
+        precision: precision of the model, ``fp32`` or ``bf16``; embeddings are stored in fp16.
+        shard: number of the share of images that this process encodes, from 0.
+        shards: number of shares. Processes with shares only encode; the command without shares then joins the parts.
 
     Raises:
-        ValueError: a value that is none of these.
+        ValueError: a value is out of range.
     """
 
     views: Count | None = None
@@ -60,13 +60,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one view of a set, which is made in one go.
+    """A range of samples in one view of a set; it is encoded and stored as one part.
 
     Args:
-        images: of the set.
-        view: number; None for the plain one.
-        begin: of the stretch among the set's samples.
-        positions: its samples.
+        images: image set.
+        view: number of the augmented view; None for the view without augmentation.
+        begin: start of the range among the set's samples.
+        positions: positions of the samples in the data set.
         pixels: transform of the view.
     """
 
@@ -78,49 +78,51 @@ class Piece:
 
     @property
     def name(self) -> str:
-        """Of its part in the store."""
+        """Name of the part in the store."""
         return f"{self.images.name.replace('/', '-')}-{Path(file_name(self.view)).stem}-{self.begin}"
 
 
 def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: int | None, seed: int) -> None:
-    """Writes the folder that ``data.features`` names; started again, it takes what is there.
+    """Writes the feature cache to the folder ``data.features``; the same command resumes an interrupted run.
 
-    Batches are the same however the work is dealt out or interrupted, and so are the files.
+    The files do not depend on interruptions or on the number of processes.
 
     Args:
-        clip: the model, before it is fine-tuned.
-        data: of the run.
-        settings: what, and how.
-        epochs: of the run.
-        seed: of the run, on which the augmentation depends.
+        clip: the model before fine-tuning.
+        data: data of the run.
+        settings: settings of the cache.
+        epochs: number of epochs of the run; None if the run has no fixed number.
+        seed: seed of the run, which determines the augmentation.
 
     Raises:
-        ValueError: no folder, one that exists or was begun for another model or other data, remote data, or no number
-            of views.
+        ValueError: ``data.features`` is null or exists, the unfinished work belongs to another model or other data, the
+            data is remote, or the number of views is unknown.
     """
-    out, data.features = data.features, None  # or the data would look for what is not there yet
+    out, data.features = data.features, None  # otherwise the data module would read features that do not exist yet
     if out is None:
-        raise ValueError("data.features must name the folder to write, got null; the run then reads it there")
+        raise ValueError("data.features must name the folder to write, got null; give the same folder to fit")
     if out.exists():
-        raise ValueError(f"features {str(out)!r} exist and are never overwritten; name another folder")
+        raise ValueError(f"data.features {str(out)!r} exists and is never overwritten; choose another folder")
     for stage in ("fit", "test") if settings.with_test else ("fit",):
         data.setup(stage)
     views = (settings.views or epochs or 0) if data.augmentation else 0
     if data.augmentation and views < 1:
-        raise ValueError("views must be set where `trainer.max_epochs` tells no number of epochs")
+        raise ValueError(
+            "views must be set because trainer.max_epochs is not; give one view per epoch, such as --views 30"
+        )
     encoder = _encoder(clip, data, settings)
-    made = _made(encoder, data, views, seed)
-    pieces = [piece for each in data.image_sets for piece in _pieces(each, data.augmentation, views, seed)]
+    origin = _origin(encoder, data, views, seed)
+    pieces = [piece for images in data.image_sets for piece in _pieces(images, data.augmentation, views, seed)]
     own = [piece for number, piece in enumerate(pieces) if number % settings.shards == settings.shard]
     work = out.with_name(f"{out.name}.work")
-    store = Store(work, made | _told(data.image_sets))
+    store = Store(work, origin | _identities(data.image_sets))
     label = f"{sum(len(piece.positions) for piece in own):,} images"
     for piece in display.progress(own, label):
         store.part(piece.name, partial(_encode, piece, encoder))
     if settings.shards > 1:
         sys.stdout.write(f"features of share {settings.shard} of {settings.shards} are in {work}\n")
         return
-    _publish(store, pieces, out, made, {each.name: each.identity for each in data.image_sets})
+    _publish(store, pieces, out, origin, {images.name: images.identity for images in data.image_sets})
     shutil.rmtree(work)
 
 
@@ -135,8 +137,8 @@ def _encoder(clip: CLIPModel, data: CLIPDataModule, settings: Settings) -> Encod
     )
 
 
-def _made(encoder: Encoder, data: CLIPDataModule, views: int, seed: int) -> dict[str, Any]:
-    """How embeddings are made."""
+def _origin(encoder: Encoder, data: CLIPDataModule, views: int, seed: int) -> dict[str, Any]:
+    """Collects the settings that determine the embeddings."""
     clip, augmentation = encoder.clip, data.augmentation
     model = {"arch": clip.arch, "pretrained": clip.pretrained, "fingerprint": clip.fingerprint}
     return {
@@ -148,14 +150,14 @@ def _made(encoder: Encoder, data: CLIPDataModule, views: int, seed: int) -> dict
     }
 
 
-def _told(sets: Sequence[ImageSet]) -> dict[str, Any]:
-    """What parts of the sets depend on, each with a name of its own."""
-    told = {each.name: each.identity | {"choice of samples": digest(each.positions)} for each in sets}
-    return {f"{key} of {name}": value for name, values in told.items() for key, value in values.items()}
+def _identities(sets: Sequence[ImageSet]) -> dict[str, Any]:
+    """Collects the identities and sample choices of the sets, under unique names."""
+    by_set = {images.name: images.identity | {"choice of samples": digest(images.positions)} for images in sets}
+    return {f"{key} of {name}": value for name, values in by_set.items() for key, value in values.items()}
 
 
 def _pieces(images: ImageSet, augmentation: Augmentation | None, views: int, seed: int) -> Iterator[Piece]:
-    """All views of a training set, the plain view of any other."""
+    """Yields the parts to encode: all views of a training set, only the plain view of other sets."""
     positions = images.positions
     for view in (None, *range(views if images.name == "train" else 0)):
         is_plain = view is None
@@ -165,7 +167,7 @@ def _pieces(images: ImageSet, augmentation: Augmentation | None, views: int, see
 
 
 def _encode(piece: Piece, encoder: Encoder) -> Part:
-    """Records of ``id``, ``label`` and ``embedding``; samples that do not decode are left out."""
+    """Encodes records of ``id``, ``label`` and ``embedding``; samples that cannot be decoded are left out."""
     loader = ImageLoader(
         Images(piece.images.dataset, piece.pixels, piece.positions),
         skips_bad_samples=True,
@@ -174,28 +176,30 @@ def _encode(piece: Piece, encoder: Encoder) -> Part:
         num_workers=encoder.num_workers,
         pin_memory=encoder.device != "cpu",
     )
-    found = np.zeros(len(piece.positions), [("id", "<i8"), ("label", "<i8"), ("embedding", "<f2", (encoder.width,))])
+    rows = np.zeros(len(piece.positions), [("id", "<i8"), ("label", "<i8"), ("embedding", "<f2", (encoder.width,))])
     end = 0
     for batch in loader:
         begin, end = end, end + len(batch.labels)
-        found["id"][begin:end], found["label"][begin:end] = batch.index, batch.labels
-        found["embedding"][begin:end] = encoder.embeddings(batch.images).half().cpu()
-    if not np.isfinite(found["embedding"][:end]).all():
-        raise ValueError(f"embeddings of {piece.images.name!r} exceed what fp16 holds, so this model has no cache")
-    return found[:end]
+        rows["id"][begin:end], rows["label"][begin:end] = batch.index, batch.labels
+        rows["embedding"][begin:end] = encoder.embeddings(batch.images).half().cpu()
+    if not np.isfinite(rows["embedding"][:end]).all():
+        raise ValueError(
+            f"embeddings of {piece.images.name!r} exceed the range of fp16; train this model without a cache"
+        )
+    return rows[:end]
 
 
 def _publish(
-    store: Store, pieces: Sequence[Piece], out: Path, made: dict[str, Any], identities: dict[str, dict[str, Any]]
+    store: Store, pieces: Sequence[Piece], out: Path, origin: dict[str, Any], identities: dict[str, dict[str, Any]]
 ) -> None:
-    """Joins the parts to one file per set and view, and tells what is in them."""
+    """Joins the parts to one file per set and view, and writes the manifest."""
     with atomic_folder(out) as aside:
         for name, identity in identities.items():
             own = [piece for piece in pieces if piece.images.name == name]
             identity |= _join(store, own, aside / name)
         versions = {name: version(name) for name in ("torch", "open_clip_torch", "numpy")}
         files = {str(path.relative_to(aside)): file_digest(path) for path in sorted(aside.rglob("*.npy"))}
-        manifest = {**made, "dtype": "float16", "sets": identities, "files": files, "versions": versions}
+        manifest = {**origin, "dtype": "float16", "sets": identities, "files": files, "versions": versions}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in out.rglob("*.npy"))
     count = sum(identity["samples"] for identity in identities.values())
@@ -203,13 +207,13 @@ def _publish(
 
 
 def _join(store: Store, pieces: Sequence[Piece], folder: Path) -> dict[str, Any]:
-    """Writes the files of a set; returns the number of its samples, and the ids of those that did not decode."""
+    """Writes the files of a set; returns its number of samples and the ids of those that could not be decoded."""
     folder.mkdir(parents=True)
     for view in dict.fromkeys(piece.view for piece in pieces):
         parts = [store.read(piece.name) for piece in pieces if piece.view == view]
         ids = np.concatenate([part["id"] for part in parts])
         if not len(ids):
-            raise ValueError(f"no image of {pieces[0].images.name!r} decodes, so it has no features")
+            raise ValueError(f"no image of {pieces[0].images.name!r} can be decoded, so it has no features")
         shape = (len(ids), *parts[0]["embedding"].shape[1:])
         joined = open_memmap(folder / file_name(view), "w+", np.float16, shape)
         np.concatenate([part["embedding"] for part in parts], out=joined)
@@ -217,5 +221,5 @@ def _join(store: Store, pieces: Sequence[Piece], folder: Path) -> dict[str, Any]
         if view is None:
             np.save(folder / IDS, ids)
             np.save(folder / LABELS, np.concatenate([part["label"] for part in parts]))
-    wanted = {position for piece in pieces for position in piece.positions}
-    return {"samples": len(ids), "bad_samples": sorted(wanted - set(ids.tolist()))}
+    chosen = {position for piece in pieces for position in piece.positions}
+    return {"samples": len(ids), "bad_samples": sorted(chosen - set(ids.tolist()))}

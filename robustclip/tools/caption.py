@@ -1,4 +1,4 @@
-"""``robustclip caption``: a table of captions of a data set's images, by any Hugging Face image-to-text model."""
+"""``robustclip caption`` writes captions of a data set's images, by any Hugging Face image-to-text model."""
 
 import io
 import json
@@ -36,28 +36,28 @@ def caption(
     shard: int = 0,
     shards: int = 1,
 ) -> bool:
-    """Captions the images of a data set, without augmentation; started again, it goes on where it was.
+    """Writes a table of captions of a data set's images; the same command resumes an interrupted run.
 
-    Batches are the same however the work is dealt out or interrupted, and so is the table.
+    Images are not augmented. The table does not depend on interruptions or on the number of processes.
 
     Args:
         data: source, as for ``--data.train``.
         captioner: folder, or id on the Hugging Face hub, of an image-to-text model with weights as safetensors.
-        out: parquet file to write; until it is whole, what there is stands in ``OUT.journal``.
-        root: relative paths start here.
-        split: of the data set.
-        decoding: of the captions.
-        num_workers: loader processes.
-        device: of the captioner; ``auto`` takes a GPU if there is one.
-        shard: which share this process takes, from 0.
+        out: parquet file to write; finished batches are kept in ``OUT.journal`` until the file is complete.
+        root: folder at which relative paths start.
+        split: split of the data set.
+        decoding: settings of the captions.
+        num_workers: number of loader processes.
+        device: device of the captioner; ``auto`` takes a GPU if there is one.
+        shard: number of the share that this process captions, from 0.
         shards: number of shares.
 
     Returns:
-        Whether the table is written; it is by the process that ends last.
+        True if this process wrote the table; the process that ends last does.
 
     Raises:
-        ValueError: bad numbers, a remote source, a captioner that does not load, ``out`` exists, or a journal that
-            belongs to another captioner, decoding or data set.
+        ValueError: a number is out of range, the source is remote, the captioner does not load, ``out`` exists, or the
+            log belongs to another captioner, decoding or data set.
     """
     if not 0 <= shard < shards:
         raise ValueError(f"shard must be in [0, {shards}), got {shard}; shards are numbered from 0")
@@ -65,7 +65,7 @@ def caption(
         raise ValueError(f"out {str(out)!r} exists and is never overwritten; choose another --out")
     dataset = open_source(data, root=root, split=split).dataset
     if dataset is None:
-        raise ValueError(f"data source {data!r} is remote; captions are made of local data, fetch its shards first")
+        raise ValueError(f"data source {data!r} is remote, but captioning needs local data; download its shards first")
     model = Captioner(captioner, decoding, device)
     size = len(dataset)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"captioner": captioner, "decoding": asdict(decoding), "weights": model.fingerprint}
@@ -84,13 +84,13 @@ def caption(
 
 
 class PictureBatch(NamedTuple):
-    """Images for the captioner.
+    """One batch of preprocessed images for the captioner.
 
     Attributes:
-        number: of the batch.
+        number: position of the batch, from 0.
         index: sample ids.
-        pixels: of the images that decode, in the order of the ids; None if none does.
-        bad: ids of the others.
+        pixels: ``(B, 3, H, W)`` images that could be decoded, in the order of the ids; None if there are none.
+        bad: ids of the images that could not be decoded.
     """
 
     number: int
@@ -100,12 +100,12 @@ class PictureBatch(NamedTuple):
 
 
 class Batches(Dataset[PictureBatch]):
-    """Batches of a data set, in the captioner's own preprocessing.
+    """Batches of a data set's images, preprocessed for the captioner.
 
     Args:
-        source: gives image and label by position.
-        processor: of the captioner.
-        batch_size: images of a batch.
+        source: data set of pairs of image and label.
+        processor: preprocessing of the captioner.
+        batch_size: number of images per batch.
     """
 
     def __init__(self, source: Dataset[Any], processor: Any, batch_size: int) -> None:
@@ -120,7 +120,7 @@ class Batches(Dataset[PictureBatch]):
                 images.append(in_eight_bits(decoded(self.source[position][0])))
             except DECODING_ERRORS as error:
                 where = getattr(self.source, "where", "sample {} of the data set".format)
-                log.warning("%s does not decode and gets no caption: %s", where(position), error)
+                log.warning("%s cannot be decoded and gets no caption: %s", where(position), error)
                 bad.append(position)
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         return PictureBatch(number, list(index), pixels, bad)
@@ -128,15 +128,15 @@ class Batches(Dataset[PictureBatch]):
 
 def _rows(batch: PictureBatch, model: Captioner) -> list[Row]:
     captions = [] if batch.pixels is None else model(batch.pixels, model.decoding.seed + batch.number)
-    found = iter(captions)
-    return [(index, [] if index in batch.bad else next(found)) for index in batch.index]
+    remaining = iter(captions)
+    return [(index, [] if index in batch.bad else next(remaining)) for index in batch.index]
 
 
 def _publish(folder: Path, out: Path, count: int, settings: Mapping[str, Any]) -> bool:
-    """Joins the journals of all processes, if these are through."""
+    """Joins the logs of all processes into the table, if every batch is finished."""
     batches = read_all(folder, settings)
     if len(batches) < count:
-        sys.stdout.write(f"{len(batches)} of {count} batches are done; the process that ends last writes {out}\n")
+        sys.stdout.write(f"{len(batches)} of {count} batches are finished; the process that ends last writes {out}\n")
         return False
     rows = [row for number in range(count) for row in batches[number]]
     atomic_write(out, _table(rows, settings))
@@ -147,14 +147,14 @@ def _publish(folder: Path, out: Path, count: int, settings: Mapping[str, Any]) -
 
 
 def _table(rows: list[Row], settings: Mapping[str, Any]) -> bytes:
-    import pyarrow as pa  # slow to load, like all that only some commands need
+    import pyarrow as pa  # imported here because it loads slowly and only some commands need it
     from pyarrow import parquet
 
-    told = {name: str(settings[name]) for name in ("captioner", "weights", "source", "split")}
-    told["decoding"] = json.dumps(settings["decoding"])
-    schema = pa.schema([("index", pa.int64()), ("captions", pa.list_(pa.string()))], metadata=told)
+    metadata = {name: str(settings[name]) for name in ("captioner", "weights", "source", "split")}
+    metadata["decoding"] = json.dumps(settings["decoding"])
+    schema = pa.schema([("index", pa.int64()), ("captions", pa.list_(pa.string()))], metadata=metadata)
     columns = [[index for index, _ in rows], [captions for _, captions in rows]]
-    table = pa.table([pa.array(column, each.type) for column, each in zip(columns, schema, strict=True)], schema)
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Captions of images by an image-to-text model of the Hugging Face library."""
+"""Captions images by an image-to-text model of the Hugging Face library."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +16,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @checked
 @dataclass(frozen=True)
 class Decoding:
-    """How captions are made from an image; the defaults are common ones, the ARF paper tells none.
+    """Settings of the caption search. The defaults are common values; the ARF paper states none.
 
     Args:
-        captions_per_image: the best beams, or as many draws.
-        num_beams: of the beam search.
-        max_new_tokens: of a caption.
-        min_new_tokens: of a caption.
-        top_p: draws from the smallest set of tokens with this probability, in place of the beam search.
+        captions_per_image: number of captions: the best beams, or random samples with ``top_p``.
+        num_beams: number of beams of the beam search.
+        max_new_tokens: largest length of a caption.
+        min_new_tokens: smallest length of a caption.
+        top_p: samples tokens from the smallest set with this probability, in (0, 1]; null runs the beam search.
         precision: ``fp32`` or ``bf16``.
-        batch_size: of the captioner; the draws depend on it.
-        seed: of the draws.
+        batch_size: number of images per batch; sampled captions depend on it.
+        seed: seed of the sampled captions.
 
     Raises:
-        ValueError: numbers that do not fit together.
+        ValueError: ``min_new_tokens`` exceeds ``max_new_tokens``, or there are fewer beams than captions.
     """
 
     captions_per_image: Count = 1
@@ -46,7 +46,7 @@ class Decoding:
             raise ValueError(f"min_new_tokens must be in [0, {self.max_new_tokens}], got {self.min_new_tokens}")
         if self.top_p is None and self.captions_per_image > self.num_beams:
             counts = f"{self.captions_per_image} captions_per_image but {self.num_beams} num_beams"
-            raise ValueError(f"a beam gives one caption, got {counts}; raise num_beams or set top_p")
+            raise ValueError(f"each caption needs a beam, got {counts}; raise num_beams or set top_p")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,15 +63,15 @@ class Decoding:
 
 
 class Captioner:
-    """An image-to-text model of the Hugging Face library.
+    """An image-to-text model of the Hugging Face library. Only weights as safetensors are loaded, which hold no code.
 
     Args:
         name: folder, or id on the hub.
-        decoding: of the captions.
-        device: of the model.
+        decoding: settings of the captions.
+        device: device of the model; ``auto`` takes a GPU if there is one.
 
     Raises:
-        ValueError: no such model, or none with its weights as safetensors; nothing that may hold code is loaded.
+        ValueError: there is no such model, or it has no weights as safetensors.
     """
 
     def __init__(self, name: str, decoding: Decoding, device: str) -> None:
@@ -79,7 +79,7 @@ class Captioner:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
             raise ValueError("captions need transformers: pip install 'robustclip[captions]'") from error
-        processors: Any = AutoProcessor  # typed in part only
+        processors: Any = AutoProcessor  # transformers types these classes in part
         models: Any = AutoModelForImageTextToText
         is_local = Path(name).is_dir()
         has_gpu = device == "auto" and torch.cuda.is_available()
@@ -95,11 +95,11 @@ class Captioner:
         self.fingerprint = fingerprint(self.model)
 
     def __call__(self, pixels: Tensor, seed: int) -> list[list[str]]:
-        """Captions of each image, stripped, without empty ones.
+        """Captions a batch of images; captions are stripped, and empty ones are left out.
 
         Args:
-            pixels: ``(B, 3, H, W)`` as the processor makes them.
-            seed: of the draws.
+            pixels: ``(B, 3, H, W)``, preprocessed by the processor.
+            seed: seed of sampled captions.
         """
         devices = [self.device] if self.device.startswith("cuda") else []
         with torch.inference_mode(), torch.random.fork_rng(devices):

@@ -1,4 +1,4 @@
-"""``robustclip compare``: two tests, sample by sample, if they measured the same thing."""
+"""``robustclip compare`` compares two tests sample by sample, and refuses tests with unlike protocols."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -10,36 +10,45 @@ from robustclip import display
 from robustclip.intervals import bootstrap_mean_difference, holm, mcnemar, paired_difference
 from robustclip.results import protocol
 from robustclip.results.run import Run
-from robustclip.tools.comparisons import Comparison, Comparisons, Mean, shown
+from robustclip.tools.comparisons import Comparison, Comparisons, Mean, as_table
 
-MEAN = "mean"  # over all compared tasks
+MEAN = "mean"  # the mean over all compared tasks
 Key = tuple[str, str]
 """Task and attack."""
 Protocols = Mapping[Key, protocol.Axes]
 
 
 def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
-    """Prints how two tests differ, sample by sample, and whether chance could explain it.
+    """Prints the paired differences between two tests, with p-values and confidence intervals.
 
     Args:
         a: folder of a finished test, or its result.json.
-        b: the same of the test to compare with it.
-        shared_samples: where only the samples or their images differ, compare those that are equal in both.
+        b: folder of the test to compare with it, or its result.json.
+        shared_samples: if only samples or their images differ, compares the samples that are equal in both tests.
 
     Raises:
-        ValueError: unlike protocols, nothing in common, or a folder that is no finished test.
+        ValueError: the protocols are unlike, the tests share no task, or a folder holds no finished test.
     """
     run_a, run_b = Run.open(a), Run.open(b)
-    found = pair(run_a, run_b, shared_samples=shared_samples)
+    comparisons = pair(run_a, run_b, shared_samples=shared_samples)
     console = display.console()
     console.print(f"A: {run_a.folder} ({run_a.result['method']})\nB: {run_b.folder} ({run_b.result['method']})")
-    console.print(shown(found))
-    for note in found.notes:
+    console.print(as_table(comparisons))
+    for note in comparisons.notes:
         console.print(note)
 
 
 def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
-    """Compares two runs by sample id; arguments and errors as in `compare`."""
+    """Compares two runs by sample id.
+
+    Args:
+        a: first run.
+        b: run to compare with it.
+        shared_samples: if only samples or their images differ, compares the samples that are equal in both runs.
+
+    Raises:
+        ValueError: the protocols are unlike, or the runs share no task.
+    """
     axes_a, axes_b = _axes(a), _axes(b)
     keys = [key for key in axes_a if key in axes_b]
     if not keys:
@@ -55,7 +64,7 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
         in_a, in_b, note = _paired_rows(a, b, task, *ledgers[task], is_partial=task in partly)
         notes += note
         for attack in [attack for name, attack in keys if name == task]:
-            rows.append(_row(task, attack, _right(a, task, in_a, attack), _right(b, task, in_b, attack)))
+            rows.append(_row(task, attack, _is_correct(a, task, in_a, attack), _is_correct(b, task, in_b, attack)))
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
     notes += [*unchecked_images(a, b), *unlike_unknown(a, b), *_unpaired(axes_a, axes_b)]
@@ -63,44 +72,59 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
 
 
 def unchecked_images(a: Run, b: Run) -> list[str]:
-    """One sentence on the tasks of which one of two runs does not know the pixels; none if there are none."""
+    """Writes one sentence about the tasks for which one of two runs has no hashes of the pixels.
+
+    Args:
+        a: first run.
+        b: second run.
+
+    Returns:
+        The sentence, or an empty list if both runs have hashes for all shared tasks.
+    """
     axes_a, axes_b = _axes(a), _axes(b)
     tasks = [key[0] for key in axes_a if key in axes_b and not protocol.is_checked(axes_a[key], axes_b[key])]
     names = ", ".join(dict.fromkeys(tasks))
-    why = "their results have no hashes of the pixels; test again with this version"
-    return [f"{names}: that {a.name} and {b.name} saw the same images is not checked, since {why}"] if tasks else []
+    why = "a result has no hashes of the pixels; test again with this version"
+    return (
+        [f"{names}: it is not checked that {a.name} and {b.name} used the same images, because {why}"] if tasks else []
+    )
 
 
 def unlike_unknown(a: Run, b: Run) -> list[str]:
-    """One sentence per set of unknown classes, and per score of a user, that differs between two runs' detection."""
-    of_a, of_b = _unknown_sets(a), _unknown_sets(b)
-    lines = {name: protocol.differences(of_a[name], of_b[name]) for name in of_a if name in of_b}
+    """Writes one sentence per unknown set, and per score of a user, that differs between two runs.
+
+    Args:
+        a: first run.
+        b: second run.
+    """
+    sets_a, sets_b = _unknown_sets(a), _unknown_sets(b)
+    lines = {name: protocol.differences(sets_a[name], sets_b[name]) for name in sets_a if name in sets_b}
     remedy = "do not compare the detection"
     in_a, in_b = ((run.result.get("detection") or {}).get("scores", {}) for run in (a, b))
     scores = {name: (in_a[name], in_b[name]) for name in in_a if in_a[name] != in_b.get(name, in_a[name])}
     return [
-        *(f"unknown set {name} differs in {'; '.join(each)}: {remedy}" for name, each in lines.items() if each),
+        *(f"unknown set {name} differs in {'; '.join(axes)}: {remedy}" for name, axes in lines.items() if axes),
         *(f"score {name} differs: {one} against {other}: {remedy}" for name, (one, other) in scores.items()),
     ]
 
 
 def _unknown_sets(run: Run) -> dict[str, protocol.Axes]:
-    """Protocols of the sets of unknown classes, by their names."""
+    """Collects the protocols of the sets of unknown classes, by name."""
     tasks = (run.result.get("detection") or {}).get("tasks", {}).values()
-    return {name: each.get("data", {}) for task in tasks for name, each in task.get("unknown", {}).items()}
+    return {name: values.get("data", {}) for task in tasks for name, values in task.get("unknown", {}).items()}
 
 
 def _axes(run: Run) -> Protocols:
-    """Protocols by task and attack."""
+    """Collects the protocols by task and attack."""
     try:
         tasks = run.result["protocol"].items()
-        return {(task, attack): found["axes"] for task, attacks in tasks for attack, found in attacks.items()}
+        return {(task, attack): entry["axes"] for task, attacks in tasks for attack, entry in attacks.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{run.folder}: result.json needs axes per task and attack in protocol; test again") from error
 
 
 def _unpaired(a: Collection[Key], b: Collection[Key]) -> list[str]:
-    """One sentence per run that has more than the other."""
+    """Writes one sentence per run with tasks or attacks that the other run lacks."""
     only = {"A": [key for key in a if key not in b], "B": [key for key in b if key not in a]}
     return [
         f"only in {name}: {', '.join(f'{task} under {attack}' for task, attack in keys)}"
@@ -117,13 +141,13 @@ def _unlike(
     *,
     shared_samples: bool,
 ) -> tuple[list[str], set[str]]:
-    """Why protocols must not be compared, and the tasks of which the samples alone differ."""
+    """Lists the reasons against a comparison, and the tasks that differ only in their samples."""
     refused, partly = [], set()
     for task, attack in keys:
         lines = protocol.with_counts(protocol.differences(a[task, attack], b[task, attack]), *ledgers[task])
         if lines and all(line.startswith(("sample_ids:", "pixels:")) for line in lines):
             partly.add(task)
-            lines[-1] += " (shared_samples compares those that both have)"
+            lines[-1] += " (--shared_samples true compares those that both have)"
             lines = [] if shared_samples else lines
         if lines:
             refused.append(f"{task} under {attack} differs in {'; '.join(lines)}")
@@ -133,11 +157,11 @@ def _unlike(
 def _paired_rows(
     a: Run, b: Run, task: str, in_a: protocol.Rows, in_b: protocol.Rows, *, is_partial: bool
 ) -> tuple[protocol.Rows, protocol.Rows, list[str]]:
-    """Rows of the samples that both have, in one order, and a note where they are not all."""
+    """Pairs the rows of the samples that both runs have, and writes a note if some are left out."""
     shared = [number for number in in_a if number in in_b and protocol.shows_same(in_a[number], in_b[number])]
     if not is_partial and not len(shared) == len(in_a) == len(in_b):
         raise ValueError(
-            f"ledgers of {task} in {a.folder} and {b.folder} hold other samples than their equal protocols say:"
+            f"ledgers of {task} in {a.folder} and {b.folder} differ in their samples, although the protocols are equal:"
             f" {len(in_a)} and {len(in_b)}, {len(shared)} in both; test again"
         )
     if not shared and (in_a or in_b):
@@ -147,29 +171,39 @@ def _paired_rows(
         if labels[0] != labels[1]:
             raise ValueError(
                 f"sample {number} of {task} has label {labels[0]} in {a.folder} and {labels[1]} in {b.folder};"
-                " these are different data sets"
+                " the data sets differ"
             )
     note = f"{task}: the {len(shared)} samples that both have, of {len(in_a)} in A and {len(in_b)} in B"
     if left_out := len(in_a.keys() & in_b.keys()) - len(shared):
-        note += f"; {left_out} more show other images"
+        note += f"; {left_out} more have different images"
     chosen_a, chosen_b = ({number: rows[number] for number in shared} for rows in (in_a, in_b))
     return chosen_a, chosen_b, [note] if is_partial else []
 
 
 def by_id(run: Run, task: str) -> protocol.Rows:
-    """The rows of a task's ledger by their sample ids, checked."""
+    """Reads the rows of a task's ledger by sample id, and checks them.
+
+    Args:
+        run: finished test.
+        task: name of the task.
+
+    Raises:
+        ValueError: a column is missing, or an id occurs twice.
+    """
     rows = run.rows(task)
     try:
-        found = {int(row["id"]): row for row in rows}
+        by_number = {int(row["id"]): row for row in rows}
         _ = [(row["label"], row["clean"]) for row in rows]
     except (KeyError, ValueError) as error:
         raise ValueError(f"ledger of {task} in {run.folder} needs id, label and clean: {error}") from error
-    if len(found) < len(rows):
-        raise ValueError(f"ledger of {task} in {run.folder} has {len(rows)} rows of {len(found)} samples; test again")
-    return found
+    if len(by_number) < len(rows):
+        raise ValueError(
+            f"ledger of {task} in {run.folder} has {len(rows)} rows for {len(by_number)} samples; test again"
+        )
+    return by_number
 
 
-def _right(run: Run, task: str, rows: protocol.Rows, attack: str) -> list[bool]:
+def _is_correct(run: Run, task: str, rows: protocol.Rows, attack: str) -> list[bool]:
     if attack == "clean":
         return [row["clean"] == row["label"] for row in rows.values()]
     try:
@@ -185,24 +219,26 @@ def _row(task: str, attack: str, a: Sequence[bool], b: Sequence[bool]) -> Compar
     return Comparison(task, attack, len(a), _share(a), _share(b), difference, only_a, only_b, p, p)
 
 
-def _share(right: Sequence[bool]) -> float:
-    return sum(right) / len(right) if right else math.nan
+def _share(is_correct: Sequence[bool]) -> float:
+    return sum(is_correct) / len(is_correct) if is_correct else math.nan
 
 
 def _averages(a: Run, b: Run) -> dict[str, list[str]]:
-    """Tasks by the name of the average, where both runs agree on them."""
-    of_a, of_b = ({name: each["tasks"] for name, each in run.result.get("averages", {}).items()} for run in (a, b))
-    return {name: tasks for name, tasks in of_a.items() if of_b.get(name) == tasks}
+    """Collects the averages that both runs take over equal tasks: tasks by the average's name."""
+    tasks_a, tasks_b = (
+        {name: average["tasks"] for name, average in run.result.get("averages", {}).items()} for run in (a, b)
+    )
+    return {name: tasks for name, tasks in tasks_a.items() if tasks_b.get(name) == tasks}
 
 
 def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]]) -> list[Mean]:
-    """Per average and attack where all its tasks are compared, then per attack over whatever is."""
-    found = []
+    """Computes the averages whose tasks are all compared, then the mean over all compared tasks, per attack."""
+    means = []
     for name, attack in product([*averages, MEAN], dict.fromkeys(row.attack for row in rows)):
         tasks = averages.get(name)
         chosen = [row for row in rows if row.attack == attack and (tasks is None or row.task in tasks)]
         if tasks is None or len(chosen) == len(tasks):
             difference = bootstrap_mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
             a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
-            found.append(Mean(name, attack, a, b, difference))
-    return found
+            means.append(Mean(name, attack, a, b, difference))
+    return means

@@ -1,4 +1,4 @@
-"""What a comparison of two tests found, and how it is shown."""
+"""Holds the outcome of comparing two tests, and prints it as a table."""
 
 from dataclasses import dataclass
 
@@ -15,16 +15,16 @@ class Comparison:
     """One task under one attack, on the samples that both runs have.
 
     Args:
-        task: its name.
-        attack: its name, or ``clean``.
-        n: pairs.
+        task: name of the task.
+        attack: name of the attack, or ``clean``.
+        n: number of paired samples.
         a: accuracy of run A in [0, 1].
-        b: the same of B.
+        b: accuracy of run B in [0, 1].
         difference: B minus A, with its interval.
-        only_a: samples right in A alone.
-        only_b: samples right in B alone.
-        p: of McNemar's test.
-        adjusted: Holm's, over all rows of the comparison.
+        only_a: number of samples that only A classifies correctly.
+        only_b: number of samples that only B classifies correctly.
+        p: p-value of McNemar's test.
+        adjusted: p-value adjusted by Holm's method over all rows of the comparison.
     """
 
     task: str
@@ -40,13 +40,21 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """At 5 %, after the adjustment."""
+        """Whether the adjusted p-value is at most 5 %."""
         return self.adjusted <= ALPHA
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Unweighted mean of one attack over all compared tasks or some of them; other meanings as in `Comparison`."""
+    """Unweighted mean of one attack over all compared tasks or some of them.
+
+    Args:
+        name: name of the mean.
+        attack: name of the attack, or ``clean``.
+        a: mean accuracy of run A in [0, 1].
+        b: mean accuracy of run B in [0, 1].
+        difference: B minus A, with its interval.
+    """
 
     name: str
     attack: str
@@ -57,12 +65,12 @@ class Mean:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What `pair` found.
+    """Outcome of comparing two runs.
 
     Args:
-        rows: per task and attack, in the order of run A.
-        means: per attack, of the averages that both runs have taken over the same tasks, and of all tasks.
-        notes: sentences on what was not compared, or only in part.
+        rows: comparisons per task and attack, in the order of run A.
+        means: means per attack: averages that both runs take over equal tasks, and the mean of all tasks.
+        notes: sentences about parts that were not compared, or only partly.
     """
 
     rows: list[Comparison]
@@ -70,20 +78,20 @@ class Comparisons:
     notes: list[str]
 
 
-def shown(found: Comparisons) -> Table:
-    """The comparison as a table, in percent and points."""
-    title = f"top-1 accuracy in percent\n* B differs from A at {ALPHA:.0%} (Holm, {len(found.rows)} tests)"
+def as_table(comparisons: Comparisons) -> Table:
+    """Formats the comparison as a table, in percent and percentage points."""
+    title = f"top-1 accuracy in percent\n* B differs from A at {ALPHA:.0%} (Holm, {len(comparisons.rows)} tests)"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "attack"):
         table.add_column(name, overflow="fold")
-    for name in ("n", "A", "B", "B - A\n95 % interval", "right only\nA / B", "p  \nHolm's p  "):
+    for name in ("n", "A", "B", "B - A\n95 % interval", "correct only\nin A / B", "p  \nHolm's p  "):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
+    for row in comparisons.rows:
         cells = (str(row.n), _percent(row.a), _percent(row.b), _points(row.difference))
         p = f"{row.p:.1g}  \n{row.adjusted:.1g} {'*' if row.is_significant else ' '}"
         table.add_row(row.task, row.attack, *cells, f"{row.only_a} / {row.only_b}", p)
     table.add_section()
-    for mean in found.means:
+    for mean in comparisons.means:
         table.add_row(mean.name, mean.attack, "", _percent(mean.a), _percent(mean.b), _points(mean.difference))
     return table
 

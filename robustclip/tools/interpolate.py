@@ -1,4 +1,4 @@
-"""``robustclip interpolate``: the models between the original and the fine-tuned one."""
+"""``robustclip interpolate`` writes models between the original and the fine-tuned one."""
 
 import math
 import sys
@@ -14,27 +14,27 @@ from robustclip.methods._shared.saved_state import read_checkpoint, with_digest
 from robustclip.models.clip import fingerprint
 from robustclip.persistence import atomic_folder
 
-# What continues a training, which there is none of between two models.
+# State that only a training run needs; an interpolated model has none.
 OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "pending_gradients", "bank")
 
 
 def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Sequence[float]) -> list[Path]:
     """Writes one checkpoint per alpha, ``(1 - alpha) original + alpha fine-tuned``, for ``--ckpt_path``.
 
-    WiSE-FT (Wortsman et al., CVPR 2022, https://arxiv.org/abs/2109.01903), for every tensor that the checkpoint has.
+    WiSE-FT (Wortsman et al., CVPR 2022, https://arxiv.org/abs/2109.01903), applied to every tensor of the checkpoint.
 
     Args:
-        method: with the original weights.
-        checkpoint: of ``robustclip fit``.
+        method: the method with the original weights.
+        checkpoint: file of ``robustclip fit``.
         out: folder to write; it must not exist.
-        alphas: in [0, 1]; 0 gives the original model, 1 the fine-tuned one.
+        alphas: shares of the fine-tuned weights in [0, 1]; 0 gives the original model, 1 the fine-tuned one.
 
     Returns:
-        The files.
+        Paths of the checkpoints, in the order of the alphas.
 
     Raises:
-        ValueError: an alpha out of range or given twice, a checkpoint that does not belong to the method or learnt
-            parameters that the original model does not have, or ``out`` exists.
+        ValueError: an alpha is out of range or repeated, the checkpoint does not belong to the method or holds
+            parameters that the original model lacks, or ``out`` exists.
     """
     check_alphas(alphas)
     content = read_checkpoint(checkpoint)
@@ -42,7 +42,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
     _check_has_original(method, tuned)
     method.load_state_dict(original | tuned)
-    weights = fingerprint(method)  # tests of models between the same two are one curve in a report
+    weights = fingerprint(method)  # groups the tests of these models to one curve in a report
     method.load_state_dict(original)
     kept = {name: value for name, value in content.items() if name not in OF_TRAINING}
     names = [f"alpha-{alpha:g}.ckpt" for alpha in alphas]
@@ -57,19 +57,28 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
 
 
 def parse_alphas(text: str) -> list[float]:
-    """Numbers with commas between them.
+    """Parses numbers with commas between them.
 
     Raises:
-        ValueError: what is none.
+        ValueError: the text is not a list of numbers.
     """
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"alphas must be numbers with commas between them, got {text!r}") from None
+        raise ValueError(f"alphas must be numbers with commas between them, as in 0,0.5,1; got {text!r}") from None
 
 
 def between(original: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """``(1 - alpha) original + alpha tuned`` of every tensor of ``tuned``; counters are those of the nearer model."""
+    """Computes ``(1 - alpha) original + alpha tuned`` for every tensor of ``tuned``.
+
+    Args:
+        original: weights of the original model.
+        tuned: weights of the fine-tuned model.
+        alpha: share of the fine-tuned weights, in [0, 1].
+
+    Returns:
+        Tensors by name; integer counters are copied from the nearer model.
+    """
     return {
         name: torch.lerp(original[name].to(tensor), tensor, alpha)
         if tensor.is_floating_point()
@@ -79,12 +88,12 @@ def between(original: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: 
 
 
 def check_alphas(alphas: Sequence[float]) -> None:
-    """Refuses an empty list, repeated values and what is no mean.
+    """Refuses an empty list, repeated values, and values outside [0, 1].
 
     Raises:
-        ValueError: as said.
+        ValueError: the list is refused.
     """
-    if not alphas or len({f"{alpha:g}" for alpha in alphas}) < len(alphas):  # they name files
+    if not alphas or len({f"{alpha:g}" for alpha in alphas}) < len(alphas):  # alphas are part of the file names
         raise ValueError(f"alphas must be given once each, got {list(alphas)}")
     for alpha in alphas:
         if not (math.isfinite(alpha) and 0 <= alpha <= 1):
@@ -93,10 +102,12 @@ def check_alphas(alphas: Sequence[float]) -> None:
 
 def _check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
     if method.clip.pretrained is None:
-        raise ValueError("model.pretrained is null: from random weights there is no original model to interpolate with")
+        raise ValueError(
+            "model.pretrained is null, so there is no original model to interpolate with; name the base model"
+        )
     added = [name for name in tuned if not name.startswith(method.of_original)]
     if added:
         raise ValueError(
-            f"{type(method).__name__} learnt {added[0]!r}, which the original model does not have;"
-            " only weights of the towers are interpolated"
+            f"{type(method).__name__} trained {added[0]!r}, which the original model does not have;"
+            " only weights of the towers can be interpolated"
         )

@@ -1,4 +1,4 @@
-"""What a command has behind it, a batch a line in JSON, so that a killed one goes on where it was."""
+"""Logs the finished batches of a command, one JSON line each, so that an interrupted command can resume."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,15 @@ Row = tuple[int, list[str]]
 
 
 class Journal:
-    """The batches of one process, each on the disk before the next begins; the first line holds the settings.
+    """Writes the log of one process: settings in the first line, then one line per batch, synced to the disk.
 
     Args:
-        folder: of all processes' journals.
-        shard: of this process.
-        settings: what the rows depend on.
+        folder: holds the logs of all processes.
+        shard: number of this process, from 0.
+        settings: everything that the rows depend on.
 
     Raises:
-        ValueError: on entering: another process writes this journal.
+        ValueError: another process writes this log; raised on entering the context.
     """
 
     def __init__(self, folder: Path, shard: int, settings: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        refusal = f"another process does this share of {self.path.parent}; give each its own --shard"
+        refusal = f"another process already works on this shard of {self.path.parent}; give each its own --shard"
         self._lock = persistence.lock(self.path.with_suffix(".lock"), refusal)
         self._log = persistence.AppendLog(self.path, _line(self.settings))
         return self
@@ -37,15 +37,26 @@ class Journal:
         self._lock.close()
 
     def append(self, number: int, rows: Sequence[Row]) -> None:
-        """Adds a batch."""
+        """Adds a batch.
+
+        Args:
+            number: position of the batch, from 0.
+            rows: sample ids and captions of the batch.
+        """
         self._log.append(_line({"batch": number, "rows": rows}))
 
 
 def read_all(folder: Path, settings: Mapping[str, Any]) -> dict[int, list[Row]]:
-    """Rows by the number of their batch, of all processes; of one that still writes, the whole lines.
+    """Reads the rows of all processes, by the number of their batch.
+
+    Lines that a running process has not finished are left out.
+
+    Args:
+        folder: holds the logs.
+        settings: the settings that every log must have.
 
     Raises:
-        ValueError: a journal has other settings.
+        ValueError: a log has other settings.
     """
     batches = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -57,17 +68,22 @@ def read_all(folder: Path, settings: Mapping[str, Any]) -> dict[int, list[Row]]:
     return batches
 
 
-def check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuses earlier work that was done otherwise.
+def check_same(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuses to continue work that was started with other settings.
+
+    Args:
+        path: file or folder of the earlier work, for the message.
+        stored: settings of the earlier work.
+        settings: settings of this run.
 
     Raises:
-        ValueError: with the first setting that differs.
+        ValueError: a setting differs; the message names the first one and both values.
     """
-    earlier, now = _flat(found), _flat(json.loads(json.dumps(wanted)))
+    earlier, now = _flat(stored), _flat(json.loads(json.dumps(settings)))
     for name in [*now, *earlier]:
         if earlier.get(name) != now.get(name):
             difference = f"{name} {earlier.get(name)!r}, now it is {now.get(name)!r}"
-            raise ValueError(f"{path} was begun with {difference}; delete it, or choose another place")
+            raise ValueError(f"{path} was started with {difference}; delete it or choose another path")
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -75,7 +91,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by their own names, which are unique."""
+    """Flattens nested settings; names are unique."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}

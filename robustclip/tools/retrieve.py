@@ -1,4 +1,4 @@
-"""``robustclip retrieve``: the image-text pairs of a pool that are nearest to a data set, as an anchor set."""
+"""``robustclip retrieve`` writes the image-text pairs of a pool that are nearest to a data set, as an anchor set."""
 
 import json
 import shutil
@@ -31,35 +31,35 @@ from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, load_fai
 @checked
 @dataclass(frozen=True)
 class Settings:
-    """What is retrieved, and how. The model is the one that will be fine-tuned, before it is.
+    """Settings of the retrieval. The model is the one that will be fine-tuned, before fine-tuning.
 
     Args:
-        data: the set to fine-tune on, as for ``--data.train``.
+        data: training set, as for ``--data.train``.
         pool: ``wds:FOLDER-or-URL`` of images with ``.txt`` captions, or ``wds:`` and shards, ``{00000..00331}.tar``;
             may be given several times.
-        guard: test set of which nothing may be retrieved, as for ``--data.test``; may be given several times.
-        root: relative paths start here.
-        split: of the data set.
+        guard: test set whose images must not be retrieved, as for ``--data.test``; may be given several times.
+        root: folder at which relative paths start.
+        split: split of the data set.
         arch: open_clip architecture; null if ``pretrained`` is a folder.
         pretrained: open_clip tag, file or folder.
-        image_size: side in pixels of the model's images; null for its own.
-        query: ``image``: the data set's images, by image features; ``class_text``: its classes, by image features;
-            ``caption``: its captions, by text features.
+        image_size: side of the model's images in pixels; null takes the model's default.
+        query: ``image`` compares the data set's images with pool images, ``class_text`` its classes with pool images,
+            ``caption`` its captions with pool captions.
         captions: table of ``robustclip caption``, for queries by caption; null takes the ``.txt`` of the data's shards.
-        k: pairs per query.
-        guard_threshold: cosine of image features above which two images count as the same.
+        k: number of pairs per query.
+        guard_threshold: two images count as equal if the cosine of their features exceeds this value.
         index: ``flat``, which is exact, or ``ivfpq``, an approximation for pools of tens of millions.
-        batch_size: images per batch.
-        num_workers: threads that decode images.
-        device: of the model; ``auto`` takes a GPU if there is one.
-        precision: of the model: ``fp32`` or ``bf16``.
-        cache: folder that keeps the features; null for ``OUT.work``, which goes when all is done.
-        shard: which share of the pool this process encodes, from 0.
-        shards: number of shares; several only encode, and the command without them searches.
-        seed: of the sample that ``ivfpq`` is fitted to.
+        batch_size: number of images per batch.
+        num_workers: number of threads that decode images.
+        device: device of the model; ``auto`` takes a GPU if there is one.
+        precision: precision of the model, ``fp32`` or ``bf16``.
+        cache: folder that keeps the features; null takes ``OUT.work``, which is removed at the end.
+        shard: number of the share of the pool that this process encodes, from 0.
+        shards: number of shares. Processes with shares only encode; the command without shares then searches.
+        seed: seed of the sample that ``ivfpq`` is fitted to.
 
     Raises:
-        ValueError: a value that is none of these.
+        ValueError: a value is out of range.
     """
 
     data: str
@@ -92,17 +92,18 @@ class Settings:
 
 
 def retrieve(settings: Settings, out: Path) -> None:
-    """Writes the anchor set ``out``; started again, it takes the features that are there.
+    """Writes the anchor set ``out``; the same command resumes an interrupted run.
 
-    ``out/train`` holds the pairs in the order of the pool, ``out/neighbours.parquet`` for each image of the data set
-    positions in that order, best first, and ``out/retrieval.json`` what was done.
+    ``out/train`` holds the pairs in the order of the pool. ``out/neighbours.parquet`` holds the positions of the
+    nearest pairs for each image of the data set, best first. ``out/retrieval.json`` holds settings and counts.
 
     Args:
-        settings: what, and how.
-        out: folder; it must not exist.
+        settings: settings of the retrieval.
+        out: folder to write; it must not exist.
 
     Raises:
-        ValueError: bad settings, data or pool, a cache of another model, or ``out`` exists.
+        ValueError: the settings, the data or the pool are not valid, the cache belongs to another model, or ``out``
+            exists.
     """
     load_faiss()
     if out.exists():
@@ -116,19 +117,19 @@ def retrieve(settings: Settings, out: Path) -> None:
     if settings.shard == 0:
         is_exact = settings.index == "flat"
         sys.stderr.write(estimate(pool, encoder, is_exact=is_exact, processes=settings.shards) + "\n")
-    kinds = {"caption": ["text", "image"] if guards else ["text"]}.get(settings.query, ["image"])
+    modalities = {"caption": ["text", "image"] if guards else ["text"]}.get(settings.query, ["image"])
     if settings.shards > 1:
-        for kind in kinds:
+        for kind in modalities:
             _pool_parts(store, encoder, pool, kind, settings)
         sys.stdout.write(f"features of share {settings.shard} of {settings.shards} are in {work}\n")
         return
     queries = make_queries(settings.query, data, settings.data, settings.root, settings.captions, store, encoder)
-    parts = {kind: _pool_parts(store, encoder, pool, kind, settings) for kind in kinds}
-    sets = {name: image_parts(store, encoder, *each) for name, each in guards.items()}
+    parts = {kind: _pool_parts(store, encoder, pool, kind, settings) for kind in modalities}
+    sets = {name: image_parts(store, encoder, *guard) for name, guard in guards.items()}
     best, counts = _search(settings, queries, parts, sets)
     anchors = np.unique(best[best >= 0])
     with atomic_folder(out) as aside:
-        write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[kinds[0]]], anchors))
+        write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[modalities[0]]], anchors))
         write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
         (aside / "retrieval.json").write_text(
             json.dumps(_report(settings, encoder, queries, counts), indent=2) + "\n", encoding="utf-8"
@@ -141,11 +142,11 @@ def retrieve(settings: Settings, out: Path) -> None:
 def _search(
     settings: Settings, queries: Queries, parts: Mapping[str, list[Part]], sets: Mapping[str, list[Part]]
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
-    """Ids of the nearest candidates ``(Q, k)``, -1 where there are no more, and counts."""
+    """Returns ids of the nearest candidates ``(Q, k)``, -1 where there are too few, and counts."""
     is_candidate, counts = _candidates(parts)
     candidates = Candidates(next(iter(parts.values())), is_candidate)
     if settings.k > len(candidates):
-        usable = f"{len(candidates)}, the pairs of the pool that can be used"
+        usable = f"{len(candidates)}, the number of usable pairs in the pool"
         raise ValueError(f"k must be at most {usable}; got {settings.k}")
     guard = Guard(sets, parts.get("image", []), settings.guard_threshold)
     search = flat(candidates) if settings.index == "flat" else ivf_pq(candidates, seed=settings.seed)
@@ -166,18 +167,18 @@ def _encoder(settings: Settings) -> Encoder:
 
 
 def _pool_parts(store: Store, encoder: Encoder, pool: list[Shard], kind: str, settings: Settings) -> list[Part]:
-    """Features of the pool's images or texts; of several processes, those of this one's share."""
+    """Returns features of the pool's images or texts, for the share of this process."""
     own = [shard for number, shard in enumerate(pool) if number % settings.shards == settings.shard]
     label = "pool, images" if kind == "image" else "pool, texts"
-    shown = display.progress(own, label)
-    return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shown]
+    shards = display.progress(own, label)
+    return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shards]
 
 
 def _encode(encoder: Encoder, shard: Shard, kind: str) -> Part:
     digests: list[int] = []
     captions: list[list[str]] = []
 
-    def noted() -> Iterable[Pair]:
+    def recorded() -> Iterable[Pair]:
         for pair in shard.pairs():
             digests.append(pair.digest if pair.captions else 0)
             if kind == "text":
@@ -185,18 +186,18 @@ def _encode(encoder: Encoder, shard: Shard, kind: str) -> Part:
             yield pair
 
     if kind == "image":
-        features = encoder.images(pair.open for pair in noted())
+        features = encoder.images(pair.open for pair in recorded())
     else:
-        for _ in noted():
+        for _ in recorded():  # fills digests and captions
             pass
         features = encoder.texts(captions)
     return records(digests, features)
 
 
 def _candidates(parts: Mapping[str, list[Part]]) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-    """Which pairs of the pool can be retrieved: with caption and image, and the first of several same images."""
-    digests = [np.concatenate([part["digest"] for part in each]) for each in parts.values()]
-    is_usable = np.all([each != 0 for each in digests], axis=0)
+    """Selects the pairs that can be retrieved: with caption and image, and only the first of equal images."""
+    digests = [np.concatenate([part["digest"] for part in of_kind]) for of_kind in parts.values()]
+    is_usable = np.all([values != 0 for values in digests], axis=0)
     is_candidate = np.zeros(len(is_usable), bool)
     usable = np.flatnonzero(is_usable)
     is_candidate[usable[np.unique(digests[0][usable], return_index=True)[1]]] = True

@@ -1,4 +1,4 @@
-"""``robustclip table``: several results in one table."""
+"""``robustclip table`` prints several results in one table."""
 
 from pathlib import Path
 
@@ -15,16 +15,16 @@ def table(results: list[Path]) -> None:
         results: folders that ``robustclip test`` wrote.
 
     Raises:
-        ValueError: a folder that is no result.
+        ValueError: a folder holds no result.
     """
     runs = [Run.open(path).result for path in results]
     columns = [(run, kind) for run in runs for kind in run["mean"]]
-    shown = Table(title="top-1 accuracy in percent", show_footer=True)
-    shown.add_column("task", footer="mean")
+    printed = Table(title="top-1 accuracy in percent", show_footer=True)
+    printed.add_column("task", footer="mean")
     for run, kind in columns:
         mean = f"{100 * run['mean'][kind]['acc1']:.1f}"
-        shown.add_column(f"{run['method']}\n{kind}", justify="right", footer=mean)
+        printed.add_column(f"{run['method']}\n{kind}", justify="right", footer=mean)
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
         cells = [run["tasks"].get(name, {}).get(kind, {}).get("acc1") for run, kind in columns]
-        shown.add_row(name, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
-    display.console().print(shown)
+        printed.add_row(name, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+    display.console().print(printed)

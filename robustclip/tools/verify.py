@@ -1,4 +1,4 @@
-"""``robustclip verify`` and ``replay``: the stored examples of a test, judged anew."""
+"""``robustclip verify`` and ``replay`` test stored adversarial examples again."""
 
 import math
 from collections import Counter, defaultdict
@@ -21,8 +21,8 @@ from robustclip.results.adversarial_examples import Example, load_all
 from robustclip.results.run import EXAMPLES, Run
 from robustclip.types import Task
 
-TOLERANCE = 1e-6  # rounding of a projection in float32
-BATCH = 64  # samples at once; bounds the memory
+TOLERANCE = 1e-6  # allows for the rounding of a projection in float32
+BATCH = 64  # number of samples per forward pass; bounds the memory
 
 Key = tuple[str, str]
 """Task and attack."""
@@ -30,74 +30,87 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Transfer:
-    """How the examples of one task and attack fare on another model.
+    """Counts of another model's predictions on the examples of one task and attack.
 
     Args:
-        n: examples.
-        clean: clean images that it gets right.
-        attacked: attacked images that it gets right.
-        broken: of those that it gets right clean, wrong when attacked.
+        n: number of examples.
+        clean: number of clean images that the model classifies correctly.
+        attacked: number of attacked images that the model classifies correctly.
+        misclassified: number of samples that it classifies correctly without attack but not with it.
     """
 
     n: int = 0
     clean: int = 0
     attacked: int = 0
-    broken: int = 0
+    misclassified: int = 0
 
     def plus(self, other: "Transfer") -> "Transfer":
-        """Both together."""
+        """Adds the counts of two batches."""
         return Transfer(
-            self.n + other.n, self.clean + other.clean, self.attacked + other.attacked, self.broken + other.broken
+            self.n + other.n,
+            self.clean + other.clean,
+            self.attacked + other.attacked,
+            self.misclassified + other.misclassified,
         )
 
 
 def verify(run: Path, build: Callable[[dict[str, Any]], RobustMethod]) -> int:
-    """Rebuilds the method of a test and judges its stored examples anew, in float32.
+    """Rebuilds the model of a test and checks its stored adversarial examples again, in float32.
 
-    Each must lie inside ball and box, be predicted as stored, clean and attacked, be wrong, and stand so in the ledger.
+    Each example must lie in the perturbation set and the valid pixel range. The predictions of its clean and its
+    attacked image must equal the stored ones and the ledger, and the attacked image must be misclassified.
 
     Args:
         run: folder of a finished test, or its result.json.
-        build: makes the method, weights included, from the result's configuration.
+        build: makes the method with its weights from the configuration in the result.
 
     Returns:
-        Number of examples that disagree.
+        Number of examples that fail a check.
 
     Raises:
-        ValueError: no examples, or a file that is none.
+        ValueError: the test kept no examples, or a file is damaged.
     """
     opened = Run.open(run)
     folder = _examples(opened)
-    found = check(opened, _prepared(build(_of(opened, "config")), opened), folder)
-    display.console().print(_verified(found))
-    return sum(bool(reasons) for examples in found.values() for reasons in examples.values())
+    failures = check(opened, _prepared(build(_section(opened, "config")), opened), folder)
+    display.console().print(_verified(failures))
+    return sum(bool(reasons) for examples in failures.values() for reasons in examples.values())
 
 
 def replay(run: Path, method: RobustMethod) -> None:
-    """Prints how the stored examples of a test fare on another model, in float32.
+    """Prints the accuracy of another model on the stored adversarial examples of a test, in float32.
 
     Args:
         run: folder of a finished test, or its result.json.
-        method: the other model; its weights become float32.
+        method: the other model; its weights are converted to float32.
 
     Raises:
-        ValueError: no examples, or a file that is none.
+        ValueError: the test kept no examples, or a file is damaged.
     """
     opened = Run.open(run)
     table = Table(title=f"examples of {opened.result['method']} on {type(method).__name__}, percent, 95 % interval")
     for name in ("task", "attack"):
         table.add_column(name)
-    for name in ("n", "right\nclean", "right\nattacked", "transfer: broken\nof right clean"):
+    for name in ("n", "correct\nclean", "correct\nattacked", "misclassified\nof correct clean"):
         table.add_column(name, justify="right")
-    for (task, attack), found in transfers(opened, method).items():
-        counts = ((found.clean, found.n), (found.attacked, found.n), (found.broken, found.clean))
-        table.add_row(task, attack, str(found.n), *(_rate(*count) for count in counts))
+    for (task, attack), total in transfers(opened, method).items():
+        counts = ((total.clean, total.n), (total.attacked, total.n), (total.misclassified, total.clean))
+        table.add_row(task, attack, str(total.n), *(_rate(*count) for count in counts))
     display.console().print(table)
 
 
 def check(run: Run, method: RobustMethod, folder: Path) -> dict[Key, dict[int, list[str]]]:
-    """Per task and attack, the reasons why each example, by its id, disagrees; none if it agrees."""
-    found: dict[Key, dict[int, list[str]]] = defaultdict(dict)
+    """Checks every stored example of a test.
+
+    Args:
+        run: finished test.
+        method: its model, prepared for the tasks.
+        folder: folder of the examples.
+
+    Returns:
+        Failed checks per task and attack and sample id; the list of an example without failures is empty.
+    """
+    failures: dict[Key, dict[int, list[str]]] = defaultdict(dict)
     ledgers: dict[str, dict[str, dict[str, str]]] = {}
     for batch in _batches(folder):
         task, attack = batch[0].task, batch[0].attack
@@ -108,44 +121,55 @@ def check(run: Run, method: RobustMethod, folder: Path) -> dict[Key, dict[int, l
         for example, seen_clean, seen_attacked in zip(batch, clean, attacked, strict=True):
             row = ledgers[task].get(str(example.number), {})
             reasons = [*_outside(example, axes), *_unlike(example, seen_clean, seen_attacked, row)]
-            found[task, attack][example.number] = reasons
-    return dict(found)
+            failures[task, attack][example.number] = reasons
+    return dict(failures)
 
 
 def transfers(run: Run, method: RobustMethod) -> dict[Key, Transfer]:
-    """Counts per task and attack; arguments as in `replay`."""
+    """Counts the predictions of another model on the stored examples, per task and attack.
+
+    Args:
+        run: finished test.
+        method: the other model; its weights are converted to float32.
+
+    Raises:
+        ValueError: the test kept no examples, or a file is damaged.
+    """
     folder, method = _examples(run), _prepared(method, run)
-    found: dict[Key, Transfer] = {}
+    totals: dict[Key, Transfer] = {}
     for batch in _batches(folder):
         labels = [example.label for example in batch]
-        clean, attacked = ([x == y for x, y in zip(each, labels, strict=True)] for each in _predictions(method, batch))
-        broken = sum(was and not still for was, still in zip(clean, attacked, strict=True))
+        predictions = _predictions(method, batch)
+        clean, attacked = ([x == y for x, y in zip(classes, labels, strict=True)] for classes in predictions)
+        misclassified = sum(was and not still for was, still in zip(clean, attacked, strict=True))
         key = batch[0].task, batch[0].attack
-        found[key] = found.get(key, Transfer()).plus(Transfer(len(batch), sum(clean), sum(attacked), broken))
-    return found
+        totals[key] = totals.get(key, Transfer()).plus(Transfer(len(batch), sum(clean), sum(attacked), misclassified))
+    return totals
 
 
 def _outside(example: Example, axes: Mapping[str, Any]) -> Iterator[str]:
-    """Written so that nan fails every check."""
+    """Yields the checks of the pixels that fail; `not ... <=` makes nan fail each of them."""
     delta = (example.attacked.double() - example.clean.double()).flatten()
     distance = float(delta.abs().max() if example.norm == "linf" else torch.linalg.vector_norm(delta))
     if not distance <= example.eps + TOLERANCE:
-        yield "outside the ball"
+        yield "outside the radius"
     for image, name in ((example.clean, "clean"), (example.attacked, "attacked")):
         if not (float(image.min()) >= -TOLERANCE and float(image.max()) <= 1 + TOLERANCE):
             yield f"{name} image outside [0, 1]"
-    balls = _balls(axes.get("eps"), example.by)
-    if balls and not any(norm == example.norm and math.isclose(eps, example.eps, rel_tol=1e-6) for norm, eps in balls):
-        yield "not the protocol's ball"
+    limits = _limits(axes.get("eps"), example.by)
+    if limits and not any(
+        norm == example.norm and math.isclose(eps, example.eps, rel_tol=1e-6) for norm, eps in limits
+    ):
+        yield "another radius than in the protocol"
 
 
 def _unlike(example: Example, clean: int, attacked: int, row: Mapping[str, str]) -> Iterator[str]:
     if clean != example.clean_prediction:
-        yield "other prediction of the clean image"
+        yield "another prediction of the clean image"
     if attacked != example.prediction:
-        yield "other prediction of the attacked image"
+        yield "another prediction of the attacked image"
     if attacked == example.label:
-        yield "the attacked image is right"
+        yield "the attacked image is classified correctly"
     stored = (example.label, example.clean_prediction, example.by, example.prediction)
     columns = ("label", "clean", f"{example.attack}.by", f"{example.attack}.prediction")
     if not row:
@@ -154,65 +178,67 @@ def _unlike(example: Example, clean: int, attacked: int, row: Mapping[str, str])
         yield "the ledger differs"
 
 
-def _balls(axis: Any, by: str) -> list[tuple[str, float]]:
-    """Norm and radius that the protocol gives the member, or each member; none for attacks without a radius."""
+def _limits(axis: Any, by: str) -> list[tuple[str, float]]:
+    """Reads norm and radius of one member, or of all members, from the protocol; empty without a radius."""
     texts = [axis] if isinstance(axis, str) else [axis[by]] if by in (axis or {}) else list((axis or {}).values())
     parts = [str(text).split(maxsplit=1) for text in texts]
     return [(norm, pixels(eps, name="eps", limit=None)) for norm, eps in parts if eps != "None"]
 
 
 def _predictions(method: RobustMethod, batch: Sequence[Example]) -> tuple[list[int], list[int]]:
-    """Classes of the clean and of the attacked images."""
+    """Predicts the classes of the clean and of the attacked images."""
 
     def predicted(images: list[Tensor]) -> list[int]:
         classes: list[int] = method.logits(torch.stack(images).to(method.device), batch[0].task).argmax(-1).tolist()
         return classes
 
     if batch[0].task not in method.heads:
-        raise ValueError(f"there are examples of {batch[0].task}, but result.json has no classes of it; test again")
+        raise ValueError(
+            f"result.json has no classes of {batch[0].task}, although there are examples of it; test again"
+        )
     with torch.no_grad(), frozen(method):
         return predicted([example.clean for example in batch]), predicted([example.attacked for example in batch])
 
 
 def _batches(folder: Path) -> Iterator[list[Example]]:
-    """Examples of one task, attack and size at a time."""
-    for _, group in groupby(load_all(folder), key=lambda each: (each.task, each.attack, each.clean.shape)):
+    """Yields batches of examples with equal task, attack and image size."""
+    for _, group in groupby(load_all(folder), key=lambda item: (item.task, item.attack, item.clean.shape)):
         while batch := list(islice(group, BATCH)):
             yield batch
 
 
 def _prepared(method: RobustMethod, run: Run) -> RobustMethod:
     method = method.float()
-    classes = _of(run, "classes")
-    method.prepare([_task(name, given) for name, given in classes.items()])
+    classes = _section(run, "classes")
+    method.prepare([_task(name, texts) for name, texts in classes.items()])
     return method
 
 
-def _task(name: str, given: Mapping[str, Any]) -> Task:
-    groups = given.get("groups")
+def _task(name: str, texts: Mapping[str, Any]) -> Task:
+    groups = texts.get("groups")
     in_tuples = None if groups is None else tuple(map(tuple, groups))
-    return Task(name, tuple(given["class_names"]), tuple(given["templates"]), in_tuples)
+    return Task(name, tuple(texts["class_names"]), tuple(texts["templates"]), in_tuples)
 
 
-def _of(run: Run, name: str) -> dict[str, Any]:
-    found = run.result.get(name)
-    if not isinstance(found, dict):
+def _section(run: Run, name: str) -> dict[str, Any]:
+    section = run.result.get(name)
+    if not isinstance(section, dict):
         raise ValueError(f"{run.folder}/result.json has no {name}, which its examples need; test again")
-    return found
+    return section
 
 
 def _examples(run: Run) -> Path:
     folder = run.folder / EXAMPLES
     if not any(folder.glob("*/*/*.safetensors")):
-        raise ValueError(f"{run.folder} has no examples; test again with `--evaluation.save_examples N`")
+        raise ValueError(f"{run.folder} holds no adversarial examples; test again with `--evaluation.save_examples N`")
     return folder
 
 
-def _verified(found: Mapping[Key, Mapping[int, Sequence[str]]]) -> Table:
-    table = Table(title="stored examples, judged anew")
+def _verified(failures: Mapping[Key, Mapping[int, Sequence[str]]]) -> Table:
+    table = Table(title="stored adversarial examples, tested again")
     for name in ("task", "attack", "n", "agree", "disagree", "because (ids)"):
         table.add_column(name, justify="right" if name in ("n", "agree", "disagree") else "left")
-    for (task, attack), examples in found.items():
+    for (task, attack), examples in failures.items():
         wrong = {number: reasons for number, reasons in examples.items() if reasons}
         counts = (len(examples), len(examples) - len(wrong), len(wrong))
         because = []

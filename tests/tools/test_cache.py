@@ -178,7 +178,7 @@ PGD = ["--evaluation.attacks", "{{pgd: {{class_path: PGD}}}}"]
         ("test", [*PGD, "--data.features_in_test", "true"], "attacks, pgd, need images"),
         ("fit", ["--data.augmentation.flip", "false"], "flip True of augmentation, this run has False"),
         ("fit", ["--data.holdout", "0"], "samples, such as"),
-        ("cache", [], "exist and are never overwritten"),
+        ("cache", [], "exists and is never overwritten"),
         ("cache", ["--data.features", "null"], "data.features must name the folder to write, got null"),
         ("cache", ["--data.features", "other", "--trainer.max_epochs", "null"], "views must be set"),
         ("cache", ["--data.features", "other", "--views", "0"], "views must be an integer at least 1 or null, got 0"),
@@ -218,4 +218,4 @@ def test_work_that_was_begun_otherwise_is_refused(
     more: list[str], told: str, folder: Path, tiny_model: Path, begun: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build(folder, tiny_model, begun, *more) == 2
-    assert f"was begun with {told}" in capsys.readouterr().err.splitlines()[-1]
+    assert f"was started with {told}" in capsys.readouterr().err.splitlines()[-1]

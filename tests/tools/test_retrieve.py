@@ -233,14 +233,14 @@ def test_a_pool_without_captions_or_pairs_is_refused(
     assert "a .txt caption, it has ['cls', 'png']" in capsys.readouterr().err
     write_shards(tmp_path, "empty", "train", [0])
     assert run([*words(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no pair" in capsys.readouterr().err
+    assert "holds no image-text pair" in capsys.readouterr().err
 
 
 def test_a_cache_of_another_model_is_refused(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = ["--cache", str(tmp_path / "cache"), "--shards", "9", "--shard", "8", "--out", str(tmp_path / "out")]
     assert run([*words(pool), *cache]) == 0
     assert run([*words(pool), *cache, "--precision", "bf16"]) == 2
-    assert "was begun with precision 'fp32', now it is 'bf16'" in capsys.readouterr().err
+    assert "was started with precision 'fp32', now it is 'bf16'" in capsys.readouterr().err
 
 
 def test_a_missing_library_names_its_extra(

@@ -1,4 +1,4 @@
-"""Stored examples, judged anew, agree with an honest test, and betray what was changed since."""
+"""Stored adversarial examples pass their checks, and fail them after a change of any value."""
 
 import json
 from collections.abc import Callable
@@ -109,19 +109,25 @@ def outside_ball(given: Example) -> Example:
 @pytest.mark.parametrize(
     ("change", "reasons"),
     [
-        (lambda it: it._replace(label=it.prediction), ["the attacked image is right", "the ledger differs"]),
+        (
+            lambda it: it._replace(label=it.prediction),
+            ["the attacked image is classified correctly", "the ledger differs"],
+        ),
         (lambda it: it._replace(label=(it.label + 1) % 3 + 3), ["the ledger differs"]),
-        (outside_ball, ["outside the ball"]),
-        (lambda it: it._replace(attacked=it.attacked - 2), ["outside the ball", "attacked image outside [0, 1]"]),
-        (lambda it: it._replace(attacked=it.attacked * torch.nan), ["outside the ball"]),
-        (lambda it: it._replace(attacked=outside_ball(it).attacked, eps=2 * EPS), ["not the protocol's ball"]),
-        (lambda it: it._replace(eps=float("inf")), ["not the protocol's ball"]),
-        (lambda it: it._replace(norm="l2", eps=5.0), ["not the protocol's ball"]),
-        (lambda it: it._replace(prediction=it.prediction + 20), ["other prediction of the attacked image"]),
-        (lambda it: it._replace(clean_prediction=it.prediction), ["other prediction of the clean image"]),
+        (outside_ball, ["outside the radius"]),
+        (lambda it: it._replace(attacked=it.attacked - 2), ["outside the radius", "attacked image outside [0, 1]"]),
+        (lambda it: it._replace(attacked=it.attacked * torch.nan), ["outside the radius"]),
+        (
+            lambda it: it._replace(attacked=outside_ball(it).attacked, eps=2 * EPS),
+            ["another radius than in the protocol"],
+        ),
+        (lambda it: it._replace(eps=float("inf")), ["another radius than in the protocol"]),
+        (lambda it: it._replace(norm="l2", eps=5.0), ["another radius than in the protocol"]),
+        (lambda it: it._replace(prediction=it.prediction + 20), ["another prediction of the attacked image"]),
+        (lambda it: it._replace(clean_prediction=it.prediction), ["another prediction of the clean image"]),
         (
             lambda it: it._replace(attacked=it.clean),
-            ["other prediction of the attacked", "the attacked image is right"],
+            ["another prediction of the attacked", "the attacked image is classified correctly"],
         ),
         (lambda it: it._replace(by="fgsm"), ["the ledger differs"]),
     ],
@@ -201,7 +207,9 @@ def test_replay_equals_a_direct_count(run: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_without_examples_says_how_to_get_them(tmp_path: Path, measured: Any) -> None:
     run = write_run(tmp_path / "run", measured[0], measured[1], [])
     for start in (lambda: verify(run, build), lambda: replay(run, ZeroShot())):
-        with pytest.raises(ValueError, match=r"has no examples; test again with `--evaluation.save_examples N`"):
+        with pytest.raises(
+            ValueError, match=r"no adversarial examples; test again with `--evaluation.save_examples N`"
+        ):
             start()
 
 
@@ -216,5 +224,5 @@ def test_a_result_that_lacks_what_examples_need_is_refused(tmp_path: Path, measu
 def test_examples_of_an_unknown_task_are_refused(run: Path) -> None:
     save(first(run)._replace(task="letters"), run / EXAMPLES)
     Ledger(run / LEDGERS / "letters.csv", ["pgd"])
-    with pytest.raises(ValueError, match=r"examples of letters, but result\.json has no classes"):
+    with pytest.raises(ValueError, match=r"result\.json has no classes of letters"):
         verify(run, build)

@@ -1,1 +1,1 @@
-"""What `robustclip retrieve` is made of: the pool, its features, and the search in them."""
+"""Holds the parts of `robustclip retrieve`: the pool, its features, and the search."""

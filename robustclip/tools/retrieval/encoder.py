@@ -1,4 +1,4 @@
-"""Features of images and texts by the zero-shot model, kept on the disk a part at a time."""
+"""Computes features of images and texts by the zero-shot model, and stores them on disk in parts."""
 
 import io
 import json
@@ -24,20 +24,20 @@ from robustclip.textfiles import read_text
 from robustclip.tools.progress_log import check_same
 
 Part = NDArray[np.void]
-"""Records: in a retrieval of ``digest`` (of the image; 0: cannot be used) and unit ``feature`` ``(D,)`` in fp16."""
+"""Array of records. A retrieval stores ``digest`` (of the image; 0 if unusable) and unit ``feature`` ``(D,)``, fp16."""
 
 Load = Callable[[], Image.Image]
-AHEAD = 2  # batches that are decoded while the model works
+AHEAD = 2  # number of batches that are decoded in advance
 
 
 class Encoder:
-    """The zero-shot model with its preprocessing.
+    """Zero-shot model with its preprocessing.
 
     Args:
-        clip: gives the features.
-        batch_size: images per batch.
-        num_workers: threads that decode.
-        device: of the model.
+        clip: model that computes the features; it is moved to ``device``.
+        batch_size: number of images per batch.
+        num_workers: number of threads that decode images.
+        device: device of the model.
         precision: ``fp32`` or ``bf16``.
     """
 
@@ -49,7 +49,7 @@ class Encoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the features depend on."""
+        """Settings that determine the features."""
         return {
             "model": self.clip.fingerprint,
             "image_size": self.clip.image_size,
@@ -58,18 +58,22 @@ class Encoder:
         }
 
     def images(self, loads: Iterable[Load]) -> NDArray[np.float16]:
-        """Unit features ``(N, D)``; zeros for an image that does not decode.
+        """Computes unit features ``(N, D)``; an image that cannot be decoded gets zeros.
 
         Args:
-            loads: each opens an image.
+            loads: functions that open one image each.
         """
         batches = [self._encode(batch) for batch in self._decoded(loads)]
         return np.concatenate(batches) if batches else np.zeros((0, self.width), np.float16)
 
     def texts(self, captions: Sequence[Sequence[str]]) -> NDArray[np.float16]:
-        """Unit features ``(N, D)``, the normalised mean of each one's captions; zeros where there are none."""
-        counts = torch.tensor([len(each) for each in captions])
-        flat = [text for each in captions for text in each]
+        """Computes unit features ``(N, D)``: the normalised mean over each item's captions, zeros without captions.
+
+        Args:
+            captions: captions of each of N items.
+        """
+        counts = torch.tensor([len(texts) for texts in captions])
+        flat = [text for texts in captions for text in texts]
         if not flat:
             return np.zeros((len(captions), self.width), np.float16)
         with torch.inference_mode(), self._autocast():
@@ -79,15 +83,15 @@ class Encoder:
         return F.normalize(sums, dim=-1).half().numpy()
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to embeddings ``(B, D)``, not normalised, on the model's device."""
+        """Computes embeddings ``(B, D)``, not normalised, of images ``(B, 3, H, W)`` in [0, 1]."""
         with torch.inference_mode(), self._autocast():
             return self.clip.embed_image(images.to(self.device, non_blocking=True)).float()
 
     def _encode(self, pixels: Sequence[Tensor | None]) -> NDArray[np.float16]:
-        good = [number for number, each in enumerate(pixels) if each is not None]
+        good = [number for number, image in enumerate(pixels) if image is not None]
         features = np.zeros((len(pixels), self.width), np.float16)
         if good:
-            embeddings = self.embeddings(torch.stack([each for each in pixels if each is not None]))
+            embeddings = self.embeddings(torch.stack([image for image in pixels if image is not None]))
             features[good] = F.normalize(embeddings, dim=-1).half().cpu().numpy()
         return features
 
@@ -95,16 +99,16 @@ class Encoder:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _decoded(self, loads: Iterable[Load]) -> Iterator[list[Tensor | None]]:
-        """Batches, in order; PIL decodes without the interpreter's lock, so threads do."""
+        """Yields decoded batches in order. Threads suffice, since PIL releases the interpreter's lock."""
         with ThreadPoolExecutor(max(1, self.num_workers)) as threads:
             waiting: deque[list[Future[Tensor | None]]] = deque()
             rest = iter(loads)
             while batch := list(islice(rest, self.batch_size)):
                 waiting.append([threads.submit(self._pixels, load) for load in batch])
                 if len(waiting) > AHEAD:
-                    yield [each.result() for each in waiting.popleft()]
+                    yield [image.result() for image in waiting.popleft()]
             for last in waiting:
-                yield [each.result() for each in last]
+                yield [image.result() for image in last]
 
     def _pixels(self, load: Load) -> Tensor | None:
         try:
@@ -114,35 +118,35 @@ class Encoder:
 
 
 class Store:
-    """Parts on the disk, each written whole or not at all.
+    """Folder of parts, each of which is written as a whole or not at all.
 
     Args:
-        folder: of the parts; may hold those of an earlier start.
-        settings: of the encoder.
+        folder: folder of the parts; parts of an interrupted run are reused.
+        settings: settings that determine the parts.
 
     Raises:
-        ValueError: the folder belongs to another model or preprocessing.
+        ValueError: the folder was written with other settings.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        told = folder / "settings.json"
-        if told.is_file():
-            check_same(folder, json.loads(read_text(told)), settings)
+        path = folder / "settings.json"
+        if path.is_file():
+            check_same(folder, json.loads(read_text(path)), settings)
         else:
-            atomic_write(told, json.dumps(settings, indent=2) + "\n")
+            atomic_write(path, json.dumps(settings, indent=2) + "\n")
 
     def has(self, name: str) -> bool:
-        """Whether a part is there."""
+        """Reports whether a part exists."""
         return self._path(name).is_file()
 
     def part(self, name: str, make: Callable[[], Part]) -> Part:
-        """A part, mapped into memory.
+        """Returns a part of the features, mapped into memory.
 
         Args:
-            name: of the part.
-            make: gives it, if it is not there yet.
+            name: name of the part.
+            make: computes the part if it does not exist yet.
         """
         if not self.has(name):
             content = io.BytesIO()
@@ -151,7 +155,7 @@ class Store:
         return self.read(name)
 
     def read(self, name: str) -> Part:
-        """A part that is there, mapped into memory."""
+        """Reads a stored part of the features, mapped into memory."""
         part: Part = np.load(self._path(name), mmap_mode="r", allow_pickle=False)
         return part
 
@@ -160,7 +164,12 @@ class Store:
 
 
 def records(digests: Sequence[int], features: NDArray[np.float16]) -> Part:
-    """A part of digests ``(N,)`` and features ``(N, D)``."""
+    """Builds a part from digests and features.
+
+    Args:
+        digests: ``(N,)`` digests of the images; an item with zero features gets digest 0.
+        features: ``(N, D)`` unit features.
+    """
     part = np.zeros(len(features), [("digest", "<u8"), ("feature", "<f2", (features.shape[1],))])
     part["digest"] = np.where(features.any(1), np.array(digests, np.uint64), 0)
     part["feature"] = features

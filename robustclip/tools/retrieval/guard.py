@@ -1,4 +1,4 @@
-"""Keeps images of the test sets out of what is retrieved."""
+"""Keeps near-duplicates of test images out of the retrieved pairs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +12,12 @@ UNSEEN, FREE, REFUSED = 0, 1, 2
 
 
 class Guard:
-    """Tells which candidates are near-duplicates of a test image; not in the ARF paper.
+    """Detects candidates that are near-duplicates of a test image. The ARF paper has no such check.
 
     Args:
         sets: image features of the test sets, by name.
         pool: image features of the pool; may be empty if there are no sets.
-        threshold: cosine above which two images count as the same.
+        threshold: cosine in [-1, 1] above which two images count as equal.
     """
 
     def __init__(self, sets: Mapping[str, Sequence[Part]], pool: Sequence[Part], threshold: float) -> None:
@@ -29,7 +29,7 @@ class Guard:
         self._matches: dict[str, set[int]] = {name: set() for name in sets}
 
     def __call__(self, ids: Ids) -> NDArray[np.bool_]:
-        """Which of the candidates ``(M,)`` are refused; each is compared once."""
+        """Returns a mask ``(M,)`` of the candidates that are refused; every candidate is compared only once."""
         if not self.sets:
             return np.zeros(len(ids), bool)
         unseen = np.unique(ids[self._state[ids] == UNSEEN])
@@ -39,8 +39,8 @@ class Guard:
         return is_refused
 
     def counts(self, refused: Ids) -> dict[str, int]:
-        """How many of the refused candidates are near-duplicates of an image of each set."""
-        return {name: len(found & set(refused.tolist())) for name, found in self._matches.items()}
+        """Counts the refused candidates that are near-duplicates of an image, per set."""
+        return {name: len(matches & set(refused.tolist())) for name, matches in self._matches.items()}
 
     def _compare(self, ids: Ids) -> None:
         faiss, features = load_faiss(), self._pool.take(ids)
@@ -49,6 +49,6 @@ class Guard:
             for part in parts:
                 images = np.asarray(part["feature"], np.float32, order="C")
                 cosines, _ = faiss.knn(features, images, 1, metric=faiss.METRIC_INNER_PRODUCT)
-                found = ids[cosines[:, 0] > self.threshold]
-                self._state[found] = REFUSED
-                self._matches[name].update(found.tolist())
+                matches = ids[cosines[:, 0] > self.threshold]
+                self._state[matches] = REFUSED
+                self._matches[name].update(matches.tolist())

@@ -1,4 +1,4 @@
-"""Image-text pairs in tar files: reading pools of any size from front to back, writing the chosen ones."""
+"""Reads image-text pairs from tar files in order, for pools of any size, and writes the chosen ones."""
 
 import hashlib
 import io
@@ -22,12 +22,12 @@ PAIRS_PER_SHARD = 10_000
 
 
 class Pair(NamedTuple):
-    """One image as it lies in the shard, and its text.
+    """Image-text pair of a shard.
 
     Attributes:
-        image: encoded.
-        kind: extension of the image.
-        text: captions, one a line.
+        image: encoded image file.
+        kind: file name extension of the image.
+        text: captions, one per line.
     """
 
     image: bytes
@@ -36,31 +36,31 @@ class Pair(NamedTuple):
 
     @property
     def captions(self) -> list[str]:
-        """Stripped, without empty ones."""
+        """Captions, stripped and without empty ones."""
         lines = self.text.decode(errors="replace").splitlines()
         return [line.strip() for line in lines if line.strip()]
 
     @property
     def stored_bytes(self) -> int:
-        """In a tar file: a block of header before each, padded to whole blocks."""
+        """Size in a tar file: both members have a header block and are padded to whole blocks."""
         return sum((1 + -(-len(data) // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE for data in (self.image, self.text))
 
     def open(self) -> Image.Image:
-        """The image, not yet decoded."""
+        """Opens the image without decoding it."""
         return open_image(self.image)
 
     @property
     def digest(self) -> int:
-        """64 bits that tell images apart, never 0; two of three million collide with probability 2e-7."""
+        """64-bit hash of the image file, never 0; among three million images two collide with probability 2e-7."""
         return int.from_bytes(hashlib.blake2b(self.image, digest_size=8).digest(), "big") or 1
 
 
 class Shard(NamedTuple):
-    """One tar file of a pool.
+    """Tar file of a pool.
 
     Attributes:
-        url: of the file, local ones too.
-        size: in bytes; None for a remote one.
+        url: URL of the file, also of a local one.
+        size: size in bytes; None for a remote file.
     """
 
     url: str
@@ -68,7 +68,7 @@ class Shard(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """A file name of its own, by place and size."""
+        """File name for the shard's features, unique to its URL and size."""
         digest = hashlib.blake2b(f"{self.url} {self.size}".encode(), digest_size=8).hexdigest()
         return f"{Path(self.url).stem[:40]}-{digest}"
 
@@ -76,7 +76,7 @@ class Shard(NamedTuple):
         """Reads the pairs in their order.
 
         Raises:
-            ValueError: as `read_samples`.
+            ValueError: the archive is damaged or has another layout, see `read_samples`.
         """
         for sample in read_samples(self.url, needs=TEXT, loads=(*IMAGE_TYPES, LABEL, TEXT)):
             assert sample.text is not None
@@ -84,16 +84,16 @@ class Shard(NamedTuple):
 
 
 def pool_shards(pools: Iterable[str], root: str, split: str = "train") -> list[Shard]:
-    """The shards of several pools.
+    """Lists the shards of several pools.
 
     Args:
         pools: ``wds:FOLDER-or-URL`` with ``train/{0..N-1}.tar``, or ``wds:`` and the shards, as in
             ``wds:cc3m/{00000..00331}.tar``.
-        root: relative paths start here.
+        root: folder at which relative paths start.
         split: sub-folder of the shards.
 
     Raises:
-        ValueError: no such pool, or a shard is missing.
+        ValueError: there is no such pool, or a shard is missing.
     """
     return [_shard(url) for pool in pools for url in _urls(pool, root, split)]
 
@@ -121,28 +121,40 @@ def read_chosen(
     """Reads pairs by their position in the pool.
 
     Args:
-        shards: of the pool.
-        digests: of each shard's images.
-        chosen: rising positions.
+        shards: shards of the pool.
+        digests: digests of each shard's images, from when the features were computed.
+        chosen: positions in ascending order.
+
+    Yields:
+        Position in the pool, and pair.
 
     Raises:
-        ValueError: a shard holds other images than it did.
+        ValueError: the images of a shard have changed since then.
     """
     begin = 0
     for shard, known in zip(shards, digests, strict=True):
-        wanted = set((chosen[(chosen >= begin) & (chosen < begin + len(known))] - begin).tolist())
-        for position, pair in enumerate(islice(shard.pairs(), max(wanted, default=-1) + 1)):
-            if position in wanted:
+        positions = set((chosen[(chosen >= begin) & (chosen < begin + len(known))] - begin).tolist())
+        for position, pair in enumerate(islice(shard.pairs(), max(positions, default=-1) + 1)):
+            if position in positions:
                 if pair.digest != known[position]:
-                    raise ValueError(f"shard {shard.url} has changed since its features were made; delete the cache")
+                    raise ValueError(
+                        f"shard {shard.url} has changed since its features were computed; delete the cache"
+                    )
                 yield begin + position, pair
         begin += len(known)
 
 
 def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> int:
-    """Writes shards, named by number, of samples named by theirs; returns how many samples.
+    """Writes numbered shards of pairs.
 
-    Keys are ours alone: those of a pool could lead out of the folder where the shards are unpacked.
+    Each key is made from the pair's number. A key of the pool could point outside the folder when shards are unpacked.
+
+    Args:
+        folder: folder to create.
+        pairs: position in the pool, and pair.
+
+    Returns:
+        Number of written pairs.
     """
     folder.mkdir()
     shards, archive = 0, None

@@ -1,4 +1,4 @@
-"""What a pool takes to encode and to search, before it begins."""
+"""Estimates the time and memory to encode and search a pool, before the work starts."""
 
 import time
 from collections.abc import Sequence
@@ -14,20 +14,23 @@ GIGA = 1e9
 
 
 def estimate(pool: Sequence[Shard], encoder: Encoder, *, is_exact: bool, processes: int) -> str:
-    """One line, from the pool's first pairs.
+    """Estimates disk space, memory and hours from the pool's first pairs.
 
     Args:
-        pool: its shards.
-        encoder: is timed.
-        is_exact: whether the search is.
-        processes: that encode.
+        pool: shards of the pool.
+        encoder: encoder, which is timed on one batch.
+        is_exact: whether the search is exact.
+        processes: number of processes that encode.
+
+    Returns:
+        The estimate in one line.
 
     Raises:
-        ValueError: the first shard holds nothing.
+        ValueError: the first shard is empty.
     """
     probe = list(islice(pool[0].pairs(), encoder.batch_size))
     if not probe:
-        raise ValueError(f"shard {pool[0].url} of the pool holds no pair")
+        raise ValueError(f"shard {pool[0].url} of the pool holds no image-text pair")
     sizes = [shard.size for shard in pool if shard.size is not None]
     if len(sizes) < len(pool):
         return f"pool: {len(pool)} shards, some of them remote, of unknown size"

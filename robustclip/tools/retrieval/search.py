@@ -1,4 +1,4 @@
-"""Nearest candidates by inner product: exactly, or by an index for large pools."""
+"""Searches the nearest candidates by inner product: exactly, or by an index for large pools."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,24 +8,24 @@ from numpy.typing import NDArray
 
 from robustclip.tools.retrieval.encoder import Part
 
-CHUNK = 65_536  # candidates in single precision at a time: 128 MiB of 512 dimensions
+CHUNK = 65_536  # number of candidates in single precision at a time: 128 MiB at 512 dimensions
 QUERIES = 4096
-SHORTLIST = 20  # candidates of IVF-PQ per wanted one, whose exact inner products decide
-TRAINED_PER_CELL = 64  # candidates that the cells of IVF-PQ are fitted to; faiss asks for 39 at least
-PROBED_SHARE = 1 / 16  # of the cells
+SHORTLIST = 20  # IVF-PQ proposes this many candidates per result; their exact inner products decide
+TRAINED_PER_CELL = 64  # number of candidates that fit one cell of IVF-PQ; faiss requires at least 39
+PROBED_SHARE = 1 / 16  # share of the cells that a query searches
 
 Ids = NDArray[np.int64]
 Features = NDArray[np.float32]
 Search = Callable[[Features, int], Ids]
-"""Takes queries ``(Q, D)`` and k; gives ids ``(Q, k)``, best first, -1 where there are no more."""
+"""Function of queries ``(Q, D)`` and k; returns ids ``(Q, k)``, best first, -1 where there are too few."""
 
 
 class Candidates:
-    """Features of a pool, on the disk in half precision; a candidate's id is its position in the pool.
+    """Features of a pool, on disk in half precision; a candidate's id is its position in the pool.
 
     Args:
-        parts: of the pool, in its order.
-        is_candidate: ``(N,)``, False for what must not be found.
+        parts: parts of the pool, in its order.
+        is_candidate: mask ``(N,)`` of the items that a search may return.
     """
 
     def __init__(self, parts: Sequence[Part], is_candidate: NDArray[np.bool_]) -> None:
@@ -37,7 +37,7 @@ class Candidates:
         return int(self.is_candidate.sum())
 
     def chunks(self) -> Iterator[tuple[Ids, Features]]:
-        """Ids and features of all candidates, in the order of the ids."""
+        """Yields ids and features of all candidates, in the order of the ids."""
         for part, begin in zip(self.parts, self.begins[:-1], strict=True):
             for first in range(0, len(part), CHUNK):
                 is_candidate = self.is_candidate[begin + first : begin + min(first + CHUNK, len(part))]
@@ -46,7 +46,7 @@ class Candidates:
                     yield rows + begin, np.asarray(part["feature"][rows], np.float32, order="C")
 
     def take(self, ids: Ids) -> Features:
-        """Features ``(M, D)`` of ids ``(M,)``."""
+        """Returns the features ``(M, D)`` of ids ``(M,)``."""
         features = np.empty((len(ids), self.width), np.float32)
         owners = np.searchsorted(self.begins, ids, side="right") - 1
         for number in np.unique(owners):
@@ -56,10 +56,10 @@ class Candidates:
 
 
 def load_faiss() -> Any:
-    """The search library, from an extra.
+    """Imports faiss, which the extra ``retrieval`` installs.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: faiss is not installed.
     """
     try:
         import faiss
@@ -69,9 +69,9 @@ def load_faiss() -> Any:
 
 
 def flat(candidates: Candidates) -> Search:
-    """Exact search; ties go to the smaller id.
+    """Returns an exact search; ties go to the smaller id.
 
-    What faiss's ``IndexFlatIP`` computes, chunk by chunk, so that single precision never holds the whole pool.
+    It computes the results of faiss's ``IndexFlatIP`` chunk by chunk, so that the pool is never in memory as a whole.
     """
 
     def search(queries: Features, k: int) -> Ids:
@@ -80,8 +80,8 @@ def flat(candidates: Candidates) -> Search:
         for chunk_ids, features in candidates.chunks():
             for block in range(0, len(queries), QUERIES):
                 rows = slice(block, block + QUERIES)
-                found_scores, found = _top(queries[rows], features, min(k, len(features)))
-                merged = _best(np.hstack([scores[rows], found_scores]), np.hstack([ids[rows], chunk_ids[found]]), k)
+                top_scores, top = _top(queries[rows], features, min(k, len(features)))
+                merged = _best(np.hstack([scores[rows], top_scores]), np.hstack([ids[rows], chunk_ids[top]]), k)
                 scores[rows], ids[rows] = merged
         return ids
 
@@ -89,14 +89,14 @@ def flat(candidates: Candidates) -> Search:
 
 
 def ivf_pq(candidates: Candidates, *, seed: int) -> Search:
-    """Inverted lists of product-quantised vectors find a shortlist, exact inner products order it.
+    """Returns an approximate search: an IVF-PQ index proposes a shortlist, exact inner products order it.
 
-    Jegou et al., Product quantization for nearest neighbor search, TPAMI 2011. A candidate takes one byte for eight
-    dimensions, and eight for its id.
+    Jegou et al., Product quantization for nearest neighbor search, TPAMI 2011. A candidate takes one byte per eight
+    dimensions, and eight bytes for its id.
 
     Args:
-        candidates: of the pool.
-        seed: of the sample that the index is fitted to.
+        candidates: candidates of the pool.
+        seed: seed of the sample that the index is fitted to.
     """
     faiss = load_faiss()
     cells = 2 ** max(0, round(np.log2(max(1, len(candidates)) ** 0.5)))
@@ -129,17 +129,17 @@ def ivf_pq(candidates: Candidates, *, seed: int) -> Search:
 def nearest(
     search: Search, queries: Features, k: int, count: int, refuse: Callable[[Ids], NDArray[np.bool_]]
 ) -> tuple[Ids, Ids]:
-    """The k nearest that are not refused.
+    """Finds the k nearest candidates of each query that are not refused.
 
     Args:
-        search: finds candidates.
-        queries: ``(Q, D)``.
-        k: per query.
-        count: of all candidates.
-        refuse: tells of ids ``(M,)`` which must not be taken; is asked only for what comes up.
+        search: search function.
+        queries: ``(Q, D)`` features.
+        k: number of results per query.
+        count: number of all candidates.
+        refuse: returns a mask of the ids ``(M,)`` that must not be taken; called only for ids that a search returned.
 
     Returns:
-        Ids ``(Q, k)``, -1 where there are no more, and the refused ones that stood before the last of these.
+        Ids ``(Q, k)``, -1 where there are too few, and the refused ids that ranked above the last result.
     """
     best = np.full((len(queries), k), -1, np.int64)
     refused: set[int] = set()
@@ -160,9 +160,9 @@ def nearest(
 
 
 def _top(queries: Features, features: Features, k: int) -> tuple[Features, Ids]:
-    """Scores and rows of the k largest inner products; ties go to the smaller row.
+    """Returns scores and rows of the k largest inner products; ties go to the smaller row.
 
-    faiss breaks ties by chance, so it is asked for more until none is left at the end.
+    faiss orders ties arbitrarily. The search is therefore widened until the last score differs from the k-th one.
     """
     faiss, width = load_faiss(), min(k + 1, len(features))
     while True:
@@ -173,6 +173,6 @@ def _top(queries: Features, features: Features, k: int) -> tuple[Features, Ids]:
 
 
 def _best(scores: Features, ids: Ids, k: int) -> tuple[Features, Ids]:
-    """The first k of each row by falling score, then by rising id."""
+    """Returns the first k of each row, by descending score and then by ascending id."""
     order = np.lexsort((ids, -scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
