@@ -11,6 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "robustclip"
 DONE = (  # folders and files of the package that keep the rules
     "methods",
+    "models",
+    "objectives/losses.py",
+    "objectives/energy.py",
 )
 RIDDLES = re.compile(
     r"(what|whatever|of|as|which|whichever|that|those|these|whose|who|where|such|it|its|they|their|and|but|so|else|also"
