@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "robustclip"
 DONE = (  # folders and files of the package that keep the rules
     "methods",
     "models",
+    "attacks",
     "objectives/losses.py",
     "objectives/energy.py",
 )
