@@ -13,6 +13,7 @@ DONE = (  # folders and files of the package that keep the rules
     "methods",
     "models",
     "attacks",
+    "convert",
     *("arguments.py", "display.py", "intervals.py", "metrics.py", "names.py", "paths.py", "textfiles.py", "types.py"),
     "objectives/losses.py",
     "objectives/energy.py",
