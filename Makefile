@@ -33,11 +33,11 @@ test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
 test-slow: .venv/ready ## run the slow tests: kills, resumes and mutated files by the thousand
 	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
-check: .venv/ready ## format, lint, types and import layers
+check: .venv/ready ## format, lint, types, import layers and language
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layers.py
+	$(BIN)/pytest tests/test_layers.py tests/test_language.py
 
 format: .venv/ready ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

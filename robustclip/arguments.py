@@ -1,13 +1,13 @@
-"""Checks the arguments of constructors against their type hints, for Python callers as the command line does.
+"""Checks of constructor arguments against their type hints, for Python callers as the command line does.
 
-`checked` wraps the constructor of one class, `Checked` those of a base class and all its subclasses. The hints that
-count are ``int``, ``float``, ``bool``, ``str``, ``None``, ``Literal``, unions, lists, tuples, sequences, dictionaries,
+`checked` wraps the constructor of one class, `Checked` those of a base class and all its subclasses. The supported
+hints are ``int``, ``float``, ``bool``, ``str``, ``None``, ``Literal``, unions, lists, tuples, sequences, dictionaries,
 callables, classes, and ``Annotated`` with an `Interval`. An argument with any other hint is not checked.
 
-- Scalars of numpy and torch are numbers; true and false are none.
-- An integer stays one: ``2.0`` is refused where an integer is meant; ``2`` becomes ``2.0`` where a number is meant.
-- Names such as ``linf`` are taken as they are spelled; the message suggests the closest one.
-- A list may be given for a tuple, one item for a `Sequence` of such items, a path for a text.
+- Scalars of numpy and torch are numbers; true and false are not.
+- Integers are not converted: ``2.0`` is refused for an integer; ``2`` becomes ``2.0`` for a number.
+- Names such as ``linf`` must be spelled exactly; the message suggests the closest one.
+- A list is accepted for a tuple, one item for a `Sequence` of such items, a path for a text.
 """
 
 import difflib
@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor
 
 T = TypeVar("T")
-LONGEST_VALUE = 80  # characters of a refused value in a message
+LONGEST_VALUE = 80  # maximal number of characters of a refused value in a message
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Interval:
     """A range of finite numbers, the metadata of an ``Annotated`` hint.
 
     Args:
-        low: its lower end, which belongs to it.
-        high: its upper end, which belongs to it unless it is infinite.
-        excludes: ends that do not belong to it.
+        low: lower end, which is included.
+        high: upper end, which is included unless it is infinite.
+        excludes: ends that are not included.
     """
 
     low: float
@@ -62,7 +62,7 @@ PositiveShare = Annotated[float, Interval(0, 1, excludes=(0,))]
 
 
 class Checked:
-    """Base of classes whose constructor is `checked`, as is that of every subclass."""
+    """Base class whose constructor is `checked`, as are those of all subclasses."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -71,7 +71,7 @@ class Checked:
 
 
 def checked(cls: type[T]) -> type[T]:
-    """Wraps the constructor of a class, which then raises ValueError for an argument that does not fit its hint."""
+    """Wraps the constructor of a class so that it raises ValueError for an argument that does not fit its hint."""
     init: Any = cls.__init__
     parameters = [*inspect.signature(init).parameters.values()][1:]
     names = [parameter.name for parameter in parameters if parameter.kind < inspect.Parameter.VAR_POSITIONAL]
@@ -79,7 +79,7 @@ def checked(cls: type[T]) -> type[T]:
 
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        __class__ = _Caller  # noqa: F841  # `save_hyperparameters` looks for it in the frames above the constructor
+        __class__ = _Caller  # noqa: F841  # `save_hyperparameters` searches the frames above the constructor for it
         hints = _hints(init)
 
         def fit(name: str, value: Any) -> Any:
@@ -98,17 +98,17 @@ def argument(value: Any, hint: Any, name: str) -> Any:
     """Converts the value of an argument as `fitted` does.
 
     Args:
-        value: what the caller gave.
+        value: value that the caller gave.
         hint: type of the argument.
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
 
     Raises:
-        ValueError: the value does not fit; the message has the name, what would fit, and the value.
+        ValueError: the value does not fit; the message has the name, the expected type, and the value.
     """
     try:
         return fitted(value, hint)
     except _Unfit:
-        raise ValueError(f"{name} must be {expected(hint)}, got {_shown(value)}{_remedy(value, hint)}") from None
+        raise ValueError(f"{name} must be {expected(hint)}, got {_excerpt(value)}{_remedy(value, hint)}") from None
 
 
 def class_at(path: str, base: type[T], option: str) -> type[T]:
@@ -133,11 +133,11 @@ def class_at(path: str, base: type[T], option: str) -> type[T]:
 
 
 def fitted(value: Any, hint: Any) -> Any:
-    """Converts a value as a type hint demands: scalars to Python's, lists to tuples.
+    """Converts a value to the type of a hint: scalars to Python's, lists to tuples.
 
     Args:
-        value: of an argument.
-        hint: its type; a value of a type that is not understood is returned as it is.
+        value: value of an argument.
+        hint: type of the argument; a value for an unsupported hint is returned unchanged.
 
     Raises:
         ValueError: the value does not fit.
@@ -168,7 +168,7 @@ def fitted(value: Any, hint: Any) -> Any:
 
 
 def expected(hint: Any) -> str:
-    """Describes in words which values fit a type hint."""
+    """Describes in words the values that fit a type hint."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(expected, parts)))
@@ -189,18 +189,18 @@ def expected(hint: Any) -> str:
 
 
 class _Unfit(ValueError):  # noqa: N818  # a signal
-    """A value does not fit a hint."""
+    """Signals that a value does not fit a hint."""
 
 
 class _Caller:
-    """Signature of the wrapper of a constructor, which Lightning reads beside its frame."""
+    """Signature of a constructor's wrapper, which Lightning reads together with its frame."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 @cache
 def _hints(init: Any) -> dict[str, Any]:
-    """Evaluates the hints of a constructor, at its first call, since they may name what its module defines later."""
+    """Evaluates a constructor's hints at its first call, since they may use names that its module defines later."""
     try:
         return get_type_hints(init, include_extras=True)
     except Exception:  # a user's hints may raise anything
@@ -262,7 +262,7 @@ def _is_instance(value: Any, kind: Any) -> bool:
         return True
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 

@@ -1,4 +1,4 @@
-"""The terminal: the only place that prints names with rich, which takes brackets for markup."""
+"""Output to the terminal with rich, which would otherwise interpret brackets in names as markup."""
 
 from collections.abc import Iterable
 from typing import Any, NoReturn, TypeVar
@@ -14,19 +14,19 @@ Item = TypeVar("Item")
 
 
 class _PlainConsole(Console):
-    """Prints strings as they are, without control characters; styles are given by `Text` alone."""
+    """Prints strings unchanged, but without control characters; only `Text` has styles."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Makes control characters visible."""
+        """Replaces control characters by visible escapes."""
         return super().render_str(plain(text, keep="\n"), **options)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Leaves the exit status to the command line; rich would exit with 1."""
+        """Raises an error, so that the command line sets the exit status; rich would exit with 1."""
         raise BrokenPipeError
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Makes a console that takes nothing in a string for markup, emoji or numbers to colour."""
+    """Makes a console that interprets no markup or emoji and colours no numbers."""
     return _PlainConsole(markup=False, emoji=False, highlight=False, stderr=stderr)
 
 
@@ -36,11 +36,11 @@ def label(text: object) -> str:
 
 
 def progress(items: Iterable[Item], text: object, total: int | None = None) -> Iterable[Item]:
-    """Iterates under a progress bar on stderr.
+    """Iterates and shows a progress bar on stderr.
 
     Args:
-        items: what to iterate over.
-        text: stands before the bar.
-        total: number of items, where they have no length.
+        items: items to iterate over.
+        text: label before the bar.
+        total: number of items, if they have no length.
     """
     return track(items, label(text), total=total, console=console(stderr=True))

@@ -1,4 +1,4 @@
-"""Uncertainty of accuracies, from exact counts: intervals, paired tests, and how many samples they need."""
+"""Uncertainty of accuracies from exact counts: intervals, paired tests, and the number of samples that they need."""
 
 import math
 from collections.abc import Sequence
@@ -9,15 +9,21 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 LEVEL = 0.95
-FEW = 10  # right or wrong samples, below which the bootstrap is too narrow; see test_statistics.py
-DRAWS = 10_000  # the quantiles of 2.5 % then rest on 250 draws; their own error is about a tenth of the half width
+FEW = 10  # correct or misclassified samples below which the bootstrap is too narrow; see test_intervals.py
+DRAWS = 10_000  # a 2.5 % quantile then has 250 draws beyond it; its error is about a tenth of the half width
 
 Interval = tuple[float, float]
 NOTHING: Interval = (math.nan, math.nan)
 
 
 class Difference(NamedTuple):
-    """A difference of two accuracies and its interval, all in [-1, 1]."""
+    """Difference of two accuracies with its confidence interval.
+
+    Attributes:
+        value: difference in [-1, 1].
+        low: lower limit of the interval.
+        high: upper limit of the interval.
+    """
 
     value: float
     low: float
@@ -25,50 +31,50 @@ class Difference(NamedTuple):
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of an accuracy (https://doi.org/10.1080/01621459.1927.10502953).
+    """Computes Wilson's score interval of an accuracy (https://doi.org/10.1080/01621459.1927.10502953).
 
     Args:
-        correct: samples that were right.
-        n: samples; 0 gives nan.
+        correct: number of correctly classified samples.
+        n: number of samples; 0 gives nan.
         level: nominal coverage in (0, 1).
 
     Returns:
-        Both limits, in [0, 1].
+        Lower and upper limit, in [0, 1].
 
     Raises:
-        ValueError: counts that cannot be, or no level.
+        ValueError: the counts are impossible, or the level is outside (0, 1).
     """
     _check(level, n, correct)
     if n == 0:
         return NOTHING
-    found = stats.binomtest(correct, n).proportion_ci(confidence_level=level, method="wilson")
-    return float(found.low), float(found.high)
+    interval = stats.binomtest(correct, n).proportion_ci(confidence_level=level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_mean(
     counts: Sequence[tuple[int, int]], level: float = LEVEL, *, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap of the unweighted mean of the tasks' accuracies.
+    """Computes the percentile bootstrap interval of the unweighted mean of the tasks' accuracies.
 
-    The tasks are given, their samples are redrawn. Drawing n of n outcomes that are 0 or 1, with replacement, gives a
-    sum that is binomial (n, accuracy): one such draw per task is the bootstrap itself and no approximation.
+    The tasks are fixed and their samples are redrawn. Drawing n of n outcomes that are 0 or 1, with replacement, gives
+    a sum that is binomial (n, accuracy). One such draw per task is the bootstrap itself, not an approximation.
 
-    The interval has no width where all tasks are at 0 or at 1, and is too narrow near there. At a level of 95 % it
-    covers 93 % or more where at least ten right and ten wrong samples are expected over tasks of one size; one task of
-    100 samples and an accuracy of 0.02 is covered in 87 %, of 0.01 in 63 %. A small task among large ones has most of
-    the variance, and must meet this alone. `wilson` keeps its level for one task.
+    The interval has no width if all tasks are at 0 or at 1, and is too narrow near there. At a level of 95 % it covers
+    93 % or more if at least ten correct and ten misclassified samples are expected over tasks of one size. One task of
+    100 samples is covered in 87 % at an accuracy of 0.02 and in 63 % at 0.01. A small task among large ones has most of
+    the variance, and must meet the condition alone. `wilson` keeps its level for one task.
 
     Args:
-        counts: right samples and samples of each task; none, or a task without samples, gives nan.
+        counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
-        draws: of the bootstrap.
-        seed: of the draws; equal arguments give equal limits.
+        draws: number of draws.
+        seed: seed of the draws; equal arguments give equal limits.
 
     Returns:
-        Both limits, in [0, 1].
+        Lower and upper limit, in [0, 1].
 
     Raises:
-        ValueError: counts that cannot be, or no level.
+        ValueError: the counts are impossible, or the level is outside (0, 1).
     """
     for correct, n in counts:
         _check(level, n, correct)
@@ -80,23 +86,26 @@ def bootstrap_mean(
 
 
 def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
-    """Interval of the unweighted mean of the tasks' accuracies that also holds near 0 and 1.
+    """Computes an interval of the unweighted mean of the tasks' accuracies that also holds near 0 and 1.
 
-    `bootstrap_mean`, but where it is too narrow, with fewer than ten right or ten wrong samples: Wilson's interval of
-    the mean as one accuracy of as many samples as give its variance, which is exact for tasks that are alike and else
-    too wide.
+    The result is `bootstrap_mean`, unless there are fewer than ten correct or ten misclassified samples, for which that
+    is too narrow. Then it is Wilson's interval of the mean as one accuracy, with the number of samples that has the
+    mean's variance. This is exact for tasks that are alike, else too wide.
 
     Args:
-        counts: right samples and samples of each task; none, or a task without samples, gives nan.
+        counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
 
+    Returns:
+        Lower and upper limit, in [0, 1].
+
     Raises:
-        ValueError: counts that cannot be, or no level.
+        ValueError: the counts are impossible, or the level is outside (0, 1).
     """
-    right, total = sum(correct for correct, _ in counts), sum(n for _, n in counts)
-    if min(right, total - right) >= FEW or any(n == 0 for _, n in counts) or not counts:
+    correct, total = sum(count for count, _ in counts), sum(n for _, n in counts)
+    if min(correct, total - correct) >= FEW or any(n == 0 for _, n in counts) or not counts:
         return bootstrap_mean(counts, level)
-    mean = float(np.mean([correct / n for correct, n in counts]))
+    mean = float(np.mean([count / n for count, n in counts]))
     size = len(counts) ** 2 / sum(1 / n for _, n in counts)
     z = float(stats.norm.ppf((1 + level) / 2))
     middle, half = mean + z**2 / (2 * size), z * math.sqrt(mean * (1 - mean) / size + z**2 / (4 * size**2))
@@ -106,57 +115,68 @@ def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> In
 def bootstrap_mean_difference(
     counts: Sequence[tuple[int, int, int]], level: float = LEVEL, *, draws: int = DRAWS, seed: int = 0
 ) -> Difference:
-    """Unweighted mean over tasks of the paired difference of accuracies, with its percentile bootstrap.
+    """Computes the mean over tasks of the paired difference of accuracies, with its percentile bootstrap.
 
-    As `bootstrap_mean`, with pairs redrawn: the numbers of pairs right in one alone are multinomial. It has no width
-    where no pair is right in one alone, and is too narrow where few are; the tasks' own intervals are not.
+    Pairs of outcomes are redrawn as in `bootstrap_mean`: the numbers of pairs in which one alone is correct are
+    multinomial. The interval has no width if there is no such pair, and is too narrow if there are few; the tasks' own
+    intervals are not.
 
     Args:
-        counts: of each task the samples right in A alone, right in B alone, and all.
+        counts: per task the numbers of samples that A alone and B alone classifies correctly, and of all.
         level: nominal coverage in (0, 1).
-        draws: of the bootstrap.
-        seed: of the draws.
+        draws: number of draws.
+        seed: seed of the draws.
 
     Returns:
         Accuracy of A minus accuracy of B; nan without tasks or with a task without samples.
 
     Raises:
-        ValueError: counts that cannot be, or no level.
+        ValueError: the counts are impossible, or the level is outside (0, 1).
     """
     for only_a, only_b, n in counts:
         _check(level, n, only_a, only_b)
     if not counts or any(n == 0 for *_, n in counts):
         return Difference(math.nan, *NOTHING)
     random = np.random.default_rng(seed)
-    drawn = [random.multinomial(n, [a / n, b / n, (n - a - b) / n], draws) / n for a, b, n in counts]
+    shares = [random.multinomial(n, [a / n, b / n, (n - a - b) / n], draws) / n for a, b, n in counts]
     value = sum((a - b) / n for a, b, n in counts) / len(counts)
-    return Difference(value, *_percentiles(np.mean([each[:, 0] - each[:, 1] for each in drawn], axis=0), level))
+    return Difference(value, *_percentiles(np.mean([share[:, 0] - share[:, 1] for share in shares], axis=0), level))
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Difference:
-    """Accuracy of A minus accuracy of B on the same samples, with Newcombe's interval for paired proportions.
+    """Computes accuracy of A minus accuracy of B on the same samples, with Newcombe's interval for paired proportions.
 
     Method 10 of Newcombe 1998 (https://doi.org/10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C):
-    Wilson's limits of both accuracies, joined by their correlation; it has no zero width and does not leave [-1, 1].
+    Wilson's limits of both accuracies, combined by their correlation; it never has width 0 and is within [-1, 1].
 
     Args:
-        a: ``(N,)`` whether each sample is right in A.
-        b: ``(N,)`` the same of B, in the same order.
+        a: ``(N,)``, whether A classifies each sample correctly.
+        b: ``(N,)``, whether B does, in the same order.
         level: nominal coverage in (0, 1).
 
     Raises:
-        ValueError: another number of samples in B, or no level.
+        ValueError: the numbers of samples differ, or the level is outside (0, 1).
     """
-    right_a, right_b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    if right_a.shape != right_b.shape or right_a.ndim != 1:
-        raise ValueError(f"paired outcomes must be two lists of one length, got {right_a.shape} and {right_b.shape}")
-    both, only_a = int((right_a & right_b).sum()), int((right_a & ~right_b).sum())
-    only_b = int((right_b & ~right_a).sum())
-    return newcombe(both, only_a, only_b, right_a.size - both - only_a - only_b, level=level)
+    correct_a, correct_b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if correct_a.shape != correct_b.shape or correct_a.ndim != 1:
+        raise ValueError(
+            f"paired outcomes must be two lists of one length, got {correct_a.shape} and {correct_b.shape}"
+        )
+    both, only_a = int((correct_a & correct_b).sum()), int((correct_a & ~correct_b).sum())
+    only_b = int((correct_b & ~correct_a).sum())
+    return newcombe(both, only_a, only_b, correct_a.size - both - only_a - only_b, level=level)
 
 
 def newcombe(both: int, only_a: int, only_b: int, neither: int, *, level: float = LEVEL) -> Difference:
-    """`paired_difference` from the four counts of right samples."""
+    """Computes `paired_difference` from counts of samples.
+
+    Args:
+        both: samples that both classify correctly.
+        only_a: samples that A alone classifies correctly.
+        only_b: samples that B alone classifies correctly.
+        neither: samples that both misclassify.
+        level: nominal coverage in (0, 1).
+    """
     n = both + only_a + only_b + neither
     _check(level, n, both, only_a, only_b, neither)
     if n == 0:
@@ -166,36 +186,36 @@ def newcombe(both: int, only_a: int, only_b: int, neither: int, *, level: float 
     phi = _correlation(both, only_a, only_b, neither)
     below = (p - p_low) ** 2 - 2 * phi * (p - p_low) * (q_high - q) + (q_high - q) ** 2
     above = (p_high - p) ** 2 - 2 * phi * (p_high - p) * (q - q_low) + (q - q_low) ** 2
-    # Equal terms with phi = 1 round to a hair below 0.
+    # The maximum with 0 is needed, since equal terms with phi = 1 may round to slightly less.
     low, high = (p - q) - math.sqrt(max(below, 0)), (p - q) + math.sqrt(max(above, 0))
     return Difference((only_a - only_b) / n, low, high)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p of McNemar's test (https://doi.org/10.1007/BF02295996): is one right alone more often?
+    """Computes the exact two-sided p-value of McNemar's test (https://doi.org/10.1007/BF02295996).
 
     Args:
-        only_a: samples right in A alone.
-        only_b: samples right in B alone.
+        only_a: samples that A alone classifies correctly.
+        only_b: samples that B alone classifies correctly.
 
     Returns:
-        Probability in (0, 1] of a split as uneven under a fair coin; 1 if there is nothing to split.
+        Probability in (0, 1] of a split at least as uneven if both were equally likely; 1 without samples.
     """
     _check(LEVEL, only_a + only_b, only_a, only_b)
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment for several tests (https://www.jstor.org/stable/4615733).
+    """Applies Holm's step-down adjustment for several tests (https://www.jstor.org/stable/4615733).
 
     Args:
-        p_values: in any order, none of them nan.
+        p_values: p-values in any order, none of them nan.
 
     Returns:
-        Adjusted values in the same order; rejecting those up to 0.05 keeps the chance of any false one below 0.05.
+        Adjusted values in the same order; rejecting those up to 0.05 keeps the probability of any false one below 0.05.
 
     Raises:
-        ValueError: a value outside [0, 1].
+        ValueError: a value is outside [0, 1].
     """
     values = np.asarray(p_values, dtype=float)
     if not ((values >= 0) & (values <= 1)).all():
@@ -208,15 +228,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def samples_needed(half_width: float = 0.01, p: float = 0.5, *, level: float = LEVEL) -> int:
-    """Samples whose accuracy is known to ± half_width, by the normal approximation ``z² p (1 - p) / half_width²``.
+    """Computes how many samples an interval of a given width needs, from ``z² p (1 - p) / half_width²``.
 
     Args:
-        half_width: of the interval, in (0, 1).
+        half_width: half the width of the interval, in (0, 1).
         p: expected accuracy; 0.5 is the worst case.
-        level: of the interval.
+        level: nominal coverage in (0, 1).
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument is outside its range.
     """
     _check(level, 0)
     if not 0 < half_width < 1 or not 0 <= p <= 1:
@@ -226,7 +246,7 @@ def samples_needed(half_width: float = 0.01, p: float = 0.5, *, level: float = L
 
 
 def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
-    """Newcombe's phi: 0 with an empty margin, and shrunk by n / 2 in the numerator if it is positive."""
+    """Computes Newcombe's phi: 0 with an empty margin; if positive, n / 2 is subtracted in the numerator."""
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     if margins == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""What is counted and measured; everything that torchmetrics has is used from there."""
+"""Metrics of classification, detection, retrieval and feature geometry, beyond those that torchmetrics has."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-RANKS = (1, 5, 10)  # of retrieval
-KEPT = 0.95  # of the known samples, where unknown ones that pass are counted
+RANKS = (1, 5, 10)  # ranks of retrieval
+KEPT = 0.95  # share of the known samples that must be accepted when the accepted unknown ones are counted
 
 
 class Top1(Metric):
@@ -34,20 +34,26 @@ class Top1(Metric):
         self.add_state("correct", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, is_right: Tensor) -> None:
-        """Counts answers ``(B,)``, true where right."""
-        self.correct += is_right.sum()
-        self.total += is_right.numel()
+    def update(self, is_correct: Tensor) -> None:
+        """Counts predictions ``(B,)``, true where correct."""
+        self.correct += is_correct.sum()
+        self.total += is_correct.numel()
 
     def compute(self) -> dict[str, Tensor]:
-        """``acc1`` in [0, 1], ``correct`` and ``n``; accuracy of no sample is nan."""
+        """Returns ``acc1`` in [0, 1], ``correct`` and ``n``; the accuracy of no sample is nan."""
         return {"acc1": self.correct / self.total, "correct": self.correct, "n": self.total}
 
 
 def class_sums(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
-    """Of each class the sum of its features ``(B, D)``, of their squared norms, and their number: ``(C, D + 2)``.
+    """Sums features, squared norms and ones per class, in fp64; the sums of batches and processes can be added.
 
-    In fp64, and sums over batches and processes add up.
+    Args:
+        features: ``(B, D)``.
+        labels: ``(B,)`` in [0, C).
+        classes: number ``C`` of classes.
+
+    Returns:
+        ``(C, D + 2)``: the sum of the class's features, the sum of their squared norms, and their number.
     """
     wide = features.double()
     rows = torch.cat([wide, wide.square().sum(1, keepdim=True), torch.ones_like(wide[:, :1])], dim=1)
@@ -55,7 +61,10 @@ def class_sums(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
 
 
 def collapse(sums: Tensor) -> Tensor:
-    """``tr(S_within) / tr(S_between)`` of `class_sums`; infinite or nan where the classes have one mean."""
+    """Computes the class scatter ``tr(S_within) / tr(S_between)`` from `class_sums` ``(C, D + 2)``.
+
+    It is infinite or nan if all classes have the same mean.
+    """
     seen = sums[sums[:, -1] > 0]
     totals, squares, n = seen[:, :-2], seen[:, -2].sum(), seen[:, -1]
     around_zero = (totals.square().sum(1) / n).sum()
@@ -63,7 +72,15 @@ def collapse(sums: Tensor) -> Tensor:
 
 
 def similarity(tuned: Tensor, original: Tensor) -> dict[str, Tensor]:
-    """Correlations of the cosines of all pairs of samples in two models, each with unit features ``(N, D)``."""
+    """Computes how the cosines of all pairs of samples in one model correlate with those in another.
+
+    Args:
+        tuned: unit features ``(N, D)``.
+        original: unit features ``(N, D)`` of the same samples.
+
+    Returns:
+        ``pearson`` and ``spearman`` correlations; nan for fewer than two pairs.
+    """
     above = torch.triu_indices(len(tuned), len(tuned), offset=1, device=tuned.device)
     ours, theirs = ((features @ features.T)[above[0], above[1]] for features in (tuned, original))
     if ours.numel() < 2:
@@ -72,26 +89,26 @@ def similarity(tuned: Tensor, original: Tensor) -> dict[str, Tensor]:
 
 
 def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
-    """How often a right one is among the first 1, 5 and 10, in both directions.
+    """Computes the recall at ranks 1, 5 and 10 of image-text retrieval, in both directions.
 
     Args:
         cosines: ``(N, M)`` of images and captions.
-        owner: ``(M,)`` the image of each caption; others are wrong.
+        owner: ``(M,)`` image of each caption.
     """
-    found: dict[str, Tensor] = {}
+    rates: dict[str, Tensor] = {}
     own = torch.arange(len(cosines), device=owner.device)
-    for name, scores, wanted, truth in (
+    for name, scores, owner_of, truth in (
         ("image_to_text", cosines, lambda places: owner[places], own),
         ("text_to_image", cosines.T, lambda places: places, owner),
     ):
         places = scores.topk(min(max(RANKS), scores.shape[1]), dim=1).indices
-        is_right = wanted(places) == truth[:, None]
-        found |= {f"{name}_r{rank}": is_right[:, :rank].any(1).float().mean() for rank in RANKS}
-    return found
+        is_correct = owner_of(places) == truth[:, None]
+        rates |= {f"{name}_r{rank}": is_correct[:, :rank].any(1).float().mean() for rank in RANKS}
+    return rates
 
 
 class Rows(Metric):
-    """A table in fp64 with a row per sample, of all batches and, where it is computed, of all processes.
+    """A table in fp64 with one row per sample, over all batches and, when computed, all processes.
 
     Args:
         width: number of columns.
@@ -103,44 +120,64 @@ class Rows(Metric):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        # One row after the other: torchmetrics cannot join tables of which a process has no row, only lists.
+        # Rows are flattened: torchmetrics can concatenate lists of different lengths, but no table without any row.
         self.add_state("values", default=[], dist_reduce_fx="cat")
         self.set_dtype(torch.float64)
 
     def update(self, rows: Tensor) -> None:
-        """Adds rows ``(B, width)``, perhaps none."""
+        """Adds rows ``(B, width)``; B may be 0."""
         self.values.append(rows.double().flatten())
 
     def compute(self) -> Tensor:
-        """``(N, width)``."""
+        """Returns the table ``(N, width)``."""
         return dim_zero_cat(self.values).view(-1, self.width)
 
 
-def class_accuracy(labels: Tensor, is_right: Tensor) -> Tensor:
-    """Mean over the classes that have a sample of the share that is right; labels and answers ``(N,)``."""
+def class_accuracy(labels: Tensor, is_correct: Tensor) -> Tensor:
+    """Computes the mean accuracy over the classes that have a sample.
+
+    Args:
+        labels: ``(N,)``.
+        is_correct: ``(N,)``, whether each sample is classified correctly.
+    """
     counts = labels.bincount()
-    return (labels.bincount(is_right.double(), minlength=len(counts)) / counts)[counts > 0].mean()
+    return (labels.bincount(is_correct.double(), minlength=len(counts)) / counts)[counts > 0].mean()
 
 
 def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
-    """``2 a b / (a + b)``, 0 where both are."""
+    """Computes ``2 a b / (a + b)``, and 0 where both are 0.
+
+    Args:
+        a: any shape, at least 0.
+        b: same shape, at least 0.
+    """
     return torch.where(a + b == 0, 0.0, 2 * a * b / (a + b))
 
 
-def calibration_error(confidence: Tensor, is_right: Tensor, bins: int) -> Tensor:
-    """Expected calibration error of confidences and answers ``(N,)``; nan without samples or of a nan."""
+def calibration_error(confidence: Tensor, is_correct: Tensor, bins: int) -> Tensor:
+    """Computes the expected calibration error; nan without samples or with a nan confidence.
+
+    Args:
+        confidence: ``(N,)`` in [0, 1].
+        is_correct: ``(N,)``, whether each sample is classified correctly.
+        bins: number of bins of equal width.
+    """
     if not len(confidence) or confidence.isnan().any():
         return confidence.new_tensor(torch.nan)
-    return binary_calibration_error(confidence, is_right.long(), n_bins=bins)
+    return binary_calibration_error(confidence, is_correct.long(), n_bins=bins)
 
 
 def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
-    """How well a score tells known samples ``(N,)``, the positives, from unknown ones ``(M,)``.
+    """Computes how well a score separates known samples, the positives, from unknown ones.
+
+    Args:
+        known: scores ``(N,)`` of known samples.
+        unknown: scores ``(M,)`` of unknown samples.
 
     Returns:
-        ``auroc``: the share of pairs in which the known sample scores higher, ties by half. ``aupr``: average
-        precision. ``fpr95``: the share of the unknown samples at or above the highest threshold that at least 95 % of
-        the known ones reach. All nan without known or unknown samples, or where a score is.
+        ``auroc``: share of pairs in which the known sample has the higher score, ties counting half. ``aupr``: average
+        precision. ``fpr95``: share of the unknown samples at or above the highest threshold that at least 95 % of the
+        known ones reach. All are nan without known or unknown samples, or if a score is nan.
     """
     if not len(known) or not len(unknown) or torch.cat([known, unknown]).isnan().any():
         return dict.fromkeys(("auroc", "aupr", "fpr95"), known.new_tensor(torch.nan))
@@ -154,9 +191,15 @@ def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
 
 
 def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:
-    """Shares of unknown and of known samples above a falling threshold, from (0, 0) to (1, 1).
+    """Computes the ROC curve: shares of unknown and of known samples above a falling threshold.
 
-    At most that many points, at even distances along the curve; scores as in `separation`.
+    Args:
+        known: scores ``(N,)`` of known samples.
+        unknown: scores ``(M,)`` of unknown samples.
+        points: maximal number of points, at even distances along the curve.
+
+    Returns:
+        Both shares, from (0, 0) to (1, 1).
     """
     above_unknown, above_known, _ = binary_roc(*_ranked(known, unknown))
     chosen = torch.linspace(0, len(above_known) - 1, min(points, len(above_known)), dtype=torch.float64).round().long()
@@ -164,9 +207,9 @@ def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranked(known: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores as ranks in [0, 1], which keep order and ties, and which of them are known.
+    """Converts scores to ranks in [0, 1], which keep order and ties, and marks the known ones.
 
-    torchmetrics would take the sigmoid of scores beyond [0, 1], where large ones become ties.
+    torchmetrics would apply a sigmoid to scores beyond [0, 1], which makes large ones equal.
     """
     scores = torch.cat([known, unknown])
     is_known = torch.arange(len(scores), device=scores.device) < len(known)

@@ -1,4 +1,4 @@
-"""Text files are UTF-8 on every machine, whatever its locale; a byte order mark is dropped."""
+"""Text files, read as UTF-8 on every machine, whatever its locale; a byte order mark is dropped."""
 
 import unicodedata
 from pathlib import Path
@@ -7,7 +7,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_text(path: Path) -> str:
-    """Read a text file as UTF-8; lines end in a line feed, however the file ends them.
+    """Reads a text file as UTF-8; all line ends become line feeds.
 
     Raises:
         ValueError: the file has another encoding.
@@ -17,7 +17,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8 as `read_text` does.
+    """Decodes UTF-8 as `read_text` does.
 
     Args:
         data: content of a text file.
@@ -35,7 +35,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def check_printable(text: str, name: str) -> None:
-    """Refuse control characters and line separators, which names of classes and prompts never need.
+    """Refuses control characters and line separators, which class names and prompts never need.
 
     Args:
         text: one line.

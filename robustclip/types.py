@@ -1,4 +1,4 @@
-"""The vocabulary that every other module shares; imports nothing of ours."""
+"""Types that the whole package shares; this module imports no other of the package but `arguments`."""
 
 import inspect
 import re
@@ -54,17 +54,17 @@ class Batch(NamedTuple):
 @checked
 @dataclass(frozen=True)
 class Task:
-    """A zero-shot classification problem: what the text tower needs to know of a data set.
+    """A zero-shot classification problem: the class names and templates of a data set.
 
     Args:
         name: matches ``[a-z0-9_]+``; it names metrics and results.
         class_names: ``C`` names; position is the label, unless there are groups.
-        templates: prompts, each with ``{}`` where the class name goes.
-        groups: of each label the positions of its names, the highest of whose logits is the label's: a part of a class
-            list, or classes that are wider than those of the list. None where every name is a label of its own.
+        templates: prompts, each with ``{}`` in place of the class name.
+        groups: per label the positions of its class names, for labels of several names; a label's logit is the highest
+            of its names. None if every name is a label.
 
     Raises:
-        ValueError: a malformed name or template, no classes, or groups of what is no class.
+        ValueError: a name or template is malformed, there are no classes, or a group has an unknown position.
     """
 
     name: str
@@ -90,14 +90,14 @@ class Task:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """A text for every label."""
+        """The text of every label, with the names of a group joined by "or"."""
         if self.groups is None:
             return self.class_names
         return tuple(" or ".join(self.class_names[member] for member in group) for group in self.groups)
 
     @property
     def prompts(self) -> list[list[str]]:
-        """``C`` lists of ``T`` prompts."""
+        """The ``C`` lists of ``T`` prompts, one list per class name."""
         return [[template.replace("{}", name) for template in self.templates] for name in self.class_names]
 
 

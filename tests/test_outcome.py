@@ -103,7 +103,9 @@ def test_the_first_of_several_bad_steps_is_named() -> None:
 
 def test_an_accelerator_is_not_asked_in_every_step() -> None:
     watch = DivergenceWatch()
-    looks = [watch.note(("a",), torch.ones(1, device="meta"), step) for step in range(2 * step_checks.LOOK_EVERY_STEPS)]
+    looks = [
+        watch.note(("a",), torch.ones(1, device="meta"), step) for step in range(2 * step_checks.CHECK_EVERY_STEPS)
+    ]
     assert sum(looks) == 2
 
 

@@ -167,7 +167,7 @@ def test_a_second_signal_ends_at_once() -> None:
     try:
         callback._listen()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert callback._noted == signal.SIGTERM
+        assert callback._signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         for each, handler in before.items():

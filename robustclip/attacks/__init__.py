@@ -1,4 +1,4 @@
-"""Attacks in pixel space; all share the signature of `Attack`."""
+"""Attacks in pixel space; all have the signature of `Attack`."""
 
 from robustclip.attacks.apgd import APGD
 from robustclip.attacks.attack import Attack, Cost, Member, Radius, pixels

@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce & Hein, https://arxiv.org/abs/2003.01690): PGD that finds its own step size."""
+"""Auto-PGD (Croce & Hein, https://arxiv.org/abs/2003.01690): PGD with an adaptive step size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,16 +18,16 @@ from robustclip.attacks.attack import (
     Worst,
     check_own_loss,
     gradient_of,
-    on_open,
     pixels,
+    restrict_to_correct,
     scaled_count,
     scaled_radius,
 )
 from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,
-    affordable,
     margin,
+    select_loss,
     targeted_dlr,
     targeted_margin,
     without_label,
@@ -37,31 +37,32 @@ MOMENTUM = 0.75  # the paper's alpha: the share of the new step
 FIRST_WINDOW, WINDOW_SHRINKS_BY, SMALLEST_WINDOW = 22, 3, 6  # in percent of the steps; the paper's section 3.3
 
 Objective = Callable[[Tensor], Tensor]
-"""Outputs ``(B, C)`` to the loss ``(B,)`` that one run maximises."""
+"""Maps outputs ``(B, C)`` to the loss ``(B,)`` that one run maximises."""
 
 
 class APGD(Attack):
-    """Auto-PGD, untargeted or targeted (APGD-T), with every decision made per sample.
+    """Auto-PGD, untargeted or targeted (APGD-T); all decisions are made per sample.
 
-    Steps of size 2 eps with momentum. At checkpoints that grow denser, a sample whose loss rose in no more than
-    ``rho`` of the steps since the last one, or whose best loss stands still at an unchanged step size, halves its step
-    and goes on from its best point. Returned is a misclassified image where one was met, and of these or else of all
-    the one of the highest loss (targeted: of the highest margin).
+    Steps start at size 2 eps and have momentum. At checkpoints, which become more frequent, the step size of a sample
+    is halved in two cases: its loss rose in at most ``rho`` of the steps since the last checkpoint, or its best loss
+    did not rise while the step size was unchanged. The sample then restarts from its best image. The attack returns a
+    misclassified image if there was any, and among these, or else among all, the one of the highest loss (targeted: of
+    the highest margin).
 
     Departures from the authors' code: the first checkpoint compares the first step with the start instead of with 0;
     random starts are drawn by sample id.
 
     Args:
-        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
-        steps: of each run; a run evaluates one gradient more, that of its start.
+        eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        steps: steps of each run; a run computes one more gradient, that of its start.
         norm: ``linf`` or ``l2``.
         loss: ``ce``, ``margin`` or ``dlr``; for targeted runs ``margin`` or ``dlr``.
         targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
-        restarts: random starts of each run; samples that are broken keep their image and are not computed any more.
-        rho: share of rising steps that halves the step size.
+        restarts: random starts of each run; misclassified samples keep their image and are not attacked further.
+        rho: share of rising steps up to which the step size is halved.
 
     Raises:
-        ValueError: a radius that is no length in [0, 1], a count that makes no sense, or targeted cross-entropy.
+        ValueError: a radius is not in [0, 1], a count is too small, or a targeted run has cross-entropy.
     """
 
     is_anytime = True
@@ -83,8 +84,8 @@ class APGD(Attack):
         self.steps, self.loss, self.targets, self.restarts, self.rho = steps, loss, targets, restarts, rho
 
     def members(self, classes: int) -> list[Member]:
-        """Itself, with the margin where DLR has too few classes."""
-        loss, note = affordable(self.loss, classes, is_targeted=self.targets > 0)
+        """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
+        loss, note = select_loss(self.loss, classes, is_targeted=self.targets > 0)
         return [Member("apgd", self._changed(loss=loss) if note else self, note)]
 
     def cost(self, classes: int) -> Cost:
@@ -93,24 +94,25 @@ class APGD(Attack):
         return Cost(runs * (self.steps + 1), int(self.targets > 0))
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "APGD":
-        """A copy with radius and number of steps multiplied; the step size follows the radius."""
+        """Returns a copy with radius and number of steps multiplied; the step size follows the radius."""
         return self._changed(eps=scaled_radius(self.eps, radius, self.norm), steps=scaled_count(self.steps, steps))
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """One run per restart and target; a sample keeps the image of the first run that breaks it."""
+        """Runs every restart and target; a sample keeps the first misclassified image."""
         check_own_loss(self, loss)
-        worst, run = Worst.none_yet(images), 0
+        worst, run = Worst.clean(images), 0
         objectives = self._objectives(images, forward, targets)
         for _ in range(self.restarts):
             for objective in objectives:
                 start = perturbation_set.surface_start(
                     images, self.eps, self.norm, index, perturbation_set.stream(seed, run)
                 )
-                found = self._run(images, start, on_open(forward, worst.is_broken), targets, objective)
-                worst, run = worst.or_worse(found, where=~worst.is_broken), run + 1
-                if bool(worst.is_broken.all()):
+                model = restrict_to_correct(forward, worst.is_misclassified)
+                result = self._run(images, start, model, targets, objective)
+                worst, run = worst.or_worse(result, where=~worst.is_misclassified), run + 1
+                if bool(worst.is_misclassified.all()):
                     return worst.images
         return worst.images
 
@@ -137,8 +139,8 @@ class APGD(Attack):
         search = _Search(images, start, value, gradient, eps=self.eps, norm=self.norm)
         last_checkpoint, checks = 0, set(checkpoints(self.steps))
         for step in range(1, self.steps + 1):
-            value, gradient, found = evaluate(search.next_position(1.0 if step == 1 else MOMENTUM))
-            worst = worst.or_worse(found)
+            value, gradient, result = evaluate(search.next_position(1.0 if step == 1 else MOMENTUM))
+            worst = worst.or_worse(result)
             search.record(value, gradient)
             if step in checks:
                 search.check(self.rho * (step - last_checkpoint))
@@ -147,7 +149,7 @@ class APGD(Attack):
 
 
 class _Search:
-    """Where one run stands: positions ``(B, 3, H, W)`` and a step size ``(B, 1, 1, 1)`` per sample."""
+    """State of one run: positions ``(B, 3, H, W)`` and a step size ``(B, 1, 1, 1)`` per sample."""
 
     def __init__(
         self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str
@@ -160,7 +162,7 @@ class _Search:
         self.was_halved, self.best_at_check = torch.ones_like(value, dtype=torch.bool), value
 
     def next_position(self, momentum: float) -> Tensor:
-        """Moves along the gradient, mixed with the last move."""
+        """Moves along the gradient and adds the momentum of the last move."""
         stepped = self.position + self.step_size * perturbation_set.direction(self.gradient, self.norm)
         stepped = perturbation_set.project(stepped, self.images, self.eps, self.norm)
         mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
@@ -169,7 +171,7 @@ class _Search:
         return self.position
 
     def record(self, value: Tensor, gradient: Tensor) -> None:
-        """Takes in what the model says of the new position."""
+        """Records the loss and gradient of the present position."""
         self.rises = self.rises + (value > self.value)
         self.value, self.gradient = value, gradient
         is_better = value > self.best_value
@@ -178,7 +180,7 @@ class _Search:
         self.best_gradient = torch.where(is_better.view(-1, 1, 1, 1), gradient, self.best_gradient)
 
     def check(self, enough_rises: float) -> None:
-        """Halves the steps of samples that make no progress and sends these back to their best points."""
+        """Halves the step size of samples without progress and returns these to their best images."""
         stands_still = ~self.was_halved & (self.best_value <= self.best_at_check)
         is_halved = (self.rises <= enough_rises) | stands_still
         self.was_halved, self.best_at_check = is_halved, self.best_value
@@ -190,7 +192,7 @@ class _Search:
 
 
 def checkpoints(steps: int) -> list[int]:
-    """Steps after which step sizes are reconsidered: at 22%, then after windows 3% shorter each, 6% at least."""
+    """Lists the steps after which step sizes are adapted: at 22%, then after windows 3% shorter each, 6% at least."""
     percents, window = [FIRST_WINDOW], FIRST_WINDOW
     while percents[-1] < 100:
         window = max(window - WINDOW_SHRINKS_BY, SMALLEST_WINDOW)

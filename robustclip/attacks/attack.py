@@ -1,4 +1,4 @@
-"""What every attack is: a search for worse images inside a norm ball and [0, 1]."""
+"""The base class of attacks: searches for adversarial images inside a perturbation set and the valid pixel range."""
 
 import copy
 import re
@@ -16,24 +16,24 @@ from robustclip.attacks.sample_losses import Loss, cross_entropy
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
 
 Forward = Callable[[Tensor], Tensor]
-"""Images ``(B, 3, H, W)`` in [0, 1] to outputs ``(B, ...)``."""
+"""Maps images ``(B, 3, H, W)`` in [0, 1] to outputs ``(B, ...)``."""
 
 Radius = float | str
-"""A length in [0, 1] pixel units: ``0.0157`` or ``"4/255"``."""
+"""Type of a length in [0, 1] pixel units: ``0.0157`` or ``"4/255"``."""
 
-BOX_TOLERANCE = 1e-6  # decoders and resizers round; anything further out means normalised images
+BOX_TOLERANCE = 1e-6  # rounding of decoders and resizers; values further out mean that images are normalised
 
 
 def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
-    """Turns ``0.0157``, ``"4/255"`` or ``"0.5/255"`` into a float.
+    """Converts ``0.0157``, ``"4/255"`` or ``"0.5/255"`` to a float.
 
     Args:
-        value: the length.
-        name: of the argument, for the error message.
+        value: length in [0, 1] pixel units.
+        name: name of the argument, for the error message.
         limit: largest sensible value; None for norms that grow with the number of pixels.
 
     Raises:
-        ValueError: not a number, negative, or above the limit, as when grey levels are meant.
+        ValueError: the value is no number, negative, or above the limit, as grey levels would be.
     """
     try:
         value = fitted(value, Radius)
@@ -50,10 +50,10 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
 
 
 def check_range(images: Tensor) -> None:
-    """Refuses images outside [0, 1], without a host synchronisation on accelerators.
+    """Refuses images outside [0, 1], without waiting for an accelerator.
 
     Raises:
-        ValueError: on the CPU; elsewhere the device reports a failed assertion.
+        ValueError: the images are on the CPU; on other devices an assertion fails.
     """
     if images.numel() == 0:
         return
@@ -61,18 +61,18 @@ def check_range(images: Tensor) -> None:
     if images.device.type != "cpu":
         torch._assert_async((low >= -BOX_TOLERANCE) & (high <= 1 + BOX_TOLERANCE), "attacks work on images in [0, 1]")
     elif not (float(low) >= -BOX_TOLERANCE and float(high) <= 1 + BOX_TOLERANCE):
-        found = f"[{float(low):.4g}, {float(high):.4g}]"
-        raise ValueError(f"attacks work on images in [0, 1], got {found}; normalisation belongs in the model")
+        span = f"[{float(low):.4g}, {float(high):.4g}]"
+        raise ValueError(f"attacks work on images in [0, 1], got {span}; normalisation belongs in the model")
 
 
 class Attack(Checked, ABC):
-    """Perturbs images inside a norm ball and [0, 1]. Immutable: one instance may serve everywhere.
+    """Perturbs images inside a perturbation set and the valid pixel range; instances are immutable.
 
     Attributes:
-        is_anytime: every image that it evaluates lies in ball and box, so each of them counts as an attack. Its
-            forward passes are of the whole batch, in order.
-        is_black_box: it asks for no gradients.
-        eps: radius; None for attacks without a ball.
+        is_anytime: every image that the attack evaluates is in the perturbation set and the valid pixel range, so that
+            each counts as an attack; its forward passes are of the whole batch, in order.
+        is_black_box: the attack uses no gradients.
+        eps: radius; None for attacks without a perturbation set.
         norm: ``linf`` or ``l2``.
     """
 
@@ -91,22 +91,22 @@ class Attack(Checked, ABC):
         index: Tensor | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Runs the attack.
+        """Runs the attack on a batch of images.
 
         Args:
-            images: ``(B, 3, H, W)`` in [0, 1]; left untouched.
-            forward: images to outputs; must be differentiable unless the attack is black-box.
+            images: ``(B, 3, H, W)`` in [0, 1]; not modified.
+            forward: function from images to outputs; must be differentiable unless the attack is black-box.
             targets: second argument of the loss, for instance labels ``(B,)``.
-            loss: per-sample loss to maximise.
-            index: ``(B,)`` sample ids. Random numbers are then a function of ``(seed, id)`` alone, so that a
-                result does not depend on batching, order, or number of processes. None draws from torch's generator.
-            seed: changes the draw for the same ids.
+            loss: loss per sample, which is maximised.
+            index: ``(B,)`` sample ids. Random numbers then depend on ``(seed, id)`` alone, so that a result does not
+                depend on batching, order, or number of processes. None draws from torch's generator.
+            seed: selects another draw for the same ids.
 
         Returns:
-            Attacked images ``(B, 3, H, W)`` in [0, 1], detached.
+            Adversarial images ``(B, 3, H, W)`` in [0, 1], detached.
 
         Raises:
-            ValueError: images outside [0, 1].
+            ValueError: images are outside [0, 1].
         """
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone()
@@ -118,10 +118,22 @@ class Attack(Checked, ABC):
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """The search itself; arguments as in `__call__`, with gradients enabled and inputs already copied."""
+        """Searches for adversarial images.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1], a copy.
+            forward: function from images to outputs.
+            targets: second argument of the loss, a copy.
+            loss: loss per sample, which is maximised.
+            index: ``(B,)`` sample ids that determine random numbers; None draws from torch's generator.
+            seed: selects another draw for the same ids.
+
+        Returns:
+            Images ``(B, 3, H, W)``; gradients are enabled during the search.
+        """
 
     def members(self, classes: int) -> list["Member"]:
-        """The attacks that it consists of, in order, for a task of that many classes; by default itself."""
+        """Lists the attacks of which this one consists, in order, for a number of classes; by default itself."""
         return [Member(_snake_case(type(self).__name__), self)]
 
     def cost(self, classes: int) -> "Cost | None":
@@ -129,17 +141,17 @@ class Attack(Checked, ABC):
         return None
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Attack | None":
-        """A copy with radius and number of steps multiplied; None where it is not known how.
+        """Returns a copy with radius and number of steps multiplied; None if the attack cannot be scaled.
 
         Args:
-            radius: factor of the radius and the step size; L-infinity radii stop at 1.
-            steps: factor of the number of steps or queries, of which at least one remains.
+            radius: factor of the radius and the step size; L-infinity radii are at most 1.
+            steps: factor of the number of steps or queries, which is at least one.
         """
         return None
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The public attributes, in JSON's types."""
+        """The public attributes of the attack, in JSON's types."""
         return {key: _jsonable(value) for key, value in vars(self).items() if not key.startswith("_")}
 
     def __repr__(self) -> str:
@@ -152,12 +164,12 @@ class Attack(Checked, ABC):
 
 
 class Member(NamedTuple):
-    """One attack of several, under the name that it has in results.
+    """One attack of several, under its name in results.
 
     Attributes:
-        name: in snake case.
-        attack: what runs.
-        note: what differs from the rule for this task, such as another loss for few classes.
+        name: name in snake case.
+        attack: attack that runs.
+        note: departure from the recipe for this task, such as another loss for few classes.
     """
 
     name: str
@@ -178,51 +190,56 @@ class Cost(NamedTuple):
 
 
 class Worst(NamedTuple):
-    """Per sample the worst image so far: a misclassified one wins, then the higher value.
+    """The worst image of each sample so far: a misclassified one if there is any, of the highest value.
 
     Attributes:
         images: ``(B, 3, H, W)``.
-        value: ``(B,)`` of what is maximised.
-        is_broken: ``(B,)``, misclassified.
+        value: maximised quantity ``(B,)``.
+        is_misclassified: ``(B,)``.
     """
 
     images: Tensor
     value: Tensor
-    is_broken: Tensor
+    is_misclassified: Tensor
 
     @classmethod
-    def none_yet(cls, images: Tensor) -> Self:
-        """Clean images that everything beats."""
+    def clean(cls, images: Tensor) -> Self:
+        """Starts from clean images with value minus infinity, so that any other image is worse."""
         value = torch.full((len(images),), -torch.inf, device=images.device)
         return cls(images, value, torch.zeros_like(value, dtype=torch.bool))
 
     def or_worse(self, other: Self, *, where: Tensor | None = None) -> Self:
-        """Takes the other's image for samples where that is worse, and where allowed ``(B,)``."""
-        is_worse = (other.is_broken & ~self.is_broken) | (
-            (other.is_broken == self.is_broken) & (other.value > self.value)
+        """Replaces the images of samples for which the other's image is worse.
+
+        Args:
+            other: other images of the same samples.
+            where: ``(B,)``, samples that may be replaced; None for all.
+        """
+        is_worse = (other.is_misclassified & ~self.is_misclassified) | (
+            (other.is_misclassified == self.is_misclassified) & (other.value > self.value)
         )
         is_worse = is_worse if where is None else is_worse & where
         return type(self)(
             torch.where(is_worse.view(-1, 1, 1, 1), other.images, self.images),
             torch.where(is_worse, other.value, self.value),
-            torch.where(is_worse, other.is_broken, self.is_broken),
+            torch.where(is_worse, other.is_misclassified, self.is_misclassified),
         )
 
 
 class SkipsMisclassified:
-    """Base of models that leave out misclassified samples of a batch on their own, such as the evaluation's."""
+    """Marks models that skip misclassified samples of a batch themselves, such as the evaluation's."""
 
 
-def on_open(forward: Forward, is_broken: Tensor) -> Forward:
-    """Restricts a model to the samples that are not misclassified yet; the others get zero logits without gradient.
+def restrict_to_correct(forward: Forward, is_misclassified: Tensor) -> Forward:
+    """Restricts a model to the samples not yet misclassified; the others get zero logits without gradient.
 
     Args:
-        forward: images to logits ``(B, C)``.
-        is_broken: ``(B,)``, misclassified.
+        forward: function from images to logits ``(B, C)``.
+        is_misclassified: ``(B,)``.
     """
-    if isinstance(forward, SkipsMisclassified) or not bool(is_broken.any()):
+    if isinstance(forward, SkipsMisclassified) or not bool(is_misclassified.any()):
         return forward
-    rows = (~is_broken).nonzero()[:, 0]
+    rows = (~is_misclassified).nonzero()[:, 0]
 
     def restricted(images: Tensor) -> Tensor:
         logits = forward(images[rows])
@@ -232,29 +249,49 @@ def on_open(forward: Forward, is_broken: Tensor) -> Forward:
 
 
 def gradient_of(value: Tensor, images: Tensor) -> Tensor:
-    """Gradient of the summed value ``(B,)``; zero where it does not depend on the images."""
+    """Computes the gradient of a summed value, zero where it does not depend on the images.
+
+    Args:
+        value: ``(B,)``.
+        images: ``(B, 3, H, W)``.
+    """
     if not value.requires_grad:
         return torch.zeros_like(images)
     return torch.autograd.grad(value.sum(), images, allow_unused=True, materialize_grads=True)[0]
 
 
 def check_own_loss(attack: Attack, loss: Loss) -> None:
-    """Refuses a caller's loss for attacks on classification that bring their own.
+    """Refuses a caller's loss for attacks that define their own.
+
+    Args:
+        attack: attack on classification.
+        loss: loss of the caller.
 
     Raises:
-        ValueError: a loss other than the default.
+        ValueError: the loss is not the default, cross-entropy.
     """
     if loss is not cross_entropy:
-        raise ValueError(f"{type(attack).__name__} brings its own loss; use PGD for a custom one")
+        raise ValueError(f"{type(attack).__name__} defines its own loss; use PGD for a custom one")
 
 
 def scaled_radius(eps: float, factor: float, norm: str) -> float:
-    """Multiplied radius, at most 1 for L-infinity."""
+    """Multiplies a radius; L-infinity radii are at most 1.
+
+    Args:
+        eps: radius.
+        factor: factor of the radius.
+        norm: ``linf`` or ``l2``.
+    """
     return min(eps * factor, 1.0) if norm == "linf" else eps * factor
 
 
 def scaled_count(count: int, factor: float) -> int:
-    """Multiplied number of steps, at least 1 unless there were none."""
+    """Multiplies a number of steps; at least 1 remains, unless it is 0.
+
+    Args:
+        count: number of steps.
+        factor: factor of the number.
+    """
     return max(round(count * factor), min(count, 1))
 
 

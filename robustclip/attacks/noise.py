@@ -1,4 +1,4 @@
-"""Random numbers that are a function of ``(seed, sample id)`` alone: counter-based, equal on every device."""
+"""Random numbers that depend on ``(seed, sample id)`` alone: counter-based, equal on every device."""
 
 import math
 
@@ -9,7 +9,7 @@ WORD = 0xFFFFFFFF
 
 
 def _mix(words: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser, on int64 tensors that hold 32-bit words (A. Appleby, public domain)."""
+    """Applies MurmurHash3's 32-bit finaliser to 32-bit words in int64 tensors (A. Appleby, public domain)."""
     words = words ^ (words >> 16)
     words = (words * 0x85EBCA6B) & WORD
     words = words ^ (words >> 13)
@@ -22,14 +22,14 @@ def uniform(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) ->
 
     Args:
         index: ``(B,)`` int64 sample ids.
-        shape: of one sample.
+        shape: shape of one sample.
         seed: another seed gives an independent draw.
 
     Returns:
         ``(B, *shape)`` float32 on the device of ``index``.
     """
     counter = torch.arange(math.prod(shape), device=index.device)
-    # Filled on the device: a copy of a number from the host would wait for all that the device has yet to do.
+    # Filled on the device: copying a number from the host would wait for all pending work of the device.
     start = _mix(torch.full((), seed & WORD, device=index.device))
     key = _mix(_mix(start ^ (index & WORD)) ^ (index >> 32))
     words = _mix(_mix(counter)[None, :] ^ key[:, None])
@@ -37,6 +37,15 @@ def uniform(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) ->
 
 
 def normal(index: Tensor, shape: torch.Size | tuple[int, ...], *, seed: int) -> Tensor:
-    """Standard normal draws by the Box-Muller transform; arguments as for `uniform`."""
+    """Draws standard normal numbers by the Box-Muller transform.
+
+    Args:
+        index: ``(B,)`` int64 sample ids.
+        shape: shape of one sample.
+        seed: another seed gives an independent draw.
+
+    Returns:
+        ``(B, *shape)`` float32 on the device of ``index``.
+    """
     pair = uniform(index, (2, *shape), seed=seed)
     return (-2 * (1 - pair[:, 0]).log()).sqrt() * (2 * math.pi * pair[:, 1]).cos()

@@ -1,4 +1,4 @@
-"""Norm balls around images, cut by the box [0, 1]; images are ``(B, 3, H, W)``."""
+"""Perturbation sets: norm balls around images ``(B, 3, H, W)``, intersected with the valid pixel range [0, 1]."""
 
 import math
 from typing import Literal
@@ -11,31 +11,36 @@ from robustclip.attacks import noise
 Norm = Literal["linf", "l2"]
 
 ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2.0}
-SMALLEST_NORM = 1e-10  # keeps a zero gradient a zero step
+SMALLEST_NORM = 1e-10  # keeps the step of a zero gradient zero
 GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: spreads small numbers over all 32-bit seeds (Knuth)
 
 
 def norm(vectors: Tensor) -> Tensor:
-    """L2 norms ``(B, 1, 1, 1)``, never 0."""
+    """Computes L2 norms ``(B, 1, 1, 1)``, never 0."""
     length: Tensor = torch.linalg.vector_norm(vectors, dim=(1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
     return length
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Vectors of L2 norm 1; zero stays zero."""
+    """Scales vectors to L2 norm 1; zero vectors remain zero."""
     return vectors / norm(vectors)
 
 
 def direction(gradient: Tensor, ball: str) -> Tensor:
-    """Steepest ascent: the sign for ``linf``, the unit gradient for ``l2``."""
+    """Computes the direction of steepest ascent: the sign for ``linf``, the unit gradient for ``l2``.
+
+    Args:
+        gradient: ``(B, 3, H, W)``.
+        ball: ``linf`` or ``l2``.
+    """
     return gradient.sign() if ball == "linf" else unit(gradient)
 
 
 def project(attacked: Tensor, images: Tensor, eps: float, ball: str) -> Tensor:
-    """Projects onto ball and box: exactly for ``linf``, to rounding for ``l2``, which scales and then clips.
+    """Projects onto perturbation set and valid pixel range: exactly for ``linf``, up to rounding for ``l2``.
 
     Args:
-        attacked: ``(B, 3, H, W)``.
+        attacked: ``(B, 3, H, W)``; for ``l2``, the difference from the images is scaled and the result clipped.
         images: centres of the balls, in [0, 1].
         eps: radius.
         ball: ``linf`` or ``l2``.
@@ -48,24 +53,32 @@ def project(attacked: Tensor, images: Tensor, eps: float, ball: str) -> Tensor:
 
 
 def start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
-    """Random points of ball and box: uniform for ``linf``; a random direction and length for ``l2``.
+    """Draws random points of the perturbation set: uniform for ``linf``; a random direction and length for ``l2``.
 
     Args:
-        images: centres, in [0, 1].
+        images: centres of the balls, in [0, 1].
         eps: radius.
         ball: ``linf`` or ``l2``.
         index: ``(B,)`` sample ids that determine the draw; None draws from torch's generator.
-        seed: changes the draw for the same ids.
+        seed: selects another draw for the same ids.
     """
     if ball == "linf":
         return project(images + eps * (2 * uniform(images, images.shape[1:], index, seed) - 1), images, eps, ball)
     towards = normal(images, index, seed)
-    length = uniform(images, (1,), index, ~seed)
+    length = uniform(images, (1,), index, ~seed)  # the inverted seed makes the length independent of the direction
     return project(images + eps * length.view(-1, 1, 1, 1) * unit(towards), images, eps, ball)
 
 
 def surface_start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
-    """Random points of the ball's surface, clipped to the box, as Auto-PGD starts; arguments as for `start`."""
+    """Draws random points of the ball's surface, clipped to [0, 1], as Auto-PGD starts.
+
+    Args:
+        images: centres of the balls, in [0, 1].
+        eps: radius.
+        ball: ``linf`` or ``l2``.
+        index: ``(B,)`` sample ids that determine the draw; None draws from torch's generator.
+        seed: selects another draw for the same ids.
+    """
     if ball == "linf":
         cube = 2 * uniform(images, images.shape[1:], index, seed) - 1
         towards = cube / cube.abs().amax((1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
@@ -75,7 +88,17 @@ def surface_start(images: Tensor, eps: float, ball: str, index: Tensor | None, s
 
 
 def uniform(images: Tensor, shape: torch.Size | tuple[int, ...], index: Tensor | None, seed: int) -> Tensor:
-    """Draws ``(B, *shape)`` from [0, 1), by sample id or from torch's generator."""
+    """Draws from [0, 1), by sample id or from torch's generator.
+
+    Args:
+        images: ``(B, 3, H, W)``; the device, and without ids the type, are theirs.
+        shape: shape of one sample's draw.
+        index: ``(B,)`` sample ids, or None.
+        seed: selects another draw for the same ids.
+
+    Returns:
+        ``(B, *shape)``.
+    """
     if index is None:
         is_image = tuple(shape) == images.shape[1:]
         return torch.rand_like(images) if is_image else torch.rand((len(images), *shape), device=images.device)
@@ -83,16 +106,33 @@ def uniform(images: Tensor, shape: torch.Size | tuple[int, ...], index: Tensor |
 
 
 def normal(images: Tensor, index: Tensor | None, seed: int) -> Tensor:
-    """Standard normal draws of the images' shape, by sample id or from torch's generator."""
+    """Draws standard normal numbers of the images' shape, by sample id or from torch's generator.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        index: ``(B,)`` sample ids, or None.
+        seed: selects another draw for the same ids.
+    """
     return torch.randn_like(images) if index is None else noise.normal(index, images.shape[1:], seed=seed)
 
 
 def stream(seed: int, number: int) -> int:
-    """Seed of an attack's run or block of that number; number 0 keeps the seed."""
+    """Computes the seed of a numbered run or block of an attack; number 0 has the given seed.
+
+    Args:
+        seed: seed of the attack.
+        number: number of the run or block, from 0.
+    """
     return seed + GOLDEN * number
 
 
 def distance(images: Tensor, others: Tensor, ball: str) -> Tensor:
-    """Distances ``(B,)`` in the norm of the ball."""
+    """Computes distances ``(B,)`` in the norm of the ball.
+
+    Args:
+        images: ``(B, 3, H, W)``.
+        others: ``(B, 3, H, W)``.
+        ball: ``linf`` or ``l2``.
+    """
     flat: Tensor = torch.linalg.vector_norm((images - others).flatten(1), ord=ORDERS[ball], dim=1)
     return flat

@@ -19,26 +19,27 @@ from robustclip.attacks.attack import (
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.sample_losses import LOSSES, LossName, affordable
+from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 
 
 class PGD(Attack):
     """Projected gradient ascent on the summed loss, with a random start.
 
-    The defaults are TeCoA's training attack. Per step: ``x <- project(x + alpha * direction(gradient))`` where the
-    direction is the sign (L-infinity) or the unit gradient (L2), and the projection is onto ball and box.
+    The defaults are TeCoA's training attack. Each step is ``x <- project(x + alpha * direction(gradient))``. The
+    direction is the sign (L-infinity) or the unit gradient (L2), and the projection is onto the perturbation set and
+    the valid pixel range.
 
     Args:
-        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``1/255``.
+        eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``1/255``.
         alpha: step size, in the same units.
         steps: number of gradient steps.
         norm: ``linf`` or ``l2``.
-        random_start: start at a random point of the ball (uniform; for L2 a random direction and length).
+        random_start: start at a random point of the set (uniform; for L2 a random direction and length).
         keep: ``last`` iterate, as the papers do, or each sample's ``best``, that of the highest loss.
-        loss: ``ce``, ``margin`` or ``dlr``; null takes the caller's, cross-entropy in evaluation.
+        loss: ``ce``, ``margin`` or ``dlr``; null uses the caller's, which is cross-entropy in evaluation.
 
     Raises:
-        ValueError: a radius that is no length in [0, 1], or a negative number of steps.
+        ValueError: a radius is not in [0, 1], or the number of steps is negative.
     """
 
     is_anytime = True
@@ -59,8 +60,8 @@ class PGD(Attack):
         self.steps, self.norm, self.random_start, self.keep, self.loss = steps, norm, random_start, keep, loss
 
     def members(self, classes: int) -> list[Member]:
-        """Itself, with the margin where DLR has too few classes."""
-        loss, note = (None, "") if self.loss is None else affordable(self.loss, classes)
+        """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
+        loss, note = (None, "") if self.loss is None else select_loss(self.loss, classes)
         return [Member("pgd", self._changed(loss=loss) if note else self, note)]
 
     def cost(self, classes: int) -> Cost:
@@ -68,14 +69,14 @@ class PGD(Attack):
         return Cost(self.steps, int(self.keep == "best"))
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "PGD":
-        """A copy with radius, step size and number of steps multiplied."""
+        """Returns a copy with radius, step size and number of steps multiplied."""
         eps, alpha = (scaled_radius(length, radius, self.norm) for length in (self.eps, self.alpha))
         return self._changed(eps=eps, alpha=alpha, steps=scaled_count(self.steps, steps))
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """Start, then `steps` projected steps."""
+        """Starts, and takes `steps` projected steps."""
         loss = loss if self.loss is None else LOSSES[self.loss]
         attacked = (
             perturbation_set.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
@@ -97,6 +98,6 @@ class PGD(Attack):
 
 
 def _better(best: Tensor, best_loss: Tensor, images: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Per sample, whichever has the higher loss: images ``(B, 3, H, W)`` and loss ``(B,)``."""
+    """Selects the image ``(B, 3, H, W)`` of the higher loss ``(B,)`` per sample."""
     is_better = value > best_loss
     return torch.where(is_better.view(-1, 1, 1, 1), images, best), torch.where(is_better, value, best_loss)

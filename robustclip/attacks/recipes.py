@@ -1,4 +1,4 @@
-"""Standard evaluations by name: ordered lists of attacks, each on what the ones before left unbroken."""
+"""Standard evaluations by name: lists of attacks, each applied to the samples that withstood the earlier ones."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -28,9 +28,9 @@ from robustclip.attacks.torchattacks import TorchAttack
 
 RecipeName = Literal["pgd10", "pgd100", "cascade", "autoattack"]
 Build = Callable[[float, Norm, int], Attack]
-"""Radius, norm and number of classes to an attack."""
+"""Maps radius, norm and number of classes to an attack."""
 
-TARGETS = 9  # of AutoAttack's targeted members, whatever the number of classes (https://arxiv.org/abs/2003.01690)
+TARGETS = 9  # number of AutoAttack's targets, for any number of classes (https://arxiv.org/abs/2003.01690)
 
 
 def _fab_t(eps: float, norm: Norm, classes: int) -> Attack:
@@ -58,20 +58,21 @@ RECIPES: dict[RecipeName, tuple[str, ...]] = {
 
 
 class Recipe(Attack):
-    """A standard evaluation: its members one after another, each on what the ones before left unbroken.
+    """A standard evaluation: members run in order, each on the samples that the earlier ones left correct.
 
     ``pgd10``: 10 steps of eps/4. ``pgd100``: the papers' test attack, 100 steps of eps, last iterate. ``cascade``:
-    cheap to strong, PGD-10 with cross-entropy and with the margin, APGD-CE, APGD-T with DLR, Square. ``autoattack``:
-    the standard four of Croce & Hein (https://arxiv.org/abs/2003.01690), APGD-CE, APGD-T, FAB-T and Square.
+    from cheap to strong, PGD-10 with cross-entropy and with the margin, APGD-CE, APGD-T with DLR, Square.
+    ``autoattack``: the standard four of Croce & Hein (https://arxiv.org/abs/2003.01690), APGD-CE, APGD-T, FAB-T and
+    Square.
 
     Args:
-        name: of the recipe.
-        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        name: name of the recipe.
+        eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
         norm: ``linf`` or ``l2``.
-        budget: factor of all steps and queries, for tests and quick looks.
+        budget: factor of all steps and queries, for tests and quick evaluations.
 
     Raises:
-        ValueError: no such recipe, a radius that is no length in [0, 1], or no budget.
+        ValueError: there is no such recipe, the radius is not in [0, 1], or the budget is not positive.
     """
 
     eps: float
@@ -81,13 +82,13 @@ class Recipe(Attack):
         self.eps = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None)
 
     def members(self, classes: int) -> list[Member]:
-        """The recipe's attacks in order, fit for that many classes."""
+        """Lists the recipe's attacks in order, adapted to the number of classes."""
         norm: Norm = "linf" if self.norm == "linf" else "l2"
         members = []
         for name in RECIPES[self.name]:
             attack = ATTACKS[name](self.eps, norm, classes).scaled(steps=self.budget)
             if attack is None:
-                raise ValueError(f"{name} does not know how to scale its steps by {self.budget}")
+                raise ValueError(f"{name} cannot scale its steps by {self.budget}")
             members += [member._replace(name=name) for member in attack.members(classes)]
         return members
 
@@ -98,28 +99,28 @@ class Recipe(Attack):
         return Cost(*map(sum, zip(*known, strict=True))) if len(known) == len(costs) else None
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Recipe":
-        """The same recipe with every member's radius, step size and number of steps multiplied."""
+        """Returns the recipe with every member's radius, step size and number of steps multiplied."""
         return self._changed(eps=scaled_radius(self.eps, radius, self.norm), budget=self.budget * steps)
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """Per sample the first image that is misclassified, else the one of the highest margin."""
+        """Returns each sample's first misclassified image, else the image of the highest margin."""
         check_own_loss(self, loss)
         with torch.no_grad():
             outputs = forward(images)
         worst = Worst(images, margin(outputs, targets), outputs.argmax(1) != targets)
         for member in self.members(outputs.shape[1]):
-            rows = (~worst.is_broken).nonzero()[:, 0]
+            rows = (~worst.is_misclassified).nonzero()[:, 0]
             if len(rows) == 0:
                 break
             ids = None if index is None else index[rows]
             attacked = member.attack(images[rows], forward, targets[rows], index=ids, seed=seed)
             with torch.no_grad():
                 outputs = forward(attacked)
-            found = Worst(attacked, margin(outputs, targets[rows]), outputs.argmax(1) != targets[rows])
-            found = Worst(*(part[rows] for part in worst)).or_worse(found)
-            worst = Worst(*(part.index_put((rows,), new) for part, new in zip(worst, found, strict=True)))
+            result = Worst(attacked, margin(outputs, targets[rows]), outputs.argmax(1) != targets[rows])
+            result = Worst(*(part[rows] for part in worst)).or_worse(result)
+            worst = Worst(*(part.index_put((rows,), new) for part, new in zip(worst, result, strict=True)))
         return worst.images
 
 

@@ -1,4 +1,4 @@
-"""What attacks maximise: one value per sample, in fp32, of logits ``(B, C)`` and labels ``(B,)``."""
+"""Losses that attacks maximise: one value per sample, in fp32, of logits ``(B, C)`` and labels ``(B,)``."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -8,30 +8,57 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Outputs and targets to one loss per sample ``(B,)``; the attack maximises its sum."""
+"""Maps outputs and targets to a loss per sample ``(B,)``; the attack maximises its sum."""
 
 LossName = Literal["ce", "margin", "dlr"]
 
-SMALLEST_SPREAD = 1e-12  # of logits; the denominator's constant in Croce & Hein's code
+SMALLEST_SPREAD = 1e-12  # added to a spread of logits; the denominator's constant in Croce & Hein's code
 CLASSES_FOR_DLR, CLASSES_FOR_TARGETED_DLR = 3, 4
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy per sample in fp32: logits ``(B, C)`` and labels ``(B,)`` to ``(B,)``."""
+    """Computes the cross-entropy per sample, in fp32.
+
+    Args:
+        outputs: logits ``(B, C)``.
+        targets: labels ``(B,)``.
+
+    Returns:
+        ``(B,)``.
+    """
     return F.cross_entropy(outputs.float(), targets, reduction="none")
 
 
 def margin(outputs: Tensor, labels: Tensor) -> Tensor:
-    """``max_{j != y} z_j - z_y``, positive where misclassified (Carlini & Wagner, https://arxiv.org/abs/1608.04644)."""
+    """Computes ``max_{j != y} z_j - z_y``, positive for misclassified samples.
+
+    This is the margin of Carlini & Wagner (https://arxiv.org/abs/1608.04644).
+
+    Args:
+        outputs: logits ``z`` ``(B, C)``.
+        labels: ``y`` ``(B,)``.
+
+    Returns:
+        ``(B,)``.
+    """
     logits = outputs.float()
     return without_label(logits, labels).max(1).values - _pick(logits, labels)
 
 
 def dlr(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio: the margin over ``z_(1) - z_(3)`` (Croce & Hein, https://arxiv.org/abs/2003.01690).
+    """Computes the difference of logits ratio: the margin divided by ``z_(1) - z_(3)``.
+
+    This is the DLR loss of Croce & Hein (https://arxiv.org/abs/2003.01690).
+
+    Args:
+        outputs: logits ``z`` ``(B, C)``.
+        labels: ``(B,)``.
+
+    Returns:
+        ``(B,)``.
 
     Raises:
-        ValueError: fewer than 3 classes.
+        ValueError: there are fewer than 3 classes.
     """
     _check_classes(outputs, CLASSES_FOR_DLR, "DLR")
     highest = outputs.float().topk(3).values
@@ -39,16 +66,35 @@ def dlr(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def targeted_margin(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """``z_t - z_y`` for target classes ``t`` ``(B,)``."""
+    """Computes the targeted margin ``z_t - z_y``.
+
+    Args:
+        outputs: logits ``z`` ``(B, C)``.
+        labels: ``y`` ``(B,)``.
+        targets: target classes ``t`` ``(B,)``.
+
+    Returns:
+        ``(B,)``.
+    """
     logits = outputs.float()
     return _pick(logits, targets) - _pick(logits, labels)
 
 
 def targeted_dlr(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)`` (Croce & Hein, https://arxiv.org/abs/2003.01690).
+    """Computes ``(z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2)``, the targeted DLR loss.
+
+    The loss is of Croce & Hein (https://arxiv.org/abs/2003.01690).
+
+    Args:
+        outputs: logits ``z`` ``(B, C)``.
+        labels: ``y`` ``(B,)``.
+        targets: target classes ``t`` ``(B,)``.
+
+    Returns:
+        ``(B,)``.
 
     Raises:
-        ValueError: fewer than 4 classes.
+        ValueError: there are fewer than 4 classes.
     """
     _check_classes(outputs, CLASSES_FOR_TARGETED_DLR, "targeted DLR")
     highest = outputs.float().topk(4).values
@@ -59,8 +105,17 @@ def targeted_dlr(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def affordable(loss: LossName, classes: int, *, is_targeted: bool = False) -> tuple[LossName, str]:
-    """The loss, or the margin where DLR has too few classes to compare, with a note that says so."""
+def select_loss(loss: LossName, classes: int, *, is_targeted: bool = False) -> tuple[LossName, str]:
+    """Replaces DLR by the margin where there are too few classes for it.
+
+    Args:
+        loss: loss by name.
+        classes: number of classes.
+        is_targeted: whether the loss is that of a targeted attack.
+
+    Returns:
+        The loss, and a note that states the replacement, else empty.
+    """
     needed = CLASSES_FOR_TARGETED_DLR if is_targeted else CLASSES_FOR_DLR
     if loss != "dlr" or classes >= needed:
         return loss, ""
@@ -68,7 +123,12 @@ def affordable(loss: LossName, classes: int, *, is_targeted: bool = False) -> tu
 
 
 def without_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits ``(B, C)`` with the label's at minus infinity."""
+    """Sets the label's logit to minus infinity.
+
+    Args:
+        logits: ``(B, C)``.
+        labels: ``(B,)``.
+    """
     return logits.scatter(1, labels[:, None], -torch.inf)
 
 

@@ -17,39 +17,40 @@ from robustclip.attacks.attack import (
     Radius,
     Worst,
     check_own_loss,
-    on_open,
     pixels,
+    restrict_to_correct,
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.sample_losses import LOSSES, LossName, affordable
+from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 
-SCHEDULE_QUERIES = 10_000  # the number for which the paper gives the queries at which the patch area halves
+SCHEDULE_QUERIES = 10_000  # number of queries for which the paper defines when the patch area halves
 HALVE_AREA_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-BLOCK = 64  # queries drawn at once, and between two looks at what is broken; part of what a seed means
+BLOCK = 64  # queries drawn at once, and between two checks for misclassified samples; part of the meaning of a seed
 DRAWS = 9  # per query: row, column (twice for l2), orientation, and one sign per colour
 SMALLEST_SIDE_L2, TILES_L2 = 3, 5  # the paper's section 3.4
 COLOURS = 3
 
 
 class Square(Attack):
-    """Square Attack: queries alone, no gradients. Every sample has patches of its own.
+    """Square Attack, a random search that queries the model without gradients; every sample has its own patches.
 
     L-infinity: vertical stripes of ``+-eps``; then each query sets a random square to ``+-eps`` per colour. L2: a grid
-    of two-sided pyramids; then each query moves the norm of one square to another. A candidate stays where it is worse.
+    of two-sided pyramids; then each query moves the norm of one square to another. A candidate is kept if it is worse
+    for the model.
 
     Departures from the authors' code: squares may touch the last row and column; every sample draws its own squares;
-    what is broken goes on until its block of 64 queries is over.
+    misclassified samples are attacked until the end of their block of 64 queries.
 
     Args:
-        eps: radius of the ball; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
-        queries: evaluations of the model per image, the first one included.
+        eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
+        queries: evaluations of the model per image, including the first.
         norm: ``linf`` or ``l2``.
         p_init: share of the image that the first squares cover.
         loss: ``margin``, ``ce`` or ``dlr``.
 
     Raises:
-        ValueError: a radius that is no length in [0, 1], no query, or a share outside (0, 1].
+        ValueError: the radius is not in [0, 1], there is no query, or the share is outside (0, 1].
     """
 
     is_anytime = True
@@ -68,8 +69,8 @@ class Square(Attack):
         self.queries, self.p_init, self.loss = queries, p_init, loss
 
     def members(self, classes: int) -> list[Member]:
-        """Itself, with the margin where DLR has too few classes."""
-        loss, note = affordable(self.loss, classes)
+        """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
+        loss, note = select_loss(self.loss, classes)
         return [Member("square", self._changed(loss=loss) if note else self, note)]
 
     def cost(self, classes: int) -> Cost:
@@ -77,14 +78,14 @@ class Square(Attack):
         return Cost(0, self.queries)
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "Square":
-        """A copy with radius and number of queries multiplied; the schedule of areas follows the queries."""
+        """Returns a copy with radius and number of queries multiplied; the schedule of areas follows the queries."""
         return self._changed(eps=scaled_radius(self.eps, radius, self.norm), queries=scaled_count(self.queries, steps))
 
     @torch.no_grad()
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """Start, then one patch per query; stops early once every sample is broken."""
+        """Starts, and tries one patch per query; stops early once every sample is misclassified."""
         check_own_loss(self, loss)
 
         def evaluate(attacked: Tensor, model: Forward = forward) -> Worst:
@@ -98,10 +99,10 @@ class Square(Attack):
             draws = perturbation_set.uniform(
                 images, (BLOCK, DRAWS), index, perturbation_set.stream(seed, 1 + first // BLOCK)
             )
-            is_open = ~worst.is_broken
+            is_open = ~worst.is_misclassified
             if not bool(is_open.any()):
                 break
-            model = on_open(forward, worst.is_broken)
+            model = restrict_to_correct(forward, worst.is_misclassified)
             for query in range(first, min(first + BLOCK, self.queries - 1)):
                 share = area(query, self.queries, self.p_init)
                 candidate = propose(images, worst.images, draws[:, query - first], share, self.eps)
@@ -110,13 +111,19 @@ class Square(Attack):
 
 
 def area(query: int, queries: int, p_init: float) -> float:
-    """Share of the image that the square of a query covers, by the paper's schedule rescaled to all queries."""
+    """Computes the share of the image that the square of a query covers, by the paper's schedule.
+
+    Args:
+        query: number of the query, from 0.
+        queries: number of all queries, to which the schedule is rescaled.
+        p_init: share of the first squares.
+    """
     rescaled = query * SCHEDULE_QUERIES // queries
     return p_init / 2.0 ** sum(rescaled > after for after in HALVE_AREA_AFTER)
 
 
 def _stripes(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
-    """Columns of ``+-eps`` per colour."""
+    """Draws columns of ``+-eps`` per colour, added to the images."""
     draw = perturbation_set.uniform(
         images, (images.shape[1], 1, images.shape[3]), index, perturbation_set.stream(seed, 0)
     )
@@ -137,7 +144,7 @@ def _square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: flo
 
 
 def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
-    """A grid of pyramids with a sign per tile and colour, of norm eps before the box."""
+    """Draws a grid of pyramids with a sign per tile and colour, of norm eps before clipping to [0, 1]."""
     batch, colours, height, width = images.shape
     side = max(min(height, width) // TILES_L2, 1)
     down, across = height // side, width // side
@@ -152,16 +159,16 @@ def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tenso
 
 
 def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float) -> Tensor:
-    """Empties one square of each perturbation and gives its norm, and what is unspent, to another square."""
+    """Empties one square of each perturbation and adds its norm, and the unused norm, to another square."""
     height, width = images.shape[2:]
     side = max(round(math.sqrt(share * height * width)), SMALLEST_SIDE_L2)
-    side = min(side + (side + 1) % 2, height, width)
+    side = min(side + (side + 1) % 2, height, width)  # odd, so that a pyramid has a centre
     delta = worst - images
     unspent = (eps**2 - perturbation_set.norm(delta).square()).clamp(min=0)
     filled = _window(delta, draws[:, 0], draws[:, 1], side)
     emptied = _window(delta, draws[:, 2], draws[:, 3], side)
     rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
-    union = rest.index_put(filled, torch.zeros((), device=delta.device))
+    union = rest.index_put(filled, torch.zeros((), device=delta.device))  # both squares emptied
     norm_of_both = (delta.square() - union.square()).sum((2, 3), keepdim=True).clamp(min=0)
     old = delta[filled]
     bump = _turned(pyramids(side, delta.device), draws[:, 4])[:, None] * _signs(draws[:, -COLOURS:])[:, :, None, None]
@@ -172,14 +179,19 @@ def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, ep
 
 @cache
 def pyramids(side: int, device: torch.device) -> Tensor:
-    """The paper's eta ``(side, side)``: a pyramid over the upper half, its negative over the lower, of norm 1."""
+    """Computes the paper's eta ``(side, side)``: a pyramid over the upper half, its negative over the lower, of norm 1.
+
+    Args:
+        side: side of the square, in pixels.
+        device: device of the result.
+    """
     upper = _pyramid(side // 2, side, device)
     both = torch.cat([upper, -_pyramid(side - side // 2, side, device)])
     return _unit(both)
 
 
 def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
-    """Sum of ``1 / (k + 1)**2`` over the square rings ``k`` that hold a cell, of norm 1 (the paper's equation 2)."""
+    """Sums ``1 / (k + 1)**2`` over the square rings ``k`` that contain a cell, scaled to norm 1 (paper, equation 2)."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     ring = torch.maximum((rows - height // 2).abs()[:, None], (columns - width // 2).abs()[None, :])
     weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=device).square()
@@ -188,7 +200,7 @@ def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _window(delta: Tensor, down: Tensor, across: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices of one square per sample, over all colours."""
+    """Computes the indices of one square per sample, over all colours."""
     batch, colours, height, width = delta.shape
     cells = torch.arange(side, device=delta.device)
     rows = _corner(down, height, side)[:, None] + cells
@@ -207,12 +219,12 @@ def _signs(draw: Tensor) -> Tensor:
 
 
 def _turned(patch: Tensor, draw: Tensor) -> Tensor:
-    """The patch ``(S, S)`` or its transpose per sample, ``(B, S, S)``."""
+    """Selects the patch ``(S, S)`` or its transpose per sample, ``(B, S, S)``."""
     return torch.where((draw < 0.5)[:, None, None], patch, patch.T)
 
 
 def _unit(patches: Tensor) -> Tensor:
-    """Patches ``(..., S, S)`` of norm 1 each; zero stays zero."""
+    """Scales patches ``(..., S, S)`` to norm 1 each; zero remains zero."""
     length: Tensor = torch.linalg.vector_norm(patches, dim=(-2, -1), keepdim=True).clamp(
         min=perturbation_set.SMALLEST_NORM
     )

@@ -1,4 +1,4 @@
-"""Any attack of the torchattacks library, made harmless."""
+"""Attacks of the torchattacks library, isolated from the model."""
 
 import inspect
 from typing import Any, Literal
@@ -20,36 +20,36 @@ from robustclip.attacks.attack import (
     scaled_radius,
 )
 
-SpelledNorm = Literal["Linf", "L2", "L1"]  # as the library spells it; some of its attacks take anything else for L2
-COUNTS = ("steps", "n_queries")  # the library's names for how long an attack runs
-ROUNDING = 1e-6  # of radii that the library's attacks reach in fp32
+SpelledNorm = Literal["Linf", "L2", "L1"]  # the library's spelling; some of its attacks treat anything else as L2
+COUNTS = ("steps", "n_queries")  # the library's names for the length of an attack
+ROUNDING = 1e-6  # rounding in fp32 of the radii that the library's attacks reach
 
 
 class TorchAttack(Attack):
     """An attack of torchattacks by its class name, such as ``APGD``, ``CW`` or ``AutoAttack``.
 
-    The library changes what it is given (train and eval flags, parameter gradients) and checks no range, so it sees
-    only a throw-away module around a closure. Its random numbers come from torch's generators, seeded from ``seed``
-    and put back afterwards; unlike PGD's they depend on the batch. What comes back outside the ball, as from
+    The library modifies the model (train and eval flags, parameter gradients) and checks no range, so it receives only
+    a temporary module around a closure. Its random numbers come from torch's generators, which are seeded from ``seed``
+    and restored afterwards; unlike PGD's they depend on the batch. An image outside the perturbation set, as from
     minimum-norm attacks that fail (FAB), is replaced by the clean image.
 
     Args:
         name: class in torchattacks.
-        eps: radius in [0, 1] pixel units for attacks that take one; null for their own default.
-        kwargs: further arguments of that class; ``alpha`` may be a fraction. ``n_classes`` is filled in.
+        eps: radius in [0, 1] pixel units for attacks that have one; null for their own default.
+        kwargs: further arguments of that class; ``alpha`` may be a fraction. ``n_classes`` is added.
 
     Raises:
-        ValueError: no such attack, an argument that it does not take, or a loss other than cross-entropy.
+        ValueError: there is no such attack, it has no such argument, or the loss is not cross-entropy.
     """
 
     def __init__(self, name: str, eps: Radius | None = None, kwargs: dict[str, Any] | None = None) -> None:
-        import torchattacks  # here because its import is slow and most runs do not need it
+        import torchattacks  # imported here, since it is slow and most runs do not need it
 
         available = torchattacks.attack.Attack.__subclasses__()
-        found = {attack.__name__: attack for attack in available if hasattr(torchattacks, attack.__name__)}
-        if name not in found:
-            raise ValueError(f"name: torchattacks has no attack {name!r}; it has {', '.join(sorted(found))}")
-        self.name, self._attack, self.kwargs = name, found[name], dict(kwargs or {})
+        classes = {attack.__name__: attack for attack in available if hasattr(torchattacks, attack.__name__)}
+        if name not in classes:
+            raise ValueError(f"name: torchattacks has no attack {name!r}; it has {', '.join(sorted(classes))}")
+        self.name, self._attack, self.kwargs = name, classes[name], dict(kwargs or {})
         if eps is not None:
             self.kwargs["eps"] = eps
         takes = inspect.signature(self._attack).parameters
@@ -73,7 +73,7 @@ class TorchAttack(Attack):
         return None if steps is None else Cost(int(steps) * int(self.kwargs.get("n_restarts", 1)), 0)
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "TorchAttack | None":
-        """A copy with the given radius, step size and number of steps multiplied; None where they were not given."""
+        """Returns a copy with the given radius, step size and steps multiplied; None if they were not given."""
         counts = self.kwargs.keys() & set(COUNTS)
         if (radius != 1 and self.eps is None) or (steps != 1 and not counts) or (self.eps is None and not counts):
             return None
@@ -85,9 +85,9 @@ class TorchAttack(Attack):
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
-        """Runs the library's attack on a throw-away module."""
+        """Runs the library's attack on a temporary module."""
         if loss is not cross_entropy:
-            raise ValueError(f"{self.name} of torchattacks brings its own loss; use PGD for a custom one")
+            raise ValueError(f"{self.name} of torchattacks defines its own loss; use PGD for a custom one")
         extra = {}
         if self._needs_class_count:
             with torch.no_grad():
@@ -99,7 +99,7 @@ class TorchAttack(Attack):
         return self._inside(attacked.clamp(0, 1), images)
 
     def _inside(self, attacked: Tensor, images: Tensor) -> Tensor:
-        """Clean images for what lies outside the ball or is no number."""
+        """Replaces images that are outside the perturbation set or not finite by the clean images."""
         if self.eps is None or self.norm not in perturbation_set.ORDERS:
             return torch.where(attacked.isnan(), images, attacked)
         is_inside = perturbation_set.distance(attacked, images, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
@@ -108,12 +108,12 @@ class TorchAttack(Attack):
 
 
 class _Victim(nn.Module):
-    """What torchattacks sees: a module whose modes and parameters are none of ours."""
+    """Model that torchattacks receives, whose modes and parameters are separate from ours."""
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
         super().__init__()
-        self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # tells the device
-        self._forward = (forward,)  # hidden in a tuple, or a module would become our child and be switched with us
+        self.anchor = nn.Parameter(torch.empty(0, device=device), requires_grad=False)  # torchattacks reads its device
+        self._forward = (forward,)  # a tuple, since a module would be registered as a child and switched with this one
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

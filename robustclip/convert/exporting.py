@@ -1,4 +1,4 @@
-"""``robustclip export``: a fine-tuned model becomes a folder that other programs load."""
+"""The command ``robustclip export``, which converts a fine-tuned model to a folder for other programs."""
 
 import sys
 from collections.abc import Mapping
@@ -26,18 +26,18 @@ def export(
     training: Mapping[str, Any] | None = None,
     results: Path | None = None,
 ) -> None:
-    """Writes weights, configuration, tokenizer and a model card, once they load with the method's logits.
+    """Writes weights, configuration, tokenizer and a model card, and checks that they give the method's logits.
 
     Args:
-        method: with its trained weights.
+        method: method with its trained weights.
         out: folder to write; it must not exist.
         to: ``open_clip`` for its local-dir layout, ``hf`` for a Hugging Face ``CLIPModel``.
-        training: settings of ``robustclip fit``, for the card.
-        results: folder of a finished test of this model, for the card.
+        training: settings of ``robustclip fit``, for the model card.
+        results: folder of a finished test of this model, for the model card.
 
     Raises:
-        ValueError: the method adds something to the towers at inference, the format cannot hold the architecture, the
-            folder gives other logits, the results are of other weights, or ``out`` exists.
+        ValueError: the method adds something to the towers at inference, the format does not support the architecture,
+            the folder gives other logits, the results are of other weights, or ``out`` exists.
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
@@ -56,28 +56,26 @@ def export(
 
 
 def check_is_towers_alone(method: RobustMethod) -> None:
-    """Compares what the method computes with what its two towers compute.
+    """Refuses a method that computes more than its two towers, which exported formats cannot represent.
 
     Raises:
-        ValueError: prompts, adapters or heads take part, for which neither format has a place.
+        ValueError: prompts, adapters or classifiers contribute.
     """
     clip = method.clip
     with torch.no_grad(), frozen(method):
         own = open_clip_folder.similarities(clip)
-        for part, found in (
+        for part, logits in (
             ("image", open_clip_folder.similarities(clip, image_features=method.image_features)),
             ("class", open_clip_folder.similarities(clip, class_features=method.class_features)),
         ):
-            difference = float((found.cosines - own.cosines).abs().max())
-            if not difference <= open_clip_folder.TOLERANCE:
+            difference = float((logits.cosines - own.cosines).abs().max())
+            if not difference <= open_clip_folder.TOLERANCE:  # nan is refused too
                 raise ValueError(
                     f"{type(method).__name__} adds to the towers at inference (cosines of its {part} features differ by"
-                    f" {difference:.1e}), as prompts, adapters and heads do; neither format has a place for that"
+                    f" {difference:.1e}), as prompts, adapters and heads do; neither format supports this"
                 )
     if added := [name for name in method.state_dict() if not name.startswith("clip.")]:
-        raise ValueError(
-            f"{type(method).__name__} has {added[0]!r} beside the towers; neither format has a place for it"
-        )
+        raise ValueError(f"{type(method).__name__} has {added[0]!r} beside the towers; neither format supports it")
 
 
 def _write_open_clip(clip: CLIPModel, folder: Path) -> float:

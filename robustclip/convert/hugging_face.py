@@ -1,4 +1,4 @@
-"""The same CLIP in the Hugging Face library's naming: a table of names, and the options that both sides have."""
+"""Conversion between open_clip's CLIP and the Hugging Face library's: names of tensors, and shared options."""
 
 import json
 from dataclasses import fields
@@ -14,7 +14,7 @@ from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
 from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
 
-# Beginnings of names, there and here; a longer one stands before what it contains.
+# Prefixes of names in the library and in open_clip; a longer prefix precedes those that it contains.
 BEGINNINGS = (
     ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
     ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
@@ -37,21 +37,21 @@ INSIDE_BLOCKS = (
     (".mlp.fc1.", ".mlp.c_fc."),
     (".mlp.fc2.", ".mlp.c_proj."),
 )
-TRANSPOSED = ("visual.proj", "text_projection")  # matrices here, linear layers there
-VOCABULARY = 49408  # of CLIP's tokenizer
-QKV = "qkv"  # rows of the joint projection, in this order
+TRANSPOSED = ("visual.proj", "text_projection")  # matrices in open_clip, linear layers in the library
+VOCABULARY = 49408  # size of the vocabulary of CLIP's tokenizer
+QKV = "qkv"  # order of the rows of the joint projection
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
-# What both sides can be told; of everything else CLIP's own choice is built in there.
+# Options that both sides have; for all others, the library's code is fixed to the choice of OpenAI's CLIP.
 VISION_OPTIONS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
 TEXT_OPTIONS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "tokenizer_kwargs"}
 MODEL_OPTIONS = {"embed_dim", "quick_gelu", "init_logit_scale", "vision_cfg", "text_cfg"}
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under open_clip's names.
+    """Renames the tensors of a ``transformers.CLIPModel`` to open_clip's names.
 
     Raises:
-        ValueError: a name that a ``CLIPModel`` does not have.
+        ValueError: a ``CLIPModel`` has no tensor of that name.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -66,7 +66,7 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of ``transformers.CLIPModel``."""
+    """Renames tensors of open_clip to the names of ``transformers.CLIPModel``."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = _translated(name, there=1)
@@ -80,10 +80,10 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def model_config(config: Any) -> dict[str, Any]:
-    """open_clip's ``model_cfg`` of a ``CLIPConfig``.
+    """Converts a ``CLIPConfig`` to open_clip's ``model_cfg``.
 
     Raises:
-        ValueError: towers that open_clip cannot be told of.
+        ValueError: open_clip does not support such towers.
     """
     vision, text = config.vision_config, config.text_config
     activation = vision.hidden_act
@@ -116,7 +116,7 @@ def model_config(config: Any) -> dict[str, Any]:
 
 
 def clip_config(model: dict[str, Any]) -> Any:
-    """``transformers.CLIPConfig`` of open_clip's ``model_cfg``.
+    """Converts open_clip's ``model_cfg`` to a ``transformers.CLIPConfig``.
 
     Raises:
         ValueError: the extra is not installed, or the model is not of OpenAI's ViT type.
@@ -145,7 +145,7 @@ def clip_config(model: dict[str, Any]) -> Any:
             "intermediate_size": int(text.width * text.mlp_ratio),
             "hidden_act": activation,
             "projection_dim": model["embed_dim"],
-            # The last two entries of CLIP's vocabulary; features are read where the second first stands.
+            # The last two entries of CLIP's vocabulary; the library reads features at the first occurrence of the end.
             "bos_token_id": text.vocab_size - 2,
             "eos_token_id": text.vocab_size - 1,
             "pad_token_id": text.vocab_size - 1,
@@ -154,7 +154,12 @@ def clip_config(model: dict[str, Any]) -> Any:
 
 
 def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
-    """Writes CLIP's byte-pair tokenizer and the preprocessing of images, so that the folder is complete offline."""
+    """Writes CLIP's byte-pair tokenizer and the image preprocessing, so that the folder can be used offline.
+
+    Args:
+        clip: model with CLIP's own tokenizer.
+        folder: folder to write to.
+    """
     start, end = "<|startoftext|>", "<|endoftext|>"
     own = {"<start_of_text>": start, "<end_of_text>": end}
     vocabulary = {own.get(token, token): number for token, number in clip.tokenizer.encoder.items()}
@@ -178,28 +183,28 @@ def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
 
 
 def library_similarities(folder: Path, clip: CLIPModel) -> Logits:
-    """What ``transformers.CLIPModel`` says of the probe's images and classes.
+    """Computes the logits of ``transformers.CLIPModel`` for the probe's images and classes.
 
     Args:
-        folder: with ``config.json`` and weights.
-        clip: gives tokenizer and normalisation.
+        folder: folder with ``config.json`` and weights.
+        clip: model that provides tokenizer and normalisation.
     """
     model = library().CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=None).float()
     prompts = [prompt for prompts in PROBE.prompts for prompt in prompts]
     with torch.no_grad(), frozen(model):
         pixels = (probe_images(clip.image_size) - clip.mean) / clip.std
-        seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-        read = model.text_projection(model.text_model(input_ids=clip.tokenizer(prompts)).pooler_output)
-    words = F.normalize(read, dim=-1).view(len(PROBE.class_names), len(PROBE.templates), -1)
-    classes = F.normalize(words.mean(1), dim=-1)
-    return Logits(F.normalize(seen, dim=-1) @ classes.T, float(model.logit_scale.detach().exp()))
+        embeddings = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        texts = model.text_projection(model.text_model(input_ids=clip.tokenizer(prompts)).pooler_output)
+    texts = F.normalize(texts, dim=-1).view(len(PROBE.class_names), len(PROBE.templates), -1)
+    classes = F.normalize(texts.mean(1), dim=-1)
+    return Logits(F.normalize(embeddings, dim=-1) @ classes.T, float(model.logit_scale.detach().exp()))
 
 
 def library() -> Any:
-    """The Hugging Face library.
+    """Imports the Hugging Face library and silences its progress bars.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the library is not installed.
     """
     try:
         import transformers
@@ -228,11 +233,11 @@ def _check_type(model: dict[str, Any]) -> None:
 
 
 def _translated(name: str, *, there: int) -> str:
-    """A name in the other naming.
+    """Translates the name of a tensor between the library and open_clip.
 
     Args:
-        name: of a tensor.
-        there: 0 for a Hugging Face name, 1 for one of open_clip.
+        name: name of the tensor.
+        there: 0 for a name of the library, 1 for a name of open_clip.
     """
     for pair in BEGINNINGS:
         if name.startswith(pair[there]):

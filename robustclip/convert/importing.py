@@ -1,4 +1,4 @@
-"""``robustclip import``: another project's checkpoint becomes a folder for ``--model.pretrained``."""
+"""The command ``robustclip import``, which converts another project's checkpoint for ``--model.pretrained``."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from robustclip.models.clip import CLIPModel
 from robustclip.persistence import atomic_folder
 from robustclip.textfiles import read_text
 
-NEAR = 0.5  # a cosine between the weights of two models; unrelated ones have about 0
+NEAR = 0.5  # cosine between the weights of a model and its base; unrelated weights have about 0
 ACTIVATIONS = {True: "QuickGELU", False: "GELU"}
 
 
@@ -25,24 +25,24 @@ def import_checkpoint(
     pretrained: str | None = None,
     activation: str | None = None,
 ) -> None:
-    """Writes a folder in open_clip's local-dir layout, once it gives the logits of the checkpoint.
+    """Writes a folder in open_clip's local-dir layout, and checks that it gives the logits of the checkpoint.
 
     Args:
         source: ``.pth.tar`` of TeCoA's or PMG-AFT's authors, visual state dict as FARE's, open_clip state dict (``.pt``
             or ``.safetensors``), or folder of a Hugging Face ``CLIPModel``.
         out: folder to write; it must not exist.
-        arch: open_clip architecture of the checkpoint; none for Hugging Face folders, which tell their own.
-        pretrained: base model (tag, file or folder), which gives what the checkpoint lacks, as the text tower.
-        activation: ``quickgelu`` or ``gelu``: what the weights were trained with, where neither file nor base tells.
+        arch: open_clip architecture of the checkpoint; None for Hugging Face folders, which define their own.
+        pretrained: base model (tag, file or folder) for missing parts, such as the text tower.
+        activation: ``quickgelu`` or ``gelu``, which the weights were trained with, if neither file nor base defines it.
 
     Raises:
-        ValueError: a file that cannot be read safely, weights that do not fit or were trained with another
-            activation, other logits, or ``out`` exists.
+        ValueError: the file cannot be read safely, the weights do not fit or were trained with another activation, the
+            logits differ, or ``out`` exists.
     """
     with atomic_folder(out) as aside:
         if source.is_dir():
             if arch or pretrained or activation:
-                raise ValueError(f"{source} tells its own architecture; leave out --arch, --pretrained, --activation")
+                raise ValueError(f"{source} defines its own architecture; omit --arch, --pretrained, --activation")
             difference = _import_folder(source, aside)
         else:
             difference = _import_file(source, aside, arch, pretrained, activation)
@@ -55,7 +55,7 @@ def _import_file(source: Path, aside: Path, arch: str | None, pretrained: str | 
     weights = read(source)
     if weights.is_image_tower and pretrained is None:
         raise ValueError(
-            f"{source} holds an image tower; name the base model that gives the text tower,"
+            f"{source} holds an image tower; name the base model that provides the text tower,"
             " as in --arch ViT-B-32-quickgelu --pretrained openai"
         )
     base = CLIPModel(arch, pretrained)
@@ -63,7 +63,7 @@ def _import_file(source: Path, aside: Path, arch: str | None, pretrained: str | 
     whole = arch or str(pretrained)
     module, name = (base.net.visual, f"the image tower of {whole}") if weights.is_image_tower else (base.net, whole)
     scale = weights.state.get("logit_scale")
-    if scale is not None and not weights.is_image_tower:  # a scalar or a vector of one, depending on the version
+    if scale is not None and not weights.is_image_tower:  # a scalar or a vector of length 1, depending on the version
         weights.state["logit_scale"] = scale.reshape(base.net.logit_scale.shape)
     check_fits(weights.state, module, name)
     if pretrained is not None:
@@ -85,7 +85,7 @@ def _import_folder(source: Path, aside: Path) -> float:
         library = hugging_face.library()
         config = library.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         model = hugging_face.model_config(config) if config.model_type == "clip" else None
-    except (OSError, KeyError, TypeError) as error:  # ValueErrors are ours, or say what they mean
+    except (OSError, KeyError, TypeError) as error:  # a ValueError has a clear message already
         raise ValueError(f"{source}/config.json cannot be read: {str(error).splitlines()[0][:200]}") from error
     if model is None:
         raise ValueError(f"{source} holds a {config.model_type!r}; only model_type 'clip' is imported")
@@ -99,15 +99,15 @@ def _import_folder(source: Path, aside: Path) -> float:
 
 
 def _pixels(source: Path) -> dict[str, Any]:
-    """Normalisation of a Hugging Face folder; OpenAI's where it has none."""
-    found: dict[str, Any] = {}
+    """Reads the image normalisation of a Hugging Face folder; without one, returns OpenAI's."""
+    processor: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):  # of version 5 of the library, and before it
         if (source / name).is_file():
             content = json.loads(read_text(source / name))
-            found = content.get("image_processor", content)
+            processor = content.get("image_processor", content)
     return {
-        "mean": found.get("image_mean", open_clip.OPENAI_DATASET_MEAN),
-        "std": found.get("image_std", open_clip.OPENAI_DATASET_STD),
+        "mean": processor.get("image_mean", open_clip.OPENAI_DATASET_MEAN),
+        "std": processor.get("image_std", open_clip.OPENAI_DATASET_STD),
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
@@ -116,26 +116,26 @@ def _pixels(source: Path) -> dict[str, Any]:
 def _check_activation(weights: Weights, asked: str | None, arch: str | None, pretrained: str | None) -> None:
     """Refuses weights that would be computed with another activation than they were trained with.
 
-    The same weights under QuickGELU and GELU are two models, one of them broken, and no name or size tells
-    (https://github.com/mlfoundations/open_clip/issues/771).
+    The same weights with QuickGELU and with GELU are two models, one of them useless. Neither names nor sizes show
+    which was used in training (https://github.com/mlfoundations/open_clip/issues/771).
     """
     if asked not in (None, "quickgelu", "gelu"):
         raise ValueError(f"activation must be quickgelu or gelu, got {asked!r}")
     computed = bool(open_clip_folder.model_config(arch, pretrained).get("quick_gelu", False))
-    told = {weights.is_quick_gelu, None if asked is None else asked == "quickgelu"} - {None}
+    stated = {weights.is_quick_gelu, None if asked is None else asked == "quickgelu"} - {None}
     name = arch or str(pretrained)
     twin = f"{name}-quickgelu" if not computed else name.removesuffix("-quickgelu")
     has_twin = twin != name and twin in open_clip.list_models()
-    for trained in told:
+    for trained in stated:
         if trained != computed:
             remedy = f"use --arch {twin}" if has_twin else f"use an architecture with {ACTIVATIONS[bool(trained)]}"
             raise ValueError(
                 f"the weights were trained with {ACTIVATIONS[bool(trained)]}, {name} computes {ACTIVATIONS[computed]};"
                 f" {remedy}"
             )
-    base_tells = pretrained is not None and not Path(pretrained).is_file()  # tags and folders do, and were checked
-    if not told and not base_tells and has_twin:
+    is_known_from_base = pretrained is not None and not Path(pretrained).is_file()  # tags and folders were checked
+    if not stated and not is_known_from_base and has_twin:
         raise ValueError(
-            f"a state dict does not tell its activation, and open_clip has both {name} ({ACTIVATIONS[computed]}) and"
-            f" {twin}; say what it was trained with: --activation quickgelu or --activation gelu"
+            f"a state dict does not define its activation, and open_clip has both {name} ({ACTIVATIONS[computed]}) and"
+            f" {twin}; give the activation of its training: --activation quickgelu or --activation gelu"
         )

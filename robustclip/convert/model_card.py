@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how it was trained, what was measured."""
+"""The README.md of an exported model: its method, training and measured accuracy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +17,14 @@ LOADING = {
 def model_card(
     method: str, *, to: str, base: str, training: Mapping[str, Any] | None = None, run: Run | None = None
 ) -> str:
-    """Markdown.
+    """Writes the model card in Markdown.
 
     Args:
-        method: that trained it.
-        to: ``open_clip`` or ``hf``.
-        base: model that it started from.
-        training: settings of ``robustclip fit``; None if they are not at hand.
-        run: a test of this model.
+        method: name of the method that trained the model.
+        to: format of the export, ``open_clip`` or ``hf``.
+        base: name of the model before training.
+        training: settings of ``robustclip fit``; None if they are unknown.
+        run: test of this model; None if there is none.
     """
     facts = {"method": method, "base model": base, **_facts(training)}
     table = "".join(f"| {name} | {markdown(value)} |\n" for name, value in facts.items())
@@ -61,13 +61,13 @@ def _facts(training: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _flat(value: Any) -> str:
-    """Settings in one cell: ``PGD(eps=1/255, steps=2)``."""
+    """Formats settings for one cell of a table: ``PGD(eps=1/255, steps=2)``."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = (value.get("init_args") or {}).items()
-        listed = ", ".join(f"{name}={_flat(each)}" for name, each in arguments if each is not None)
+        listed = ", ".join(f"{name}={_flat(argument)}" for name, argument in arguments if argument is not None)
         return f"{value['class_path'].rpartition('.')[2]}({listed})"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_flat(each)}" for name, each in value.items() if each is not None)
+        return ", ".join(f"{name}: {_flat(entry)}" for name, entry in value.items() if entry is not None)
     return "none" if value is None else str(value)
 
 
@@ -75,7 +75,7 @@ def _results(run: Run | None) -> str:
     if run is None:
         return "None were given.\n"
     protocols = {
-        task: {attack: each["hash"] for attack, each in attacks.items()}
+        task: {attack: protocol["hash"] for attack, protocol in attacks.items()}
         for task, attacks in run.result["protocol"].items()
     }
     return (

@@ -1,4 +1,4 @@
-"""Folders in open_clip's "local-dir" layout, and the proof that what was written is what was meant."""
+"""Folders in open_clip's "local-dir" layout, and the check that a written model gives the same logits."""
 
 import json
 import shutil
@@ -20,18 +20,18 @@ from robustclip.types import Task
 
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# Of cosines in float32: another order of the same sums differs by some 1e-7, another activation by 1e-3 and more.
+# Tolerance of cosines in float32: another order of summation changes them by 1e-7, another activation by 1e-3 or more.
 TOLERANCE = 1e-5
 PROBE_IMAGES = 4
 PROBE = Task("probe", ("cat", "red circle", "an aeroplane in the sky"), ("a photo of a {}", "{}"))
 
 
 class Logits(NamedTuple):
-    """Zero-shot logits, in two factors so that one tolerance fits every temperature.
+    """Zero-shot logits as two factors, so that one tolerance suits every temperature.
 
     Args:
         cosines: ``(B, C)``.
-        scale: of the logits.
+        scale: scale of the logits.
     """
 
     cosines: Tensor
@@ -39,7 +39,12 @@ class Logits(NamedTuple):
 
 
 def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:
-    """open_clip's ``model_cfg`` of a model that `CLIPModel` was built from."""
+    """Returns open_clip's ``model_cfg`` of a model that `CLIPModel` loads.
+
+    Args:
+        arch: open_clip architecture; None for a folder.
+        pretrained: as in `CLIPModel`.
+    """
     folder = _folder(pretrained)
     if folder is None:
         config: dict[str, Any] = open_clip.get_model_config(arch)
@@ -49,7 +54,12 @@ def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:
 
 
 def write(clip: CLIPModel, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer, which `CLIPModel` and open_clip's ``local-dir:`` load."""
+    """Writes weights, configuration and tokenizer, which `CLIPModel` and open_clip's ``local-dir:`` load.
+
+    Args:
+        clip: model to write.
+        folder: folder to write to.
+    """
     config = model_config(clip.arch, clip.pretrained)
     config["vision_cfg"]["image_size"] = clip.image_size
     base = _folder(clip.pretrained)
@@ -64,20 +74,31 @@ def write(clip: CLIPModel, folder: Path) -> None:
         clip.net.text.config.save_pretrained(folder)
     preprocessing = clip.net.visual.preprocess_cfg
     kept = {name: preprocessing[name] for name in ("interpolation", "resize_mode")}
-    # A method may have set the statistics of the pixels.
+    # The pixel statistics are those of the model, which a method may have changed.
     kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
     write_config(folder, config, kept)
     write_weights(folder / WEIGHTS, clip.net.state_dict())
 
 
 def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, Any]) -> None:
-    """Writes ``open_clip_config.json``."""
+    """Writes the configuration file ``open_clip_config.json``.
+
+    Args:
+        folder: folder to write to.
+        model: ``model_cfg``.
+        preprocessing: ``preprocess_cfg``.
+    """
     text = json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """Writes tensors, of any device and memory layout, as safetensors with their digest."""
+    """Writes tensors, of any device and memory layout, as safetensors with their digest.
+
+    Args:
+        path: file to write.
+        state: tensors by name.
+    """
     plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     save_file(
         plain, path, metadata={"format": "pt", tensor_files.DIGEST: tensor_files.digest(dict(sorted(plain.items())))}
@@ -85,7 +106,7 @@ def write_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def probe_images(size: int) -> Tensor:
-    """Random images ``(B, 3, size, size)`` in [0, 1], the same ones every time."""
+    """Draws random images ``(B, 3, size, size)`` in [0, 1], always the same."""
     return torch.rand(PROBE_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -94,39 +115,39 @@ def similarities(
     image_features: Callable[[Tensor], Tensor] | None = None,
     class_features: Callable[[Task], Tensor] | None = None,
 ) -> Logits:
-    """What a model says of the probe's images and classes.
+    """Computes a model's logits for the probe's images and classes.
 
     Args:
-        clip: the model.
-        image_features: in place of its image tower's.
-        class_features: in place of its text tower's.
+        clip: model.
+        image_features: function of images that replaces the image tower.
+        class_features: function of a task that replaces the text tower.
     """
     with torch.no_grad(), frozen(clip):
         images = (image_features or clip.encode_image)(probe_images(clip.image_size))
         return Logits(images @ (class_features or clip.encode_classes)(PROBE).T, float(clip.logit_scale))
 
 
-def check_parity(expected: Logits, found: Logits) -> float:
-    """The largest difference of two models' cosines.
+def check_parity(expected: Logits, actual: Logits) -> float:
+    """Checks that two models have the same logits, and returns the largest difference of their cosines.
 
     Args:
-        expected: of the model that was given.
-        found: of the model that was written and loaded again.
+        expected: logits of the original model.
+        actual: logits of the model that was written and loaded again.
 
     Raises:
-        ValueError: it exceeds `TOLERANCE`, or the logit scales differ by more than that, relatively.
+        ValueError: the difference exceeds `TOLERANCE`, or the logit scales differ by more than that, relatively.
     """
-    difference = float((expected.cosines - found.cosines).abs().max())
-    scale = abs(found.scale / expected.scale - 1)
-    if not (difference <= TOLERANCE and scale <= TOLERANCE):  # nan fails too
+    difference = float((expected.cosines - actual.cosines).abs().max())
+    scale = abs(actual.scale / expected.scale - 1)
+    if not (difference <= TOLERANCE and scale <= TOLERANCE):  # nan is refused too
         raise ValueError(
-            f"what was written gives other logits (cosines differ by {difference:.1e}, logit scales by {scale:.1e};"
+            f"the written model gives other logits (cosines differ by {difference:.1e}, logit scales by {scale:.1e};"
             f" {TOLERANCE:.0e} is allowed), so it was not kept; is its architecture the one of the weights?"
         )
     return difference
 
 
 def _folder(pretrained: str | None) -> Path | None:
-    """The folder that ``pretrained`` names, if it names one."""
+    """Returns the folder that ``pretrained`` names; None if it names no folder."""
     source = SHAPES_MODEL if pretrained == "shapes" else Path(pretrained or "")
     return source if pretrained is not None and source.is_dir() else None

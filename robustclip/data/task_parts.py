@@ -171,11 +171,11 @@ def part_by_seed(keys: Sequence[str], known: int, seed: int, role: Role) -> Part
         ValueError: as `draw_known`.
     """
     drawn = draw_known(keys, known, seed)
-    of_all = f"of {len(keys)} classes, of which seed {seed} drew {known} as known"
+    all_gather_rows = f"of {len(keys)} classes, of which seed {seed} drew {known} as known"
     if role == "unknown":
         rest = tuple(label for label in range(len(keys)) if label not in set(drawn))
-        return Part((), rest, f"images of the unknown {of_all}")
-    return Part(tuple(drawn), tuple(drawn), f"the known {of_all}")
+        return Part((), rest, f"images of the unknown {all_gather_rows}")
+    return Part(tuple(drawn), tuple(drawn), f"the known {all_gather_rows}")
 
 
 def _part(classes: Sequence[int], images: Sequence[int], count: int) -> Part:

@@ -120,9 +120,9 @@ class OODDetection(Callback):
             self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
         # Outside inference mode, whose tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(method):
-            for task in trainer.datamodule.test_tasks:  # type: ignore[attr-defined]
-                for score in self._score_by_name.values() if task.name in self._pairs else ():
-                    score.prepare(method, task)
+            for known in data_of(trainer).test_tasks:
+                for score in self._score_by_name.values() if known.name in self._pairs else ():
+                    score.prepare(method, known)
         self._samples = {}
         for task, unknown in self._pairs.items():
             self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}

@@ -1,4 +1,4 @@
-"""Adversarial training without text: a classifier that is trained along and then thrown away."""
+"""Adversarial training without text, through a classifier that is discarded after training."""
 
 from typing import Any, Literal
 
@@ -15,30 +15,31 @@ from robustclip.types import Batch, data_of
 
 
 class AdversarialTraining(RobustMethod):
-    """Adv. and CoAdv., the text-free baselines of TeCoA (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
+    """Adversarial training without text: Adv. and CoAdv. (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
-    Minimises ``-log softmax(z(x'))_y``, where ``x'`` maximises the same loss in the ball (PGD, last iterate). ``f`` is
-    the embedding before normalisation, and the logits do not know the text:
+    These are baselines of TeCoA. They minimise ``-log softmax(z(x'))_y``, where ``x'`` maximises the same loss in the
+    perturbation set (PGD, last iterate). With the embedding ``f`` before normalisation, the logits ``z`` do not depend
+    on text:
 
     - ``linear``, standard adversarial training (Madry et al., https://arxiv.org/abs/1706.06083): ``z = W f(x') + b``;
     - ``cosine``, CoAdv.: ``z_c = s cos(W f(x'), e_c)``, orthogonal one-hot vectors ``e_c`` in the place of TeCoA's text
       features, and the frozen logit scale ``s``.
 
-    The classifier ``W, b`` is discarded when the training is over: evaluation asks the zero-shot heads.
+    The classifier ``W, b`` is discarded after training: evaluation uses zero-shot classifiers.
 
     The authors' code has neither. The map ``W`` of ``cosine``, the embedding before normalisation and the classifier's
-    learning rate are this project's reading.
+    learning rate are this project's interpretation.
 
     Args:
-        head: what is trained on the embeddings.
-        head_lr: learning rate of the classifier, which starts at random; the image tower's is the optimiser's.
+        head: kind of the classifier that is trained on the embeddings.
+        head_lr: learning rate of the classifier, whose start is random; the image tower has the optimiser's.
         attack: training attack, through the classifier.
-        optimizer: TeCoA's, SGD with momentum 0.9 and no weight decay.
+        optimizer: default of TeCoA, SGD with momentum 0.9 and no weight decay.
         warmup_steps: steps of linear warm-up before the cosine.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: a head of another name.
+        ValueError: there is no classifier of that name.
     """
 
     of_training: tuple[str, ...] = ("head", "head_lr")
@@ -54,7 +55,7 @@ class AdversarialTraining(RobustMethod):
     ) -> None:
         super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
         self.head, self.head_lr = head, head_lr
-        self.classifier: nn.Module = nn.Identity()  # until a fit tells the number of classes
+        self.classifier: nn.Module = nn.Identity()  # until a fit defines the number of classes
 
     def setup(self, stage: str) -> None:
         """Adds the classifier for the training classes."""
@@ -63,28 +64,28 @@ class AdversarialTraining(RobustMethod):
         super().setup(stage)
 
     def add_classifier(self, classes: int) -> None:
-        """Puts a fresh classifier, ``D`` to ``C``, on the image embeddings."""
+        """Creates a classifier with random weights, ``D`` to ``C``, on the image embeddings."""
         with torch.no_grad(), frozen(self):
             image = torch.zeros(1, 3, self.image_size, self.image_size, device=self.clip.mean.device)
             width = self.clip.embed_image(image).shape[1]
         self.classifier = nn.Linear(width, classes, bias=self.head == "linear", device=image.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The image tower and the classifier."""
+        """Returns the image tower and the classifier."""
         return [*super().parameter_groups(), {"params": list(self.classifier.parameters()), "lr": self.head_lr}]
 
     def training_logits(self, images: Tensor) -> Tensor:
-        """The classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1]."""
+        """Computes the classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1]."""
         outputs: Tensor = self.classifier(self.clip.embed_image(images))
         return outputs if self.head == "linear" else self.clip.logit_scale * F.normalize(outputs, dim=-1)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the classifier, on images that are attacked through it."""
+        """Returns the cross-entropy of the classifier, on images that are attacked through it."""
         attacked = self.perturb(batch, forward=self.training_logits)
         return {"adversarial_ce": F.cross_entropy(self.training_logits(attacked).float(), batch.labels)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Discards the checkpoint's classifier, unless training goes on."""
+        """Discards the checkpoint's classifier, unless training is resumed."""
         if isinstance(self.classifier, nn.Identity):
             state = checkpoint["state_dict"]
             kept = {name: tensor for name, tensor in state.items() if not name.startswith("classifier.")}

@@ -1,4 +1,4 @@
-"""ARF: fine-tuning anchored to captions and to retrieved image-text pairs."""
+"""ARF, fine-tuning anchored by captions and by retrieved image-text pairs."""
 
 from typing import Any
 
@@ -12,26 +12,26 @@ from robustclip.types import Batch, Pairs
 
 
 class ARF(FLYP):
-    """ARF (Han et al., CVPR 2024, https://arxiv.org/abs/2404.06244): FLYP, held by two sets of anchors.
+    """ARF (Han et al., CVPR 2024, https://arxiv.org/abs/2404.06244): FLYP, anchored by two auxiliary sets of texts.
 
-    With FLYP's ``L_ctr``, the batch's images ``Z`` and class prompts ``T``, a caption ``C`` of each of these images,
-    and image-text pairs ``(Z_r, T_r)`` retrieved from data like those of pre-training, it minimises::
+    ``L_ctr`` is the loss of FLYP. With the batch's images ``Z``, their class prompts ``T``, a caption ``C`` for each of
+    the images, and image-text pairs ``(Z_r, T_r)`` retrieved from data like those of pre-training, ARF minimises::
 
         L_ctr(Z, T) + a L_ctr(Z, C) + b L_ctr(Z_r, T_r)
 
-    Three matrices of one logit scale: no image is contrasted with a text of another term. Each tower runs once. An
-    image without a caption keeps its class prompt. A pair that is in the batch already counts once, since its copy
-    would be its own negative; ``train/anchor_collisions`` counts the copies.
+    The three similarity matrices share one logit scale, and no image is contrasted with a text of another term. Each
+    tower runs once. An image without a caption uses its class prompt. Duplicates of a pair within a batch are left out,
+    since a duplicate would be its own negative; ``train/anchor_collisions`` counts them.
 
-    The authors published no code, and the weights are not known; a plain sum is what reviews of the paper report.
+    The authors published neither code nor the weights ``a`` and ``b``; reviews of the paper report a plain sum.
 
     Args:
-        caption_weight: ``a``; at 0, captions are not looked at.
-        anchor_weight: ``b``; at 0, pairs are not looked at.
+        caption_weight: ``a``; at 0, captions are not used.
+        anchor_weight: ``b``; at 0, pairs are not used.
         kwargs: arguments of `FLYP`.
 
     Raises:
-        ValueError: a negative weight.
+        ValueError: a weight is negative.
     """
 
     of_training: tuple[str, ...] = ("caption_weight", "anchor_weight")
@@ -41,10 +41,10 @@ class ARF(FLYP):
         self.caption_weight, self.anchor_weight = caption_weight, anchor_weight
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """InfoNCE with class prompts, with captions, and of the retrieved pairs.
+        """Returns the InfoNCE losses of images with class prompts, with captions, and of the retrieved pairs.
 
         Raises:
-            ValueError: a term whose weight is not 0 has no data.
+            ValueError: the data of a term are missing although its weight is not 0.
         """
         images, texts = [batch.images], [self.class_prompts(batch)]
         if self.caption_weight > 0:
@@ -53,9 +53,9 @@ class ARF(FLYP):
         if pairs is not None:
             images.append(pairs.images)
             texts.append(self.clip.tokenize(list(pairs.captions)))
-        seen, read = self.encode_images(*images).chunk(len(images)), self.encode_tokens(*texts).chunk(len(texts))
-        features = self.gathered(*seen, *read)
-        seen, read, scale = features[: len(seen)], features[len(seen) :], self.clip.logit_scale
+        image_features = self.encode_images(*images).chunk(len(images))
+        features = self.gathered(*image_features, *self.encode_tokens(*texts).chunk(len(texts)))
+        seen, read, scale = features[: len(images)], features[len(images) :], self.clip.logit_scale
         terms = {"prompt_nce": info_nce(seen[0], read[0], scale)}
         if self.caption_weight > 0:
             terms["caption_nce"] = self.caption_weight * info_nce(seen[0], read[1], scale)
@@ -65,7 +65,7 @@ class ARF(FLYP):
         return terms
 
     def _captions(self, batch: Batch, prompts: Tensor) -> Tensor:
-        """Tokens ``(B, L)`` of the captions, those of the class prompts where there is none."""
+        """Returns tokens ``(B, L)`` of the captions, or of the class prompt for images without a caption."""
         if batch.captions is None:
             raise ValueError(
                 f"caption_weight is {self.caption_weight:g}, but the data have no captions; set data.captions, or 0"
@@ -76,7 +76,7 @@ class ARF(FLYP):
         return torch.where(is_missing.to(tokens.device, non_blocking=True), prompts, captions)
 
     def _first_of_each(self, pairs: Pairs) -> Tensor:
-        """Which rows, over all processes, hold a pair that no row before them holds."""
+        """Marks the rows, over all processes, whose pair does not occur in an earlier row."""
         (index,) = self.gathered(pairs.index)
         is_copy = (index[:, None] == index).tril(-1).any(1)
         self.log("train/anchor_collisions", is_copy.sum().float(), batch_size=len(index))
@@ -84,7 +84,7 @@ class ARF(FLYP):
 
 
 def _anchors(batch: Batch) -> Pairs:
-    """The pairs of a batch, with images of the size of its own."""
+    """Returns the retrieved pairs of a batch; their images must have the size of the training images."""
     if batch.anchors is None:
         raise ValueError("anchor_weight is above 0, but the data have no anchors; set data.anchors, or the weight to 0")
     sizes = [tuple(images.shape[-2:]) for images in (batch.anchors.images, batch.images)]

@@ -1,4 +1,4 @@
-"""RobustMethod: what every method shares; a subclass adds what its paper adds."""
+"""The base class of the methods: `RobustMethod` holds everything that they share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods._shared.data_checks import check_intake
+from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.saved_state import (
     SETTINGS,
     RenamedCheckpointIO,
@@ -48,27 +48,27 @@ from robustclip.types import Batch, Task, data_of
 
 
 class RobustMethod(Checked, LightningModule, ABC):
-    """Base of every method: frozen zero-shot heads, the training attack, metrics, optimiser, checkpoints.
+    """Base class of every method: zero-shot classifier, training attack, clean accuracy, optimiser and checkpoints.
 
     A method overrides `training_loss` and, where its paper differs, `parameter_groups`, `image_features` and
-    `class_features`. The trainer's data module gives ``train_task``, ``val_tasks`` and ``test_tasks``.
+    `class_features`. The trainer's data module provides ``train_task``, ``val_tasks`` and ``test_tasks``.
 
     Args:
         arch: open_clip architecture; null when ``pretrained`` is a folder.
         pretrained: open_clip tag, weights file, local-dir folder, ``shapes``, or null for random weights.
-        image_size: side of the tower's input in pixels; null for the model's own.
-        has_fixed_batch_norm: keep BatchNorm statistics as pre-trained while fitting.
+        image_size: side of the image tower's input in pixels; null takes the model's own.
+        has_fixed_batch_norm: keep the pre-trained BatchNorm statistics during training.
         has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
         attack: training attack; null for methods that train on clean images.
-        optimizer: called with `parameter_groups()`.
-        warmup_steps: steps of linear warm-up; 0 for none.
+        optimizer: function that builds the optimiser from `parameter_groups()`.
+        warmup_steps: optimiser steps of linear warm-up; 0 for none.
         schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
     """
 
-    of_original: tuple[str, ...] = ("clip.net.",)  # so begin the names of tensors that the pre-trained model determines
-    takes_unknown: bool = False  # trains on images that are labelled UNKNOWN too
-    takes_features: bool = False  # takes embeddings (B, D) of its frozen tower in place of images
-    # Constructor arguments that do not change the function of given weights. A class lists its own; every argument
+    of_original: tuple[str, ...] = ("clip.net.",)  # name prefixes of tensors that the pre-trained model determines
+    takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
+    takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
+    # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
         *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing"),
@@ -89,56 +89,56 @@ class RobustMethod(Checked, LightningModule, ABC):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["attack", "optimizer"])  # objects would break weights_only loading
-        self.strict_loading = False  # frozen weights are not in our checkpoints; `on_load_checkpoint` checks instead
+        self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
         self.heads: dict[str, Tensor] = {}
-        self.interpolation: dict[str, Any] | None = None  # of the loaded checkpoint, with the original model
+        self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
-        self.run_settings: dict[str, Any] | None = None  # of `robustclip fit`; saved in its checkpoints
+        self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
         self._random_states: list[dict[str, Any]] = []
         self._watch = DivergenceWatch()
-        self._stepped: set[int] = set()  # optimisers whose first step was looked at
+        self._stepped: set[int] = set()  # ids of the optimisers whose first step was checked
         self._pending_gradients: list[dict[str, Tensor]] = []
-        self._before_validation: dict[str, Any] = {}  # random state
+        self._before_validation: dict[str, Any] = {}  # random state when validation began
 
-    # What a method overrides
+    # Hooks that a method may override
 
     @abstractmethod
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is minimised and each is logged."""
+        """Returns the named scalar terms of the loss, already weighted; their sum is minimised and each is logged."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What learns, as optimiser groups; everything else is frozen. Default: the image tower."""
+        """Returns the optimiser groups of the parameters to train (default: the image tower); the rest is frozen."""
         return [{"params": list(self.clip.net.visual.parameters())}]
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the groups that need no gradient yet; all others must get one in the first step."""
+        """Returns the trained parameters that may have no gradient yet; all others must get one in the first step."""
         return []
 
     def image_features(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
         return self.clip.encode_image(images)
 
     def class_features(self, task: Task) -> Tensor:
-        """Unit features ``(C, D)``, one row per class of the task."""
+        """Returns unit features ``(C, D)``, one row per class of the task."""
         return self.clip.encode_classes(task)
 
-    # What a method uses
+    # Members that a method may use
 
     @property
     def image_size(self) -> int:
-        """Side of the square images that the tower sees, in pixels."""
+        """Side of the square images that the image tower receives, in pixels."""
         return self.clip.image_size
 
     @property
     def inference_settings(self) -> dict[str, Any]:
-        """Values beside the tensors that define the evaluated function: saved, and compared at loading.
+        """Settings beside the tensors that define the evaluated function: saved, and compared at loading.
 
-        These are the method's name, all plain constructor arguments that are not in `of_training`, and
-        `CLIPModel.settings`. A value that was assigned later to the attribute of that name counts.
+        They comprise the method's name, all plain constructor arguments that are not in `of_training`, and
+        `CLIPModel.settings`. If the attribute of an argument's name was assigned later, its value is used.
         """
         listed = {name for cls in type(self).__mro__ for name in vars(cls).get("of_training", ())}
         names = [name for name in self.hparams if name not in listed and not name.startswith("_")]
@@ -147,7 +147,15 @@ class RobustMethod(Checked, LightningModule, ABC):
         return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
-        """Zero-shot logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], for a task whose head was built."""
+        """Computes the zero-shot logits of images.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+            task: name of the task, whose classifier `prepare` has built.
+
+        Returns:
+            Logits ``(B, C)``.
+        """
         return head_logits(self.image_features(images), self.heads[task], self.clip.logit_scale)
 
     def perturb(
@@ -159,17 +167,20 @@ class RobustMethod(Checked, LightningModule, ABC):
         forward: Forward | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """The batch's images under the training attack, ``(B, 3, H, W)`` in [0, 1], without gradient.
+        """Runs the training attack on a batch and returns its adversarial images, without gradient.
 
-        The model is frozen and in eval mode meanwhile and every flag is put back. The random start is a function of
-        the sample ids and the step.
+        During the attack the model is frozen and in eval mode; every flag is restored afterwards. The random start
+        depends on the sample ids and the step alone.
 
         Args:
-            batch: of clean images.
-            task: whose zero-shot logits are attacked.
-            loss: per sample, to maximise.
-            forward: what is attacked instead of the zero-shot logits.
+            batch: clean images with their labels and sample ids.
+            task: name of the task whose zero-shot logits are attacked.
+            loss: loss per sample, which the attack maximises.
+            forward: function of the images that is attacked; default the zero-shot logits.
             targets: second argument of the loss, ``(B, ...)``; default the labels.
+
+        Returns:
+            Images ``(B, 3, H, W)`` in [0, 1].
 
         Raises:
             ValueError: the method has no attack.
@@ -182,27 +193,27 @@ class RobustMethod(Checked, LightningModule, ABC):
             return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Encodes each task's classes into its zero-shot head, once and without gradients."""
-        # Outside inference mode, whose tensors could not take part in an attack's graph.
+        """Encodes each task's classes as zero-shot classifier weights, once and without gradients."""
+        # Inference mode is left first: its tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(self):
             self.heads |= encode_heads(self.class_features, tasks)
 
     def prepare_training(self, task: Task) -> None:
-        """Encodes what `training_loss` compares images with: the head ``train``."""
+        """Encodes the training classes, as the task ``train``, for `training_loss`."""
         self.prepare([replace(task, name="train")])
 
     def count(self, task: str) -> Top1:
-        """Clean answers of a task in the running evaluation."""
+        """Returns the accuracy metric of a task in the running evaluation, on clean images."""
         return cast(Top1, self.counts[f"{PREFIX}{task}"])
 
     @property
     def learning_names(self) -> set[str]:
-        """Names of the parameters that learn, whether or not an attack has frozen them at this moment."""
+        """Names of the parameters to train, also while an attack has frozen them."""
         learning = {id(parameter) for parameter in learning_parameters(self, self.parameter_groups())}
         return {name for name, parameter in self.named_parameters() if id(parameter) in learning}
 
     def freeze_the_rest(self) -> list[nn.Parameter]:
-        """Leaves gradients to `parameter_groups()` alone, and returns its parameters."""
+        """Freezes everything but the parameters of `parameter_groups()`, and returns these."""
         learning = learning_parameters(self, self.parameter_groups())
         learn_only(self, learning)
         return learning
@@ -211,17 +222,20 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Checks, logs and sums the terms of a training step's loss.
 
         Args:
-            terms: of `training_loss`.
-            batch: of the step.
+            terms: scalar terms that `training_loss` returned.
+            batch: batch of the step.
+
+        Returns:
+            The sum, a scalar.
 
         Raises:
-            ValueError: a term that is no scalar tensor, or, on an accelerator some steps later, one that is not finite.
+            ValueError: a term is no scalar tensor, or is not finite (noticed some steps later on an accelerator).
         """
         check_terms(terms, self)
         values = torch.stack(list(terms.values()))
         loss = values.sum()
-        noted = torch.cat([values.detach(), loss.detach()[None]])
-        if self._watch.note((*terms, "the sum of the terms"), noted, self.global_step):
+        values_and_sum = torch.cat([values.detach(), loss.detach()[None]])
+        if self._watch.note((*terms, "the sum of the terms"), values_and_sum, self.global_step):
             self._watch.check(self.trainer)
         logged = {f"train/{name}": value.detach() for name, value in terms.items()}
         self.log_dict(logged | {"train/loss": loss.detach()}, prog_bar=True, batch_size=len(batch.labels))
@@ -230,22 +244,22 @@ class RobustMethod(Checked, LightningModule, ABC):
     # Lightning
 
     def setup(self, stage: str) -> None:
-        """Freezes what does not learn, and makes one count per task."""
+        """Freezes the parameters that are not trained, and makes an accuracy metric for each task."""
         if not self.freeze_the_rest() and stage == "fit":
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a person's own choice stays
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept
             self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
         data = data_of(self.trainer)
-        check_intake(self, data, stage)
+        check_data(self, data, stage)
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
         self.counts = nn.ModuleDict({f"{PREFIX}{task.name}": Top1() for task in tasks})
 
     def on_fit_start(self) -> None:
-        """Builds the training head."""
+        """Builds the zero-shot classifier of the training classes."""
         self.prepare_training(data_of(self.trainer).train_task)
 
     def on_train_start(self) -> None:
-        """Continues the random streams, the accumulation window and the epoch of an interrupted run."""
+        """Restores the random states, pending gradients and epoch position of an interrupted run."""
         if self.global_rank < len(self._random_states):
             set_random_state(self._random_states[self.global_rank], self.device)
         if self.global_rank < len(self._pending_gradients):
@@ -255,20 +269,20 @@ class RobustMethod(Checked, LightningModule, ABC):
         settle_resumed_loop(self.trainer.fit_loop)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Checks before each optimiser's first step that all of its parameters learn."""
+        """Checks before each optimiser's first step that all of its parameters have a gradient."""
         if id(optimizer) not in self._stepped and check_gradients(self, optimizer, self.idle_parameters()):
             self._stepped.add(id(optimizer))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Checks that manual optimisation optimises."""
+        """Checks that a method with manual optimisation steps its optimiser."""
         check_manual_step(self, is_epoch_over=False)
 
     def on_train_epoch_end(self) -> None:
-        """Checks that manual optimisation optimises."""
+        """Checks at the epoch's end that a method with manual optimisation has stepped its optimiser."""
         check_manual_step(self, is_epoch_over=True)
 
     def on_train_end(self) -> None:
-        """Checks the last steps, which no checkpoint may have followed."""
+        """Checks the loss and weights of the last steps, which no checkpoint may have followed."""
         self._check_is_finite()
 
     def _check_is_finite(self) -> None:
@@ -276,57 +290,57 @@ class RobustMethod(Checked, LightningModule, ABC):
         check_weights(self, self.parameter_groups())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Sums and logs the terms of `training_loss`."""
+        """Returns the sum of the terms of `training_loss`, and logs them."""
         return self.total(self.training_loss(batch), batch)
 
     def on_validation_start(self) -> None:
-        """Keeps the random state, to which a checkpoint inside this validation returns."""
+        """Stores the random state, which a checkpoint written during this validation saves."""
         self._before_validation = random_state(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        """Builds the heads anew, since the text side may have learnt."""
-        synchronise_forwards(self, is_on=False)
+        """Builds the zero-shot classifiers again, since the text side may have been trained."""
+        synchronise_forwards(self, is_on=False)  # ranks may evaluate different numbers of batches
         self.prepare(data_of(self.trainer).val_tasks)
 
     def on_test_epoch_start(self) -> None:
-        """Builds the heads."""
+        """Builds the zero-shot classifiers of the test tasks."""
         self.prepare(data_of(self.trainer).test_tasks)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Counts and returns clean logits ``(B, C)``."""
+        """Updates the clean accuracy of a batch and returns its logits ``(B, C)``."""
         return self._evaluate(batch, data_of(self.trainer).val_tasks[dataloader_idx])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Counts and returns clean logits ``(B, C)``."""
+        """Updates the clean accuracy of a batch and returns its logits ``(B, C)``."""
         return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # verdicts are fp32, in any precision of the trainer
+        with torch.autocast(self.device.type, enabled=False):  # evaluation is fp32, in any precision of the trainer
             logits = self.logits(batch.images, task.name)
         self.count(task.name).update(logits.argmax(-1) == batch.labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/<task>/clean/...``."""
+        """Logs the clean accuracy of every validation task as ``val/<task>/clean/...``."""
         log_counts(self, self.counts, "val")
         synchronise_forwards(self, is_on=True)
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``test/<task>/clean/...``."""
+        """Logs the clean accuracy of every test task as ``test/<task>/clean/...``."""
         log_counts(self, self.counts, "test")
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over `parameter_groups()` and its schedule per step."""
+        """Builds the optimiser over `parameter_groups()` and its schedule, which is updated every step."""
         optimizer = self.optimizer(self.parameter_groups())
         total = steps_of_run(self.trainer, self.schedule)
         scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps all that learns (or all, for random initial weights) and all that an exact resume needs.
+        """Saves the trained parameters (or all, for random initial weights) and the state for an exact resume.
 
         Raises:
-            ValueError: the loss or the weights are not finite, so that nothing is saved.
+            ValueError: the loss or the weights are not finite; nothing is saved.
         """
         self._check_is_finite()
         if self.run_settings is not None:
@@ -348,8 +362,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Refuses a checkpoint that does not belong to this model.
 
         Raises:
-            ValueError: another architecture, other pre-trained weights or inference settings, missing or unknown
-                parameters.
+            ValueError: the architecture, the pre-trained weights or the inference settings differ, or parameters are
+                missing or unknown.
         """
         self.freeze_the_rest()
         check_belongs(checkpoint, self, self.clip, settings=self.inference_settings, learning=self.learning_names)

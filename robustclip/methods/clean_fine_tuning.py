@@ -1,4 +1,4 @@
-"""Fine-tuning without attacks, the baseline of every robust method."""
+"""Fine-tuning on clean images, the baseline of every robust method."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from robustclip.types import Batch
 
 
 class CleanFineTuning(RobustMethod):
-    """TeCoA's loss and recipe without its attack (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
+    """Fine-tuning on clean images with TeCoA's recipe (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     Minimises ``-log softmax(s cos(f(x), t))_y`` over the class prompts ``t`` of the training set, where ``s`` is the
     frozen logit scale.
 
     Args:
-        optimizer: TeCoA's, SGD with momentum 0.9 and no weight decay.
+        optimizer: default of TeCoA, SGD with momentum 0.9 and no weight decay.
         warmup_steps: steps of linear warm-up before the cosine.
         kwargs: arguments of `RobustMethod`.
     """
@@ -33,5 +33,5 @@ class CleanFineTuning(RobustMethod):
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over the class prompts, on clean images."""
+        """Returns the cross-entropy over the class prompts, on clean images."""
         return {"clean_ce": F.cross_entropy(self.logits(batch.images).float(), batch.labels)}

@@ -1,4 +1,4 @@
-"""CoOp: learnable words before the class name."""
+"""CoOp, prompt learning: vectors before the class name are trained."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from robustclip.types import Batch, Task
 class CoOp(FrozenFeatures):
     """CoOp (Zhou et al., IJCV 2022, https://arxiv.org/abs/2109.01134), with one context for all classes.
 
-    Minimises cross-entropy of ``s cos(x, t)``, where the text of a class is ``[V]_1 ... [V]_n NAME.`` and the vectors
-    ``[V]`` learn. They replace every task's templates. The defaults are those of CRoFT's comparison, whose weight decay
-    is 0.1; CoOp's own is 5e-4, over 200 epochs for 16 images of each class.
+    Minimises the cross-entropy of ``s cos(x, t)``, where the text of a class is ``[V]_1 ... [V]_n NAME.`` and the
+    vectors ``[V]`` are trained. They replace the templates of every task. The defaults are those of CRoFT's comparison
+    with a weight decay of 0.1; CoOp's own is 5e-4, over 200 epochs with 16 images per class.
 
     Args:
-        tokens: ``n``; they start from N(0, 0.02).
-        phrase: whose word embeddings are the start instead, such as "a photo of a"; null for a random one.
-        classes_per_pass: keep the text tower's activations of this many classes alone; null for all.
+        tokens: ``n``, number of vectors, which start from N(0, 0.02).
+        phrase: text whose word embeddings are the start instead, such as "a photo of a"; null for a random start.
+        classes_per_pass: number of classes whose activations of the text tower are in memory at once; null for all.
         kwargs: arguments of `FrozenFeatures`.
     """
 
@@ -36,27 +36,27 @@ class CoOp(FrozenFeatures):
         self.context = LearnableContext(self.clip, phrase, tokens=tokens)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The context."""
+        """Returns the vectors of the context."""
         return [{"params": [self.context.vectors]}]
 
     def class_features(self, task: Task) -> Tensor:
-        """Unit features ``(C, D)`` of the classes behind the learnt context."""
+        """Encodes the task's class names behind the trained context as unit features ``(C, D)``."""
         return self.encode(self.context.tokenize(self.clip, task.class_names))
 
     def encode(self, prompts: Tensor) -> Tensor:
-        """Tokens ``(C, L)`` to unit features ``(C, D)``."""
+        """Encodes tokens ``(C, L)`` behind the trained context as unit features ``(C, D)``."""
         return self.context.encode(self.clip, prompts, per_pass=self.classes_per_pass)
 
     def prepare_training(self, task: Task) -> None:
-        """Keeps the tokens of the training prompts, too."""
+        """Encodes the training classes and stores the tokens of their prompts."""
         super().prepare_training(task)
         self.prompts = self.context.tokenize(self.clip, task.class_names)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy on clean images."""
+        """Returns the cross-entropy on clean images."""
         logits = head_logits(self.image_features(batch.images), self.encode(self.prompts), self.clip.logit_scale)
         return {"clean_ce": F.cross_entropy(logits.float(), batch.labels)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """In the trainer's precision throughout, since the text tower is the larger part."""
+        """Runs the whole step in the trainer's precision, since the text tower dominates its cost."""
         return self.step(self.embedded(batch), batch_idx)

@@ -1,4 +1,4 @@
-"""CRoFT: linear adapters whose energy hardly depends on them, also on features under a generated shift."""
+"""CRoFT, linear adapters trained for a small energy gradient, also on features under a generated shift."""
 
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,7 +17,12 @@ Mode = Literal["clean", "official", "official_vlcs"]
 
 
 class View(NamedTuple):
-    """A batch behind the adapters."""
+    """Image and text features of a batch, before and after the adapters.
+
+    Attributes:
+        images: features of the ``B`` images.
+        texts: features of the ``C`` classes.
+    """
 
     images: Branch
     texts: Branch
@@ -26,41 +31,43 @@ class View(NamedTuple):
 class CRoFT(FrozenFeatures):
     """CRoFT (Zhu et al., ICML 2024, https://arxiv.org/abs/2405.16417; https://github.com/LinLLLL/CRoFT).
 
-    Both towers are followed by linear adapters that start at the identity, ``u = r x A^T + (1 - r) x`` and
+    Linear adapters that start at the identity follow both towers, ``u = r x A^T + (1 - r) x`` and
     ``v = r_t t B^T + (1 - r_t) t``. A generator ``G`` makes features under a covariate shift, ``z = (u^ G^T + u^)^``,
-    where ``^`` is unit length. With ``CE`` of ``s cos``, adapters and generator take turns to minimise::
+    where ``^`` scales to unit length. With ``CE`` of ``s cos``, adapters and generator are trained in turn::
 
         A, B:  CE(u) + lambda1 CE(z') + lambda2 (L_e(x) + L_e(z)),   z' = r z A^T + (1 - r) z
         G:     CE(z) + lambda1 D(z, u),   D = sum_{y_i = y_j} <z_i, u^_j> / N^2
 
-    where ``L_e`` is the squared gradient of the energy in the adapters, see `energy`. Predictions do not use ``G``.
+    ``L_e`` is the squared gradient of the energy with respect to the adapters, see `energy`. Predictions do not use
+    ``G``.
 
-    ``mode`` ``clean`` is the above; ``official`` is what the authors' code computes: every step moves all three,
-    gradients pass through ``z``, and the model of the first step of a batch answers in all of its steps; ``L_e`` has
-    ``A`` and ``B`` for their transposes, one shift for both, and images and generated features in one sum; the terms
-    of ``z`` are ``CE(r z + (1 - r) z A) - lambda1 D(z, x)``. ``official_vlcs``, like 0 generator steps, has ``CE(z)``
-    for these and no ``z`` in ``L_e``. In all modes, features have unit length before the adapters, which changes
-    nothing but the weight of the code's 1e-6 beside norms, and the energy's gradient is taken where the adapters
-    are, not 1e-4 beside.
+    The ``mode`` ``clean`` is the above; ``official`` is the computation of the authors' code. There every step updates
+    all three matrices, gradients pass through ``z``, and all steps of a batch use the outputs of its first step.
+    ``L_e`` has ``A`` and ``B`` in place of their transposes, one shift for both, and one sum over images and generated
+    features; the terms of ``z`` are ``CE(r z + (1 - r) z A) - lambda1 D(z, x)``. The mode ``official_vlcs``, or 0
+    generator steps, replaces these terms by ``CE(z)`` and leaves ``z`` out of ``L_e``. In all modes, features have unit
+    length before the adapters. This only changes the weight of the code's 1e-6 that is added to norms. The energy's
+    gradient is taken at the adapters, not 1e-4 away from them.
 
-    The weight decay of 0.1 shrinks the adapters; as scale does not matter, this is a pull to the zero-shot model.
-    Losses are not means over samples, so a piece of a batch does not teach what the whole teaches. Several processes
-    need the strategy ``ddp_find_unused_parameters_true``. ``max_steps`` counts the steps of both optimisers.
+    The weight decay of 0.1 shrinks the adapters; since scale does not matter, it pulls them to the zero-shot model.
+    Losses are not means over samples, so the parts of a batch do not add up to the whole batch. Several processes need
+    the strategy ``ddp_find_unused_parameters_true``. ``max_steps`` counts the steps of both optimisers.
 
     Args:
-        mode: see above.
-        ratio: ``r``.
-        ratio_text: ``r_t``.
-        generator_steps: per batch; 0 in official modes alone.
-        lambda1: weight of what is generated.
+        mode: ``clean``, ``official`` or ``official_vlcs``, as above.
+        ratio: ``r``, weight of the image adapter.
+        ratio_text: ``r_t``, weight of the text adapter.
+        generator_steps: steps of the generator per batch; 0 in official modes alone.
+        lambda1: weight of the terms of generated features.
         lambda2: weight of the energy's gradient.
-        penalty: ``batch`` takes the gradient of one sum, as the code does, ``sample`` that of each image's energy.
-        reduction: of ``batch``; ``sum`` is the code's for its ImageNet split, where ``lambda2`` means
-            ``(N C / D)^2`` times as much.
-        kwargs: arguments of `FrozenFeatures`; the optimiser is made twice, for adapters and generator.
+        penalty: ``batch`` takes the gradient of the energies' sum, as the code does, ``sample`` that of each image's
+            energy.
+        reduction: reduction of ``batch``; ``sum`` is the code's for its ImageNet split, where the same ``lambda2``
+            weighs ``(N C / D)^2`` times as much.
+        kwargs: arguments of `FrozenFeatures`; adapters and generator have an optimiser each.
 
     Raises:
-        ValueError: an option of another name, a ratio outside [0, 1], a negative number, or the penalty of samples
+        ValueError: an option is unknown, a ratio is outside [0, 1], a number is negative, or the penalty is ``sample``
             in an official mode.
     """
 
@@ -94,19 +101,19 @@ class CRoFT(FrozenFeatures):
             raise ValueError(f"penalty must be 'batch' in mode {self.mode!r}, got 'sample'; the code has no other")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The adapters, and the generator."""
+        """Returns two groups, the adapters and the generator."""
         return [{"params": [self.image_adapter, self.text_adapter]}, {"params": [self.generator]}]
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1], or their embeddings ``(B, D)``, to unit features ``(B, D)``."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1], or embeddings ``(B, D)``, as adapted unit features ``(B, D)``."""
         return adapted(super().image_features(images), self.image_adapter, self.ratio).unit
 
     def class_features(self, task: Task) -> Tensor:
-        """Adapted unit features ``(C, D)``."""
+        """Encodes the task's classes as adapted unit features ``(C, D)``."""
         return adapted(super().class_features(task), self.text_adapter, self.ratio_text).unit
 
     def prepare_training(self, task: Task) -> None:
-        """Keeps the text tower's own features of the training classes, too."""
+        """Encodes the training classes and stores their features before the adapter."""
         super().prepare_training(task)
         self.texts = super().class_features(task)
         self.text_gram = self.texts @ self.texts.T
@@ -114,31 +121,47 @@ class CRoFT(FrozenFeatures):
     # Losses
 
     def view(self, batch: Batch) -> View:
-        """A batch of images, or of embeddings ``(B, D)``, behind the adapters as they are now."""
+        """Applies the present adapters to a batch of images, or of embeddings ``(B, D)``, and to the class texts."""
         images = adapted(super().image_features(batch.images), self.image_adapter, self.ratio)
         return View(images, adapted(self.texts, self.text_adapter, self.ratio_text, self.text_gram))
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """What the adapters minimise."""
+        """Returns the terms of the loss that trains the adapters."""
         return self.adapter_loss(self.view(batch), batch.labels)
 
     def adapter_loss(self, view: View, labels: Tensor) -> dict[str, Tensor]:
-        """Cross-entropy, the terms of what is generated, and the gradient of the energy."""
+        """Returns the adapters' loss: cross-entropy, the terms of generated features, and the energy's gradient.
+
+        Args:
+            view: features of the batch.
+            labels: ``(B,)``.
+        """
         terms = self._clean_terms if self.mode == "clean" else self._official_terms
         return {"clean_ce": self.cross_entropy(view.images.unit, view, labels), **terms(view, labels)}
 
     def generator_loss(self, view: View, labels: Tensor) -> Tensor:
-        """Features that are still recognised, but unlike those of their class."""
+        """Returns the generator's loss, low for features that are classified correctly but unlike their class.
+
+        Args:
+            view: features of the batch.
+            labels: ``(B,)``.
+        """
         generated = self.generate(view.images.unit)
         away = same_class_similarity(generated, view.images.unit, labels)
         return self.cross_entropy(generated, view, labels) + self.lambda1 * away
 
     def generate(self, features: Tensor) -> Tensor:
-        """Unit features ``(B, D)`` to others under a covariate shift."""
+        """Generates unit features ``(B, D)`` under a covariate shift from unit features ``(B, D)``."""
         return F.normalize(features @ self.generator.T + features, dim=-1)
 
     def cross_entropy(self, features: Tensor, view: View, labels: Tensor) -> Tensor:
-        """Of features ``(B, D)`` against the view's texts."""
+        """Computes the cross-entropy of features over the view's texts.
+
+        Args:
+            features: ``(B, D)``.
+            view: features of the class texts.
+            labels: ``(B,)``.
+        """
         return F.cross_entropy(self.clip.logit_scale * features @ view.texts.unit.T, labels)
 
     def _clean_terms(self, view: View, labels: Tensor) -> dict[str, Tensor]:
@@ -170,12 +193,12 @@ class CRoFT(FrozenFeatures):
     # Optimisation
 
     def configure_optimizers(self) -> Any:
-        """One optimiser for the adapters and one for the generator, with a schedule per epoch each."""
+        """Builds an optimiser for the adapters and one for the generator, each with a schedule per epoch."""
         optimizers = [self.optimizer([group]) for group in self.parameter_groups()]
         return optimizers, [self.schedule_of(optimizer) for optimizer in optimizers]
 
     def step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Steps of the generator, then one of the adapters."""
+        """Updates the generator one or more times, then the adapters once."""
         adapters, generator = cast(list[LightningOptimizer], self.optimizers())
         view, is_clean = self.view(batch), self.mode == "clean"
         fixed = View(*(branch._replace(unit=branch.unit.detach()) for branch in view))
@@ -191,7 +214,7 @@ class CRoFT(FrozenFeatures):
         return loss.detach()
 
     def _minimise(self, loss: Tensor, optimizers: list[LightningOptimizer]) -> None:
-        """One step; the graph stays, since that of the batch's view serves several."""
+        """Takes one optimiser step; the graph is kept, since several steps share the features of the batch."""
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(loss, retain_graph=True)
@@ -200,6 +223,12 @@ class CRoFT(FrozenFeatures):
 
 
 def same_class_similarity(generated: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """``D``, between two sets of ``N`` features ``(N, D)`` with the same labels ``(N,)``."""
+    """Computes ``D``, the mean similarity of features with the same label.
+
+    Args:
+        generated: ``(N, D)``.
+        features: ``(N, D)``.
+        labels: ``(N,)``, of both.
+    """
     is_same = labels[:, None] == labels
     return ((generated @ features.T) * is_same).sum() / len(labels) ** 2

@@ -1,4 +1,4 @@
-"""DANCE: domain adaptative neighbourhood clustering via entropy optimisation."""
+"""DANCE, domain adaptative neighbourhood clustering via entropy optimisation."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustclip.arguments import NonNegative, Positive
 from robustclip.methods._shared.context_and_norms import ContextAndNorms
-from robustclip.methods._shared.distributed import of_all
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.models.heads import head_logits
 from robustclip.objectives.losses import entropy
 from robustclip.types import Batch
@@ -17,21 +17,24 @@ from robustclip.types import Batch
 class DANCE(ContextAndNorms):
     """DANCE (Saito et al., NeurIPS 2020, https://arxiv.org/abs/2002.07953), a baseline of UEO.
 
-    Images move towards their neighbours, other images or classes, and the entropy of an answer away from half of its
-    maximum, unless it is close to it. ``F`` holds unit features: of all N training images, each as in its last batch,
-    those of the present batch with gradients; and of the C classes. With answers ``p_i = softmax(s cos(f_i, t))``::
+    Each image moves towards its neighbours, other images or classes. The entropy of a prediction moves away from half
+    of its maximum, unless it is close to that. The matrix ``F`` holds unit features of all N training images and of
+    the C classes; an image's feature is that of its last batch, and the present batch has gradients. With predictions
+    ``p_i = softmax(s cos(f_i, t))``, DANCE minimises::
 
         q_ij = exp(f_i F_j / tau) / sum_(k != i) exp(f_i F_k / tau),   j != i
         w mean_i H(q_i) - w mean_i (d_i if d_i > m else 0),   d_i = |H(p_i) - log(C) / 2|
 
-    The bank of the images' features goes by sample id. It starts with the pre-trained model and the test transform and
+    The bank of image features is indexed by sample id. It starts with the pre-trained model and the test transform, and
     is the same on all processes, whose batches count as one. A checkpoint holds it, in 4 N D bytes, so that a resumed
-    fit ends as an uninterrupted one. Gradient accumulation clusters piece by piece, another loss. No labels are read.
+    fit equals an uninterrupted one. Gradient accumulation clusters each micro-batch alone, which is another loss. No
+    labels are used.
 
-    Departures from the authors' code: there is no labelled source, whose cross-entropy is left out, and classes are
-    text features; answers have the model's scale, where theirs have ``tau``; an image has no share in its own ``q_i``,
-    where theirs has cosine -1; entropies are exact, where theirs add 1e-5 inside the logarithm; their bank starts at 0.
-    `ContextAndNorms` says what learns, and at which rate, so that baselines differ by their loss alone.
+    Departures from the authors' code: there is no labelled source domain and no cross-entropy on it, and classes are
+    text features; predictions have the model's logit scale instead of ``tau``; an image is left out of its own ``q_i``,
+    where the code gives it cosine -1; entropies are exact, where the code adds 1e-5 inside the logarithm; the code's
+    bank starts at 0. `ContextAndNorms` defines the trained parameters and learning rates, so that baselines differ by
+    their loss alone.
 
     Args:
         temperature: ``tau``.
@@ -40,7 +43,7 @@ class DANCE(ContextAndNorms):
         kwargs: arguments of `ContextAndNorms`.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: the temperature is not positive.
     """
 
     of_training: tuple[str, ...] = ("temperature", "margin", "weight")
@@ -50,12 +53,12 @@ class DANCE(ContextAndNorms):
     ) -> None:
         super().__init__(**kwargs)
         self.temperature, self.margin, self.weight = temperature, margin, weight
-        self.bank = torch.empty(0)  # (N, D) by sample id, zeros where there is no such image
+        self.bank = torch.empty(0)  # (N, D), row = sample id; zeros where no image has that id
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Entropy among neighbours, and distance of the answers' entropy from half of its maximum."""
+        """Returns the neighbours' entropy, and minus the distance of the predictions' entropy from half its maximum."""
         features, classes = self.features(batch.images)
-        features, index = of_all(self, features), of_all(self, batch.index)
+        features, index = all_gather_rows(self, features), all_gather_rows(self, batch.index)
         with torch.autocast(features.device.type, enabled=False):
             log_p = head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(1)
             terms = {
@@ -66,20 +69,29 @@ class DANCE(ContextAndNorms):
         return terms
 
     def log_neighbours(self, features: Tensor, classes: Tensor, index: Tensor) -> Tensor:
-        """``log q`` ``(B, N + C)`` of features ``(B, D)`` with sample ids ``(B,)``, and of classes ``(C, D)``."""
+        """Computes log-probabilities that each image has a given neighbour.
+
+        Args:
+            features: ``(B, D)``, of unit length.
+            classes: ``(C, D)``, of unit length.
+            index: sample ids ``(B,)``.
+
+        Returns:
+            ``log q``, ``(B, N + C)``.
+        """
         ids = torch.arange(len(self.bank), device=index.device)
         is_out = (index[:, None] == ids) | ~self.bank.any(1)
         images = (features @ self.bank.T).index_copy(1, index, features @ features.T) / self.temperature
-        images = images.masked_fill(is_out, torch.finfo(images.dtype).min)  # an infinity is nan in the entropy
+        images = images.masked_fill(is_out, torch.finfo(images.dtype).min)  # -inf would make the entropy nan
         return torch.cat([images, features @ classes.T / self.temperature], dim=1).log_softmax(1)
 
     def separation(self, log_p: Tensor) -> Tensor:
-        """Mean of ``d_i`` where it exceeds the margin, of log-probabilities ``(B, C)``."""
+        """Computes the mean of ``d_i`` where it exceeds the margin, from log-probabilities ``(B, C)``."""
         distance = (entropy(log_p) - math.log(log_p.shape[1]) / 2).abs()
         return (distance * (distance > self.margin)).mean()
 
     def on_fit_start(self) -> None:
-        """Fills the bank, unless the checkpoint of a resumed fit has."""
+        """Fills the bank of image features, unless the checkpoint of a resumed fit has done so."""
         super().on_fit_start()
         if self.trainer.ckpt_path is not None and len(self.bank) > 0:
             self.bank = self.bank.to(self.device)
@@ -87,11 +99,11 @@ class DANCE(ContextAndNorms):
             self.bank = self.of_every_image(lambda images, _: images.float()).nan_to_num()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the bank."""
+        """Adds the bank of image features to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["bank"] = self.bank
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the checkpoint's bank."""
+        """Restores the bank of image features from the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         self.bank = checkpoint.get("bank", torch.empty(0))

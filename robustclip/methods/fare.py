@@ -1,4 +1,4 @@
-"""FARE: robust embeddings without labels."""
+"""FARE, unsupervised adversarial fine-tuning of the image embeddings."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ from robustclip.types import Batch
 class FARE(RobustMethod):
     """FARE (Schlarmann et al., ICML 2024, https://arxiv.org/abs/2402.12336).
 
-    Minimises ``||phi(x') - phi_0(x)||_2^2``, where ``phi`` is the embedding before normalisation, ``phi_0`` that of the
-    pre-trained tower, and ``x'`` maximises the same distance in the ball (PGD, last iterate). The square is summed over
-    the embedding and averaged over the batch. Labels are not used.
+    Minimises ``||phi(x') - phi_0(x)||_2^2``, where ``phi`` is the embedding before normalisation and ``phi_0`` that of
+    the pre-trained tower. ``x'`` maximises the same distance in the perturbation set (PGD, last iterate). The square is
+    summed over the embedding and averaged over the batch. Labels are not used.
 
     The defaults are FARE-4 of the authors' README; ``--model.attack.eps 2/255`` makes FARE-2. Departures from their
-    code: the attack is driven by the summed loss, and has no momentum, which changes nothing there: the sign of a
-    velocity of 0.9 and a new sign is the new sign, except where a gradient is exactly 0.
+    code: the attack maximises the summed loss and has no momentum. Their momentum has no effect, since their
+    velocity is a sign: 0.9 times the old sign plus the new sign has the new sign, except where a gradient is exactly 0.
 
     Args:
         attack: training attack.
@@ -31,7 +31,7 @@ class FARE(RobustMethod):
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: random initial weights, ``pretrained: null``.
+        ValueError: the initial weights are random, ``pretrained: null``.
     """
 
     def __init__(
@@ -45,12 +45,20 @@ class FARE(RobustMethod):
         self.teacher = ImageTeacher(self.clip)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Squared distance of attacked embeddings from the pre-trained ones of the clean images."""
+        """Returns the squared distance of adversarial embeddings from the clean images' pre-trained embeddings."""
         original = self.teacher(batch.images)
         attacked = self.perturb(batch, forward=self.clip.embed_image, targets=original, loss=squared_distance)
         return {"squared_distance": squared_distance(self.clip.embed_image(attacked), original).mean()}
 
 
 def squared_distance(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """``||a - b||_2^2`` per sample in fp32: embeddings ``(B, D)`` and targets ``(B, D)`` to ``(B,)``."""
+    """Computes ``||a - b||_2^2`` per sample, in fp32.
+
+    Args:
+        embeddings: ``(B, D)``.
+        targets: ``(B, D)``.
+
+    Returns:
+        Distances ``(B,)``.
+    """
     return (embeddings.float() - targets.float()).square().sum(-1)

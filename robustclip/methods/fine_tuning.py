@@ -1,4 +1,4 @@
-"""Fine-tuning with a classifier that starts as the zero-shot head: the baselines that use no text in training."""
+"""Fine-tuning of a classifier that starts as the zero-shot classifier, for the baselines that train without text."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -20,36 +20,38 @@ from robustclip.types import Batch, Task, data_of
 class FineTuning(RobustMethod):
     """Linear probing, end-to-end fine-tuning, LP-FT, L2-SP and LwF, by cross-entropy on clean images.
 
-    Minimises, over a classifier ``W`` that starts at ``s t``, the class features times the logit scale (Wortsman et
-    al., CVPR 2022, https://arxiv.org/abs/2109.01903), and over the image tower ``f`` with its pre-trained weights
-    ``theta_0``::
+    Minimises the loss below over a classifier ``W`` and the image tower ``f``. ``W`` starts at ``s t``, the class
+    features times the logit scale (Wortsman et al., CVPR 2022, https://arxiv.org/abs/2109.01903), and ``f`` at its
+    pre-trained weights ``theta_0``::
 
         -log softmax(W f(x))_y + (l2_sp / 2) ||theta - theta_0||^2 + lwf KL(softmax(s t f_0(x)) || softmax(W f(x)))
 
-    - end-to-end fine-tuning: both learn from the start, ``probe_epochs: 0``;
-    - linear probing: the classifier alone, ``probe_epochs: null``, which takes ``data.features``;
+    - end-to-end fine-tuning: both are trained from the start, ``probe_epochs: 0``;
+    - linear probing: the classifier alone, ``probe_epochs: null``; it can use ``data.features``;
     - LP-FT (Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054): the classifier alone at first, then both;
     - L2-SP (Li et al., ICML 2018, https://arxiv.org/abs/1802.01483): ``l2_sp`` above 0, the optimiser's weight decay 0;
     - LwF (Li and Hoiem, ECCV 2016, https://arxiv.org/abs/1606.09282): ``lwf`` above 0.
 
-    The classifier answers for every task that has the training classes; others ask zero-shot heads of the text tower,
-    which does not learn. `robustclip interpolate` takes its original, ``s t``, from the checkpoint, as WiSE-FT does.
+    The classifier is used for every task with the training classes; other tasks use zero-shot classifiers of the text
+    tower, which is frozen. `robustclip interpolate` reads the original classifier, ``s t``, from the checkpoint, as
+    WiSE-FT does.
 
-    Departures: the classifier has no bias, which WiSE-FT's code gives it; LP-FT is one run, with one schedule; what LwF
-    keeps are the zero-shot model's answers for the training classes, at temperature 1, since there is no older head.
+    Departures: the classifier has no bias, unlike WiSE-FT's code; LP-FT is one run with one schedule; LwF preserves the
+    zero-shot model's predictions for the training classes at temperature 1, since there is no older classifier.
 
     Args:
-        probe_epochs: epochs of the classifier alone, during which the tower is in eval mode and neither learns nor
-            decays; several processes then need the strategy ``ddp_find_unused_parameters_true``. Null for all epochs.
-        l2_sp: weight of the pull towards the pre-trained tower.
-        lwf: weight of the pull towards the zero-shot model's answers.
+        probe_epochs: epochs in which the classifier alone is trained and the tower is in eval mode, without gradients
+            or weight decay; several processes then need the strategy ``ddp_find_unused_parameters_true``. Null for all
+            epochs.
+        l2_sp: weight of the squared distance from the pre-trained tower.
+        lwf: weight of the KL divergence from the zero-shot model's predictions.
         head_lr: learning rate of the classifier; null for the optimiser's.
-        optimizer: WiSE-FT's.
-        warmup_steps: steps of linear warm-up before the cosine; WiSE-FT's.
+        optimizer: default of WiSE-FT.
+        warmup_steps: steps of linear warm-up before the cosine; default of WiSE-FT.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: a negative number, or a pull without a tower that learns or without pre-trained weights.
+        ValueError: a number is negative, or a regulariser has no trained tower or no pre-trained weights.
     """
 
     of_training: tuple[str, ...] = ("probe_epochs", "l2_sp", "lwf", "head_lr")
@@ -69,55 +71,55 @@ class FineTuning(RobustMethod):
     ) -> None:
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
         if l2_sp and probe_epochs is None:
-            raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower does not learn")
+            raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower is not trained")
         self.probe_epochs, self.l2_sp, self.lwf, self.head_lr = probe_epochs, l2_sp, lwf, head_lr
         self.start = ImageTeacher(self.clip) if l2_sp or lwf else None
         self.takes_features = probe_epochs is None and not lwf
         self.class_names: tuple[str, ...] = ()
-        self.register_parameter("head", None)  # until a fit or a checkpoint tells the classes
+        self.register_parameter("head", None)  # until a fit or a checkpoint defines the classes
         self.register_buffer("zero_shot_head", None)
         self._is_head_empty = False
 
     @property
     def is_probing(self) -> bool:
-        """Whether the classifier learns alone."""
+        """Whether the classifier alone is trained in this epoch."""
         return self.probe_epochs is None or self.current_epoch < self.probe_epochs
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The image tower, unless it only gives features, and the classifier."""
+        """Returns the image tower, unless it only extracts features, and the classifier."""
         groups = [] if self.probe_epochs is None else super().parameter_groups()
         if self.head is not None:
             groups.append({"params": [self.head]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """The image tower, while the classifier learns alone."""
+        """Returns the image tower, while the classifier alone is trained."""
         return list(self.clip.net.visual.parameters()) if self.is_probing else []
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1], or for linear probing their embeddings ``(B, D)``, to unit features."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1], or embeddings ``(B, D)`` in linear probing, as unit features."""
         return F.normalize(images, dim=-1) if images.ndim == 2 else super().image_features(images)
 
     def class_features(self, task: Task) -> Tensor:
-        """``(C, D)``: ``W / s``, whose rows are no unit vectors, for the training classes; else the zero-shot head."""
+        """Returns ``W / s`` ``(C, D)``, not of unit length, for the training classes; unit text features for others."""
         if self.head is None or task.class_names != self.class_names:
             return super().class_features(task)
         return self.head / self.clip.logit_scale
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the classifier, and the pulls."""
+        """Returns the cross-entropy of the classifier and the regularisers L2-SP and LwF."""
         logits = self.training_logits(batch.images)
         terms = {"clean_ce": F.cross_entropy(logits, batch.labels)}
         if self.start is not None and self.l2_sp and not self.is_probing:
             pairs = zip(self.clip.net.visual.parameters(), self.start.clip.net.visual.parameters(), strict=True)
             terms["l2_sp"] = self.l2_sp / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
         if self.start is not None and self.zero_shot_head is not None and self.lwf:
-            answers = _classified(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
-            terms["lwf"] = self.lwf * kl(logits, answers).mean()
+            predictions = _classified(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
+            terms["lwf"] = self.lwf * kl(logits, predictions).mean()
         return terms
 
     def training_logits(self, images: Tensor) -> Tensor:
-        """The classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], in fp32.
+        """Computes the classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], in fp32.
 
         Raises:
             ValueError: there is no classifier yet.
@@ -129,14 +131,19 @@ class FineTuning(RobustMethod):
         return _classified(features, self.head)
 
     def add_head(self, class_names: tuple[str, ...], zero_shot_head: Tensor) -> None:
-        """Puts a classifier that starts at ``s t``, ``(C, D)``, on the image features."""
+        """Creates a classifier that starts as the zero-shot classifier.
+
+        Args:
+            class_names: names of the ``C`` classes.
+            zero_shot_head: ``s t``, ``(C, D)``.
+        """
         self.class_names = class_names
         self.head, self.zero_shot_head = nn.Parameter(zero_shot_head.clone()), zero_shot_head
 
     # Lightning
 
     def setup(self, stage: str) -> None:
-        """Makes room for a classifier of the training classes; the text tower is not on its device yet."""
+        """Allocates a classifier for the training classes; `on_fit_start` fills it, when the text tower is in place."""
         if stage == "fit" and self.head is None:
             task = data_of(self.trainer).train_task
             with torch.no_grad(), frozen(self):
@@ -146,7 +153,7 @@ class FineTuning(RobustMethod):
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        """Starts a new classifier at the zero-shot head."""
+        """Sets a new classifier to the zero-shot classifier."""
         if self._is_head_empty and self.head is not None and self.zero_shot_head is not None:
             with torch.no_grad(), frozen(self):
                 features = self.clip.encode_classes(data_of(self.trainer).train_task)
@@ -156,15 +163,15 @@ class FineTuning(RobustMethod):
         super().on_fit_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which classes the classifier tells apart."""
+        """Adds the names of the classifier's classes to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["head_classes"] = list(self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes room for the checkpoint's classifier, and puts its zero-shot head there.
+        """Allocates the checkpoint's classifier, and restores its zero-shot classifier.
 
         Raises:
-            ValueError: it tells other classes apart than this run's training set.
+            ValueError: the checkpoint's classes differ from those of this run's training set.
         """
         classes = saved_classes(checkpoint, "head", None if self.head is None else self.class_names)
         if classes and self.head is None:
@@ -174,6 +181,6 @@ class FineTuning(RobustMethod):
 
 
 def _classified(features: Tensor, head: Tensor) -> Tensor:
-    """Logits ``(B, C)`` in the precision of the head, also under autocast."""
+    """Computes logits ``(B, C)`` in the precision of the classifier, also under autocast."""
     with torch.autocast(features.device.type, enabled=False):
         return features.to(head.dtype) @ head.T

@@ -1,4 +1,4 @@
-"""FLYP: fine-tuning with the loss of pre-training."""
+"""FLYP, fine-tuning with the contrastive loss of pre-training."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from robustclip.arguments import Count, CountOrZero
 from robustclip.attacks.noise import uniform
-from robustclip.methods._shared.distributed import of_all
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.methods.base import RobustMethod
 from robustclip.models.heads import head_logits
 from robustclip.objectives.losses import info_nce
@@ -24,33 +24,33 @@ MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 class FLYP(RobustMethod):
     """FLYP (Goyal et al., CVPR 2023, https://arxiv.org/abs/2212.00638).
 
-    Minimises InfoNCE between the batch's images and their class prompts, each of one random template::
+    Minimises InfoNCE between the batch's images and their class prompts, each from one random template::
 
         L_ctr(Z, T) = (CE(s Z T^T, arange) + CE(s T Z^T, arange)) / 2
 
-    with unit features ``Z`` of the images and ``T`` of the prompts. Both towers and the logit scale ``s`` learn. Two
-    images of one class are each other's negatives, as in the authors' code. The zero-shot heads come from the text
-    tower as it stands.
+    with unit features ``Z`` of the images and ``T`` of the prompts. Both towers and the logit scale ``s`` are trained.
+    Two images of one class are each other's negatives, as in the authors' code. The text tower in its present state
+    computes the zero-shot classifiers.
 
-    Over several processes, features are gathered with their gradients, so that a step is that of one large batch: each
-    process has the whole loss, and what comes back to its features is the sum over the processes, of which
+    Over several processes, features are gathered with their gradients, so that a step equals that of one large batch:
+    each process computes the whole loss, its features receive the gradients' sum over the processes, and
     DistributedDataParallel takes the mean.
 
-    Departures from the authors' code: ``s`` is bounded, as in CLIP, and neither it nor norms and biases decay; an epoch
-    is one pass over the images, each with a new template, where the code reads as many rows of a table that lists
-    every image once per template.
+    Departures from the authors' code: ``s`` is bounded, as in CLIP, and weight decay excludes it, norms and biases; an
+    epoch is one pass over the images, each with a new template, where the code reads a table with a row per image and
+    template.
 
     Args:
-        decay_all: let weight decay reach every parameter, as the authors' code does.
+        decay_all: apply weight decay to every parameter, as the authors' code does.
         clamp: keep ``s`` at 100 or below.
-        micro_batch: encode this many images, or texts, at a time, in a second pass again for their gradients; for
-            batches that do not fit into memory. Null for one pass.
-        optimizer: the authors' for ImageNet.
+        micro_batch: number of images, or texts, to encode at a time, for batches that do not fit into memory; gradients
+            then take a second pass. Null for one pass.
+        optimizer: default of the authors for ImageNet.
         warmup_steps: steps of linear warm-up before the cosine.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: a micro-batch of no image, or of BatchNorm that is not fixed.
+        ValueError: a micro-batch has no image, or BatchNorm that is not fixed.
     """
 
     of_training: tuple[str, ...] = ("decay_all", "clamp", "micro_batch")
@@ -71,8 +71,8 @@ class FLYP(RobustMethod):
         self.prompts = torch.empty(0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Both towers and the logit scale; apart, what does not decay."""
-        learning = [each for name, each in self.clip.net.named_parameters() if name != "logit_bias"]
+        """Returns both towers and the logit scale; norms and biases are a group without weight decay."""
+        learning = [parameter for name, parameter in self.clip.net.named_parameters() if name != "logit_bias"]
         if self.decay_all:
             return [{"params": learning}]
         of_norms = [parameter for parameter in learning if parameter.ndim < 2]
@@ -80,40 +80,40 @@ class FLYP(RobustMethod):
         return [{"params": rest}, {"params": of_norms, "weight_decay": 0.0}]
 
     def prepare_training(self, task: Task) -> None:
-        """Keeps the tokens ``(C, T, L)`` of the training prompts in place of a head, which every step would move."""
+        """Stores the tokens ``(C, T, L)`` of the training prompts; classifier weights would be outdated every step."""
         tokens = self.clip.tokenize([prompt for prompts in task.prompts for prompt in prompts])
         self.prompts = tokens.view(len(task.class_names), len(task.templates), -1).to(self.device)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """InfoNCE between images and class prompts."""
+        """Returns InfoNCE between images and class prompts."""
         features = self.encode_images(batch.images), self.encode_tokens(self.class_prompts(batch))
         images, prompts = self.gathered(*features)
         return {"prompt_nce": info_nce(images, prompts, self.clip.logit_scale)}
 
     def class_prompts(self, batch: Batch) -> Tensor:
-        """Tokens ``(B, L)`` of each image's class in one of the templates, drawn by sample and step."""
+        """Returns tokens ``(B, L)`` of each image's class in a template that is drawn by sample id and step."""
         draws = uniform(batch.index, (), seed=self.global_step)
         return self.prompts[batch.labels, (draws * self.prompts.shape[1]).long()]
 
     def encode_images(self, *images: Tensor) -> Tensor:
-        """``(B_i, 3, H, W)`` in [0, 1] to unit features ``(sum B_i, D)``, in one pass."""
+        """Encodes images ``(B_i, 3, H, W)`` in [0, 1] as unit features ``(sum B_i, D)``, in one pass."""
         return self._encode(self.image_features, torch.cat(images))
 
     def encode_tokens(self, *tokens: Tensor) -> Tensor:
-        """Tokens ``(N_i, L_i)`` to unit features ``(sum N_i, D)``, in one pass."""
+        """Encodes tokens ``(N_i, L_i)`` as unit features ``(sum N_i, D)``, in one pass."""
         return self._encode(self.clip.encode_tokens, self.clip.join_tokens(*tokens))
 
     def gathered(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Of each ``(B, ...)``, the rows of all processes, with gradients; only batches' sizes may differ."""
-        return of_all(self, torch.stack(parts, dim=1)).unbind(1)
+        """Gathers the rows of each ``(B, ...)`` from all processes, with gradients; only batch sizes may differ."""
+        return all_gather_rows(self, torch.stack(parts, dim=1)).unbind(1)
 
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        """Unit features, of all inputs at once or with their gradients cached.
+        """Computes unit features of all inputs at once, or in micro-batches with cached gradients.
 
-        Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983) takes features without a graph, then the
-        gradient of the loss in them, and then, micro-batch by micro-batch, a second pass through which that gradient
-        flows. A checkpoint does just this: its first pass keeps inputs alone, backward reaches its output when the
-        gradient of all features is known, and then it repeats the pass, with the same random numbers.
+        Gradient caching (Gao et al., https://arxiv.org/abs/2101.06983) computes features without a graph, then the
+        gradient of the loss with respect to them, and passes this gradient through a second pass of each micro-batch.
+        Activation checkpointing does just this: the first pass stores the inputs alone. The backward pass reaches its
+        output when the gradient of all features is known, and then repeats the pass with the same random numbers.
         """
         if self.micro_batch is None:
             return encode(inputs)
@@ -121,21 +121,21 @@ class FLYP(RobustMethod):
         return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in parts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Bounds the logit scale, before a checkpoint could be written."""
+        """Steps the optimiser and bounds the logit scale, before a checkpoint can be written."""
         super().optimizer_step(*args, **kwargs)
         if self.clamp:
             self.clip.net.logit_scale.data.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 class FLYPCE(FLYP):
-    """The ablation of FLYP in its paper: cross-entropy over all classes in the place of InfoNCE.
+    """FLYP with cross-entropy over all classes instead of InfoNCE, the ablation in its paper.
 
-    Minimises ``-log softmax(s f(x) t^T)_y`` with a prompt ``t_c`` of every class, whose template is drawn anew in each
-    step. Both towers and ``s`` learn. Every step reads all class names.
+    Minimises ``-log softmax(s f(x) t^T)_y`` with a prompt ``t_c`` for every class, whose template is drawn anew in each
+    step. Both towers and ``s`` are trained. Every step encodes all class names.
     """
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the prompts' answers."""
+        """Returns the cross-entropy over one prompt of every class."""
         classes = torch.arange(len(self.prompts), device=self.device)
         prompts = self.class_prompts(Batch(batch.images, classes, classes))
         features, head = self.encode_images(batch.images), self.encode_tokens(prompts)

@@ -1,4 +1,4 @@
-"""PMG-AFT: adversarial fine-tuning that the pre-trained model guides."""
+"""PMG-AFT, adversarial fine-tuning guided by the pre-trained model."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,42 +23,42 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": 
 
 
 class PMGAFT(TeCoA):
-    """PMG-AFT (Wang et al., CVPR 2024, https://arxiv.org/abs/2401.04350): TeCoA, held by a frozen teacher.
+    """PMG-AFT (Wang et al., CVPR 2024, https://arxiv.org/abs/2401.04350): TeCoA, guided by a frozen teacher.
 
-    With the logits ``z = s cos(f(.), t)`` of the student on attacked images ``z_a`` and on clean images ``z_c``, those
-    of the pre-trained teacher on the same attacked images ``z_o``, and ``P = softmax(z)``, it minimises::
+    Let ``z = s cos(f(.), t)`` be logits and ``P = softmax(z)``: ``z_a`` and ``z_c`` are the student's on adversarial
+    and on clean images, ``z_o`` are the pre-trained teacher's on the same adversarial images. The method minimises::
 
         CE(z_a, y) + alpha KL(P_o || P_a) + beta KL(P_c || P_a)
 
-    averaged over the batch. The attack is TeCoA's, or any other: the teacher plays no part in it.
+    averaged over the batch. The attack is TeCoA's, or any other; it does not involve the teacher.
 
-    These defaults follow the formulas. The released code computes something else: it normalises twice, which cancels
-    ``s``, sums the KL over the batch, which multiplies alpha and beta by its size, and standardises pixels with
-    ImageNet's statistics. ``logit_scale: 1``, ``reduction: sum`` and ``normalisation: imagenet`` do the same here
+    The defaults follow the formulas. The released code computes something else: it normalises twice, which cancels
+    ``s``; it sums the KL over the batch, which multiplies alpha and beta by the batch size; and it standardises pixels
+    with ImageNet's statistics. ``logit_scale: 1``, ``reduction: sum`` and ``normalisation: imagenet`` reproduce it
     (``configs/pmg_aft_code.yaml``); robustness measured at that scale is overestimated.
 
-    Departures from the authors' code beside TeCoA's: the teacher is an image tower without gradients, and shares the
+    Departures from the authors' code beside TeCoA's: the teacher is an image tower without gradients and shares the
     student's class features. A term of weight 0 is not computed.
 
     Args:
         alpha: weight of the guidance by the teacher.
-        beta: weight of the pull of attacked towards clean predictions.
-        distance: what the guidance measures; ``l1`` and ``l2`` are means over the K entries, ``cosine`` is 1 - cos,
-            and ``kl`` takes the softmax of any layer.
-        layer: where the guidance measures it: ``logits``, unit ``features``, or the class token (mean over the pixels
-            of a convolutional tower) after a block, by its number; -1 is the last.
-        kl_direction: ``forward`` is ``KL(reference || attacked)``, as in the last release of the code, ``reverse`` the
-            other order, as in its first; for both terms.
-        reduction: of both terms over the batch.
-        detach_clean: let no gradient into the clean predictions, which saves a backward pass.
+        beta: weight of the term that pulls adversarial towards clean predictions.
+        distance: distance between student and teacher; ``l1`` and ``l2`` are means over the K entries, ``cosine`` is
+            1 - cos, and ``kl`` applies a softmax to any layer.
+        layer: outputs that the distance compares: ``logits``, unit ``features``, or the class token (mean over the
+            pixels of a convolutional tower) after a block, by its number; -1 is the last.
+        kl_direction: order of both KL terms: ``forward`` is ``KL(reference || adversarial)``, the last release of the
+            code; ``reverse`` is the other order, its first release.
+        reduction: reduction of both terms over the batch.
+        detach_clean: compute the clean predictions without gradient, which saves a backward pass.
         logit_scale: ``s`` in training and evaluation; null for the model's own.
         normalisation: pixel statistics of student and teacher, the ``model``'s own or ``imagenet``'s.
         attack: training attack.
-        optimizer: the paper's for Tiny-ImageNet; with ``s = 100`` on ImageNet, others take 1e-5.
+        optimizer: the paper's for Tiny-ImageNet; with ``s = 100`` on ImageNet, other papers use 1e-5.
         kwargs: arguments of `TeCoA`.
 
     Raises:
-        ValueError: a negative weight, a scale that is not positive, or a block that the tower has not.
+        ValueError: a weight is negative, the scale is not positive, or the tower has no such block.
     """
 
     of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
@@ -93,23 +93,23 @@ class PMGAFT(TeCoA):
         self.teacher = ImageTeacher(self.clip)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """TeCoA's term, the guidance, and the pull towards clean predictions."""
+        """Returns TeCoA's term, the guidance by the teacher, and the pull towards clean predictions."""
         attacked = self.perturb(batch)
-        logits, seen = self._look(self.clip, attacked)
+        logits, outputs = self._forward(self.clip, attacked)
         terms = {"adversarial_ce": F.cross_entropy(logits.float(), batch.labels)}
         if self.alpha > 0:
             with torch.no_grad():
-                _, taught = self._look(self.teacher.clip, attacked)
-            terms["guidance"] = self.alpha * self.reduce(self.distance(seen, taught))
+                _, reference = self._forward(self.teacher.clip, attacked)
+            terms["guidance"] = self.alpha * self.reduce(self.distance(outputs, reference))
         if self.beta > 0:
-            # After the pass with gradients: autocast reuses the weights that it has cast, and their graph or its lack.
+            # The clean pass comes after the pass with gradients: autocast caches its cast weights and their graph.
             with torch.set_grad_enabled(not self.detach_clean):
                 clean = self.logits(batch.images)
             terms["clean_pull"] = self.beta * self.reduce(self.kl(logits, clean))
         return terms
 
-    def _look(self, clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, C)`` of student or teacher, and what the guidance compares, ``(B, K)``."""
+    def _forward(self, clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits ``(B, C)`` of student or teacher, and the outputs ``(B, K)`` that the guidance compares."""
         with _recorded(clip, self.layer) as outputs:
             features = self.image_features(images) if clip is self.clip else clip.encode_image(images)
         logits = self.clip.logit_scale * features @ self.heads["train"].T
@@ -117,20 +117,20 @@ class PMGAFT(TeCoA):
             return logits, logits
         if self.layer == "features":
             return logits, features
-        if not outputs:  # timm's EfficientNet recomputes the parts of a block, past the block
-            raise ValueError(f"layer {self.layer} is not seen with has_activation_checkpointing; unset it, or layer")
+        if not outputs:  # timm's EfficientNet recomputes parts of a block without calling the block
+            raise ValueError(f"layer {self.layer} has no output with has_activation_checkpointing; unset it, or layer")
         return logits, outputs[0]
 
 
 @contextmanager
 def _recorded(clip: CLIPModel, layer: int | str) -> Iterator[list[Tensor]]:
-    """Collects what a numbered block puts out inside, ``(B, K)`` of each pass; nothing for other layers."""
+    """Collects the outputs ``(B, K)`` of a numbered block, one per pass; collects nothing for other layers."""
     outputs: list[Tensor] = []
     if not isinstance(layer, int):
         yield outputs
         return
     block = clip.image_blocks()[layer]
-    block = block[0] if isinstance(block, nn.ModuleList) else block  # the last comes with the closing norm
+    block = block[0] if isinstance(block, nn.ModuleList) else block  # the last block is listed with the closing norm
     handle = block.register_forward_hook(lambda *call: outputs.append(_per_image(call[-1])))
     try:
         yield outputs
@@ -139,5 +139,5 @@ def _recorded(clip: CLIPModel, layer: int | str) -> Iterator[list[Tensor]]:
 
 
 def _per_image(output: Tensor) -> Tensor:
-    """``(B, K)``: the first token of ``(B, L, K)``, or the mean over the pixels of ``(B, K, H, W)``."""
+    """Reduces tokens ``(B, L, K)`` to the first, and feature maps ``(B, K, H, W)`` to their mean over the pixels."""
     return output[:, 0] if output.ndim == 3 else output.mean((2, 3))

@@ -1,4 +1,4 @@
-"""POUF: prompt-oriented unsupervised fine-tuning."""
+"""POUF, prompt-oriented unsupervised fine-tuning."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustclip.arguments import NonNegative
 from robustclip.methods._shared.context_and_norms import ContextAndNorms
-from robustclip.methods._shared.distributed import of_all
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.objectives.losses import entropy
 from robustclip.types import Batch
 
@@ -16,18 +16,18 @@ from robustclip.types import Batch
 class POUF(ContextAndNorms):
     """POUF (Tanwisuth et al., ICML 2023, https://arxiv.org/abs/2305.00350), a baseline of UEO.
 
-    Moves images to classes and classes to images, at a cost of 1 - cos. With cosines ``S_ic = cos(f(x_i), t_c)``, each
-    image goes to the classes by ``p_ic = softmax_c(s S)_ic``, each class to the images of the batch by
-    ``r_ic = softmax_i(s S)_ic``, and InfoMax is added::
+    Transports images to classes and classes to images, at a cost of 1 - cos. With cosines
+    ``S_ic = cos(f(x_i), t_c)``, each image is distributed over the classes by ``p_ic = softmax_c(s S)_ic``, and each
+    class over the images of the batch by ``r_ic = softmax_i(s S)_ic``. InfoMax is added::
 
         mean_i sum_c p_ic (1 - S_ic) + mean_c sum_i r_ic (1 - S_ic) + w (mean_i H(p_i) - H(mean_i p_i))
 
-    Images are those of all processes' batches; gradient accumulation takes the mean of the pieces' losses instead,
-    which is another loss. No labels are read.
+    The images are those of all processes' batches; gradient accumulation takes the mean over micro-batches instead,
+    which is another loss. No labels are used.
 
-    Departures from the authors' code: `ContextAndNorms` says what learns, and at which rate, so that baselines differ
-    by their loss alone; theirs learns the logit scale too, by SGD with Nesterov momentum and weight decay. Entropies
-    are exact, where theirs add 1e-5 or 1e-6 inside the logarithm.
+    Departures from the authors' code: `ContextAndNorms` defines the trained parameters and learning rates, so that
+    baselines differ by their loss alone; the code also trains the logit scale, by SGD with Nesterov momentum and weight
+    decay. Entropies are exact, where the code adds 1e-5 or 1e-6 inside the logarithm.
 
     Args:
         infomax_weight: ``w``.
@@ -41,13 +41,13 @@ class POUF(ContextAndNorms):
         self.infomax_weight = infomax_weight
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Costs of the transport, and both entropies of InfoMax."""
+        """Returns the cost of the transport and both entropies of InfoMax."""
         features, classes = self.features(batch.images)
         with torch.autocast(features.device.type, enabled=False):
-            return self.transport_and_infomax(of_all(self, features @ classes.T))
+            return self.transport_and_infomax(all_gather_rows(self, features @ classes.T))
 
     def transport_and_infomax(self, cosines: Tensor) -> dict[str, Tensor]:
-        """The terms for ``S`` ``(B, C)``."""
+        """Computes the terms of the loss from the cosines ``S`` ``(B, C)``."""
         cost, logits = 1 - cosines, self.clip.logit_scale * cosines
         to_classes, to_images = (cost * logits.softmax(1)).sum(1), (cost * logits.softmax(0)).sum(0)
         log_p = logits.log_softmax(1)

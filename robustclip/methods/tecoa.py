@@ -1,4 +1,4 @@
-"""TeCoA: text-guided contrastive adversarial training."""
+"""TeCoA, text-guided contrastive adversarial training."""
 
 from typing import Any, Self
 
@@ -19,28 +19,29 @@ class TeCoA(RobustMethod):
     """TeCoA (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     Minimises ``-log softmax(s cos(f(x'), t))_y`` over the class prompts ``t`` of the training set, where ``s`` is the
-    frozen logit scale and ``x'`` maximises the same loss in the ball (PGD, last iterate). What learns is the image
-    tower ``f``, a visual prompt before it, or both; attacks see the prompt.
+    frozen logit scale. ``x'`` maximises the same loss in the perturbation set (PGD, last iterate). The image tower
+    ``f`` is trained, a visual prompt before it, or both; attacks pass through the prompt.
 
-    Departures from the authors' code, none of which the paper asks for: the attack leaves no gradient behind, is
-    driven by the summed loss, and the text tower runs once instead of at every step. `RandomPatch` names another.
+    Departures from the authors' code (the paper asks for none of these details): the attack leaves no gradient behind
+    and maximises the summed loss, and the text tower runs once instead of at every step. `RandomPatch` documents
+    another departure.
 
     Args:
         last_blocks: train only the last N blocks of the image tower and its closing norm; null trains all of it.
-        prompt: added to the normalised pixels, of the kinds of `VisualPrompt`; the paper's is ``padding``.
+        prompt: kind of `VisualPrompt` that is added to the normalised pixels; the paper's is ``padding``.
         prompt_size: width of the frame, or side of the square, in pixels of the tower's input.
-        prompt_tokens: number of tokens that follow the patches; the authors' README takes 100 with the padding.
-        prompt_lr: learning rate of prompt and tokens, the authors' for SGD; the image tower's is the optimiser's.
-        prompts_only: leave the image tower as it is where there is a prompt.
-        pseudo_labels: learn from the pre-trained model's answers to the clean images in place of the labels.
+        prompt_tokens: number of tokens that follow the patches; the authors' README uses 100 with the padding.
+        prompt_lr: learning rate of prompt and tokens (the authors' for SGD); the image tower has the optimiser's.
+        prompts_only: keep the image tower frozen if there is a prompt.
+        pseudo_labels: train on the pre-trained model's predictions for the clean images instead of the labels.
         attack: training attack.
         optimizer: the paper's is SGD with momentum 0.9 and no weight decay.
         warmup_steps: steps of linear warm-up before the cosine.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks, or given for a tower that stays
-            as it is; a prompt that the tower cannot take; pseudo-labels of random weights.
+        ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks, or is set for a frozen tower; the
+            tower cannot use the prompt; or pseudo-labels would come from random weights.
     """
 
     of_training: tuple[str, ...] = ("last_blocks", "prompt_lr", "prompts_only", "pseudo_labels")
@@ -73,7 +74,7 @@ class TeCoA(RobustMethod):
         self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The image tower or its last blocks, unless frozen, and the prompts."""
+        """Returns the image tower or its last blocks, unless frozen, and the prompts."""
         groups = [] if self.is_tower_frozen else self._tower_groups()
         if self.prompt is not None:
             groups.append({"params": list(self.prompt.parameters()), "lr": self.prompt_lr})
@@ -86,27 +87,27 @@ class TeCoA(RobustMethod):
         return [{"params": [parameter for block in blocks for parameter in block.parameters()]}]
 
     def image_features(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``, through the prompt."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``, through the prompt."""
         if self.prompt is None:
             return super().image_features(images)
         with self.prompt.inserted(self.clip):
             return super().image_features(images)
 
     def perturb(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `RobustMethod.perturb`; every pass of the attack draws another place for a random patch."""
+        """Runs `RobustMethod.perturb`; every pass of the attack draws another position for a random patch."""
         if self.prompt is None:
             return super().perturb(*args, **kwargs)
         with self.prompt.moving():
             return super().perturb(*args, **kwargs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """With pseudo-labels, the labels end here."""
+        """Replaces the labels by pseudo-labels if these are on, and trains."""
         if self.labeller is not None:
             batch = batch._replace(labels=(self.labeller(batch.images) @ self.heads["train"].T).argmax(-1))
         return super().training_step(batch, batch_idx)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over the class prompts, on attacked images."""
+        """Returns the cross-entropy over the class prompts, on adversarial images."""
         return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)).float(), batch.labels)}
 
     def train(self, mode: bool = True) -> Self:

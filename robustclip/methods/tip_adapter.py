@@ -1,4 +1,4 @@
-"""Tip-Adapter-F: the training images as a cache that learns."""
+"""Tip-Adapter-F, a trained cache of the features of the training images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,23 +18,23 @@ from robustclip.types import UNKNOWN, Task, data_of
 class TipAdapter(FrozenFeatures):
     """Tip-Adapter-F (Zhang et al., ECCV 2022, https://arxiv.org/abs/2111.03930).
 
-    Minimises cross-entropy of::
+    Minimises the cross-entropy of::
 
         s x t^T + alpha exp(-beta (1 - x K^T)) V
 
-    where the keys ``K`` start as the unit features of the training images and learn, and ``V`` are their labels,
-    one-hot. Tasks with the training classes ask the cache, others are zero-shot.
+    The keys ``K`` start as the unit features of the training images and are trained; ``V`` are their one-hot labels.
+    Tasks with the training classes use the cache, other tasks are zero-shot.
 
     Departure from the authors' code: a key is the image's feature under the test transform, not the mean over ten
-    passes with random crops, where CRoFT's code moreover mixes images, since its loader shuffles.
+    passes with random crops. CRoFT's code moreover mixes images in that mean, since its loader shuffles.
 
     Args:
-        alpha: weight of the cache; CRoFT's comparison takes 1.17 and 1 for ``beta`` on ImageNet, else 1 and 10.
-        beta: sharpness of its keys.
+        alpha: weight of the cache; CRoFT's comparison uses 1.17, and 1 for ``beta``, on ImageNet, else 1 and 10.
+        beta: sharpness of the similarity with the keys.
         kwargs: arguments of `FrozenFeatures`.
 
     Raises:
-        ValueError: a number that is not positive.
+        ValueError: a number is not positive.
     """
 
     keys: nn.Parameter | None
@@ -44,38 +44,45 @@ class TipAdapter(FrozenFeatures):
         super().__init__(**kwargs)
         self.alpha, self.beta = alpha, beta
         self.class_names: tuple[str, ...] = ()
-        self.register_parameter("keys", None)  # until a fit or a checkpoint tells how many
+        self.register_parameter("keys", None)  # until a fit or a checkpoint defines their number
         self.register_buffer("key_labels", None)
-        self.asked: set[str] = set()  # heads of the training classes
+        self.cached_tasks: set[str] = set()  # names of the tasks with the training classes
         self._is_empty = False
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The keys."""
+        """Returns the keys of the cache."""
         return [{"params": [] if self.keys is None else [self.keys]}]
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
-        """Logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], or of their embeddings ``(B, D)``."""
+        """Computes logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], or of embeddings ``(B, D)``."""
         features = self.image_features(images)
         zero_shot = head_logits(features, self.heads[task], self.clip.logit_scale)
-        if self.keys is None or self.key_labels is None or task not in self.asked:
+        if self.keys is None or self.key_labels is None or task not in self.cached_tasks:
             return zero_shot
-        # Row 0 is of keys without an image, whose label is UNKNOWN.
+        # Column 0 of the one-hot labels belongs to UNKNOWN, the label of keys without an image, and is dropped.
         values = F.one_hot(self.key_labels - UNKNOWN, len(self.class_names) + 1)[:, 1:].to(features.dtype)
         return zero_shot + self.alpha * (-self.beta * (1 - features @ self.keys.T)).exp() @ values
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Remembers which tasks have the training classes."""
+        """Encodes the tasks' classes and records the tasks with the training classes."""
         super().prepare(tasks)
-        self.asked |= {task.name for task in tasks if task.class_names == self.class_names and task.groups is None}
+        same = {task.name for task in tasks if task.class_names == self.class_names and task.groups is None}
+        self.cached_tasks |= same
 
     def add_cache(self, class_names: tuple[str, ...], keys: Tensor, labels: Tensor) -> None:
-        """Keeps unit features ``(N, D)`` with labels ``(N,)``."""
+        """Stores the cache.
+
+        Args:
+            class_names: names of the ``C`` classes.
+            keys: unit features ``(N, D)`` of the images.
+            labels: ``(N,)``, or UNKNOWN for keys without an image.
+        """
         self.class_names, self.keys, self.key_labels = class_names, nn.Parameter(keys.clone()), labels
 
     # Lightning
 
     def setup(self, stage: str) -> None:
-        """Makes room for a key of every training image; the image tower is not on its device yet."""
+        """Allocates a key per training image; `on_fit_start` fills them, when the image tower is on its device."""
         if stage == "fit" and self.keys is None:
             data = data_of(self.trainer)
             count = len(data.plain_train_dataloader().dataset)  # type: ignore[arg-type]
@@ -85,7 +92,7 @@ class TipAdapter(FrozenFeatures):
         super().setup(stage)
 
     def on_fit_start(self) -> None:
-        """Fills a new cache, in the order of the sample ids; images that do not decode leave room at its end."""
+        """Fills a new cache in the order of the sample ids; undecodable images leave empty keys at its end."""
         if self._is_empty and self.keys is not None and self.key_labels is not None:
             _, features, labels = of_training_images(self)
             with torch.no_grad():
@@ -95,15 +102,15 @@ class TipAdapter(FrozenFeatures):
         super().on_fit_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds which classes the cache tells apart."""
+        """Adds the names of the cache's classes to the checkpoint."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["cache_classes"] = list(self.class_names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes room for the checkpoint's cache.
+        """Allocates the cache for the one that the checkpoint holds.
 
         Raises:
-            ValueError: it is of other classes than this run's training set.
+            ValueError: the cache's classes differ from those of this run's training set.
         """
         classes = saved_classes(checkpoint, "cache", None if self.keys is None else self.class_names)
         if classes and self.keys is None:

@@ -1,4 +1,4 @@
-"""TRADES: clean accuracy and stability, each with its own term."""
+"""TRADES, a trade-off between clean accuracy and robustness with a separate loss term for each."""
 
 from typing import Any
 
@@ -18,11 +18,12 @@ class TRADES(RobustMethod):
     """TRADES over class prompts (Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573).
 
     Minimises ``CE(z(x), y) + beta KL(softmax z(x) || softmax z(x'))``, where ``z(x) = s cos(f(x), t)`` are zero-shot
-    logits over the class prompts of the training set and ``x'`` maximises the KL term in the ball (PGD, last iterate).
-    Both sides of the KL term get gradients.
+    logits over the class prompts of the training set. ``x'`` maximises the KL term in the perturbation set (PGD, last
+    iterate). Both sides of the KL term get gradients.
 
-    The paper trains classifiers from scratch on small images. Text prompts for its classifier, TeCoA's attack budget
-    and optimiser, and a uniform random start for its Gaussian one are what makes it comparable with TeCoA.
+    The paper trains classifiers from scratch on small images. To make the method comparable with TeCoA, its classifier
+    is replaced by text prompts, its attack budget and optimiser by TeCoA's, and its Gaussian random start by a uniform
+    one.
 
     Args:
         beta: weight of the KL term, the paper's ``1 / lambda``.
@@ -32,7 +33,7 @@ class TRADES(RobustMethod):
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: a negative weight.
+        ValueError: the weight is negative.
     """
 
     of_training: tuple[str, ...] = ("beta",)
@@ -49,7 +50,7 @@ class TRADES(RobustMethod):
         self.beta = beta
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy on clean images, and how far attacks move the prediction."""
+        """Returns the cross-entropy on clean images and the KL divergence between clean and adversarial predictions."""
         clean = self.logits(batch.images)
         attacked = self.perturb(batch, loss=kl, targets=clean)
         return {

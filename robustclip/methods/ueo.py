@@ -1,4 +1,4 @@
-"""UEO: unsupervised fine-tuning in the presence of unknown classes."""
+"""UEO, unsupervised fine-tuning in the presence of unknown classes."""
 
 from typing import Any, Literal
 
@@ -7,43 +7,44 @@ from torch import Tensor
 
 from robustclip.arguments import NonNegative, Positive
 from robustclip.methods._shared.context_and_norms import ContextAndNorms
-from robustclip.methods._shared.distributed import of_all
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.objectives.losses import entropy
 from robustclip.types import UNKNOWN, Batch
 
 TEMPERATURES = {"official": 1.0, "msp": 0.01}
 ENTROPY_EPS = 1e-5  # inside the logarithm, in the authors' code
-ORACLE_FLOOR = 1e-3  # of an unknown image's weight, whose inverse is taken
+ORACLE_FLOOR = 1e-3  # weight of an unknown image; not 0, since inverses of weights are computed
 
 
 class UEO(ContextAndNorms):
     """UEO, universal entropy optimisation (Liang et al., ICML 2024, https://arxiv.org/abs/2308.12919).
 
-    Learns from images without labels, some of which may show none of the class names. The zero-shot model tells once
-    how sure it is of each image, ``w_i = max_c softmax(cos(f_0(x_i), t_0) / tau)_c``, with the test transform. With
-    ``p_i = softmax(s cos(f(x_i), t))`` and ``H(p) = -sum_c p_c log(p_c + 1e-5)`` it minimises::
+    Trains on images without labels, some of which may show none of the named classes. Each image has one confidence of
+    the zero-shot model, under the test transform: ``w_i = max_c softmax(cos(f_0(x_i), t_0) / tau)_c``. With
+    ``p_i = softmax(s cos(f(x_i), t))`` and ``H(p) = -sum_c p_c log(p_c + 1e-5)``, UEO minimises::
 
         sum_i v_i H(p_i) - m H(sum_i u_i p_i),   v_i = w_i / sum_j w_j,   u_i = (1 / w_i) / sum_j (1 / w_j)
 
-    so that sure images become surer, and unsure ones spread over the classes. `ContextAndNorms` says what learns.
+    so that confident predictions become more confident, and uncertain images spread over the classes. `ContextAndNorms`
+    defines the trained parameters.
 
-    Sums are over the batch of all processes; gradient accumulation takes the mean of the pieces' losses instead, which
-    is another loss. No labels are read, except by the oracle.
+    Sums are over the batches of all processes; gradient accumulation takes the mean over micro-batches instead, which
+    is another loss. No labels are used, except by the oracle.
 
-    Departures from the authors' code: learning parameters, weights and losses are in fp32, where half precision loses
-    most updates; text is cut behind the longest prompt.
+    Departures from the authors' code: trained parameters, weights and losses are in fp32, where half precision loses
+    most updates; texts are truncated after the longest prompt.
 
     Args:
-        weights: ``confidence`` as above; ``uniform`` is InfoMax (SHOT-IM), and with ``marginal_weight`` 0 EntMin;
-            ``oracle`` reads who is known, for a bound: 1 + 1e-3 for images of a class, 1e-3 for the others.
-        weight_temperature: ``tau``; ``official`` is 1, the authors' code, where weights are all but uniform, and
-            ``msp`` 0.01, the softmax of OpenAI's models, which the paper describes.
+        weights: ``confidence`` as above; ``uniform`` is InfoMax (SHOT-IM), and EntMin with ``marginal_weight`` 0;
+            ``oracle`` uses the labels as an upper bound: 1 + 1e-3 for images of a class, 1e-3 for the others.
+        weight_temperature: ``tau``; ``official`` is 1 as in the authors' code, where weights are almost uniform;
+            ``msp`` is 0.01, the softmax of OpenAI's models, which the paper describes.
         marginal_weight: ``m``.
         exact_entropy: leave out the 1e-5.
         kwargs: arguments of `ContextAndNorms`.
 
     Raises:
-        ValueError: weights of another name, or a temperature that is not positive.
+        ValueError: the kind of weights is unknown, or a temperature is not positive.
     """
 
     of_training: tuple[str, ...] = ("weights", "weight_temperature", "marginal_weight", "exact_entropy")
@@ -63,14 +64,19 @@ class UEO(ContextAndNorms):
         self.sample_weights = torch.empty(0)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted entropy of the answers, and the entropy of their marginal."""
+        """Returns the weighted entropy of the predictions, and minus the entropy of their weighted mean."""
         rows = torch.cat([self.log_probabilities(batch.images), self.weights_of(batch)[:, None]], dim=1)
-        rows = of_all(self, rows)
+        rows = all_gather_rows(self, rows)
         with torch.autocast(rows.device.type, enabled=False):
             return self.universal_entropy(rows[:, :-1], rows[:, -1])
 
     def universal_entropy(self, log_p: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Both terms of log-probabilities ``(B, C)`` and weights ``(B,)``."""
+        """Computes both terms of the loss.
+
+        Args:
+            log_p: log-probabilities ``(B, C)``.
+            weights: ``(B,)``, positive.
+        """
         sure, unsure = weights / weights.sum(), (1 / weights) / (1 / weights).sum()
         marginal = (log_p + unsure.log()[:, None]).logsumexp(0)
         return {
@@ -79,7 +85,7 @@ class UEO(ContextAndNorms):
         }
 
     def weights_of(self, batch: Batch) -> Tensor:
-        """``(B,)``, positive."""
+        """Returns the positive weights ``(B,)`` of a batch's images."""
         if self.weighting == "uniform":
             return torch.ones(len(batch.labels), device=self.device)
         if self.weighting == "oracle":
@@ -87,7 +93,7 @@ class UEO(ContextAndNorms):
         return self.sample_weights[batch.index]
 
     def on_fit_start(self) -> None:
-        """Weighs the training images."""
+        """Computes the confidence weights of the training images."""
         super().on_fit_start()
         if self.weighting == "confidence":
             self.sample_weights = self.of_every_image(

@@ -1,4 +1,4 @@
-"""The baseline that every method is compared with."""
+"""The pre-trained model without training, the baseline that every method is compared with."""
 
 from typing import Any
 
@@ -9,22 +9,22 @@ from robustclip.types import Batch
 
 
 class ZeroShot(RobustMethod):
-    """The pre-trained model as it is (CLIP, https://arxiv.org/abs/2103.00020); nothing learns."""
+    """The pre-trained model without training (CLIP, https://arxiv.org/abs/2103.00020)."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """None."""
+        """Returns no parameters, so that everything is frozen."""
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuses to fit before anything runs.
+        """Refuses the stage ``fit``, before anything runs.
 
         Raises:
-            ValueError: for the stage ``fit``.
+            ValueError: the stage is ``fit``.
         """
         if stage == "fit":
             raise ValueError("ZeroShot has nothing to fit; use `robustclip test`, or a method such as TeCoA")
         super().setup(stage)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """There is none."""
+        """Returns no terms, since nothing is trained."""
         return {}

@@ -1,4 +1,4 @@
-"""The vision-language model: open_clip towers that take images in [0, 1] and return unit features."""
+"""The vision-language model: open_clip towers for images in [0, 1], which return unit features."""
 
 import difflib
 import json
@@ -21,10 +21,10 @@ from robustclip.types import Task
 
 SHAPES_MODEL = Path(__file__).parents[1] / "data" / "assets" / "shapes"
 INTERPOLATION = "bicubic"  # of the resize inside the model, without antialiasing
-PROMPTS_PER_CHUNK = 256  # bounds the text tower's activations for class lists of any length
-# Text whose tokens identify a tokenizer: cases, digits, punctuation, accents, another script, and a long text.
+PROMPTS_PER_CHUNK = 256  # bounds the memory of the text tower's activations for long class lists
+# Texts whose tokens identify a tokenizer: cases, digits, punctuation, accents, another script, and a long text.
 TOKENIZER_PROBE = ("a photo of a Cat.", "it's 3,141 km/h; [x] {y}_z", "café naïve Zürich", "猫 и собака", "word " * 99)
-WEIGHT_FILES = (".safetensors", ".bin", ".pth")  # suffixes that open_clip looks for in a folder
+WEIGHT_FILES = (".safetensors", ".bin", ".pth")  # suffixes that open_clip searches for in a folder
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -32,18 +32,18 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 class CLIPModel(nn.Module):
     """Image and text tower of an open_clip model.
 
-    Resizing (bicubic, without antialiasing, as TeCoA does) and the model's own normalisation are inside, so that
-    images, and with them attacks, live in [0, 1] at their native resolution.
+    The model resizes (bicubic, without antialiasing, as TeCoA does) and normalises images itself. Images, and thereby
+    attacks, are in [0, 1] at their native resolution.
 
     Args:
         arch: open_clip architecture such as ``ViT-B-32-quickgelu``; null when ``pretrained`` is a folder.
         pretrained: open_clip tag (downloaded on first use), ``.safetensors`` or ``.pt`` file, folder in open_clip's
             "local-dir" layout, ``shapes`` for the embedded model, or null for random weights.
-        image_size: side of the square images that the tower sees, in pixels; null for the model's own.
-        has_fixed_batch_norm: keep BatchNorm statistics as pre-trained, also in training.
+        image_size: side of the tower's square input in pixels; null for the model's own.
+        has_fixed_batch_norm: keep the pre-trained BatchNorm statistics, also in training.
 
     Raises:
-        ValueError: weights and architecture do not belong together, or a file that cannot be read safely.
+        ValueError: weights and architecture do not fit, or a file cannot be read safely.
     """
 
     mean: Tensor
@@ -72,15 +72,15 @@ class CLIPModel(nn.Module):
         for name, tensor in self.net.state_dict().items():
             if not tensor_files.is_finite(tensor):
                 raise ValueError(f"{name} of the weights {pretrained!r} is not finite; the file is damaged")
-        self.fingerprint = fingerprint(self.net)  # of the initial weights, wherever their files lie
-        self.train()  # Lightning leaves modes as they are, so BatchNorm must be fixed from the start
+        self.fingerprint = fingerprint(self.net)  # identifies the initial weights by content, not by path
+        self.train()  # Lightning does not set modes at the start, so BatchNorm must be fixed here
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
         return F.normalize(self.embed_image(images), dim=-1)
 
     def embed_image(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [0, 1] to embeddings ``(B, D)``, as long as the tower makes them."""
+        """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode=INTERPOLATION, align_corners=False)
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
@@ -88,28 +88,28 @@ class CLIPModel(nn.Module):
         return embeddings
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        """``N`` prompts to unit features ``(N, D)``."""
+        """Encodes ``N`` prompts as unit features ``(N, D)``."""
         chunks = (prompts[start : start + PROMPTS_PER_CHUNK] for start in range(0, len(prompts), PROMPTS_PER_CHUNK))
         return torch.cat([self.encode_tokens(self.join_tokens(self.tokenize(chunk))) for chunk in chunks])
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """``N`` prompts to tokens ``(N, L)`` on the CPU, cut behind the longest where that changes no feature.
+        """Tokenises ``N`` prompts as ``(N, L)`` on the CPU, cut behind the longest where that changes no feature.
 
-        What exceeds the context is left out, but for the end of the text.
+        Prompts longer than the context are truncated, but keep the end token.
         """
         return text_tower.cut(self.net, self.tokenizer(prompts))
 
     def join_tokens(self, *tokens: Tensor) -> Tensor:
-        """Tokens ``(N_i, L_i)`` of `tokenize` as one ``(sum N_i, L)`` on the model's device."""
+        """Concatenates tokens ``(N_i, L_i)`` of `tokenize` as one ``(sum N_i, L)`` on the model's device."""
         return text_tower.joined(self.net, [part.to(self.mean.device, non_blocking=True) for part in tokens])
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens ``(N, L)`` on the model's device to unit features ``(N, D)``."""
+        """Encodes tokens ``(N, L)`` on the model's device as unit features ``(N, D)``."""
         return text_tower.encode(self.net, tokens)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Values beside the tensors that define the function of the model, in JSON's types; ``base.``: of its files."""
+        """Settings beside the tensors that define the model's function; those of its files begin with ``base.``."""
         visual = self.net.visual
         return {
             "image_size": self.image_size,
@@ -122,11 +122,11 @@ class CLIPModel(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The text tower's first layer."""
+        """The first layer of the text tower, which embeds tokens."""
         return text_tower.embedding(self.net)
 
     def encode_classes(self, task: Task) -> Tensor:
-        """Unit class features ``(C, D)``: the normalised mean over templates of normalised prompt features."""
+        """Encodes a task's classes as unit features ``(C, D)``: the mean of unit prompt features over the templates."""
         prompts = [prompt for prompts in task.prompts for prompt in prompts]
         features = self.encode_text(prompts).view(len(task.class_names), len(task.templates), -1)
         return F.normalize(features.mean(1), dim=-1)
@@ -138,10 +138,10 @@ class CLIPModel(nn.Module):
         return scale.exp().squeeze()
 
     def image_blocks(self) -> list[nn.Module]:
-        """The image tower's blocks from first to last; the closing norm belongs to the last.
+        """Lists the image tower's blocks from first to last; the closing norm belongs to the last block.
 
         Raises:
-            ValueError: a tower whose blocks are not known.
+            ValueError: the tower's kind is unknown.
         """
         visual = self.net.visual
         trunk = getattr(visual, "trunk", visual)
@@ -151,14 +151,14 @@ class CLIPModel(nn.Module):
             (trunk, "stages", ("norm", "head")),
             (visual, "layer1 layer2 layer3 layer4", ("attnpool",)),
         ):
-            found = list(_submodules(owner, blocks))
-            if found:
+            modules = list(_submodules(owner, blocks))
+            if modules:
                 closing = [module for name in norms for module in _submodules(owner, name, flatten=False)]
-                return [*found[:-1], nn.ModuleList([found[-1], *closing])]
+                return [*modules[:-1], nn.ModuleList([modules[-1], *closing])]
         raise ValueError(f"the blocks of {type(trunk).__name__} are not known; train the whole image tower instead")
 
     def train(self, mode: bool = True) -> "CLIPModel":
-        """Sets training mode, except for BatchNorm whose statistics are fixed."""
+        """Sets the training mode, except for BatchNorm with fixed statistics."""
         super().train(mode)
         for module in self._fixed_modules:
             module.eval()
@@ -166,17 +166,17 @@ class CLIPModel(nn.Module):
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Identifies the weights of a module by their content, in any memory layout and 16-bit or 32-bit precision."""
+    """Identifies a module's weights by their content, in any memory layout and 16-bit or 32-bit precision."""
     halves = (torch.float16, torch.bfloat16)
     state = module.state_dict().items()
-    return tensor_files.digest({name: each.float() if each.dtype in halves else each for name, each in state})[:16]
+    return tensor_files.digest({name: part.float() if part.dtype in halves else part for name, part in state})[:16]
 
 
 def _flat(key: str, value: Any) -> dict[str, Any]:
-    """Values of nested mappings by dotted keys."""
+    """Flattens nested mappings to values by dotted keys."""
     if not isinstance(value, Mapping):
         return {key: value}
-    return {name: leaf for part, each in value.items() for name, leaf in _flat(f"{key}.{part}", each).items()}
+    return {name: leaf for part, inner in value.items() for name, leaf in _flat(f"{key}.{part}", inner).items()}
 
 
 def _submodules(owner: nn.Module, names: str, *, flatten: bool = True) -> Iterator[nn.Module]:
@@ -190,7 +190,7 @@ def _submodules(owner: nn.Module, names: str, *, flatten: bool = True) -> Iterat
 
 
 def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer and open_clip's ``model_cfg``; every way that weights can fail to fit is one line."""
+    """Loads model, tokenizer and open_clip's ``model_cfg``; weights that do not fit raise an error of one line."""
     source = str(SHAPES_MODEL) if pretrained == "shapes" else pretrained
     if source is not None and Path(source).is_dir():
         if arch is not None:
@@ -210,7 +210,7 @@ def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> t
     config = open_clip.get_model_config(arch)
     state = _read_weights(Path(str(source)), config) if is_file else {}
     try:
-        # Without weights, a text tower of Hugging Face would otherwise be downloaded with its own.
+        # By default open_clip would download the own weights of a Hugging Face text tower.
         net = open_clip.create_model(arch, pretrained=source, force_image_size=image_size, pretrained_text=False)
     except LOADING_ERRORS as error:
         raise ValueError(f"weights {pretrained!r} do not load into {arch}: {one_line(error)}") from error
@@ -239,7 +239,7 @@ def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any, dict[s
 
 
 def _with_own_files(text_config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """``text_cfg`` with the paths of files in the folder, which open_clip reads against the working directory."""
+    """Returns ``text_cfg`` with absolute paths to the folder's files; open_clip resolves them in the working folder."""
     tokenizer_options = dict(text_config.get("tokenizer_kwargs") or {})
     if "bpe_path" in tokenizer_options:
         tokenizer_options["bpe_path"] = str(folder / tokenizer_options["bpe_path"])
@@ -250,7 +250,7 @@ def _with_own_files(text_config: Mapping[str, Any], folder: Path) -> dict[str, A
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """``model_cfg`` of a folder, whose sections are of the types that they must have."""
+    """Reads ``model_cfg`` of a folder and checks the types of its sections."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -261,7 +261,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     pixels = _section(content.get("preprocess_cfg") or {}, "preprocess_cfg", file)
     for key in ("mean", "std"):
         values = pixels.get(key, [0.5] * 3)
-        is_triple = isinstance(values, list) and len(values) == 3 and all(type(each) in (int, float) for each in values)
+        is_triple = isinstance(values, list) and len(values) == 3 and all(type(x) in (int, float) for x in values)
         if not is_triple or not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
             raise ValueError(f"preprocess_cfg.{key} of {file} must be three numbers, got {values!r:.80}")
     return config
@@ -286,8 +286,8 @@ def _check_sizes(config: Mapping[str, Any], state: Mapping[str, Tensor], file: P
 
 
 def _read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a weights file that open_clip is to load, by the names that open_clip gives them."""
-    if file.suffix in (".npz", ".npy"):  # of big_vision, which open_clip converts
+    """Reads the tensors of a weights file for open_clip, by open_clip's names."""
+    if file.suffix in (".npz", ".npy"):  # big_vision's format, which open_clip converts
         return {}
     content = tensor_files.read_file(file)
     if isinstance(content, Mapping) and "base_model" in content:
@@ -306,7 +306,7 @@ def _read_weights(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def _check_not_resampled(
     state: Mapping[str, Tensor], net: Any, weights: str, arch: str, image_size: int | None
 ) -> None:
-    """Refuses position embeddings that open_clip has resized unasked, and numbers of another kind."""
+    """Refuses weights whose position embeddings open_clip has resized without a request, or of another number type."""
     own = net.state_dict()
     for name, tensor in state.items():
         mine = own.get(name, own.get(f"text.{name}"))

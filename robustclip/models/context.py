@@ -1,4 +1,4 @@
-"""Learnable text context: the words around a class name, as numbers in place of word embeddings."""
+"""Learnable text context: trained vectors around a class name, in place of word embeddings."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,72 +10,85 @@ from torch.utils.checkpoint import checkpoint
 
 from robustclip.models.clip import CLIPModel
 
-INITIAL_DEVIATION = 0.02  # of a random context, as in CoOp and in CLIP's own token embeddings
-FILLER = "x"  # one token in every vocabulary; a random context takes its place before it is read
+INITIAL_DEVIATION = 0.02  # standard deviation of a random context, as in CoOp and in CLIP's own token embeddings
+FILLER = "x"  # one token in every vocabulary; a placeholder that a random context replaces before encoding
 
 
 class LearnableContext(nn.Module):
-    """One context for all classes (CoOp, Zhou et al., IJCV 2022, https://arxiv.org/abs/2109.01134).
+    """A trained text context that all classes share (CoOp, Zhou et al., IJCV 2022, https://arxiv.org/abs/2109.01134).
 
-    Each class reads ``[start] ctx_1 ... ctx_n NAME . [end]``: a prompt is tokenised with the words of the phrase, and
-    the tower's embeddings of these words are exchanged for the context. So names stand behind the context, the text is
-    cut as any other, and a context that starts at a phrase gives the features of its prompts. Underscores in names are
-    spaces.
+    Each class's text is ``[start] ctx_1 ... ctx_n NAME . [end]``: a prompt is tokenised with the words of the phrase,
+    and the context replaces the tower's embeddings of these words. Thus names follow the context, texts are truncated
+    as usual, and a context that starts at a phrase gives the features of its prompts. Underscores in names are spaces.
 
     Args:
-        clip: the model that it is for; its text tower lets gradients through and need not learn.
-        phrase: whose embeddings are the start; null for a random one, N(0, 0.02).
-        tokens: length ``n`` of a random context; a phrase has its own.
+        clip: model of the context; its text tower passes gradients on and need not be trained.
+        phrase: text whose embeddings are the start; null for a random start, N(0, 0.02).
+        tokens: length ``n`` of a random context; a phrase has its own length.
 
     Raises:
-        ValueError: a phrase of no token, or a context that leaves no room for a name.
+        ValueError: the phrase has no token, or the context leaves no space for a name.
     """
 
     def __init__(self, clip: CLIPModel, phrase: str | None = "a photo of a", *, tokens: int = 16) -> None:
         super().__init__()
         self.phrase = " ".join([FILLER] * tokens) if phrase is None else phrase
-        empty, words, longer = clip.tokenizer(["", self.phrase, f"{self.phrase} {FILLER}"])
-        if torch.equal(words, longer):
-            raise ValueError(f"a context of {self.phrase!r} fills the {len(words)} tokens of the tower; take a shorter")
-        self.place = slice(_common(empty, words), _common(words, longer))
-        self.words = words[self.place]
-        if len(self.words) == 0:
+        empty, phrase_only, longer = clip.tokenizer(["", self.phrase, f"{self.phrase} {FILLER}"])
+        if torch.equal(phrase_only, longer):
+            raise ValueError(
+                f"a context of {self.phrase!r} fills the {len(longer)} tokens of the tower; take a shorter phrase"
+            )
+        # The phrase begins where its tokens differ from those of an empty text, and ends where a name would follow.
+        self.place = slice(_common(empty, phrase_only), _common(phrase_only, longer))
+        self.phrase_tokens = phrase_only[self.place]
+        if len(self.phrase_tokens) == 0:
             raise ValueError(f"the context must have at least one token, got {self.phrase!r}; null starts at random")
-        start = clip.token_embedding.weight[self.words.to(clip.mean.device)].detach().float()  # fp32 for small steps
+        embeddings = clip.token_embedding.weight[self.phrase_tokens.to(clip.mean.device)]
+        start = embeddings.detach().float()  # fp32, for small steps
         self.vectors = nn.Parameter(INITIAL_DEVIATION * torch.randn_like(start) if phrase is None else start)
 
     def tokenize(self, clip: CLIPModel, class_names: Sequence[str]) -> Tensor:
-        """Tokens ``(C, L)`` of the prompts, on the model's device.
+        """Tokenises the classes' prompts, with the phrase as a placeholder of the context.
+
+        Args:
+            clip: model of the tokenizer.
+            class_names: ``C`` names.
+
+        Returns:
+            Tokens ``(C, L)`` on the model's device.
 
         Raises:
-            ValueError: a tokenizer that reads the phrase otherwise before a name.
+            ValueError: the tokenizer splits the phrase differently before some name.
         """
         tokens = clip.tokenize([f"{self.phrase} {name.replace('_', ' ')}." for name in class_names])
-        if not (tokens[:, self.place] == self.words).all():
+        if not (tokens[:, self.place] == self.phrase_tokens).all():
             raise ValueError(f"the tokenizer must read {self.phrase!r} alike before every name; take another phrase")
         return clip.join_tokens(tokens)
 
     def encode(self, clip: CLIPModel, tokens: Tensor, *, per_pass: int | None = None) -> Tensor:
-        """Tokens ``(C, L)`` of `tokenize` to unit class features ``(C, D)``, with gradients in the context.
+        """Encodes tokens of `tokenize` as unit class features, with gradients for the context.
 
         Args:
-            clip: whose text tower reads.
-            tokens: of the prompts.
-            per_pass: keep the activations of this many classes alone, and read all others again in the backward pass;
-                null keeps those of all.
-        """
-        read = partial(self._read, clip)
-        if per_pass is None:
-            return read(tokens)
-        return torch.cat([checkpoint(read, part, use_reentrant=False) for part in torch.split(tokens, per_pass)])
+            clip: model of the text tower.
+            tokens: ``(C, L)``.
+            per_pass: number of classes whose activations are in memory at once, the others being recomputed in the
+                backward pass; null for all.
 
-    def _read(self, clip: CLIPModel, tokens: Tensor) -> Tensor:
+        Returns:
+            ``(C, D)``.
+        """
+        encode = partial(self._encode, clip)
+        if per_pass is None:
+            return encode(tokens)
+        return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in torch.split(tokens, per_pass)])
+
+    def _encode(self, clip: CLIPModel, tokens: Tensor) -> Tensor:
         with self.inserted(clip):
             return clip.encode_tokens(tokens)
 
     @contextmanager
     def inserted(self, clip: CLIPModel) -> Iterator[None]:
-        """The passes of the model's text tower inside read the context in place of the phrase."""
+        """Puts the context in place of the phrase in all passes of the model's text tower inside."""
         handle = clip.token_embedding.register_forward_hook(lambda _, __, embeddings: self._exchange(embeddings))
         try:
             yield
@@ -83,11 +96,11 @@ class LearnableContext(nn.Module):
             handle.remove()
 
     def _exchange(self, embeddings: Tensor) -> Tensor:
-        """``(N, L, width)`` with the context at its place."""
+        """Replaces the phrase in embeddings ``(N, L, width)`` by the context."""
         context = self.vectors.to(embeddings.dtype).expand(len(embeddings), -1, -1)
         return torch.cat([embeddings[:, : self.place.start], context, embeddings[:, self.place.stop :]], dim=1)
 
 
 def _common(one: Tensor, other: Tensor) -> int:
-    """Number of tokens ``(L,)`` that two texts begin with alike."""
+    """Counts the tokens ``(L,)`` at the start of two texts until they first differ."""
     return int((one == other).int().cumprod(0).sum())

@@ -1,4 +1,4 @@
-"""Zero-shot heads: what the text tower says of a task, ready to be compared with image features."""
+"""Zero-shot classifier weights ("heads"), computed once per task by the text tower, and their logits."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,36 +9,42 @@ from robustclip.types import Task
 
 
 def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dict[str, Tensor]:
-    """Heads by the names of their tasks: ``(C, D)``, or ``(C, G, D)`` for labels that are the best of G class names.
+    """Encodes the classes of every task as zero-shot classifier weights.
 
     Args:
-        encode: gives the features ``(C, D)`` of a task's class names.
-        tasks: those with the same words are encoded once.
+        encode: function that returns the features ``(C, D)`` of a task's class names.
+        tasks: tasks to encode; those with the same class names and templates are encoded once.
+
+    Returns:
+        Weights by task name: ``(C, D)``, or ``(C, G, D)`` if each label is a group of up to G class names.
     """
-    by_words: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+    by_texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
     heads = {}
     for task in tasks:
-        words = task.class_names, task.templates
-        if words not in by_words:
-            by_words[words] = encode(task).detach()
-        found = by_words[words]
-        heads[task.name] = found if task.groups is None else found[torch.tensor(_rows(task.groups))]
+        texts = task.class_names, task.templates
+        if texts not in by_texts:
+            by_texts[texts] = encode(task).detach()
+        features = by_texts[texts]
+        heads[task.name] = features if task.groups is None else features[torch.tensor(_rows(task.groups))]
     return heads
 
 
 def head_logits(features: Tensor, head: Tensor, scale: Tensor) -> Tensor:
-    """Logits ``(B, C)`` of image features ``(B, D)``; of a grouped label, the highest of its members.
+    """Computes the logits of image features; a grouped label has the highest logit of its members.
 
     Args:
-        features: of the images.
-        head: ``(C, D)`` or ``(C, G, D)``.
+        features: ``(B, D)``, of the images.
+        head: classifier weights ``(C, D)`` or ``(C, G, D)``.
         scale: inverse temperature, a scalar.
+
+    Returns:
+        ``(B, C)``.
     """
     logits = scale * features @ head.flatten(0, -2).T
     return logits if head.ndim == 2 else logits.view(-1, *head.shape[:2]).amax(-1)
 
 
 def _rows(groups: tuple[tuple[int, ...], ...]) -> list[list[int]]:
-    """Groups of one length: shorter ones repeat their first member, which changes no maximum."""
+    """Pads groups to one length by repeating their first member, which does not change their maximum."""
     longest = max(map(len, groups))
     return [[*group, *[group[0]] * (longest - len(group))] for group in groups]

@@ -1,4 +1,4 @@
-"""Layers of a tower: which of them learn, normalisation parameters, and activation checkpointing."""
+"""Parameters of a tower that are trained or frozen, normalisation layers, and activation checkpointing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,39 +15,39 @@ NORMS = (nn.LayerNorm, BatchNorm, nn.GroupNorm, nn.RMSNorm)  # timm's own are su
 
 
 def norm_parameters(visual: nn.Module, norm_filter: NormFilter) -> list[nn.Parameter]:
-    """Those of an image tower, in its order.
+    """Lists the parameters of the normalisation layers of an image tower, in its order.
 
     Args:
-        visual: the tower.
-        norm_filter: ``official`` takes what has "bn" or "ln" in its name, as in OpenAI's towers, but for the norms of a
-            ResNet's shortcuts; ``all`` takes every layer of a kind that is known.
+        visual: image tower.
+        norm_filter: ``official`` selects names that contain "bn" or "ln", as in OpenAI's towers, which omits the norms
+            of a ResNet's shortcuts; ``all`` selects every layer of a known kind.
 
     Raises:
-        ValueError: a filter that lets nothing through.
+        ValueError: the filter selects nothing.
     """
     if norm_filter == "official":
-        found = [each for name, each in visual.named_parameters() if "bn" in name or "ln" in name]
+        norms = [parameter for name, parameter in visual.named_parameters() if "bn" in name or "ln" in name]
     else:
-        norms = (module for module in visual.modules() if isinstance(module, NORMS))
-        found = [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
-    if not found:
+        layers = (module for module in visual.modules() if isinstance(module, NORMS))
+        norms = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    if not norms:
         raise ValueError(f"norm_filter {norm_filter!r} finds no norm in a {type(visual).__name__}; take 'all'")
-    return found
+    return norms
 
 
 def learning_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
-    """Parameters of optimiser groups, in their order.
+    """Checks optimiser groups and lists their parameters, in their order.
 
     Args:
-        model: whose parameters they must be.
+        model: module that owns the parameters.
         groups: result of ``parameter_groups()``.
 
     Raises:
-        ValueError: no list of dicts with ``params``, a parameter that occurs twice, or one that is not of the model.
+        ValueError: the groups are no list of dicts with ``params``, or a parameter occurs twice or is not the model's.
     """
     where = f"{type(model).__name__}.parameter_groups()"
     if not isinstance(groups, list | tuple) or not all(
-        isinstance(each, Mapping) and "params" in each for each in groups
+        isinstance(group, Mapping) and "params" in group for group in groups
     ):
         raise ValueError(f"{where} must return a list of dicts such as {{'params': [...]}}, got {groups!r:.80}")
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -63,7 +63,12 @@ def learning_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
 
 
 def learn_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Leaves gradients to these parameters of the model alone."""
+    """Freezes the model except for the given parameters.
+
+    Args:
+        model: module to freeze.
+        parameters: parameters that get gradients.
+    """
     model.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -71,9 +76,9 @@ def learn_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every flag is put back after, also after an error.
+    """Freezes a model inside the context, in eval mode; every flag is restored afterwards, also after an error.
 
-    Some attacks call ``backward()``: without this their gradients would land in the parameters.
+    Some attacks call ``backward()``, which would otherwise leave gradients in the parameters.
     """
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,19 +96,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_activations(visual: Any) -> None:
-    """Lets an image tower of open_clip keep what enters a block and recompute the rest in the backward pass.
+    """Makes an image tower of open_clip store only the inputs of its blocks and recompute the rest in backward passes.
 
-    Training and attacks then take the memory of about one block's activations, and another forward pass. BatchNorm
-    that counts would count a batch in both passes; see ``has_fixed_batch_norm``.
+    Training and attacks then need the memory of about one block's activations, and another forward pass. BatchNorm
+    that is not fixed would count a batch in both passes; see ``has_fixed_batch_norm``.
 
     Raises:
-        ValueError: a tower that does not offer it.
+        ValueError: the tower does not support it.
     """
-    # open_clip's own switch does nothing in a ModifiedResNet, and where a trunk of timm refuses it only logs.
+    # open_clip's own switch has no effect on a ModifiedResNet, and only logs when a trunk of timm refuses.
     tower = visual.trunk if isinstance(visual, TimmModel) else visual
     try:
         if isinstance(visual, ModifiedResNet):
-            raise AssertionError
+            raise AssertionError  # the exception by which open_clip's other towers refuse
         tower.set_grad_checkpointing(True)
     except AssertionError:
         name = type(tower).__name__

@@ -1,4 +1,4 @@
-"""Visual prompts: numbers that are learnt beside the input, for a model that may stay as it is."""
+"""Visual prompts: trained pixels and tokens that are added to the input of an image tower, which may be frozen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,25 +15,25 @@ PromptKind = Literal["padding", "fixed_patch", "random_patch"]
 
 
 class VisualPrompt(nn.Module):
-    """What TeCoA learns in place of weights (https://arxiv.org/abs/2212.07016, section 3.2).
+    """Visual prompt that TeCoA trains instead of weights (https://arxiv.org/abs/2212.07016, section 3.2).
 
-    A prompt ``P`` is added to the resized and normalised pixels (Bahng et al., https://arxiv.org/abs/2203.17274),
+    A prompt ``P`` is added to the resized and normalised pixels (Bahng et al., https://arxiv.org/abs/2203.17274), and
     ``n`` tokens follow the patches into the tower (VPT-shallow, Jia et al., https://arxiv.org/abs/2203.12119)::
 
         v = N(R(x)) + P,   [CLS + e_0, patches + e, tokens] -> ln_pre -> blocks -> the output of CLS
 
-    so that tokens have no position. All numbers start from N(0, 1), as in the authors' code.
+    Thus tokens have no position. All values start from N(0, 1), as in the authors' code.
 
     Args:
-        clip: the model that it is for.
-        kind: ``padding`` is a frame, ``fixed_patch`` a square in the upper left corner, ``random_patch`` one whose
-            place is drawn anew for every pass; null adds nothing to the pixels.
+        clip: model of the prompt.
+        kind: ``padding`` is a frame, ``fixed_patch`` a square in the upper left corner, ``random_patch`` a square at a
+            position that is drawn for every pass; null adds nothing to the pixels.
         size: width of the frame, or side of the square, in pixels of the tower's input.
         tokens: number of tokens.
 
     Raises:
-        ValueError: a kind of another name, a size that does not fit the image, fewer than 0 tokens, or tokens for a
-            tower that has no place for them.
+        ValueError: the kind is unknown, the size does not fit the image, the number of tokens is negative, or the tower
+            cannot use tokens.
     """
 
     def __init__(self, clip: CLIPModel, kind: PromptKind | None, *, size: int, tokens: int) -> None:
@@ -43,10 +43,10 @@ class VisualPrompt(nn.Module):
 
     @contextmanager
     def inserted(self, clip: CLIPModel) -> Iterator[None]:
-        """The passes of the model's image tower inside are prompted."""
+        """Adds the prompt in all passes of the model's image tower inside the context."""
         visual = clip.net.visual
-        # A copy of the tower, such as a teacher, must not have the prompt: the hooks do not outlive the pass. They run
-        # last, so that whoever watches what enters the tower still sees the image.
+        # The hooks are removed after the pass, so that a copy of the tower, such as a teacher, has no prompt. They run
+        # last, so that other hooks on the tower's input still get the image.
         handles = [visual.register_forward_pre_hook(lambda _, inputs: self.pixels(inputs[0]))]
         if self.tokens is not None:
             handles.append(visual.ln_pre.register_forward_pre_hook(lambda _, inputs: self._append(inputs[0])))
@@ -58,7 +58,7 @@ class VisualPrompt(nn.Module):
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """A random patch moves inside even in eval mode, as it has to for an attack during training."""
+        """Lets a random patch move inside the context even in eval mode, which an attack during training needs."""
         patches = [module for module in self.modules() if isinstance(module, RandomPatch)]
         for patch in patches:
             patch.is_moving = True
@@ -69,17 +69,17 @@ class VisualPrompt(nn.Module):
                 patch.is_moving = False
 
     def _append(self, sequence: Tensor) -> Tensor:
-        """``(B, L, width)`` to ``(B, L + n, width)``."""
+        """Appends the tokens to a sequence ``(B, L, width)``."""
         assert self.tokens is not None
         return torch.cat([sequence, self.tokens.to(sequence.dtype).expand(len(sequence), -1, -1)], dim=1)
 
 
 class Padding(nn.Module):
-    """A frame, which is added to pixels ``(B, 3, side, side)``.
+    """A frame that is added to pixels ``(B, 3, side, side)``.
 
     Args:
-        size: its width.
-        side: of the image.
+        size: width of the frame, in pixels.
+        side: side of the image, in pixels.
     """
 
     def __init__(self, size: int, side: int) -> None:
@@ -88,18 +88,18 @@ class Padding(nn.Module):
         self.left, self.right = (nn.Parameter(torch.randn(1, 3, side - 2 * size, size)) for _ in range(2))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Adds it to every image."""
+        """Adds the frame to every image."""
         inside = self.left.shape[2]
         middle = torch.cat([self.left, self.left.new_zeros(1, 3, inside, inside), self.right], dim=3)
         return pixels + torch.cat([self.up, middle, self.down], dim=2)
 
 
 class FixedPatch(nn.Module):
-    """A square, which is added to pixels ``(B, 3, side, side)`` in their upper left corner.
+    """A square that is added to pixels ``(B, 3, side, side)`` in their upper left corner.
 
     Args:
-        size: its side.
-        side: of the image.
+        size: side of the square, in pixels.
+        side: side of the image, in pixels.
     """
 
     def __init__(self, size: int, side: int) -> None:
@@ -108,26 +108,26 @@ class FixedPatch(nn.Module):
         self.room = side - size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Adds it to every image."""
+        """Adds the square to every image."""
         top, left = self.place()
         return pixels + F.pad(self.patch, (left, self.room - left, top, self.room - top))
 
     def place(self) -> tuple[int, int]:
-        """Rows above and columns left of it."""
+        """Returns the numbers of rows above and of columns left of the square."""
         return 0, 0
 
 
 class RandomPatch(FixedPatch):
-    """The square at a uniformly random place, one for all images of a pass.
+    """A square at a uniformly random position, which all images of a pass share.
 
-    In evaluation it stays in the middle, where the authors' code draws there too: a verdict is a function of the
-    image, and would otherwise depend on the passes before it.
+    In evaluation it is in the middle, where the authors' code draws a position too: a prediction must depend on the
+    image alone, not on the passes before it.
     """
 
     is_moving = False
 
     def place(self) -> tuple[int, int]:
-        """Rows above and columns left of it."""
+        """Returns the numbers of rows above and of columns left of the square."""
         if not (self.training or self.is_moving):
             return self.room // 2, self.room // 2
         top, left = torch.randint(self.room + 1, (2,)).tolist()
@@ -151,10 +151,10 @@ def _for_pixels(kind: PromptKind | None, size: int, side: int) -> nn.Module:
 
 
 def _token_width(visual: nn.Module) -> int:
-    """Length of a token.
+    """Returns the width of a token.
 
     Raises:
-        ValueError: no open_clip transformer, or one that pools over its tokens.
+        ValueError: the tower is no open_clip transformer, or pools over its tokens.
     """
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
         raise ValueError(

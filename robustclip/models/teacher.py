@@ -1,4 +1,4 @@
-"""The pre-trained image tower, kept beside the one that learns."""
+"""The pre-trained image tower, kept as a frozen copy beside the tower in training."""
 
 import copy
 from typing import Any
@@ -10,13 +10,13 @@ from robustclip.models.clip import CLIPModel
 
 
 class ImageTeacher(nn.Module):
-    """A frozen copy of an image tower: without gradients, in eval mode, and in no checkpoint.
+    """A frozen copy of an image tower: without gradients, in eval mode, and not saved in checkpoints.
 
     Args:
-        clip: a model with its pre-trained weights, as constructed; the text tower is not copied.
+        clip: newly constructed model with its pre-trained weights; the text tower is not copied.
 
     Raises:
-        ValueError: a model with random weights, which teach nothing, and which no resumed run could find again.
+        ValueError: the model has random weights: they contain no knowledge, and a resumed run could not restore them.
     """
 
     def __init__(self, clip: CLIPModel) -> None:
@@ -25,17 +25,18 @@ class ImageTeacher(nn.Module):
             raise ValueError("a teacher needs a pre-trained model, got pretrained null; set model.pretrained")
         parts = [*clip.net.named_children(), *clip.net.named_parameters(recurse=False)]
         of_text = [clip.tokenizer, *(part for name, part in parts if name != "visual")]
+        # A deep copy whose memo maps the text tower's parts to None, so that they are left out.
         self.clip = copy.deepcopy(clip, {id(part): None for part in of_text}).requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [0, 1] to embeddings ``(B, D)``, not normalised."""
+        """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""
         with torch.no_grad():
             return self.clip.embed_image(images)
 
     def train(self, mode: bool = True) -> "ImageTeacher":
-        """Stays in eval mode."""
+        """Keeps the eval mode, whatever the mode."""
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Nothing: whoever loads a checkpoint has the pre-trained model."""
+        """Returns no entries, since a run that loads a checkpoint has the pre-trained model."""
         return {} if destination is None else destination

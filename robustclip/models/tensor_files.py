@@ -1,4 +1,4 @@
-"""Tensors in files: read without running code, checked before use, and identified by their content."""
+"""Files of tensors: read without running code, checked before use, and identified by their content."""
 
 import hashlib
 import pickle
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-DIGEST = "digest"  # key under which our files hold the digest of their content
+DIGEST = "digest"  # key of the content's digest in our files
 # Errors of torch, safetensors, zipfile and open_clip for files that are damaged or belong to another model.
 LOADING_ERRORS = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, StopIteration),
@@ -26,13 +26,13 @@ LOADING_ERRORS = (
 
 
 def read_file(path: Path) -> Any:
-    """Reads a file of tensors and plain values; code that may be in it does not run.
+    """Reads a file of tensors and plain values, without running code that it may contain.
 
-    The sums that PyTorch stores with each record of a file are checked, which `torch.load` does not do, and the digest
-    that we write into the metadata of safetensors.
+    Checks the checksums that PyTorch stores with each record, which `torch.load` does not do, and the digest that we
+    write into the metadata of safetensors.
 
     Raises:
-        ValueError: the file may hold code, or is damaged.
+        ValueError: the file may contain code, or is damaged.
     """
     try:
         if path.suffix == ".safetensors":
@@ -40,12 +40,12 @@ def read_file(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (record := archive.testzip()) is not None:
-                    raise ValueError(f"its record {record} has another checksum")
+                    raise ValueError(f"the record {record} has another checksum")
         with torch.serialization.safe_globals(_numbers()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"calls for {name[1]}" if name else "may hold code or is damaged"
+        reason = f"calls for {name[1]}" if name else "may contain code or is damaged"
         raise ValueError(
             f"{path} {reason}, so it was not opened; only tensors and plain values are read, best as .safetensors"
         ) from error
@@ -60,19 +60,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         written = (file.metadata() or {}).get(DIGEST)
     if written is not None and written != digest(dict(sorted(state.items()))):
-        raise ValueError("its digest differs")
+        raise ValueError("the digest differs")
     return state
 
 
 def checked_state(state: Any, where: str) -> dict[str, Tensor]:
-    """A mapping from names to dense, real and finite tensors.
+    """Checks that a state maps names to dense, real and finite tensors, and returns it as a dict.
 
     Args:
-        state: what should be such a mapping.
+        state: mapping to check.
         where: file or key, for messages.
 
     Raises:
-        ValueError: it is something else, with the first name that is wrong.
+        ValueError: the state is anything else; the message has the first wrong name.
     """
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{where} must map names to tensors, got {_kind(state)}")
@@ -87,15 +87,15 @@ def checked_state(state: Any, where: str) -> dict[str, Tensor]:
 
 
 def check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
-    """Compares sizes and kinds of tensors with those that they are to replace.
+    """Checks that tensors have the sizes and kinds of those that they replace.
 
     Args:
-        state: tensors by name, each of which ``own`` has.
-        own: of the model.
+        state: tensors by name; ``own`` has each name.
+        own: tensors of the model.
         where: file or key, for messages.
 
     Raises:
-        ValueError: another size, or whole numbers in place of real ones or the reverse.
+        ValueError: a size differs, or integers stand in for real numbers or the reverse.
     """
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
@@ -105,18 +105,23 @@ def check_fits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: st
 
 
 def is_of_kind(tensor: Tensor, own: Tensor) -> bool:
-    """Whether both hold real or both hold whole numbers; a counter, a scalar, may be given as a real number."""
+    """Checks that both tensors are real or both integer; a scalar counter may be replaced by a real number.
+
+    Args:
+        tensor: new tensor.
+        own: tensor that it replaces.
+    """
     return tensor.is_floating_point() == own.is_floating_point() or (own.ndim == 0 and not own.is_floating_point())
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, real and in memory."""
+    """Checks that a tensor is dense, real and in memory."""
     is_odd = tensor.is_quantized or tensor.is_meta or tensor.is_complex() or tensor.is_nested
     return tensor.layout == torch.strided and not is_odd
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither infinities nor nan."""
+    """Checks that a tensor has neither infinities nor nan."""
     if not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:  # torch sums no 8-bit floats
@@ -126,19 +131,19 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 over tensors and plain values, at any depth of mappings and sequences."""
+    """Computes the SHA-256 of tensors and plain values, at any depth of mappings and sequences."""
     sha = hashlib.sha256()
     _update(sha, content)
     return sha.hexdigest()
 
 
 def size(tensor: Tensor) -> str:
-    """Sides with an x between them."""
+    """Formats the shape of a tensor, such as 3x224x224."""
     return "x".join(map(str, tensor.shape)) or "1"
 
 
 def one_line(error: BaseException) -> str:
-    """The beginning of an error's message."""
+    """Shortens an error's message to one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:300] or type(error).__name__
 
@@ -168,7 +173,7 @@ def _kind(value: Any) -> str:
 
 
 def _numbers() -> list[Any]:
-    """NumPy's floats: the authors of TeCoA store their best accuracy as one."""
+    """Lists the NumPy types of floats, since TeCoA's authors store their best accuracy as one."""
     scalar = np.float64(0).__reduce__()[0]
-    # Files of NumPy 1 call it by its former name.
+    # Files written by NumPy 1 use the former name of the function.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]

@@ -1,4 +1,4 @@
-"""Text towers on no more tokens than count; open_clip runs them on the whole context, padding included."""
+"""Text towers run on the tokens that matter; open_clip would run them on the whole context, padding included."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,28 +13,45 @@ from torch.nn import functional as F
 
 
 def cut(net: Any, tokens: Tensor) -> Tensor:
-    """Tokens ``(N, L)`` without the columns that no feature depends on.
+    """Removes the columns of tokens ``(N, L)`` that no feature depends on.
 
-    In a causal tower that takes its feature at the end of the text, nothing behind that end reaches it; in a tower of
-    Hugging Face, attention and pooling leave padding out. Other towers get all that they were trained with.
+    In a causal tower whose feature is taken at the end of the text, no later token matters; in a tower of Hugging Face,
+    attention and pooling mask the padding. Other towers get the full length.
+
+    Args:
+        net: open_clip model.
+        tokens: ``(N, L)``.
     """
     ends = _ends(net, tokens)
     return tokens if ends is None else tokens[:, : int(ends.max()) + 1]
 
 
 def joined(net: Any, parts: Sequence[Tensor]) -> Tensor:
-    """One ``(N, L)`` of several ``(N_i, L_i)``, padded as the tower's own tokenizer does."""
+    """Concatenates tokens ``(N_i, L_i)`` as one ``(sum N_i, L)``, padded as the tower's own tokenizer does.
+
+    Args:
+        net: open_clip model.
+        parts: the tokens.
+    """
     longest = max(part.shape[1] for part in parts)
     padding = _tower(net).config.pad_token_id if isinstance(_tower(net), HFTextEncoder) else 0
     return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=padding) for part in parts])
 
 
 def encode(net: Any, tokens: Tensor) -> Tensor:
-    """Tokens ``(N, L)``, cut or whole, to unit features ``(N, D)``."""
+    """Encodes tokens as unit features.
+
+    Args:
+        net: open_clip model.
+        tokens: ``(N, L)``, cut or at full length.
+
+    Returns:
+        ``(N, D)``.
+    """
     length, tower = tokens.shape[1], _tower(net)
     if isinstance(tower, HFTextEncoder) or length == tower.context_length:
         return F.normalize(net.encode_text(tokens), dim=-1)
-    # open_clip adds all positions and the whole mask, so that both must be as short as the tokens.
+    # open_clip adds all positions and the whole mask, so both are replaced by parts as long as the tokens.
     shorter = {"attn_mask": tower.attn_mask[:length, :length]}
     if tower is net:
         shorter["positional_embedding"] = net.positional_embedding[:length]
@@ -44,19 +61,19 @@ def encode(net: Any, tokens: Tensor) -> Tensor:
 
 
 def embedding(net: Any) -> nn.Embedding:
-    """The layer that makes vectors of tokens."""
+    """Returns the layer that embeds the tokens of the text tower."""
     tower = _tower(net)
-    found = tower.transformer.get_input_embeddings() if isinstance(tower, HFTextEncoder) else tower.token_embedding
-    return cast(nn.Embedding, found)
+    layer = tower.transformer.get_input_embeddings() if isinstance(tower, HFTextEncoder) else tower.token_embedding
+    return cast(nn.Embedding, layer)
 
 
 def _tower(net: Any) -> Any:
-    """Where the text tower lies: beside the image tower's parts, or in a module of its own."""
+    """Returns the module of the text tower: open_clip's CLIP contains its parts directly, other models as ``text``."""
     return net if isinstance(net, CLIP) else net.text
 
 
 def _ends(net: Any, tokens: Tensor) -> Tensor | None:
-    """Position ``(N,)`` of the last token that counts in each text; None where that is not known."""
+    """Finds the position ``(N,)`` of the last token of each text that matters; None if it is unknown."""
     if not isinstance(net, CLIP | CustomTextCLIP):
         return None
     tower = _tower(net)

@@ -1,4 +1,4 @@
-"""How strongly the energy depends on linear adapters, in closed form: one ordinary backward pass differentiates it."""
+"""Squared gradient of the energy with respect to linear adapters, in closed form: one backward pass suffices."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,14 +9,14 @@ Reduction = Literal["mean", "sum"]
 
 
 class Branch(NamedTuple):
-    """Image or text side of the model behind its adapter ``W``: ``u = ratio * x W^T + (1 - ratio) * x``.
+    """Features of images or texts before and after their adapter ``W``: ``u = ratio * x W^T + (1 - ratio) * x``.
 
     Attributes:
         inputs: ``x``, ``(N, D)`` of unit length.
         unit: ``u / |u|``, ``(N, D)``.
         norm: ``|u|``, ``(N, 1)``.
-        ratio: of the adapter.
-        gram: ``x x^T``, ``(N, N)``; None where it is not worth keeping.
+        ratio: weight of the adapter, in [0, 1].
+        gram: ``x x^T``, ``(N, N)``, if it is kept for several steps; else None.
     """
 
     inputs: Tensor
@@ -27,30 +27,37 @@ class Branch(NamedTuple):
 
     @property
     def products(self) -> Tensor:
-        """``x x^T``, ``(N, N)``."""
+        """The products ``x x^T``, ``(N, N)``."""
         return self.inputs @ self.inputs.T if self.gram is None else self.gram
 
 
 def adapted(inputs: Tensor, adapter: Tensor, ratio: float, gram: Tensor | None = None) -> Branch:
-    """Unit features ``(..., D)`` behind an adapter ``(D, D)``."""
+    """Applies an adapter to unit features.
+
+    Args:
+        inputs: ``(N, D)``, of unit length.
+        adapter: ``(D, D)``.
+        ratio: weight of the adapter, in [0, 1].
+        gram: ``inputs inputs^T``, if it is known.
+    """
     outputs = ratio * (inputs @ adapter.T) + (1 - ratio) * inputs
     norm = outputs.norm(dim=-1, keepdim=True)
     return Branch(inputs, outputs / norm, norm, ratio, gram)
 
 
 def batch_penalty(images: Branch, texts: Branch, *, reduction: Reduction = "mean", is_shared: bool = False) -> Tensor:
-    """Squared gradient of one sum over all images and classes, as CRoFT's code takes it; a scalar.
+    """Computes the squared gradient of one sum over all images and classes, as CRoFT's code does; a scalar.
 
-    The sum ``F = sum_nk exp(cos(u_n, v_k))`` has neither the energy's logarithm nor a temperature. With ``a_n`` and
-    ``b_k``, its gradients in ``u_n`` and ``v_k``, those in the adapters are ``r a^T X`` and ``r_t b^T T``, and of
-    their entries the sum of squares is ``sum_ij <x_i, x_j> <a_i, a_j>``.
+    The sum ``F = sum_nk exp(cos(u_n, v_k))`` has neither the energy's logarithm nor a temperature. Let ``a_n`` and
+    ``b_k`` be its gradients with respect to ``u_n`` and ``v_k``. The gradients with respect to the adapters are
+    ``r a^T X`` and ``r_t b^T T``, and the sum of their squared entries is ``sum_ij <x_i, x_j> <a_i, a_j>``.
 
     Args:
-        images: ``N`` of them.
-        texts: ``C`` of them.
-        reduction: ``mean`` divides ``F`` by its ``N C`` terms and sums the squares; ``sum`` leaves ``F`` and averages
-            the squares over the ``D^2`` entries, which makes ``(N C / D)^2`` times as much.
-        is_shared: one shift moves both adapters, transposed, so that their gradients add up before they are squared.
+        images: features of ``N`` images.
+        texts: features of ``C`` texts.
+        reduction: ``mean`` divides ``F`` by its ``N C`` terms and sums the squares; ``sum`` keeps ``F`` and averages
+            the squares over the ``D^2`` entries, which is ``(N C / D)^2`` times as much.
+        is_shared: one shift moves both adapters, transposed, so that their gradients are added before squaring.
     """
     p = (images.unit @ texts.unit.T).exp()
     if reduction == "mean":
@@ -64,16 +71,17 @@ def batch_penalty(images: Branch, texts: Branch, *, reduction: Reduction = "mean
 
 
 def sample_penalty(images: Branch, texts: Branch, *, temperature: float = 1.0) -> Tensor:
-    """Squared gradient of each image's energy ``E = -log sum_k exp(tau cos(u, v_k))``, averaged over the images.
+    """Computes the squared gradient of each image's energy, averaged over the images.
 
-    With ``S_k = cos(u, v_k)``, ``p = softmax(tau S)`` and unit vectors ``u^``, ``v^``::
+    The energy is ``E = -log sum_k exp(tau cos(u, v_k))``. With ``S_k = cos(u, v_k)``, ``p = softmax(tau S)`` and unit
+    vectors ``u^``, ``v^``::
 
         |dE/dA|^2 = (r tau / |u|)^2 |m - u^ <u^, m>|^2,   m = sum_k p_k v^_k
         |dE/dB|^2 = sum_kl <t_k, t_l> q_k q_l (1 - S_k^2 - S_l^2 + S_k S_l <v^_k, v^_l>),   q_k = r_t tau p_k / |v_k|
 
     Args:
-        images: ``N`` of them.
-        texts: ``C`` of them.
+        images: features of ``N`` images.
+        texts: features of ``C`` texts.
         temperature: ``tau``.
     """
     cosines = images.unit @ texts.unit.T
@@ -87,18 +95,18 @@ def sample_penalty(images: Branch, texts: Branch, *, temperature: float = 1.0) -
 
 
 def _across(vectors: Tensor, directions: Tensor) -> Tensor:
-    """The part of vectors ``(N, D)`` that is orthogonal to unit directions ``(N, D)``."""
+    """Removes from vectors ``(N, D)`` their components along unit directions ``(N, D)``."""
     return vectors - directions * (directions * vectors).sum(-1, keepdim=True)
 
 
 def _form(gram: Tensor, vectors: Tensor) -> Tensor:
-    """``sum_ij gram_ij <c_i, c_j>`` of a symmetric ``(N, N)`` and vectors ``(N, D)``."""
+    """Computes ``sum_ij gram_ij <c_i, c_j>`` of a symmetric ``(N, N)`` and vectors ``(N, D)``."""
     form: Tensor = _QuadraticForm.apply(gram, vectors)
     return form
 
 
 class _QuadraticForm(torch.autograd.Function):
-    """Its one large product serves value and gradient; autograd, not knowing the symmetry, takes a second."""
+    """Quadratic form whose value and gradient share one large product; autograd, unaware of the symmetry, takes two."""
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor, vectors: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ class _QuadraticForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         gram, vectors, product = ctx.saved_tensors
-        if torch.is_grad_enabled():  # whoever differentiates once more needs the product's own graph
+        if torch.is_grad_enabled():  # a second differentiation needs the product's own graph
             product = gram @ vectors
         of_gram = gradient * (vectors @ vectors.T) if ctx.needs_input_grad[0] else None
         return of_gram, 2 * gradient * product

@@ -1,6 +1,6 @@
-"""How far two models' outputs lie apart: two ``(B, K)`` to one value per sample ``(B,)``, in fp32.
+"""Losses per sample in fp32: distances between two models' outputs, and entropy; and InfoNCE of a batch.
 
-Gradients flow into both arguments; what must not learn comes detached. Further, entropy and InfoNCE.
+Gradients pass to both arguments; detach the one that must not be trained.
 """
 
 import torch
@@ -9,49 +9,96 @@ from torch.nn import functional as F
 
 
 def kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(q || p) = sum_k q_k (log q_k - log p_k)``, ``p = softmax(logits)`` and ``q = softmax(reference)``.
+    """Computes ``KL(q || p) = sum_k q_k (log q_k - log p_k)`` per sample, the order of distillation.
 
-    The order of distillation (Hinton et al., https://arxiv.org/abs/1503.02531): the reference says what matters.
+    With ``p = softmax(logits)`` and ``q = softmax(reference)``, classes weigh as much as the reference's probabilities
+    (Hinton et al., https://arxiv.org/abs/1503.02531).
+
+    Args:
+        logits: ``(B, K)``.
+        reference: logits ``(B, K)``.
+
+    Returns:
+        ``(B,)``, at least 0.
     """
     log_p, log_q = F.log_softmax(logits.float(), dim=-1), F.log_softmax(reference.float(), dim=-1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def reverse_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """``KL(p || q)``, with ``p`` and ``q`` as in `kl`."""
+    """Computes ``KL(p || q)`` per sample, with ``p`` and ``q`` as in `kl`.
+
+    Args:
+        logits: ``(B, K)``.
+        reference: logits ``(B, K)``.
+
+    Returns:
+        ``(B,)``, at least 0.
+    """
     return kl(reference, logits)
 
 
 def l1(outputs: Tensor, reference: Tensor) -> Tensor:
-    """Mean absolute difference over the K entries."""
+    """Computes the mean absolute difference over the K entries.
+
+    Args:
+        outputs: ``(B, K)``.
+        reference: ``(B, K)``.
+
+    Returns:
+        ``(B,)``.
+    """
     return (outputs.float() - reference.float()).abs().mean(-1)
 
 
 def l2(outputs: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared difference over the K entries."""
+    """Computes the mean squared difference over the K entries.
+
+    Args:
+        outputs: ``(B, K)``.
+        reference: ``(B, K)``.
+
+    Returns:
+        ``(B,)``.
+    """
     return (outputs.float() - reference.float()).square().mean(-1)
 
 
 def cosine(outputs: Tensor, reference: Tensor) -> Tensor:
-    """``1 - cos``, in [0, 2]."""
+    """Computes the cosine distance ``1 - cos``, in [0, 2].
+
+    Args:
+        outputs: ``(B, K)``.
+        reference: ``(B, K)``.
+
+    Returns:
+        ``(B,)``.
+    """
     return 1 - F.cosine_similarity(outputs.float(), reference.float(), dim=-1)
 
 
 def entropy(log_p: Tensor, eps: float = 0.0) -> Tensor:
-    """``H(p) = -sum_k p_k log(p_k + eps)`` of log-probabilities, in [0, log K]."""
+    """Computes the entropy ``H(p) = -sum_k p_k log(p_k + eps)``, in [0, log K].
+
+    Args:
+        log_p: log-probabilities ``(..., K)``.
+        eps: constant inside the logarithm; 0 for the exact entropy.
+
+    Returns:
+        ``(...)``.
+    """
     p = log_p.exp()
     return -(p * (log_p if eps == 0 else (p + eps).log())).sum(-1)
 
 
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """``(CE(S, arange) + CE(S^T, arange)) / 2``, ``S = scale images texts^T``: each image's text is the row of its own.
+    """Computes InfoNCE, ``(CE(S, arange) + CE(S^T, arange)) / 2`` with ``S = scale images texts^T``.
 
-    CLIP's loss (Radford et al., https://arxiv.org/abs/2103.00020), a mean over the batch, with at least the precision
-    of fp32 also under autocast: at scale 100, half precision cannot tell the logits apart.
-
+    CLIP's loss (Radford et al., https://arxiv.org/abs/2103.00020), a mean over the batch. Row i of the texts belongs to
+    image i. The precision is at least fp32, also under autocast: at scale 100, half precision merges close logits.
     Args:
         images: unit features ``(B, D)``.
-        texts: theirs, ``(B, D)``.
+        texts: unit features ``(B, D)`` of the images' texts.
         scale: inverse temperature, a scalar.
 
     Returns:

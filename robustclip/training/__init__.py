@@ -1,4 +1,4 @@
-"""Callbacks of a fit: checkpoints, signals, and a warning about runs that learn nothing."""
+"""Callbacks of a fit: checkpoints, signals, and a warning if the loss remains at the chance level."""
 
 from robustclip.training.chance_level import ChanceLevelWarning
 from robustclip.training.interruption import Interruption

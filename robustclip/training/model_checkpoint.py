@@ -1,4 +1,4 @@
-"""Checkpoints to choose from and to continue from."""
+"""Checkpoints of a fit: the best by validation, and the last to resume from."""
 
 import itertools
 import re
@@ -21,17 +21,17 @@ ACCURACY = re.compile("val/[^/]+/[^/]+/acc1")
 
 @checked
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose ``last.ckpt`` is the last one.
+    """Lightning's ModelCheckpoint with a ``last.ckpt`` that is always the last checkpoint.
 
-    Lightning 2.6 renews ``last.ckpt`` only when the monitored metric improved, so a run that is continued from it
+    Lightning 2.6 updates ``last.ckpt`` only when the monitored metric has improved, so a run that resumes from it
     would lose every epoch since the best.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks before a fit, not after its first epoch, whether validation measures the monitored accuracy.
+        """Fails before training starts if validation does not log the monitored accuracy.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the accuracy is not logged; the message lists those that are.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
@@ -44,26 +44,26 @@ class Checkpoints(ModelCheckpoint):
                 raise ValueError(f"checkpoint.monitor is {self.monitor!r}, but validation gives {', '.join(known)}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the settings of the command line beside the checkpoints, which hold them too."""
+        """Writes the settings of the command line beside the checkpoints, which contain them too."""
         settings = pl_module.run_settings if isinstance(pl_module, RobustMethod) else None
         is_local = self.dirpath is not None and "://" not in str(self.dirpath)
         if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_settings(Path(str(self.dirpath)), settings)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best, then the last, where validation decides when."""
+        """Saves the best and then the last checkpoint, if saving follows validation."""
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._renew_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the best, then the last, where the epoch decides when."""
+        """Saves the best and then the last checkpoint, if saving follows the epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._renew_last(trainer)
 
     def save_now(self, trainer: Trainer) -> Path:
-        """Saves ``last.ckpt``, or without `save_last: true` ``interrupted.ckpt``; returns its path."""
+        """Saves ``last.ckpt``, or ``interrupted.ckpt`` without `save_last: true`, and returns its path."""
         if self.save_last is True:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             return Path(self.last_model_path)
@@ -80,11 +80,11 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
     """Writes the settings of a fit as ``fit.yaml``, or under the next free name; overwrites no file.
 
     Args:
-        folder: of the checkpoints; made where it is missing.
-        settings: as ``--config`` takes them.
+        folder: folder of the checkpoints, which is created if it is missing.
+        settings: settings as ``--config`` reads them.
 
     Returns:
-        The file, which an earlier start with equal settings may have written.
+        The path of the file, which an earlier start with equal settings may have written.
 
     Raises:
         OSError: the folder cannot be written.
@@ -102,8 +102,8 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def _validated(trainer: Trainer) -> list[str]:
-    """Names of the accuracies that a fit's validation logs."""
+    """Lists the names of the accuracies that a fit's validation logs."""
     tasks = [task.name for task in data_of(trainer).val_tasks]
-    evaluations = [each for each in trainer.callbacks if isinstance(each, RobustEvaluation)]  # type: ignore[attr-defined]
-    names = ["clean", *(name for each in evaluations for name in each.fit_attacks)]
+    evaluations = [part for part in trainer.callbacks if isinstance(part, RobustEvaluation)]  # type: ignore[attr-defined]
+    names = ["clean", *(name for evaluation in evaluations for name in evaluation.fit_attacks)]
     return [f"val/{task}/{name}/acc1" for task in ("mean", *tasks) for name in names] if tasks else []

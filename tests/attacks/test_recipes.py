@@ -196,5 +196,5 @@ def test_wrong_recipes_are_refused() -> None:
         Recipe("pgd20", 0.1)
     with pytest.raises(ValueError, match="budget must be above 0"):
         Recipe("pgd10", 0.1, budget=0)
-    with pytest.raises(ValueError, match="Recipe brings its own loss"):
+    with pytest.raises(ValueError, match=r"Recipe .*own loss"):
         Recipe("pgd10", 0.1)(torch.rand(1, 3, 4, 4), lambda x: x, torch.tensor([0]), lambda z, y: z)

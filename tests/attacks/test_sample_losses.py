@@ -10,10 +10,10 @@ import robustclip.attacks
 import robustclip.attacks.attack
 from robustclip.attacks.sample_losses import (
     LOSSES,
-    affordable,
     cross_entropy,
     dlr,
     margin,
+    select_loss,
     targeted_dlr,
     targeted_margin,
 )
@@ -78,10 +78,10 @@ def test_dlr_refuses_too_few_classes_and_the_margin_takes_its_place() -> None:
         dlr(torch.randn(2, 2), labels)
     with pytest.raises(ValueError, match="targeted DLR needs at least 4 classes, got 3"):
         targeted_dlr(torch.randn(2, 3), labels, labels)
-    assert affordable("dlr", 2) == ("margin", "2 classes: the margin instead of DLR")
-    assert affordable("dlr", 3, is_targeted=True)[0] == "margin"
-    assert affordable("dlr", 3) == ("dlr", "")
-    assert affordable("ce", 2) == ("ce", "")
+    assert select_loss("dlr", 2) == ("margin", "2 classes: the margin instead of DLR")
+    assert select_loss("dlr", 3, is_targeted=True)[0] == "margin"
+    assert select_loss("dlr", 3) == ("dlr", "")
+    assert select_loss("ce", 2) == ("ce", "")
 
 
 def test_cross_entropy_is_one_function_wherever_it_is_imported_from() -> None:

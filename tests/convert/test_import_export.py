@@ -147,7 +147,7 @@ def test_the_authors_towers_are_never_computed_with_gelu(base: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arch", "activation", "words"),
     [
-        (QUICK, None, "say what it was trained with: --activation"),
+        (QUICK, None, "--activation quickgelu or --activation gelu"),
         (QUICK, "gelu", "with GELU, tiny-vit-quickgelu computes QuickGELU; use --arch tiny-vit$"),
         ("tiny-vit", "quickgelu", f"use --arch {QUICK}"),
         (QUICK, "relu", "must be quickgelu or gelu"),
@@ -223,7 +223,7 @@ def test_a_file_that_was_cut_short_is_refused(suffix: str, share: float, base: P
     whole = buffer.getvalue() if suffix == ".pt" else safetensors.torch.save(tower_of(random_net(QUICK)))
     path = tmp_path / f"a{suffix}"
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(ValueError, match=f"a{suffix} (is cut short|may hold code or is damaged)") as caught:
+    with pytest.raises(ValueError, match=f"a{suffix} (is cut short|may contain code or is damaged)") as caught:
         import_checkpoint(path, tmp_path / "out", pretrained=str(base))
     assert "\n" not in str(caught.value)
 

@@ -168,7 +168,7 @@ def test_recomputed_activations_give_the_same_gradients(
 
 def test_a_block_that_is_recomputed_in_parts_cannot_be_guided(towers: dict[str, Path]) -> None:
     method = cases.make(PMGAFT, towers["efficientnet"], has_activation_checkpointing=True, layer=-1)
-    with pytest.raises(ValueError, match="layer -1 is not seen with has_activation_checkpointing"):
+    with pytest.raises(ValueError, match=r"layer -1 .*has_activation_checkpointing"):
         method.training_loss(cases.batch(2))
 
 

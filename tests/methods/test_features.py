@@ -11,7 +11,7 @@ from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 
 from robustclip.methods import CLIPAdapter, CRoFT, FineTuning, RobustMethod, TeCoA, TipAdapter
-from robustclip.methods._shared.data_checks import check_intake
+from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import constant_warmup_cosine
 
 each_method = pytest.mark.parametrize("cls", [CLIPAdapter, CRoFT, TipAdapter])
@@ -22,7 +22,7 @@ each_method = pytest.mark.parametrize("cls", [CLIPAdapter, CRoFT, TipAdapter])
 )
 def test_embeddings_stand_for_images(cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path) -> None:
     method, data = cases.make(cls, tiny_model, **kwargs), cases.batch()
-    check_intake(method, given(method), "fit")
+    check_data(method, given(method), "fit")
     with torch.no_grad():
         embedded = data._replace(images=cases.embed(method, data.images))
     torch.testing.assert_close(method.training_loss(embedded), method.training_loss(data))
@@ -86,17 +86,17 @@ def given(method: RobustMethod, **features: Any) -> Any:
 
 def test_features_of_another_tower_are_refused(tiny_model: Path) -> None:
     method = cases.make(CLIPAdapter, tiny_model)
-    check_intake(method, given(method), "fit")
+    check_data(method, given(method), "fit")
     for key, value in (("fingerprint", "f00"), ("image_size", 96)):
         with pytest.raises(ValueError, match=f"embeddings of a tower with {key} {value!r}, this run has"):
-            check_intake(method, given(method, **{key: value}), "test")
+            check_data(method, given(method, **{key: value}), "test")
 
 
 @pytest.mark.parametrize("cls", [TeCoA, FineTuning])
 def test_a_method_with_a_tower_that_learns_refuses_features(cls: type[RobustMethod], tiny_model: Path) -> None:
     method, name = cases.make(cls, tiny_model), cls.__name__
     with pytest.raises(ValueError, match=f"{name} needs images, data.features gives embeddings; set data.features"):
-        check_intake(method, given(method), "fit")
+        check_data(method, given(method), "fit")
 
 
 @pytest.mark.parametrize(

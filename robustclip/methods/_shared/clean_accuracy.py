@@ -1,4 +1,4 @@
-"""Counting clean answers over tasks and processes."""
+"""Clean accuracy of every task, over all processes."""
 
 from typing import cast
 
@@ -13,7 +13,13 @@ PREFIX = "task_"  # keeps a task called `keys` or `type` from shadowing ModuleDi
 
 
 def log_counts(module: LightningModule, counts: nn.ModuleDict, stage: str) -> None:
-    """Logs ``<stage>/<task>/n``, ``<stage>/<task>/clean/...`` and ``<stage>/mean/clean/acc1``, and starts anew."""
+    """Logs ``<stage>/<task>/n``, ``<stage>/<task>/clean/...`` and ``<stage>/mean/clean/acc1``, and resets the metrics.
+
+    Args:
+        module: method that logs.
+        counts: one `Top1` per task; the key is the task's name behind `PREFIX`.
+        stage: ``val`` or ``test``.
+    """
     accuracies = []
     for key, count in counts.items():
         values = cast(Top1, count).compute()
@@ -27,13 +33,17 @@ def log_counts(module: LightningModule, counts: nn.ModuleDict, stage: str) -> No
 
 
 def synchronise_forwards(module: LightningModule, *, is_on: bool) -> None:
-    """Lets ranks evaluate different numbers of batches while fitting.
+    """Allows ranks to evaluate different numbers of batches during a fit.
 
-    DistributedDataParallel broadcasts buffers in a forward pass, in which a rank with an empty share takes no part.
+    DistributedDataParallel broadcasts buffers in every forward pass, which would wait for ranks whose share is empty.
+
+    Args:
+        module: method with its trainer.
+        is_on: false before an evaluation, true after it.
     """
     wrapper = module.trainer.model
     if isinstance(wrapper, DistributedDataParallel):
-        if not is_on:
+        if not is_on:  # one last broadcast, so that all ranks evaluate with the same buffers
             for buffer in module.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         wrapper.require_forward_param_sync = is_on

@@ -1,4 +1,4 @@
-"""What unsupervised methods for image-text models train: a text context and the norms of the image tower."""
+"""Base of unsupervised methods that train a text context and the norms of the image tower."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,24 +18,24 @@ from robustclip.types import Task, data_of
 
 
 class ContextAndNorms(RobustMethod):
-    """Few parameters, which UEO (Liang et al., ICML 2024, https://arxiv.org/abs/2308.12919) trains without labels.
+    """Base of methods that train few parameters without labels, as UEO does (Liang et al., ICML 2024).
 
-    A context in place of the words "a photo of a", for every task, and scale and shift of the image tower's norms,
-    whose statistics stay. All else is frozen, the logit scale too: 100 for OpenAI's models, the constant of the
-    authors' code. Both towers are in eval mode throughout.
+    The trained parameters (https://arxiv.org/abs/2308.12919) are a context in place of the words "a photo of a", for
+    every task, and scale and shift of the image tower's norms, whose statistics are kept. All else is frozen, also the
+    logit scale: 100 for OpenAI's models, the constant of the authors' code. Both towers are always in eval mode.
 
     Args:
-        learns: ``both``, or the ``context`` or the ``norms`` alone.
-        norm_filter: ``official`` takes the norms whose names have "bn" or "ln", which leaves out those of a ResNet's
-            shortcuts; ``all`` takes every norm of the image tower.
-        phrase: that the context starts at; replaces the tasks' templates.
-        context_lr: learning rate of the context; the norms' is the optimiser's.
-        classes_per_pass: keep the text tower's activations of this many classes alone; null for all.
-        optimizer: UEO's.
+        learns: parameters to train: ``both``, or the ``context`` or the ``norms`` alone.
+        norm_filter: ``official`` selects the norms whose names have "bn" or "ln", which omits those of a ResNet's
+            shortcuts; ``all`` selects every norm of the image tower.
+        phrase: text whose embeddings the context starts from; it replaces the tasks' templates.
+        context_lr: learning rate of the context; the norms have the optimiser's.
+        classes_per_pass: number of classes whose activations of the text tower are in memory at once; null for all.
+        optimizer: default of UEO.
         kwargs: arguments of `RobustMethod`.
 
     Raises:
-        ValueError: an option of another name, or a tower without such norms.
+        ValueError: an option is unknown, or the tower has no such norms.
     """
 
     of_training: tuple[str, ...] = ("learns", "norm_filter", "context_lr", "classes_per_pass")
@@ -61,7 +61,7 @@ class ContextAndNorms(RobustMethod):
         self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The context, and scale and shift of the norms."""
+        """Returns the context, and scale and shift of the norms."""
         parts: dict[str, dict[str, Any]] = {
             "context": {"params": [self.context.vectors], "lr": self.context_lr},
             "norms": {"params": self.norms},
@@ -69,49 +69,52 @@ class ContextAndNorms(RobustMethod):
         return [group for part, group in parts.items() if self.learns in ("both", part)]
 
     def learning(self) -> list[Tensor]:
-        """All of `parameter_groups()`."""
+        """Lists all parameters of `parameter_groups()`."""
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
     def class_features(self, task: Task) -> Tensor:
-        """Unit features ``(C, D)`` of the classes behind the learnt context."""
+        """Encodes the task's class names behind the trained context as unit features ``(C, D)``."""
         tokens = self.context.tokenize(self.clip, task.class_names)
         return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
 
     def prepare_training(self, task: Task) -> None:
-        """Keeps the tokens of the training prompts, too."""
+        """Encodes the training classes and stores the tokens of their prompts."""
         super().prepare_training(task)
         self.prompts = self.context.tokenize(self.clip, task.class_names)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features ``(B, D)`` of images ``(B, 3, H, W)``, ``(C, D)`` of the classes, with gradients, in fp32."""
+        """Encodes images ``(B, 3, H, W)`` and the training classes as unit features ``(B, D)`` and ``(C, D)``, in fp32.
+
+        Both have gradients.
+        """
         features = self.image_features(images)
         classes = self.context.encode(self.clip, self.prompts, per_pass=self.classes_per_pass)
         return features.float(), classes.float()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
-        """``log softmax(s cos(f(x), t))`` of images ``(B, 3, H, W)``, with gradients, in fp32, ``(B, C)``."""
+        """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
         features, classes = self.features(images)
-        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision cannot tell logits apart
+        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision merges close logits
             return head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(-1)
 
     def of_every_image(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What the pre-trained model says of every training image, seen with the test transform, in fp32.
+        """Applies a function to the pre-trained features of every training image, under the test transform, in fp32.
 
         Args:
-            summary: of unit features of images ``(B, D)`` and classes ``(C, D)``, ``(B, ...)``.
+            summary: function of unit features of images ``(B, D)`` and of classes ``(C, D)``, with ``B`` rows.
 
         Returns:
-            One row per sample id, nan where there is no such image, the same on all processes.
+            One row per sample id, nan where no image has that id, the same on all processes.
         """
         with self.as_at_the_start():
             with torch.no_grad(), frozen(self):
                 classes = self.class_features(data_of(self.trainer).train_task)
-            index, found, _ = of_training_images(self, lambda features: summary(features, classes))
-        return found.new_full((int(index.max()) + 1, *found.shape[1:]), torch.nan).index_copy(0, index, found)
+            index, rows, _ = of_training_images(self, lambda features: summary(features, classes))
+        return rows.new_full((int(index.max()) + 1, *rows.shape[1:]), torch.nan).index_copy(0, index, rows)
 
     @contextmanager
     def as_at_the_start(self) -> Iterator[None]:
-        """What learns has its values of the pre-trained model inside."""
+        """Gives the trained parameters their pre-trained values inside the context."""
         learning = self.learning()
         learnt = [parameter.detach().clone() for parameter in learning]
         for parameter, value in zip(learning, self.start, strict=True):
@@ -123,7 +126,7 @@ class ContextAndNorms(RobustMethod):
                 parameter.data.copy_(value)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode, except for the towers."""
+        """Sets the training mode, except for the towers."""
         super().train(mode)
         self.clip.eval()
         return self

@@ -1,28 +1,28 @@
-"""What a method may be given by the data module."""
+"""Checks of the data that a method accepts."""
 
 from typing import Any, Protocol
 
 from robustclip.models.clip import CLIPModel
 
 
-class Taker(Protocol):
-    """A method, as far as its intake goes."""
+class DataUser(Protocol):
+    """Members of a method that decide which data it accepts."""
 
     clip: CLIPModel
     takes_unknown: bool
     takes_features: bool
 
 
-def check_intake(method: Taker, data: Any, stage: str) -> None:
-    """Compares the data of a stage with what a method takes.
+def check_data(method: DataUser, data: Any, stage: str) -> None:
+    """Refuses data of a stage that the method does not accept.
 
     Args:
-        method: with its model.
-        data: the data module, set up.
+        method: method with its model.
+        data: data module, after its setup.
         stage: ``fit``, ``validate`` or ``test``.
 
     Raises:
-        ValueError: images of unknown classes, or features, for a method that takes none, or another tower's features.
+        ValueError: the method accepts no images of unknown classes, or no features, or not those of another tower.
     """
     name = type(method).__name__
     if stage == "fit" and data.train_has_unknown and not method.takes_unknown:

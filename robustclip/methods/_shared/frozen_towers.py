@@ -1,4 +1,4 @@
-"""FrozenFeatures: what the methods share that learn behind frozen towers."""
+"""FrozenFeatures, the base class of the methods that train parameters behind frozen towers."""
 
 from typing import Any, Self
 
@@ -14,20 +14,20 @@ from robustclip.types import Batch, Task
 
 
 class FrozenFeatures(RobustMethod):
-    """Base of methods whose towers stay as they are, in eval mode, and which may be given features for images.
+    """Base of methods whose towers are frozen and in eval mode; they accept embeddings instead of images.
 
-    A training batch is encoded once, in the trainer's precision; what follows is small and in fp32. The defaults are
-    those of CRoFT's code (https://github.com/LinLLLL/CRoFT, and CoOp's before it) for all its methods: the first epoch
-    at the constant rate 1e-5, then a cosine that falls with every epoch. Its weight decay of 0.1, two hundred times
-    CoOp's, pulls what starts at the identity towards nothing.
+    A training batch is encoded once, in the trainer's precision; the rest of a step is small and in fp32. The defaults
+    are those of CRoFT's code (https://github.com/LinLLLL/CRoFT, after CoOp's) for all its methods: the first epoch at
+    the constant rate 1e-5, then a cosine that is updated every epoch. Its weight decay of 0.1, two hundred times
+    CoOp's, shrinks adapters that start at the identity.
 
     Args:
         warmup_epochs: epochs at 1e-5 before the cosine.
-        optimizer: called with `parameter_groups()`.
+        optimizer: function that builds the optimiser from `parameter_groups()`.
         kwargs: arguments of `RobustMethod`; with ``schedule`` ``constant``, there is no cosine after the warm-up.
 
     Raises:
-        ValueError: fewer than 0 epochs, or a warm-up in steps.
+        ValueError: the number of epochs is negative, or there is a warm-up in steps.
     """
 
     of_training: tuple[str, ...] = ("warmup_epochs",)
@@ -45,13 +45,13 @@ class FrozenFeatures(RobustMethod):
             raise ValueError(f"warmup_steps must be 0 for {name}, got {self.warmup_steps}; set warmup_epochs")
         self.warmup_epochs = warmup_epochs
         self._texts: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
-        self.width = self.clip.encode_text([""]).shape[1]  # of embeddings, ``D``
+        self.width = self.clip.encode_text([""]).shape[1]  # width D of the embeddings
         self.train()
 
     def embeddings(self, images: Tensor) -> Tensor:
-        """Embeddings ``(B, D)``, not normalised, of images ``(B, 3, H, W)`` in [0, 1]; embeddings stay what they are.
+        """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised; embeddings are returned unchanged.
 
-        Without gradients in training; an attack sees the tower.
+        There are no gradients in training mode, but in eval mode, so that attacks can use the tower.
         """
         if images.ndim == 2:
             return images
@@ -59,49 +59,57 @@ class FrozenFeatures(RobustMethod):
             return self.clip.embed_image(images).to(self.clip.mean.dtype)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1], or their embeddings ``(B, D)``, to unit features ``(B, D)``."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1], or embeddings ``(B, D)``, as unit features ``(B, D)``."""
         return F.normalize(self.embeddings(images), dim=-1)
 
     def class_features(self, task: Task) -> Tensor:
-        """Unit features ``(C, D)`` of the text tower, which reads the words of a task once."""
-        words = task.class_names, task.templates
-        if words not in self._texts:
+        """Encodes the task's classes as unit features ``(C, D)``, once for the same class names and templates."""
+        texts = task.class_names, task.templates
+        if texts not in self._texts:
             with torch.no_grad():
-                self._texts[words] = super().class_features(task)
-        return self._texts[words].to(self.clip.mean)
+                self._texts[texts] = super().class_features(task)
+        return self._texts[texts].to(self.clip.mean)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy on clean images."""
+        """Returns the cross-entropy on clean images."""
         return {"clean_ce": F.cross_entropy(self.logits(batch.images).float(), batch.labels)}
 
     def embedded(self, batch: Batch) -> Batch:
-        """A batch whose images are embeddings ``(B, D)``."""
+        """Replaces the images of a batch by their embeddings ``(B, D)``."""
         return batch._replace(images=self.embeddings(batch.images))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Encodes the images, and leaves the rest to `step`."""
+        """Embeds the images and runs `step` on them, in fp32."""
         embedded = self.embedded(batch)
         with torch.autocast(self.device.type, enabled=False):
             return self.step(embedded, batch_idx)
 
     def step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The training step on an embedded batch."""
+        """Runs the training step on an embedded batch.
+
+        Args:
+            batch: batch with embeddings ``(B, D)``.
+            batch_idx: number of the batch in its epoch.
+
+        Returns:
+            The loss, a scalar.
+        """
         return super().training_step(batch, batch_idx)
 
     def schedule_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The schedule per epoch, as Lightning's configuration."""
+        """Builds a schedule that is updated every epoch, in the form of Lightning's configuration."""
         check_end(self.trainer, self.schedule)
         epochs = self.trainer.max_epochs if self.schedule == "cosine" else None
         scheduler = constant_warmup_cosine(optimizer, warmup_epochs=self.warmup_epochs, epochs=epochs)
         return {"scheduler": scheduler, "interval": "epoch"}
 
     def configure_optimizers(self) -> Any:
-        """The optimiser over `parameter_groups()` and its schedule per epoch."""
+        """Builds the optimiser over `parameter_groups()` and its schedule, which is updated every epoch."""
         optimizer = self.optimizer(self.parameter_groups())
         return {"optimizer": optimizer, "lr_scheduler": self.schedule_of(optimizer)}
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode, except for the towers."""
+        """Sets the training mode, except for the towers."""
         super().train(mode)
         self.clip.eval()
         return self

@@ -1,4 +1,4 @@
-"""What a checkpoint needs so that a killed run continues as if nothing had happened."""
+"""Checkpoint content that lets a killed run resume exactly, and the checks of a checkpoint that is loaded."""
 
 import json
 import logging
@@ -18,21 +18,21 @@ from robustclip.models.clip import CLIPModel
 from robustclip.models.tensor_files import DIGEST, check_fits, checked_state, digest, one_line, read_file
 from robustclip.persistence import atomic_write
 
-SETTINGS = "inference_settings"  # key of a checkpoint: values beside the tensors that define its function
-BASE = "base."  # so begin the keys of settings that the files of the base model define
-# Types of what a checkpoint of ours holds, where it holds it.
+SETTINGS = "inference_settings"  # checkpoint key of the values beside the tensors that define the evaluated function
+BASE = "base."  # key prefix of the settings that the base model's files define
+# Types of the entries of our checkpoints.
 TYPES: dict[str, Any] = {
     **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
     **{"head_classes": list, "cache_classes": list, "bank": torch.Tensor, "loops": dict, "callbacks": dict},
     **{"pending_gradients": list, "run": dict, "settings": dict},
     **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
 }
-COUNTS = ("ready", "started", "processed", "completed")  # Lightning's, of batches and epochs
+COUNTS = ("ready", "started", "processed", "completed")  # Lightning's counters of batches and epochs
 log = logging.getLogger(__name__)
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in JSON's types, without those that have no such form, as objects."""
+    """Converts values to JSON's types, and leaves out values without such a form, such as objects."""
     plain = {}
     for name, value in values.items():
         try:
@@ -51,29 +51,29 @@ def _plain(value: Any) -> Any:
 
 
 def with_digest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint with the digest of its content, which `read_checkpoint` compares."""
+    """Adds the digest of a checkpoint's content, which `read_checkpoint` compares."""
     content = {key: value for key, value in checkpoint.items() if key != DIGEST}
     return content | {DIGEST: digest(content)}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Opens a checkpoint as data, which runs no code that may be in it, and checks that it is as it was written.
+    """Reads a checkpoint as data, without running any code in it, and compares it with its digest.
 
     Raises:
-        ValueError: the file is damaged, may hold code, or was written by another program.
+        ValueError: the file is damaged, may contain code, or was written by another program.
     """
     return _checked(read_file(path), path)
 
 
 def _checked(content: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"state_dict", "base_model"} <= content.keys():
-        raise ValueError(f"checkpoint {path} was not written by robustclip: it names no base model")
+        raise ValueError(f"checkpoint {path} was not written by robustclip: it has no base_model or no state_dict")
     if DIGEST not in content:
-        log.warning("checkpoint %s has no digest, so a changed value would not be seen; it is of an old version", path)
+        log.warning("checkpoint %s is of an old version: without a digest, changed values are not detected", path)
     elif with_digest(content)[DIGEST] != content[DIGEST]:
         raise ValueError(
-            f"checkpoint {path} is not as it was written: its {DIGEST} differs; copy it again, or delete its key"
-            f" {DIGEST!r} if you changed it on purpose"
+            f"checkpoint {path} was changed after it was written: its {DIGEST} differs; copy it again, or delete its"
+            f" key {DIGEST!r} if you changed it on purpose"
         )
     for key, kind in TYPES.items():
         if key in content and not isinstance(content[key], kind):
@@ -87,17 +87,17 @@ def _checked(content: Any, path: str | Path) -> dict[str, Any]:
 
 
 class RenamedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it, so that no kill leaves half a file under a good name.
+    """Writes a checkpoint under a temporary name beside its path and renames it, so that a kill leaves no half file.
 
-    Lightning writes into the system's folder for temporary files and moves; where that is another file system, as
-    with /tmp in memory, moving means copying onto the previous checkpoint.
+    Lightning writes into the system's folder for temporary files and moves the result. If that is another file system,
+    such as /tmp in memory, it copies onto the previous checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves to a local path, with a digest; leaves URLs to Lightning.
+        """Saves to a local path, with a digest; Lightning writes URLs.
 
         Raises:
-            OSError: the file cannot be written; names it.
+            OSError: the file cannot be written; the message names it.
         """
         checkpoint = with_digest(checkpoint)
         if "://" in str(path) or storage_options is not None:
@@ -108,14 +108,14 @@ class RenamedCheckpointIO(TorchCheckpointIO):
         atomic_write(place, lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        """Reads and checks a local path, as data in any case; Lightning reads URLs."""
+        """Reads and checks a local path, without running code in it; Lightning reads URLs."""
         if "://" in str(path):
             return _checked(super().load_checkpoint(path, weights_only=True), path)
         return read_checkpoint(Path(path))
 
 
 def identity(clip: CLIPModel) -> dict[str, str]:
-    """Tells which base model a checkpoint builds upon."""
+    """Identifies the base model of a checkpoint by architecture, size and weights."""
     sizes = [parameter.numel() for parameter in clip.parameters()]
     return {
         "arch": clip.arch or type(clip.net).__name__,
@@ -127,22 +127,22 @@ def identity(clip: CLIPModel) -> dict[str, str]:
 def check_belongs(
     checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, *, settings: Mapping[str, Any], learning: set[str]
 ) -> None:
-    """Compares a checkpoint with the module that is to load it.
+    """Refuses a checkpoint that does not belong to the module that loads it.
 
     Args:
-        checkpoint: as loaded.
-        module: that loads it.
-        clip: its base model.
-        settings: its inference settings.
-        learning: names of the module's parameters that must all be in the checkpoint.
+        checkpoint: loaded checkpoint.
+        module: module that loads it.
+        clip: base model of the module.
+        settings: inference settings of the module.
+        learning: names of the module's trained parameters, which must all be in the checkpoint.
 
     Raises:
-        ValueError: another architecture, other pre-trained weights or settings, missing or unknown parameters, or other
-            shapes.
+        ValueError: the architecture, the pre-trained weights, the settings or the shapes differ, or parameters are
+            missing or unknown.
     """
     saved = checkpoint.get("base_model")
     if not isinstance(saved, dict):
-        raise ValueError("the checkpoint was not written by robustclip: it names no base model")
+        raise ValueError("the checkpoint was not written by robustclip: it has no base_model")
     theirs, base = checkpoint.get(SETTINGS, {}), identity(clip)
     if clip.pretrained is None:
         del base["weights"]
@@ -152,23 +152,23 @@ def check_belongs(
     _compare(theirs, {key: settings.get(key) for key in sorted(of_base)})
     state = module.state_dict()
     known, given = set(state), set(checkpoint["state_dict"])
-    for words, names in (("lacks", learning - given), ("has the unknown", given - known)):
+    for problem, names in (("lacks", learning - given), ("has the unknown", given - known)):
         if names:
             raise ValueError(
-                f"the checkpoint {words} parameter {min(names)!r} of {type(module).__name__}; same method?"
+                f"the checkpoint {problem} parameter {min(names)!r} of {type(module).__name__}; same method?"
             )
     check_fits(checkpoint["state_dict"], state, "the checkpoint")
 
 
 def _compare(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuses the first value that differs, with both values and the option that sets it."""
+    """Refuses the first value that differs; the message has both values and the option that sets it."""
     for key, value in own.items():
-        is_comparable = key in saved or (saved and key.startswith(BASE))  # a configuration leaves its defaults out
+        is_comparable = key in saved or (saved and key.startswith(BASE))  # a base model's file omits default values
         if is_comparable and (other := saved.get(key)) != value:
             option = {"method": "--model", "arch": "--model.arch"}.get(key, f"--model.{key}")
             is_of_base = key in ("size", "weights") or key.startswith(BASE)
-            shown = "null" if other is None else other
-            remedy = "give the base model that it was trained with" if is_of_base else f"give {option} {shown}"
+            text = "null" if other is None else other
+            remedy = "give the base model that it was trained with" if is_of_base else f"give {option} {text}"
             raise ValueError(f"the checkpoint was trained with {key} {other!r}, this run has {value!r}; {remedy}")
     if missing := [key for key in own if key not in saved and not (saved and key.startswith(BASE))]:
         names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
@@ -176,18 +176,18 @@ def _compare(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 
 
 def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the classes that a part of a checkpoint tells apart, as `<part>_classes` keeps them.
+    """Reads the class names of a part of the checkpoint, such as a classifier, from its entry `<part>_classes`.
 
     Args:
-        checkpoint: as loaded.
-        part: of the method, such as "head".
-        expected: of this run's part; None where it has none yet.
+        checkpoint: loaded checkpoint.
+        part: name of the part, such as "head".
+        expected: class names of this run's part; None if it has none yet.
 
     Returns:
-        `()` if the checkpoint has no such part.
+        The names; `()` if the checkpoint has no such part.
 
     Raises:
-        ValueError: other classes than expected.
+        ValueError: the classes differ from the expected ones.
     """
     classes = tuple(checkpoint.get(f"{part}_classes", ()))
     if expected is not None and classes != expected:
@@ -199,7 +199,12 @@ def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ..
 
 
 def on_rank_zero(value: Any, world_size: int) -> list[Any]:
-    """Gathers a value of every process, in the order of their ranks; the list is of use on rank 0 alone."""
+    """Gathers a value of every process, in the order of their ranks; the list is valid on rank 0 alone.
+
+    Args:
+        value: value of this process, which can be pickled.
+        world_size: number of processes.
+    """
     values = [value] * world_size
     if world_size > 1:
         torch.distributed.gather_object(value, values if torch.distributed.get_rank() == 0 else None)
@@ -207,7 +212,12 @@ def on_rank_zero(value: Any, world_size: int) -> list[Any]:
 
 
 def pending_gradients(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
-    """Returns the gradients that wait for the optimiser step at the end of an accumulation window."""
+    """Returns the gradients of an unfinished accumulation window; other gradients are used up.
+
+    Args:
+        module: module with the parameters.
+        trainer: trainer of the fit.
+    """
     if not trainer.fit_loop.epoch_loop._should_accumulate():
         return {}
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
@@ -215,24 +225,24 @@ def pending_gradients(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
 
 
 def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
-    """Brings a checkpoint's record of progress into a form from which Lightning resumes exactly, again and again.
+    """Corrects a checkpoint's record of progress, so that Lightning resumes from it exactly and repeatedly.
 
-    Lightning 2.6 resumes from an epoch's last step without the validation that is due there, and does not count the
+    Lightning 2.6 resumes from an epoch's last step without the validation that is due then. It also does not count the
     next epoch as begun, so that a second resume trains an epoch too many.
 
     Args:
         progress: state of the trainer's fit loop, changed in place.
-        trainer: which is fitting.
+        trainer: trainer of the fit.
     """
     epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
     if is_validation_due(trainer):
         parts, final = [batch["total"], batch["current"]], "processed"
-        # Lightning repeats a validation that was begun; one that was not begun it would leave out.
+        # Lightning repeats a validation that has begun, and skips one that has not; so it is marked as begun.
         counts = dict.fromkeys(COUNTS, 0)
         begun = {"total": {**counts, "ready": 1, "started": 1}, "current": counts, "is_last_batch": False}
         progress["epoch_loop.val_loop.batch_progress"] = begun
     elif trainer.fit_loop.epoch_loop._num_ready_batches_reached():
-        if epoch["current"]["processed"] < epoch["current"]["ready"]:  # Lightning counts the step after it was saved
+        if epoch["current"]["processed"] < epoch["current"]["ready"]:  # Lightning counts this step only after saving
             progress["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
         parts, final = [batch["total"], batch["current"], epoch["total"], epoch["current"]], "ready"
     else:
@@ -242,7 +252,7 @@ def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
 
 
 def is_validation_due(trainer: Trainer) -> bool:
-    """Whether a fit is to validate before its next step; true until the validation has ended."""
+    """Checks whether a fit must validate before its next step, also during that validation."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     progress = loop.val_loop.batch_progress if trainer.validating else loop.batch_progress
     is_inside = bool(progress.current.completed < progress.current.processed)  # type: ignore[attr-defined]
@@ -252,18 +262,18 @@ def is_validation_due(trainer: Trainer) -> bool:
 
 
 def settle_resumed_loop(fit_loop: _FitLoop) -> None:
-    """Corrects where Lightning resumes between two epochs, and before the validation at an epoch's end."""
+    """Corrects Lightning's position when it resumes between two epochs, or before the validation at an epoch's end."""
     loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
     if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:
-        loop.restarting = False  # with `max_steps` Lightning takes a new epoch for a resumed one
-    elif loop.batch_progress.is_last_batch and fetcher is not None:  # of an epoch that may have had other batches
+        loop.restarting = False  # with `max_steps`, Lightning takes a new epoch for a resumed one
+    elif loop.batch_progress.is_last_batch and fetcher is not None:  # that epoch may have had another number of batches
         batches = int(loop.trainer.num_training_batches)
         vars(loop.batch_progress.current).update(dict.fromkeys(COUNTS, batches))
         loop.val_loop._has_run = not loop._should_check_val_fx(fetcher)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of every global generator of this process, in types that safe loading accepts."""
+    """Collects the state of every global random generator of this process, in types that safe loading accepts."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -274,14 +284,14 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts every global generator where `random_state` found it.
+    """Restores the state of every global random generator.
 
     Args:
-        state: of this process.
-        device: whose generator is set too.
+        state: state of this process, from `random_state`.
+        device: device whose generator is restored too.
 
     Raises:
-        ValueError: it is no such state.
+        ValueError: the state is malformed.
     """
     try:
         torch.set_rng_state(state["torch"])

@@ -18,7 +18,7 @@ def check_end(trainer: Trainer, schedule: str) -> None:
     """Refuses a cosine over a run whose length is unknown.
 
     Args:
-        trainer: of the fit.
+        trainer: trainer of the fit.
         schedule: ``cosine`` or ``constant``.
 
     Raises:
@@ -29,10 +29,10 @@ def check_end(trainer: Trainer, schedule: str) -> None:
 
 
 def steps_of_run(trainer: Trainer, schedule: str) -> int | None:
-    """Number of optimiser steps that a schedule over the whole run needs; None for a constant one.
+    """Returns the number of optimiser steps of the run that a cosine needs; None for a constant schedule.
 
     Args:
-        trainer: of the fit.
+        trainer: trainer of the fit.
         schedule: ``cosine`` or ``constant``.
 
     Raises:
@@ -40,16 +40,16 @@ def steps_of_run(trainer: Trainer, schedule: str) -> int | None:
     """
     check_end(trainer, schedule)
     total = int(trainer.estimated_stepping_batches) if schedule == "cosine" else None
-    if total == -1:  # Lightning's for data without a length where no number of steps is set
+    if total == -1:  # Lightning's value for data without a length and a run without a number of steps
         raise ValueError(NO_END)
     return total
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None) -> LambdaLR:
-    """Per step: linear warm-up to each group's rate, then a cosine to 0 (TeCoA's schedule).
+    """Builds TeCoA's schedule per step: linear warm-up to each group's rate, then a cosine to 0.
 
     Args:
-        optimizer: whose rates are scaled.
+        optimizer: optimiser whose rates are scaled.
         warmup_steps: length of the warm-up.
         total_steps: optimiser steps of the whole run; None keeps the full rate after the warm-up.
     """
@@ -57,7 +57,13 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int |
 
 
 def warmup_cosine_factor(step: int, *, warmup_steps: int, total_steps: int | None) -> float:
-    """Share of the full learning rate at a 0-based step."""
+    """Computes the share of the full learning rate at a step.
+
+    Args:
+        step: number of the step, from 0.
+        warmup_steps: length of the warm-up.
+        total_steps: optimiser steps of the whole run; None keeps the full rate after the warm-up.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if total_steps is None:
@@ -67,14 +73,14 @@ def warmup_cosine_factor(step: int, *, warmup_steps: int, total_steps: int | Non
 
 
 def constant_warmup_cosine(optimizer: Optimizer, *, warmup_epochs: int, epochs: int | None) -> LambdaLR:
-    """Per epoch: 1e-5 at first, then each group's rate times a cosine (the schedule of CoOp's and CRoFT's code).
+    """Builds the schedule per epoch of CoOp's and CRoFT's code: 1e-5 at first, then each group's rate times a cosine.
 
-    The cosine begins after the warm-up and lasts as long as the run, so that the run ends just before it reaches 0.
+    The cosine begins after the warm-up and has the length of the run, so that the run ends just before it reaches 0.
 
     Args:
-        optimizer: whose rates are scaled.
+        optimizer: optimiser whose rates are scaled.
         warmup_epochs: epochs at the constant rate.
-        epochs: of the whole run; None or -1, which do not tell its end, keep the full rate after the warm-up.
+        epochs: epochs of the whole run; None or -1 (unknown) keep the full rate after the warm-up.
     """
     return LambdaLR(
         optimizer, [partial(_epoch_factor, group["lr"], warmup_epochs, epochs) for group in optimizer.param_groups]

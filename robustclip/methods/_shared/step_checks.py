@@ -1,4 +1,4 @@
-"""Checks of a training step: the terms of its loss, their values, and the gradients that they give."""
+"""Checks of a training step: the terms of its loss, their values, and their gradients."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 REMEDY = "lower the learning rate or clip gradients (--trainer.gradient_clip_val)"
-LOOK_EVERY_STEPS = 50  # on an accelerator, where reading a value waits for all kernels before it
+CHECK_EVERY_STEPS = 50  # on an accelerator, where reading a value waits for all kernels before it
 
 
 class DivergenceWatch:
-    """Remembers, on the device, in which step each term of the loss was first not finite.
+    """Records, on the device, the step in which each term of the loss was first not finite.
 
-    `note` reads nothing back, so that a step of an accelerator waits for nothing; `check` does, and raises.
+    `note` reads no value back, so that the accelerator need not wait; `check` reads the values and raises.
     """
 
     def __init__(self) -> None:
-        self._first: dict[tuple[str, ...], Tensor] = {}  # names of terms to the step of each, -1 while all are finite
+        self._first: dict[tuple[str, ...], Tensor] = {}  # names of terms -> first step of each, -1 while it is finite
         self._count = 0
 
     def note(self, names: tuple[str, ...], values: Tensor, step: int) -> bool:
-        """Records one step, and returns whether it is time for a `check`.
+        """Records one step, and returns whether a `check` is due.
 
         Args:
-            names: of the terms.
+            names: names of the T terms.
             values: ``(T,)``, one per name.
             step: number of optimiser steps before this one.
         """
@@ -37,16 +37,16 @@ class DivergenceWatch:
             first = torch.full(values.shape, -1, device=values.device)
         self._first[names] = torch.where(values.isfinite() | (first >= 0), first, step)
         self._count += 1
-        return values.device.type == "cpu" or self._count % LOOK_EVERY_STEPS == 0
+        return values.device.type == "cpu" or self._count % CHECK_EVERY_STEPS == 0
 
     def check(self, trainer: Trainer) -> None:
         """Stops all processes if a term was not finite in any of them.
 
         Args:
-            trainer: of the fit; all its processes must call this together.
+            trainer: trainer of the fit; all its processes must call this together.
 
         Raises:
-            ValueError: the first step and term that was not finite, and the last good checkpoint.
+            ValueError: a term was not finite; the message names it, the first such step and the last good checkpoint.
         """
         steps = [
             (step, name)
@@ -54,13 +54,14 @@ class DivergenceWatch:
             for step, name in zip(first.tolist(), names, strict=True)
             if step >= 0
         ]
+        # All processes vote, since one that raised alone would leave the others waiting in their next collective.
         if not trainer.strategy.reduce_boolean_decision(bool(steps), all=False):
             return
-        found = [steps]
+        parts = [steps]
         if trainer.world_size > 1:
-            found = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(found, steps)
-        step, name = min((each for part in found for each in part), key=lambda each: each[0])
+            parts = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, steps)
+        step, name = min((failure for part in parts for failure in part), key=lambda failure: failure[0])
         raise ValueError(
             f"the fit diverged: {name} is not finite in training step {step + 1}; {last_good_checkpoint(trainer)};"
             f" {REMEDY}"
@@ -68,14 +69,14 @@ class DivergenceWatch:
 
 
 def check_weights(method: LightningModule, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuses weights that are not finite, which a step may leave although its loss is finite.
+    """Refuses weights that are not finite, which a step may produce although its loss is finite.
 
     Args:
-        method: with its trainer.
-        groups: of the parameters that learn.
+        method: method with its trainer.
+        groups: optimiser groups of the trained parameters.
 
     Raises:
-        ValueError: the first parameter that is not finite, and the last good checkpoint.
+        ValueError: a parameter is not finite; the message names it and the last good checkpoint.
     """
     learning = {id(parameter) for group in groups for parameter in group["params"]}
     weights = {name: parameter.detach() for name, parameter in method.named_parameters() if id(parameter) in learning}
@@ -91,21 +92,21 @@ def check_weights(method: LightningModule, groups: Iterable[Mapping[str, Any]]) 
 
 
 def last_good_checkpoint(trainer: Trainer) -> str:
-    """Names the checkpoint that was written last; those with weights that are not finite are not written."""
+    """Describes the checkpoint that was written last; checkpoints are written only if all weights are finite."""
     written = [getattr(callback, "_last_checkpoint_saved", "") for callback in trainer.checkpoint_callbacks]
     paths = [str(path) for path in (*written, trainer.ckpt_path) if path and Path(path).is_file()]
     return f"the last good checkpoint is {paths[0]}" if paths else "no checkpoint was written before"
 
 
 def check_terms(terms: Any, method: LightningModule) -> None:
-    """Compares the result of ``training_loss`` with its contract.
+    """Checks the result of ``training_loss`` against its contract.
 
     Args:
         terms: must map names to scalar tensors on the method's device, with a gradient.
-        method: whose ``training_loss`` returned the terms.
+        method: method whose ``training_loss`` returned the terms.
 
     Raises:
-        ValueError: the method, the term, the expected type and the one that was found.
+        ValueError: the terms break the contract; the message names the method, the term and the expected type.
     """
     name = f"{type(method).__name__}.training_loss"
     if not isinstance(terms, Mapping) or not terms:
@@ -124,18 +125,18 @@ def check_terms(terms: Any, method: LightningModule) -> None:
 
 
 def check_gradients(method: LightningModule, optimizer: Optimizer, idle: Iterable[nn.Parameter]) -> bool:
-    """Compares the gradients of a first optimiser step with the parameters that are to learn.
+    """Refuses the first step of an optimiser if one of its parameters has no gradient.
 
     Args:
-        method: whose parameters they are.
-        optimizer: about to make its first step.
+        method: method that owns the parameters.
+        optimizer: optimiser before its first step.
         idle: parameters that may have no gradient in this step.
 
     Returns:
-        Whether there were gradients to look at.
+        Whether there were any gradients to check.
 
     Raises:
-        ValueError: the first parameter without one.
+        ValueError: a parameter has no gradient; the message names the first.
     """
     if not isinstance(method.trainer.strategy, SingleDeviceStrategy | DDPStrategy):  # others keep gradients elsewhere
         return True
@@ -143,7 +144,7 @@ def check_gradients(method: LightningModule, optimizer: Optimizer, idle: Iterabl
     if all(parameter.grad is None for parameter in parameters):  # a training step may return None to be skipped
         return False
     allowed = {id(parameter) for parameter in idle}
-    without = {id(each) for each in parameters if each.grad is None} - allowed
+    without = {id(parameter) for parameter in parameters if parameter.grad is None} - allowed
     names = [name for name, parameter in method.named_parameters() if id(parameter) in without]
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -158,8 +159,8 @@ def check_manual_step(method: LightningModule, *, is_epoch_over: bool) -> None:
     """Refuses manual optimisation without an optimiser step: such a fit trains nothing and may never end.
 
     Args:
-        method: after a training batch.
-        is_epoch_over: also refuses gradients that no step has used in a whole epoch.
+        method: method after a training batch.
+        is_epoch_over: also refuse gradients that no step has used in a whole epoch.
 
     Raises:
         ValueError: there was neither a step nor a gradient.
