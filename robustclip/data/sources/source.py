@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from robustclip.arguments import checked
 from robustclip.data.class_labels import Named, Words, by_label, by_list, join
 from robustclip.paths import located
 from robustclip.types import UNKNOWN
 
 
+@checked
 @dataclass(frozen=True)
 class Opened:
     """A data set under its own labels.
@@ -32,7 +34,7 @@ class Opened:
         native_size: attack its images at their own size; None looks the set up in the catalogue.
     """
 
-    dataset: Dataset[Any] | None
+    dataset: Any  # a data set, or a sequence of pairs
     urls: tuple[str, ...] = ()
     keys: Sequence[str] | None = None
     folders: dict[int, str] | None = None
