@@ -60,7 +60,7 @@ class ImageSet:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the source's images from others, in JSON's types."""
+        """Properties by which the source's images differ from others, in JSON's types."""
         labels = labels_of(self.dataset)
         return {
             "source": [_told(each) for each in self.wanted],
@@ -73,7 +73,7 @@ class ImageSet:
 
 
 class FeatureCache:
-    """What ``robustclip cache`` has written.
+    """Embeddings that ``robustclip cache`` has written.
 
     Args:
         folder: with ``manifest.json``.

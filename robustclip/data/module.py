@@ -152,7 +152,7 @@ class CLIPDataModule(ResumableDataModule):
         return self._opened_train().has_unknown
 
     def protocol(self, task: str) -> dict[str, Any]:
-        """What a result must tell of a test set: split, images until the attack, and which samples."""
+        """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
         source = next(source for source in (*self._test, *self._unknown) if source.task.name == task)
         return self.transform.protocol(source, self.max_samples)
 

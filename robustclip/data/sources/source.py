@@ -111,7 +111,7 @@ class LocatedSource(Source):
 
 
 def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
-    """Labels of every sample where the data set tells them without decoding."""
+    """Labels of every sample where the data set has them without decoding."""
     for attribute in ("labels", "targets", "_labels", "y"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ class Joined(Dataset[Any]):
     """Data sets one after the other, numbered through.
 
     Args:
-        sources: of which each tells its labels.
+        sources: data sets that give their labels without decoding.
     """
 
     def __init__(self, sources: Sequence[Dataset[Any]]) -> None:
