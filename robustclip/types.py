@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -101,56 +102,33 @@ class Task:
         return [[template.replace("{}", name) for template in self.templates] for name in self.class_names]
 
 
-class Captioned(Protocol):
-    """Images with all their captions, for retrieval; yields ``(B, 3, H, W)`` and ``B`` lists of captions."""
-
-    name: str
-
-    def __iter__(self) -> Iterator[tuple[Tensor, list[list[str]]]]:
-        """Yields the batches in order."""
-
-
 class Data(Protocol):
     """The members of a data module that methods, callbacks and tools use.
 
     `CLIPDataModule` has them all. An own module inherits from ``Data`` and ``LightningDataModule``, sets the tasks of
-    its stages, as class attributes or properties, and yields a `Batch` from its loaders; the rest has defaults.
+    its stages, and yields a `Batch` from its loaders; the rest has defaults.
+
+    Attributes:
+        val_tasks: tasks of the validation loaders, in their order.
+        test_tasks: tasks of the test loaders, in their order.
+        unknown_names: names of the sets of unknown classes, in their order; none is the name of a test task.
+        train_has_unknown: whether training images are labelled `UNKNOWN`.
+        feature_model: model whose embeddings stand in place of this stage's images, with its ``fingerprint``; None for
+            images.
+        bad_sample_counts: images that this process could not decode in its latest evaluation, by task.
     """
+
+    val_tasks: list[Task] = []  # read, never changed
+    test_tasks: list[Task] = []
+    unknown_names: Sequence[str] = ()
+    train_has_unknown: bool = False
+    feature_model: Mapping[str, Any] | None = None
+    bad_sample_counts: Mapping[str, int] = MappingProxyType({})
 
     @property
     def train_task(self) -> Task:
         """Classes of the training set."""
         raise ValueError(f"{type(self).__name__} has no `train_task`; set it to the Task of the training classes")
-
-    @property
-    def val_tasks(self) -> list[Task]:
-        """Tasks of the validation loaders, in their order."""
-        return []
-
-    @property
-    def test_tasks(self) -> list[Task]:
-        """Tasks of the test loaders, in their order."""
-        return []
-
-    @property
-    def unknown_names(self) -> Sequence[str]:
-        """Names of the sets of unknown classes, in their order; none is the name of a test task."""
-        return ()
-
-    @property
-    def train_has_unknown(self) -> bool:
-        """Whether training images are labelled `UNKNOWN`."""
-        return False
-
-    @property
-    def feature_model(self) -> Mapping[str, Any] | None:
-        """Model whose embeddings stand in place of this stage's images, by its ``fingerprint``; None for images."""
-        return None
-
-    @property
-    def bad_sample_counts(self) -> Mapping[str, int]:
-        """Images that this process could not decode in its latest evaluation, by task."""
-        return {}
 
     def protocol(self, task: str) -> dict[str, Any]:
         """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
@@ -182,8 +160,8 @@ class Data(Protocol):
         """Loads every set of unknown classes, by its name; all labels are `UNKNOWN`."""
         return {}
 
-    def captioned_images(self) -> Captioned | None:
-        """Images with captions for retrieval; None for no such set."""
+    def captioned_images(self) -> Any:
+        """A named set that yields images ``(B, 3, H, W)`` and their ``B`` lists of captions; None for no such set."""
         return None
 
 
@@ -201,6 +179,6 @@ def data_of(trainer: Any) -> Data:
     if data is None:
         raise ValueError("the trainer has no data module; give one as `datamodule`, such as CLIPDataModule(...)")
     for name in MEMBERS:
-        if inspect.getattr_static(data, name, None) is None:  # without running a property, which may open files
+        if inspect.getattr_static(data, name, MEMBERS) is MEMBERS:  # without running a property, which may open files
             raise ValueError(f"{type(data).__name__} lacks {name!r}; let it inherit from robustclip.types.Data first")
     return data

@@ -140,7 +140,7 @@ class CatalogEntry:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What tells the classes apart, in their names' order: WordNet ids of ImageNet's, else the names."""
+        """Distinct keys of the classes, in the order of their names: WordNet ids of ImageNet's, else the names."""
         return tuple(_folders()["imagenet"]) if "imagenet" in (self.name, self.words) else self.class_names
 
     @property
@@ -155,7 +155,7 @@ class CatalogEntry:
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...] | None:
-        """Of each label the positions of its class names; None where every name is a label."""
+        """Positions of the class names of each label; None where every name is a label."""
         groups = tuple(_folders().get(self.name, {}).values())
         return groups if groups and groups != tuple((number,) for number in range(len(self.class_names))) else None
 

@@ -1,7 +1,5 @@
 """The data sets of a run: from lines of a configuration to labelled images and their zero-shot tasks."""
 
-import importlib
-import inspect
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,8 @@ from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.data.catalog import CATALOG, CatalogEntry, lookup, named
 from robustclip.data.class_labels import Words, check_names, warn_of_missing
 from robustclip.data.sources import KINDS
+from robustclip.data.sources.own import CLASS_PATH, own_source
 from robustclip.data.sources.source import CheckedImages, Joined, Relabelled, Source, labels_of, where_of
-from robustclip.data.sources.torchvision import OwnDataset
 from robustclip.data.splits import Shots, few_shots, hold_out
 from robustclip.data.task_parts import (
     Part,
@@ -33,7 +31,6 @@ from robustclip.types import UNKNOWN, Task
 
 RESERVED = {"train": "the head of the training classes", "mean": "the average over data sets"}
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
-CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 @checked
@@ -110,7 +107,7 @@ class OpenedSource:
         dataset: gives image and label by position; None for remote shards.
         urls: of remote shards.
         length: number of samples if known.
-        keys: what tells the class names apart.
+        keys: distinct keys of the classes, such as WordNet ids.
         part: which of the classes and images, in words; empty for all.
         is_unknown: whether no image's class is known.
     """
@@ -172,7 +169,9 @@ def _part_of(whole: OpenedSource, wanted: DataSource, role: Role) -> OpenedSourc
         return replace(whole, is_unknown=True)
     task, labels = whole.task, labels_of(whole.dataset)
     if labels is None:
-        raise ValueError(f"{where} does not tell its labels without decoding; read it as wds:, folder: or list:")
+        raise ValueError(
+            f"{where} gives no labels without decoding; read it as wds:, folder: or list:, or give it `targets`"
+        )
     if wanted.known_seed is not None and task.groups is not None:
         task, labels = _by_name(task, labels)
     part = _wanted_part(wanted, task, whole.keys, role)
@@ -197,7 +196,7 @@ def _wanted_part(wanted: DataSource, task: Task, keys: Sequence[str], role: Role
 
 
 def _by_name(task: Task, labels: Sequence[int]) -> tuple[Task, list[int]]:
-    """The same samples, labelled by the positions of their names in the whole list."""
+    """The task and labels of a set whose labels become positions in the whole list of class names."""
     groups = task.groups or ()
     if any(len(group) > 1 for group in groups):
         raise ValueError(f"set {task.name!r} has labels of several class names; `known_seed` must be null")
@@ -214,7 +213,7 @@ def _open_whole(wanted: DataSource, *, root: str, split: str) -> OpenedSource:
     if isinstance(wanted.source, str) and kind:
         opened = KINDS[kind](location, root, wanted.split is not None).open(split)
     else:
-        opened = _own_source(wanted.source, split, root).open(split)
+        opened = own_source(wanted.source, split, root).open(split)
     if entry is not None and given is None and opened.keys is None:  # its prompts go before what is beside the data
         given = entry.class_names
     is_same_copy = known_set is not None and (
@@ -259,43 +258,6 @@ def _located(wanted: DataSource) -> tuple[str, str, CatalogEntry | None]:
             "or the path of a class, such as my_module.MySet"
         )
     return kind, location, entry
-
-
-def _own_source(given: Any, split: str, root: str) -> Source:
-    """A source of the user's: an object, or one that is made from the path of its class.
-
-    Args:
-        given: a `Source`, a data set, or the path of a class of these.
-        split: given to a constructor that takes ``split``; ``train`` becomes true for one that takes ``train``.
-        root: given to a constructor that demands ``root``.
-
-    Raises:
-        ValueError: no such class, or one that is neither or does not start.
-    """
-    if isinstance(given, str):
-        made = _class_at(given)
-        takes = inspect.signature(made).parameters
-        offered = {"split": split, "train": split == "train"}
-        if "root" in takes and takes["root"].default is inspect.Parameter.empty:
-            offered["root"] = root
-        try:
-            given = made(**{key: value for key, value in offered.items() if key in takes})
-        except TypeError as error:
-            remedy = f"`source: {{class_path: {given}, init_args: {{...}}}}` gives arguments"
-            raise ValueError(f"data source {given!r} cannot be made: {error}; {remedy}") from error
-    return given if isinstance(given, Source) else OwnDataset(given)
-
-
-def _class_at(path: str) -> Any:
-    """The class of a `Source` or a data set at a path such as ``my_module.MySet``."""
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data source {path!r} cannot be imported: {error}; start where {module} lies") from error
-    if not (isinstance(found, type) and (issubclass(found, Source) or hasattr(found, "__getitem__"))):
-        raise ValueError(f"data source {path!r} must be a class of Source or torch.utils.data.Dataset")
-    return found
 
 
 def _class_names(wanted: DataSource) -> Sequence[str] | Mapping[Any, str] | None:
@@ -354,7 +316,9 @@ def _joined(sources: Sequence[OpenedSource]) -> OpenedSource:
     for source in sources:
         pair = f"training sets {first.task.name!r} and {source.task.name!r}"
         if source.dataset is None or labels_of(source.dataset) is None:
-            raise ValueError(f"training set {source.task.name!r} is remote or tells no labels; train on it alone")
+            raise ValueError(
+                f"training set {source.task.name!r} is remote or gives no labels without decoding; train on it alone"
+            )
         if source.task.class_names != first.task.class_names or source.task.templates != first.task.templates:
             raise ValueError(f"{pair} must have the same class names and templates; give `class_names` and `templates`")
         if (source.native_size, source.border) != (first.native_size, first.border):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tokenize import TokenError
@@ -60,7 +60,7 @@ class ImageSet:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the source's images from others, in JSON's types."""
+        """Properties by which the source's images differ from others, in JSON's types."""
         labels = labels_of(self.dataset)
         return {
             "source": [_told(each) for each in self.wanted],
@@ -72,37 +72,8 @@ class ImageSet:
         }
 
 
-Transforms = Callable[[OpenedSource], ToPixels]
-
-
-def training_sets(
-    wanted: Sequence[DataSource | str],
-    source: OpenedSource | None,
-    positions: Mapping[str, Sequence[int] | None],
-    transforms: Transforms,
-) -> list[ImageSet]:
-    """What is trained on (``train``; None: all), and what is held out of it (``holdout``; None: nothing)."""
-    if source is None:
-        return []
-    own = (wanted, source, transforms(source))
-    holdout = positions["holdout"]
-    sets = [ImageSet("train", *own, positions["train"])]
-    return sets if holdout is None else [*sets, ImageSet("holdout", *own, holdout)]
-
-
-def evaluation_sets(
-    kinds: Mapping[str, tuple[Sequence[DataSource | str], Sequence[OpenedSource]]], transforms: Transforms
-) -> list[ImageSet]:
-    """Sets by kind, as wanted and as opened; a hold-out, which was not wanted as a source, is none of them."""
-    return [
-        ImageSet(f"{kind}/{source.task.name}", [each], source, transforms(source))
-        for kind, (wanted, sources) in kinds.items()
-        for each, source in zip(wanted, sources, strict=False)
-    ]
-
-
 class FeatureCache:
-    """What ``robustclip cache`` has written.
+    """Embeddings that ``robustclip cache`` has written.
 
     Args:
         folder: with ``manifest.json``.
@@ -164,11 +135,6 @@ class FeatureCache:
             if made.get(key) != value:
                 difference = f"{key} {made.get(key)!r} of {of}, this run has {value!r}"
                 raise ValueError(f"features {self.folder} were made with {difference}; make others elsewhere")
-
-
-def open_cache(folder: Path | None) -> FeatureCache | None:
-    """The cache, if there should be one."""
-    return None if folder is None else FeatureCache(folder)
 
 
 class FeatureImages(Images):

@@ -1,4 +1,4 @@
-"""Which samples a process sees, and in which order: exact in evaluation, resumable in training."""
+"""Loaders of images: every sample exactly once in evaluation, resumable in training; and the samples of a process."""
 
 import itertools
 import logging
@@ -143,7 +143,7 @@ class ImageLoader(DataLoader[Loaded]):
         yield from rest
 
     def state_dict(self) -> dict[str, int]:
-        """Which batch comes next: number of the epoch and of the batch."""
+        """Number of the epoch and of the batch that come next."""
         if self._batches_done >= min(len(self), self.cut_after or len(self)):
             return {"epoch": self._epoch + 1, "batches": 0}
         return {"epoch": self._epoch, "batches": self._batches_done}
@@ -204,7 +204,7 @@ class Place(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What lies beside the training images: captions, anchors, how these are chosen, and where paths start."""
+    """Auxiliary data of a training set: captions, anchors, how these are chosen, and where paths start."""
 
     captions: str | None
     anchors: str | None
@@ -229,7 +229,7 @@ class Preprocessing:
         return ToPixels(None if self._keeps_size(source) else self.image_size, source.border)
 
     def protocol(self, source: OpenedSource, max_samples: int | None) -> dict[str, str]:
-        """The same and which samples it concerns, in words, for a result."""
+        """Split, samples, preprocessing and attack space of a set, for the protocol of a result."""
         size = None if source.dataset is None else len(source.dataset)  # type: ignore[arg-type]
         return {
             "split": ", ".join(filter(None, (source.task.name, source.split, source.part))),
@@ -292,11 +292,11 @@ def shuffled_samples(
         transforms: of its images, and of the images of anchors.
         place: of this process.
         positions: of the samples that are trained on; None for all.
-        beside: what is read with them.
+        beside: auxiliary data that is read with them.
         seed: of the run.
 
     Raises:
-        ValueError: a remote set whose length nobody told, or captions or anchors where none can be.
+        ValueError: a remote set without a `length`, or captions or anchors where none can be.
     """
     name, wants_more = source.task.name, beside.captions is not None or beside.anchors is not None
     if source.dataset is None:

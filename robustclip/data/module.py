@@ -18,7 +18,7 @@ from robustclip.data.data_sets import (
     open_unknown,
     split_training,
 )
-from robustclip.data.feature_cache import FeatureCache, ImageSet, evaluation_sets, open_cache, training_sets
+from robustclip.data.feature_cache import FeatureCache, ImageSet
 from robustclip.data.loader import Beside, ImageLoader, Place, Preprocessing, Samples, exact_samples, shuffled_samples
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
@@ -152,7 +152,7 @@ class CLIPDataModule(ResumableDataModule):
         return self._opened_train().has_unknown
 
     def protocol(self, task: str) -> dict[str, Any]:
-        """What a result must tell of a test set: split, images until the attack, and which samples."""
+        """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
         source = next(source for source in (*self._test, *self._unknown) if source.task.name == task)
         return self.transform.protocol(source, self.max_samples)
 
@@ -163,12 +163,19 @@ class CLIPDataModule(ResumableDataModule):
 
     @property
     def image_sets(self) -> list[ImageSet]:
-        """What is open, as ``robustclip cache`` keeps it."""
-        kinds = {"val": (self.wanted_val, self._val), "test": (self.wanted_test, self._test)}
-        kinds |= {"unknown": (self.wanted_unknown, self._unknown)}
-        positions = {"train": self.train_positions, "holdout": self.val_positions}
-        train = training_sets(self.wanted_train, self._train, positions, self.transform)
-        return [*train, *evaluation_sets(kinds, self.transform)]
+        """The opened sets, as ``robustclip cache`` keeps them."""
+        sets: list[ImageSet] = []
+        if self._train is not None:
+            train = (self.wanted_train, self._train, self.transform(self._train))
+            sets.append(ImageSet("train", *train, self.train_positions))
+            if self.val_positions is not None:
+                sets.append(ImageSet("holdout", *train, self.val_positions))
+        evaluated = {"val": (self.wanted_val, self._val), "test": (self.wanted_test, self._test)}
+        evaluated |= {"unknown": (self.wanted_unknown, self._unknown)}
+        for kind, (wanted, sources) in evaluated.items():
+            for one, source in zip(wanted, sources, strict=False):  # a hold-out was not wanted as a source
+                sets.append(ImageSet(f"{kind}/{source.task.name}", [one], source, self.transform(source)))
+        return sets
 
     @property
     def bad_sample_counts(self) -> dict[str, int]:
@@ -177,7 +184,8 @@ class CLIPDataModule(ResumableDataModule):
 
     def setup(self, stage: str) -> None:
         """Opens the data sets that a stage needs."""
-        self._cache = open_cache(self.features if stage != "test" or self.features_in_test else None)
+        takes_features = self.features is not None and (stage != "test" or self.features_in_test)
+        self._cache = FeatureCache(self.features) if self.features and takes_features else None
         if stage == "test":
             self._test = open_tests(self.wanted_test, root=self.root)
             if not self._test:

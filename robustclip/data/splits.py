@@ -66,7 +66,7 @@ def few_shots(dataset: Dataset[Any], positions: Sequence[int] | None, shots: Sho
     """A few samples of every class, sorted; of several joined sets, as many from each.
 
     Args:
-        dataset: tells its labels.
+        dataset: gives its labels without decoding.
         positions: to choose from; None for all.
         shots: how many, and how.
 

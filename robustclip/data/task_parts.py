@@ -105,7 +105,7 @@ def benchmark(name: str, count: int, known: int | None) -> Benchmark:
         known: how many of the first classes are known; None asks the table.
 
     Raises:
-        ValueError: neither is told, or as many as there are not.
+        ValueError: neither is given, or more known classes than there are.
     """
     names = [key for key in BENCHMARKS if name == key or name.startswith(f"{key}_")]
     found = BENCHMARKS[max(names, key=len)] if names else None
@@ -141,7 +141,7 @@ class Part:
 
 
 def part_by_shift(shift: Shift, found: Benchmark, role: Role) -> Part:
-    """What a shift leaves of a benchmark: every role knows the same classes, only training images follow the shift."""
+    """The part of a benchmark under a shift: the known classes are fixed, only training images change."""
     known = range(found.known)
     if role == "unknown":
         return _part((), range(found.known, found.count), found.count)
@@ -149,10 +149,10 @@ def part_by_shift(shift: Shift, found: Benchmark, role: Role) -> Part:
 
 
 def part_by_ranges(classes: str | None, images: str | None, count: int, role: Role) -> Part:
-    """What ranges leave of a set; without images, those of the classes, or of all others in a set of unknown ones.
+    """The part of a set within ranges; without images, those of the classes, or of all others in a set of unknown ones.
 
     Raises:
-        ValueError: what are no ranges, or known classes in a set of unknown ones.
+        ValueError: malformed ranges, or known classes in a set of unknown ones.
     """
     known = range(count) if classes is None else parse_ranges(classes, count)
     if role != "unknown":

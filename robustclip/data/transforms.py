@@ -47,7 +47,7 @@ class ToPixels:
 
     @property
     def description(self) -> str:
-        """The same in words, for the protocol of a result."""
+        """The transform in words, for the protocol of a result."""
         start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
             return f"{start}, own size"
@@ -101,7 +101,7 @@ class Augmentation:
 
 
 class AugmentedPixels(ToPixels):
-    """The same with an augmentation that is a function of the seed and the key alone, so that a run can be continued.
+    """Transforms training images at random, by the seed and the key alone, so that a run can be resumed.
 
     Args:
         size: side of the result in pixels; None keeps the image's own size.
@@ -126,5 +126,5 @@ class AugmentedPixels(ToPixels):
 
 
 def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int) -> ToPixels:
-    """What training images go through, with or without an augmentation."""
+    """Transform of training images, with or without an augmentation."""
     return ToPixels(size) if augmentation is None else AugmentedPixels(size, augmentation, seed)

@@ -196,7 +196,7 @@ def test_unknown_name_is_answered_with_close_ones_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"got 'cifar_10'; did you mean cifar10 or cifar100\?") as error:
         lookup("cifar_10")
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"got '!'; .*known are imagenet, .*vlcs_sun$"):
+    with pytest.raises(ValueError, match=r"got '!'; .*folder:/my/photos.*; known are imagenet, .*vlcs_sun$"):
         lookup("!")
 
 

@@ -24,7 +24,7 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 class Gradients(Data, LightningDataModule):
     """Two images, one darker than the other."""
 
-    test_tasks = [Task("shades", ("black", "white"))]  # type: ignore[assignment]
+    test_tasks = [Task("shades", ("black", "white"))]
 
     def test_dataloader(self) -> DataLoader[Batch]:
         images = torch.linspace(0, 1, 2)[:, None, None, None].expand(2, 3, 32, 32)

@@ -224,4 +224,4 @@ def test_one_value_stands_for_a_list_of_one() -> None:
 def test_the_contract_of_a_source_is_short() -> None:
     lines = [line for line in inspect.getsource(Source).splitlines() if line.strip()]
     assert len(lines) <= 12
-    assert Opened([(shade(0), 0)]).urls == ()  # type: ignore[arg-type]  # only the data set is required
+    assert Opened([(shade(0), 0)]).urls == ()  # only the data set is required

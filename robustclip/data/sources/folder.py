@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from robustclip.data.class_labels import WORDNET_ID, shown
 from robustclip.data.decoding import open_file
 from robustclip.data.sources.source import LocatedSource, Opened
-from robustclip.data.sources.wds import read_lines, read_templates
+from robustclip.data.sources.wds import texts_beside
 from robustclip.textfiles import read_text
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,8 @@ class Folder(LocatedSource):
 
     def open(self, split: str) -> Opened:
         """Lists the images of the split, and reads class names beside them."""
-        names, templates = read_lines(self.path, "classnames.txt"), read_templates(self.path)
-        images = read_folder(self.path, split, is_asked=self.is_split_given)
-        return Opened(ImageFiles(images.samples), keys=images.keys, names=names, templates=templates)
+        texts, images = texts_beside(self.path), read_folder(self.path, split, is_asked=self.is_split_given)
+        return Opened(ImageFiles(images.samples), keys=images.keys, **texts)
 
 
 def read_folder(location: str, split: str, *, is_asked: bool) -> ClassImages:

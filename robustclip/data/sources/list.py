@@ -5,7 +5,7 @@ from pathlib import Path
 
 from robustclip.data.sources.folder import SPLITS, ImageFiles
 from robustclip.data.sources.source import LocatedSource, Opened
-from robustclip.data.sources.wds import read_lines, read_templates
+from robustclip.data.sources.wds import texts_beside
 from robustclip.textfiles import read_text
 
 
@@ -14,10 +14,8 @@ class ListSource(LocatedSource):
 
     def open(self, split: str) -> Opened:
         """Reads the list of the split, and class names beside it."""
-        place = str(Path(self.path).parent)
-        names, templates = read_lines(place, "classnames.txt"), read_templates(place)
-        dataset, folders = read_list(self.path, split)
-        return Opened(dataset, folders=folders, names=names, templates=templates)
+        texts, (dataset, folders) = texts_beside(str(Path(self.path).parent)), read_list(self.path, split)
+        return Opened(dataset, folders=folders, **texts)
 
 
 def read_list(location: str, split: str) -> tuple[ImageFiles, dict[int, str]]:

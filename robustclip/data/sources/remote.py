@@ -65,7 +65,7 @@ class HttpFile:
         self._close()
 
     def read(self, size: int, /) -> bytes:
-        """As many bytes, or fewer at the end of the file."""
+        """Reads as many bytes, or fewer at the end of the file."""
         parts = []
         while size and (part := self._part(min(size, CHUNK))):
             parts.append(part)

@@ -60,7 +60,7 @@ BACKGROUNDS: dict[str, tuple[RGB, RGB, str, float]] = {  # two colours, the patt
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows; every field is a word of the vocabulary but `count`, 1 to 5."""
+    """The content of one image; every field is a word of the vocabulary but `count`, 1 to 5."""
 
     shape: str
     colour: str

@@ -11,11 +11,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from robustclip.arguments import checked
 from robustclip.data.class_labels import Named, Words, by_label, by_list, join
 from robustclip.paths import located
 from robustclip.types import UNKNOWN
 
 
+@checked
 @dataclass(frozen=True)
 class Opened:
     """A data set under its own labels.
@@ -32,7 +34,7 @@ class Opened:
         native_size: attack its images at their own size; None looks the set up in the catalogue.
     """
 
-    dataset: Dataset[Any] | None
+    dataset: Any  # a data set, or a sequence of pairs
     urls: tuple[str, ...] = ()
     keys: Sequence[str] | None = None
     folders: dict[int, str] | None = None
@@ -109,7 +111,7 @@ class LocatedSource(Source):
 
 
 def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
-    """Labels of every sample where the data set tells them without decoding."""
+    """Labels of every sample where the data set has them without decoding."""
     for attribute in ("labels", "targets", "_labels", "y"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
@@ -152,7 +154,7 @@ class Joined(Dataset[Any]):
     """Data sets one after the other, numbered through.
 
     Args:
-        sources: of which each tells its labels.
+        sources: data sets that give their labels without decoding.
     """
 
     def __init__(self, sources: Sequence[Dataset[Any]]) -> None:

@@ -40,7 +40,7 @@ class Readable(Protocol):
     """A file that is read from front to back; seeking goes forward only."""
 
     def read(self, size: int, /) -> bytes:
-        """As many bytes, or fewer if the file ends before."""
+        """Reads as many bytes, or fewer if the file ends before."""
 
     def seek(self, offset: int, /) -> int:
         """Moves to an offset from the file's start, perhaps beyond its end."""

@@ -1,4 +1,4 @@
-"""Data sets of torchvision, and data sets of a user that are made like these."""
+"""Data sets of torchvision."""
 
 import inspect
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from robustclip.data.decoding import open_file
-from robustclip.data.sources.source import LocatedSource, Opened, Source
+from robustclip.data.sources.source import LocatedSource, Opened
 
 
 class Torchvision(LocatedSource):
@@ -16,22 +16,7 @@ class Torchvision(LocatedSource):
     def open(self, split: str) -> Opened:
         """Opens the data set below the root."""
         dataset = _open_torchvision(self.location, self.root, split, is_asked=self.is_split_given)
-        return Opened(dataset, keys=_names(dataset))
-
-
-class OwnDataset(Source):
-    """A ``torch.utils.data.Dataset`` of a user, whose attribute ``classes`` names its labels if there is one.
-
-    Args:
-        dataset: gives ``(image, label)`` by position, as `Opened` describes.
-    """
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def open(self, split: str) -> Opened:
-        """Takes the data set as it is, whatever the split."""
-        return Opened(self.dataset, keys=_names(self.dataset))
+        return Opened(dataset, keys=own_names(dataset))
 
 
 def _open_torchvision(name: str, root: str, split: str, *, is_asked: bool) -> Dataset[Any]:
@@ -51,7 +36,7 @@ def _open_torchvision(name: str, root: str, split: str, *, is_asked: bool) -> Da
         raise ValueError(f"torchvision:{name} does not open below {root!r}: {' '.join(str(error).split())}") from error
 
 
-def _names(dataset: Dataset[Any]) -> list[str] | None:
+def own_names(dataset: Dataset[Any]) -> list[str] | None:
     """Class names in the order of the labels, if the data set has any."""
     for attribute in ("wnids", "classes", "categories"):
         if names := getattr(dataset, attribute, None):

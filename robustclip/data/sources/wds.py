@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import unquote
 
@@ -30,11 +30,10 @@ class Shards(LocatedSource):
 
     def open(self, split: str) -> Opened:
         """Indexes local shards, lists remote ones, and reads class names beside them."""
-        names, templates = read_lines(self.path, "classnames.txt"), read_templates(self.path)
-        urls = list_shards(self.path, split)
+        texts, urls = texts_beside(self.path), list_shards(self.path, split)
         if self.path.startswith(REMOTE):
-            return Opened(None, tuple(urls), names=names, templates=templates)
-        return Opened(IndexedShards([Path(url) for url in urls]), names=names, templates=templates)
+            return Opened(None, tuple(urls), **texts)
+        return Opened(IndexedShards([Path(url) for url in urls]), **texts)
 
 
 class Place(NamedTuple):
@@ -196,14 +195,11 @@ def read_lines(location: str, name: str) -> list[str] | None:
     return lines
 
 
-def read_templates(location: str) -> list[str] | None:
-    """Prompts in the text file beside the data, with ``{}`` where the class name goes; None if there is no such file.
-
-    Raises:
-        ValueError: as `read_lines`.
-    """
+def texts_beside(location: str) -> dict[str, Any]:
+    """Class names and templates in text files beside the data, as `Opened` takes them; None without such a file."""
+    names = read_lines(location, "classnames.txt")
     templates = read_lines(location, "zeroshot_classification_templates.txt")
-    return templates and [template.replace("{c}", "{}") for template in templates]
+    return {"names": names, "templates": templates and [each.replace("{c}", "{}") for each in templates]}
 
 
 def read_text(path: str) -> str | None:
