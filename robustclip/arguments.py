@@ -127,7 +127,7 @@ def class_at(path: str, base: type[T], option: str) -> type[T]:
         named = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{option}: there is no class {path!r}; write module.Class ({error})") from error
-    if not (isinstance(named, type) and issubclass(found, base)):
+    if not (isinstance(named, type) and issubclass(named, base)):
         raise ValueError(f"{option}: {path!r} must be a subclass of {base.__module__}.{base.__name__}")
     return named
 
