@@ -11,7 +11,6 @@ from torchmetrics.functional.classification import (
     binary_roc,
     binary_specificity_at_sensitivity,
 )
-from torchmetrics.utilities import dim_zero_cat
 
 RANKS = (1, 5, 10)  # of retrieval
 KEPT = 0.95  # of the known samples, where unknown ones that pass are counted
@@ -88,32 +87,6 @@ def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
         is_right = wanted(places) == truth[:, None]
         found |= {f"{name}_r{rank}": is_right[:, :rank].any(1).float().mean() for rank in RANKS}
     return found
-
-
-class Rows(Metric):
-    """A table in fp64 with a row per sample, of all batches and, where it is computed, of all processes.
-
-    Args:
-        width: number of columns.
-    """
-
-    full_state_update = False
-    values: list[Tensor]
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        # One row after the other: torchmetrics cannot join tables of which a process has no row, only lists.
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)
-
-    def update(self, rows: Tensor) -> None:
-        """Adds rows ``(B, width)``, perhaps none."""
-        self.values.append(rows.double().flatten())
-
-    def compute(self) -> Tensor:
-        """``(N, width)``."""
-        return dim_zero_cat(self.values).view(-1, self.width)
 
 
 def class_accuracy(labels: Tensor, is_right: Tensor) -> Tensor:

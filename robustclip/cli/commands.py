@@ -25,6 +25,7 @@ def run_tool(words: list[str]) -> int:
         "table": _table,
         "compare": _compare,
         "report": _report,
+        "score": _score,
         "verify": _verify,
         "replay": _replay,
         "doctor": _doctor,
@@ -70,6 +71,16 @@ def _compare(words: list[str]) -> int:
     from robustclip.tools.compare import compare
 
     compare(Path(given.a), Path(given.b), shared_samples=given.shared_samples)
+    return 0
+
+
+def _score(words: list[str]) -> int:
+    parser = _parser("score", "Computes a result again from the ledgers of its test, without a model.")
+    parser.add_argument("run", type=str, help="folder that `robustclip test` left")
+    given = parser.parse_args(words)
+    from robustclip.tools.score import score
+
+    score(Path(given.run))
     return 0
 
 

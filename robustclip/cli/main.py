@@ -20,6 +20,8 @@ commands:
   table     one table of several results   robustclip table RUN...
   compare   two results, with intervals    robustclip compare RUN_A RUN_B
   report    several results as a page      robustclip report RUN... --out report.html
+  score     a result again from its ledgers, without a model
+                                           robustclip score RUN
   verify    do a result's attacked images fool the model that they were made for?
                                            robustclip verify RUN
   replay    its attacked images on another model
@@ -44,7 +46,7 @@ Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
 TOOLS = (
-    *("doctor", "table", "compare", "report", "verify", "replay", "import", "export", "interpolate"),
+    *("doctor", "table", "compare", "report", "score", "verify", "replay", "import", "export", "interpolate"),
     *("caption", "retrieve", "cache"),
 )
 CONFIGURABLE = (*TRAINER_COMMANDS, "doctor", "replay", "export", "interpolate", "cache")  # take --config

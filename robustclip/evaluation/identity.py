@@ -50,14 +50,6 @@ def describe(
     }
 
 
-def with_samples(protocol: Mapping[str, Any], rows: list[dict[str, str]]) -> dict[str, Any]:
-    """A task's protocols with the samples that were evaluated, and the hashes."""
-    samples = f"{len(rows)}, digest {digest([[int(row['id']), int(row['label'])] for row in rows])}"
-    pixels = listing([row["pixels"] for row in rows]) if all(row["pixels"] for row in rows) else None
-    axes = {attack: {**given, "sample_ids": samples, "pixels": pixels} for attack, given in protocol.items()}
-    return {attack: {"hash": digest(given), "axes": given} for attack, given in axes.items()}
-
-
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """In what two tests differ, one line each."""
     found = [
@@ -65,12 +57,8 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         for key in ("method", "weights", "seed", "save_examples")
         if a[key] != b[key]
     ]
-    settings, others = a.get("settings", {}), b.get("settings", {})
-    found += [
-        f"{key}: {settings.get(key)} against {others.get(key)}"
-        for key in dict.fromkeys([*settings, *others])
-        if settings.get(key) != others.get(key)
-    ]
+    found += _different(a.get("settings", {}), b.get("settings", {}))
+    found += _different(a.get("sections", {}), b.get("sections", {}))
     ours, theirs = a["protocol"], b["protocol"]
     if ours.keys() != theirs.keys():
         return [*found, f"tasks: {', '.join(ours)} against {', '.join(theirs)}"]
@@ -82,6 +70,10 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
                 f"{task} under {attack}, {line}" for line in differences(ours[task][attack], theirs[task][attack])
             ]
     return found
+
+
+def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {a.get(key)} against {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
 def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> dict[str, Any]:

@@ -191,10 +191,6 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Encodes what `training_loss` compares images with: the head ``train``."""
         self.prepare([replace(task, name="train")])
 
-    def count(self, task: str) -> Top1:
-        """Clean answers of a task in the running evaluation."""
-        return cast(Top1, self.counts[f"{PREFIX}{task}"])
-
     @property
     def learning_names(self) -> set[str]:
         """Names of the parameters that learn, whether or not an attack has frozen them at this moment."""
@@ -303,7 +299,8 @@ class RobustMethod(Checked, LightningModule, ABC):
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # verdicts are fp32, in any precision of the trainer
             logits = self.logits(batch.images, task.name)
-        self.count(task.name).update(logits.argmax(-1) == batch.labels)
+        if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
+            cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:

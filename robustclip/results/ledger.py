@@ -39,24 +39,24 @@ Row = Mapping[str, object]
 
 
 def columns(attacks: Sequence[str]) -> list[str]:
-    """Header of a ledger; a column of an attack is named ``<attack>.<column>``, the time stands last."""
+    """Header of a task's ledger; a column of an attack is named ``<attack>.<column>``, the time comes last."""
     of_attacks = [f"{attack}.{column}" for attack in attacks for column in ATTACK_COLUMNS]
     return [*SAMPLE_COLUMNS, *of_attacks, TIME_COLUMN]
 
 
 class Ledger:
-    """The rows of one task, of one process.
+    """The rows of one task or table, of one process.
 
     Args:
         path: CSV file; it may exist, and hold a last batch that was cut off.
-        attacks: names, which give the header.
+        header: names of the columns.
 
     Raises:
         ValueError: the file has another header.
     """
 
-    def __init__(self, path: Path, attacks: Sequence[str]) -> None:
-        self.path, self.header = path, columns(attacks)
+    def __init__(self, path: Path, header: Sequence[str]) -> None:
+        self.path, self.header = path, list(header)
         self.rows = self._recover()
 
     def append(self, rows: Sequence[Row]) -> None:

@@ -49,6 +49,19 @@ def attack_axes(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"eps": _alike(balls), "steps": settings, "loss": _alike(losses)}
 
 
+def with_samples(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Add the evaluated samples and hashes to the protocols of a task.
+
+    Args:
+        protocol: axes by attack.
+        rows: ledger of the task.
+    """
+    samples = f"{len(rows)}, digest {digest([[int(row['id']), int(row['label'])] for row in rows])}"
+    pixels = listing([row["pixels"] for row in rows]) if all(row["pixels"] for row in rows) else None
+    axes = {attack: {**given, "sample_ids": samples, "pixels": pixels} for attack, given in protocol.items()}
+    return {attack: {"hash": digest(given), "axes": given} for attack, given in axes.items()}
+
+
 def differences(a: Axes, b: Axes) -> list[str]:
     """One line per axis on which two protocols differ: its name, and both values."""
     names = [name for name in AXES if a.get(name) != b.get(name) and (name != "pixels" or is_checked(a, b))]

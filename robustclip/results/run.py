@@ -11,6 +11,7 @@ from robustclip.results import ledger
 from robustclip.textfiles import read_text
 
 RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
+FACTS = "facts.json"  # all that a result is computed from beside the ledgers
 PARTS = "ledger/parts"  # of each process, until the test is finished
 PROTOCOL = "protocol.json"  # of a run that is not finished
 

@@ -1,80 +1,23 @@
-"""A test in numbers: from logged metrics and ledgers to what a person reads."""
+"""Tables of a result for a terminal, for Markdown and for a spreadsheet."""
 
 import csv
 import io
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from robustclip.attacks import Member
-from robustclip.intervals import mean_interval, wilson
 from robustclip.names import csv_cell, markdown
 from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
-GEOMETRY, DETECTION = "geometry", "detection"  # in the place of an attack
+DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
 DETECTION_WORDS = 3  # columns of its table before the numbers
 SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
-
-Rows = Sequence[Mapping[str, str]]
-
-
-def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
-    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``, and the geometry."""
-    tasks: dict[str, dict[str, Any]] = {}
-    mean: dict[str, dict[str, Any]] = {}
-    geometry: dict[str, dict[str, float | None]] = {}
-    for name, value in metrics.items():
-        parts = name.split("/")
-        if parts[0] != stage or len(parts) not in (3, 4) or parts[2] == DETECTION:
-            continue
-        number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
-        if len(parts) == 3:
-            tasks.setdefault(parts[1], {})[parts[2]] = number
-        elif parts[2] == GEOMETRY:
-            geometry.setdefault(parts[1], {})[parts[3]] = value if math.isfinite(value) else None  # JSON has no nan
-        elif parts[1] == NOT_A_TASK:
-            mean.setdefault(parts[2], {})[parts[3]] = value
-        else:
-            tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
-    # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
-    ordered = {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}
-    return {"tasks": tasks, "mean": ordered} | ({GEOMETRY: geometry} if geometry else {})
-
-
-def with_intervals(
-    table: dict[str, Any], rows: Mapping[str, Rows], members: Mapping[tuple[str, str], Sequence[Member]]
-) -> dict[str, Any]:
-    """Adds 95 % intervals, and how many samples each member of an attack broke."""
-    for task, values in table["tasks"].items():
-        for kind in table["mean"]:
-            values[kind]["interval"] = list(wilson(values[kind]["correct"], values["n"]))
-            if (task, kind) in members:
-                broken = Counter(row[f"{kind}.by"] for row in rows[task])
-                values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
-    for kind, values in table["mean"].items():
-        values["interval"] = _interval_of_mean(table["tasks"].values(), kind)
-    return table
-
-
-def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Adds unweighted means over some of the tasks, under ``averages``."""
-    found = {}
-    for name, tasks in averages.items():
-        chosen = [table["tasks"][task] for task in tasks]
-        found[name] = {"tasks": list(tasks)} | {
-            kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
-            for kind in table["mean"]
-        }
-    return table | ({"averages": found} if found else {})
 
 
 def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
@@ -98,10 +41,6 @@ def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) 
 def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """By name, the averages over some tasks and, last, the mean over all."""
     return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
-
-
-def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
-    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
