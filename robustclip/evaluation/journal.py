@@ -57,6 +57,10 @@ class Journal:
         names = [name for name in self.headers if name == task or name.endswith(f"{JOINT}{task}")]
         return frozenset.intersection(*(self._finished(name) for name in names)) if names else frozenset()
 
+    def skips(self, task: str) -> bool:
+        """Whether the loader of a task leaves out the finished samples; a data module need not offer it."""
+        return task in self._skipped
+
     def append(self, name: str, rows: Sequence[Row]) -> None:
         """Add a batch; rows of samples that the ledger has already are left out.
 

@@ -229,12 +229,15 @@ def method_of(module: LightningModule) -> RobustMethod:
 
 
 def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
-    """Read this process's share of the samples that an earlier start of the test has finished, on the device.
+    """Read this process's share of the finished samples that the loaders of a test leave out, on the device.
 
     Args:
         trainer: of the running test.
         task: name of a test task.
     """
+    writer = writer_of(trainer)
+    if writer is not None and writer.journal is not None and not writer.journal.skips(task):
+        return
     loader = trainer.datamodule.done_dataloader(task)  # type: ignore[attr-defined]
     for batch in () if loader is None else loader:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

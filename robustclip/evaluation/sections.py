@@ -1,11 +1,11 @@
 """Sections of a result that the package makes, from the ledgers and facts of a test alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, cast
 
-from robustclip.attacks import Member
+from robustclip.attacks import Attack, Member
 from robustclip.evaluation.audit import audit
 from robustclip.evaluation.detection_summary import detected
 from robustclip.evaluation.probes import Evidence, attack_columns, sample_columns
@@ -14,24 +14,7 @@ from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
 
 GEOMETRY = "geometry"
-
-
-@dataclass(frozen=True)
-class AttackFacts:
-    """The facts about an attack that the audit looks at; see `Attack`."""
-
-    eps: float | None
-    norm: str
-    is_anytime: bool
-    is_black_box: bool
-
-
-class StoredMember(NamedTuple):
-    """A member of an attack as a finished test stores it; see `Member`."""
-
-    name: str
-    attack: AttackFacts
-    note: str
+OF_ATTACKS = ("eps", "norm", "is_anytime", "is_black_box")  # facts about an attack that the audit looks at
 
 
 def stored_members(
@@ -46,8 +29,7 @@ def stored_members(
     found: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
     for (task, attack), given in members.items():
         found[task][attack] = [
-            {"name": each.name, "note": each.note}
-            | {name: getattr(each.attack, name) for name in AttackFacts.__dataclass_fields__}
+            {"name": each.name, "note": each.note, "attack": {name: getattr(each.attack, name) for name in OF_ATTACKS}}
             for each in given
         ]
     return found
@@ -56,8 +38,8 @@ def stored_members(
 def audited(record: Record) -> dict[str, Any]:
     """The audit of a test."""
     facts = record.facts
-    members: dict[tuple[str, str], Any] = {
-        (task, attack): [_member(each) for each in given]
+    members = {
+        (task, attack): [Member(each["name"], cast(Attack, SimpleNamespace(**each["attack"]))) for each in given]
         for task, attacks in facts["members"].items()
         for attack, given in attacks.items()
     }
@@ -77,11 +59,6 @@ def measured(record: Record) -> dict[str, Any]:
     """The section of a test with `FeatureGeometry`."""
     found: dict[str, Any] = record.settings(GEOMETRY)["values"]
     return found
-
-
-def _member(given: Mapping[str, Any]) -> StoredMember:
-    attack = AttackFacts(**{name: given[name] for name in AttackFacts.__dataclass_fields__})
-    return StoredMember(given["name"], attack, given["note"])
 
 
 SECTIONS: Mapping[str, Summarise] = {DETECTION: detected, GEOMETRY: measured, "audit": audited}
