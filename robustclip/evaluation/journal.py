@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, distributed
 
-from robustclip.attacks import Member
+from robustclip.attacks import Attack, Member
 from robustclip.attacks.attack import BOX_TOLERANCE, Forward
 from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import cross_entropy
@@ -269,13 +269,19 @@ def sample_rows(
         found = _attack_columns(batch, verdict, members[task, attack])
         _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in found.items()})
         first = members[task, attack][0].attack
-        for name, concerned, probe in stronger(first, verdict.by[attacked], batch.images):
-            chosen = attacked[concerned]
-            if len(chosen):
-                images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
-                outcome = breaks(images, labels, forward, probe, index=index, seed=options["seed"])
-                _fill(rows, chosen.tolist(), {f"{attack}.{name}": outcome})
+        for name, chosen, probe in _probes(first, verdict, attacked, batch):
+            images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
+            outcome = breaks(images, labels, forward, probe, index=index, seed=options["seed"])
+            _fill(rows, chosen.tolist(), {f"{attack}.{name}": outcome})
     return rows
+
+
+def _probes(first: Attack, verdict: Verdict, attacked: Tensor, batch: Batch) -> list[tuple[str, Tensor, Attack | None]]:
+    """Probes by column, with the places in the batch of the samples that they concern; none without a sample."""
+    probes = [
+        (name, attacked[places], probe) for name, places, probe in stronger(first, verdict.by[attacked], batch.images)
+    ]
+    return [each for each in probes if len(each[1])]
 
 
 def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -> dict[str, Any]:
