@@ -1,4 +1,4 @@
-"""What is counted and measured; everything that torchmetrics has is used from there."""
+"""Metrics that torchmetrics does not have, and the settings of those that it has."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Top1(Metric):
         self.add_state("total", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, is_right: Tensor) -> None:
-        """Counts answers ``(B,)``, true where right."""
+        """Count answers ``(B,)``, true where correct."""
         self.correct += is_right.sum()
         self.total += is_right.numel()
 
@@ -44,9 +44,14 @@ class Top1(Metric):
 
 
 def class_sums(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
-    """Of each class the sum of its features ``(B, D)``, of their squared norms, and their number: ``(C, D + 2)``.
+    """Sum the features, their squared norms and their number per class, as ``(C, D + 2)`` in fp64.
 
-    In fp64, and sums over batches and processes add up.
+    Sums over batches and processes add up.
+
+    Args:
+        features: ``(B, D)``.
+        labels: ``(B,)``.
+        classes: their number ``C``.
     """
     wide = features.double()
     rows = torch.cat([wide, wide.square().sum(1, keepdim=True), torch.ones_like(wide[:, :1])], dim=1)
@@ -62,7 +67,12 @@ def collapse(sums: Tensor) -> Tensor:
 
 
 def similarity(tuned: Tensor, original: Tensor) -> dict[str, Tensor]:
-    """Correlations of the cosines of all pairs of samples in two models, each with unit features ``(N, D)``."""
+    """Correlate the cosines of all pairs of samples in two models.
+
+    Args:
+        tuned: unit features ``(N, D)`` of one model.
+        original: unit features ``(N, D)`` of the other.
+    """
     above = torch.triu_indices(len(tuned), len(tuned), offset=1, device=tuned.device)
     ours, theirs = ((features @ features.T)[above[0], above[1]] for features in (tuned, original))
     if ours.numel() < 2:
@@ -71,7 +81,7 @@ def similarity(tuned: Tensor, original: Tensor) -> dict[str, Tensor]:
 
 
 def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
-    """How often a right one is among the first 1, 5 and 10, in both directions.
+    """Recall at 1, 5 and 10 of retrieval in both directions.
 
     Args:
         cosines: ``(N, M)`` of images and captions.
@@ -90,25 +100,45 @@ def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
 
 
 def class_accuracy(labels: Tensor, is_right: Tensor) -> Tensor:
-    """Mean over the classes that have a sample of the share that is right; labels and answers ``(N,)``."""
+    """Mean over the classes of their accuracies; a class without a sample does not count.
+
+    Args:
+        labels: ``(N,)``.
+        is_right: ``(N,)``, true where the answer is correct.
+    """
     counts = labels.bincount()
     return (labels.bincount(is_right.double(), minlength=len(counts)) / counts)[counts > 0].mean()
 
 
 def harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
-    """``2 a b / (a + b)``, 0 where both are."""
+    """``2 a b / (a + b)``, and 0 where both are 0.
+
+    Args:
+        a: scalar.
+        b: scalar.
+    """
     return torch.where(a + b == 0, 0.0, 2 * a * b / (a + b))
 
 
 def calibration_error(confidence: Tensor, is_right: Tensor, bins: int) -> Tensor:
-    """Expected calibration error of confidences and answers ``(N,)``; nan without samples or of a nan."""
+    """Expected calibration error; nan without samples or of a nan.
+
+    Args:
+        confidence: ``(N,)`` in [0, 1].
+        is_right: ``(N,)``, true where the answer is correct.
+        bins: their number.
+    """
     if not len(confidence) or confidence.isnan().any():
         return confidence.new_tensor(torch.nan)
     return binary_calibration_error(confidence, is_right.long(), n_bins=bins)
 
 
 def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
-    """How well a score tells known samples ``(N,)``, the positives, from unknown ones ``(M,)``.
+    """Measure how well a score separates known samples, the positives, from unknown ones.
+
+    Args:
+        known: scores ``(N,)``.
+        unknown: scores ``(M,)``.
 
     Returns:
         ``auroc``: the share of pairs in which the known sample scores higher, ties by half. ``aupr``: average
@@ -129,7 +159,10 @@ def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
 def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:
     """Shares of unknown and of known samples above a falling threshold, from (0, 0) to (1, 1).
 
-    At most that many points, at even distances along the curve; scores as in `separation`.
+    Args:
+        known: scores ``(N,)``.
+        unknown: scores ``(M,)``.
+        points: largest number of points, at even distances along the curve.
     """
     above_unknown, above_known, _ = binary_roc(*_ranked(known, unknown))
     chosen = torch.linspace(0, len(above_known) - 1, min(points, len(above_known)), dtype=torch.float64).round().long()

@@ -190,7 +190,7 @@ class OODDetection(Callback):
         self._ledgers.append(table, rows)
 
     def _read(self, method: RobustMethod, task: str, name: ScoreName) -> tuple[Forward, Score]:
-        """Images to logits or features, and the score of these."""
+        """Return the function from images to logits or features, and the score of these."""
         if name == KNN and self._bank is not None:
             return method.image_features, self._bank.score
         return partial(method.logits, task=task), SCORES[name]
@@ -219,7 +219,7 @@ class OODDetection(Callback):
 def attacked_score(
     attack: PGD, method: RobustMethod, forward: Forward, score: Score, batch: Batch, *, is_known: bool, seed: int
 ) -> Tensor:
-    """The score ``(B,)`` of what an attack returns that lowers it for known samples and raises it for unknown ones.
+    """Score ``(B,)`` under an attack that lowers it for known samples and raises it for unknown ones.
 
     Args:
         attack: without a loss of its own.

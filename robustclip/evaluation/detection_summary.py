@@ -60,7 +60,12 @@ def detected(record: Record) -> dict[str, Any]:
 
 
 def column(score: str, kind: str) -> str:
-    """Name of the column of a score, ``clean`` or ``attacked``."""
+    """Name of the column of a score.
+
+    Args:
+        score: its name.
+        kind: ``clean``, ``attacked``, or K of the KNN score.
+    """
     return score if kind == CLEAN else f"{score}/{kind}"
 
 
@@ -73,7 +78,7 @@ def summarise(
     is_correct_only: bool,
     neighbours: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What a result holds of a known task.
+    """Compute the part of the section about a known task.
 
     Args:
         known: of all its samples.

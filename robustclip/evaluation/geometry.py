@@ -1,4 +1,4 @@
-"""What fine-tuning does to the features: classes that collapse, geometry that is kept, captions that are found."""
+"""Geometry of the image features after fine-tuning: class scatter, similarity to the original, retrieval."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -54,7 +54,7 @@ class FeatureGeometry(Callback):
         self._section = Section(measured)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads the pre-trained tower; the method's own may have learnt already."""
+        """Load the pre-trained tower, since the method's own may have learnt already."""
         check_has_images(trainer, "geometry's two towers")
         if self._original is None:
             clip = method_of(pl_module).clip
@@ -122,7 +122,7 @@ class FeatureGeometry(Callback):
 
 
 class Twins:
-    """Unit features of the same samples in two models; of all samples, those of the smallest draws are kept.
+    """Unit features of a fixed random choice of samples in two models.
 
     Args:
         count: how many.
@@ -133,7 +133,7 @@ class Twins:
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, batch: Batch, features: Tensor, original: Callable[[Tensor], Tensor]) -> None:
-        """Keeps those of a batch whose draws are small enough so far; the original encodes no others.
+        """Keep the samples of a batch with the smallest draws so far; the original model encodes no others.
 
         Args:
             batch: with sample ids, of which a draw is a function.
@@ -169,7 +169,12 @@ class Twins:
 
 
 def retrieval(method: RobustMethod, captioned: Any) -> dict[str, Tensor]:
-    """`recalls` of a set of captioned images, which every process computes whole."""
+    """Recalls of a set of captioned images, which every process computes whole; see `recalls`.
+
+    Args:
+        method: whose two towers encode.
+        captioned: batches of images with their captions.
+    """
     images, texts, counts = [], [], []
     with torch.no_grad(), torch.autocast(method.device.type, enabled=False):
         for batch, captions in captioned:

@@ -1,4 +1,4 @@
-"""Do two domains see the same curvature? The spectral norm of the difference of their Hessians."""
+"""Difference in curvature between two domains: the spectral norm of the difference of their Hessians."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -44,7 +44,7 @@ class HessianDifference(Callback):
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # images and labels by task
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks for pairs."""
+        """Check that two tasks have the same classes."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not pairs(data.test_tasks if stage == "test" else data.val_tasks):
             where = "data.test" if stage == "test" else "data.val"

@@ -89,6 +89,10 @@ class Journal:
     def is_finished(self, task: str, batch: Batch) -> bool:
         """Whether an earlier start has evaluated a whole batch, which a loader of the user's own gives again.
 
+        Args:
+            task: name of a ledger with labels and hashes of pixels.
+            batch: on any device.
+
         Raises:
             ValueError: a finished sample has another image or label now.
         """
@@ -101,7 +105,7 @@ class Journal:
         return bool(known) and len(known) == len(found)
 
     def check_images(self, finished: Callable[[str], Iterable[Batch]]) -> None:
-        """Refuse to resume over other images or labels than those of the finished samples, which are read once more.
+        """Check that the finished samples, which are read once more, still have their images and labels.
 
         Args:
             finished: task to batches of this process's share of its finished samples.
@@ -217,12 +221,25 @@ def _sample(row: Mapping[str, str]) -> tuple[int, int, str]:
 
 
 def first_broken(rows: Sequence[Mapping[str, str]], attack: str, count: int) -> list[int]:
-    """The smallest ``count`` ids of samples that an attack broke; ``rows`` come in the order of the ids."""
+    """Ids of the first misclassified samples under an attack.
+
+    Args:
+        rows: of the ledger, in the order of the ids.
+        attack: name of the attack.
+        count: largest number of ids.
+    """
     return [int(row["id"]) for row in rows if row[f"{attack}.by"] not in ("", "clean")][:count]
 
 
 def keep_examples(folder: Path, rows: Sequence[Mapping[str, str]], attack: str, count: int) -> None:
-    """Leaves the examples of the smallest ids in the folder of a task and attack; every process kept as many."""
+    """Remove all adversarial examples but those of the smallest ids, since every process has kept as many.
+
+    Args:
+        folder: of a task and attack.
+        rows: of the ledger, in the order of the ids.
+        attack: name of the attack.
+        count: number of examples to keep.
+    """
     kept = {f"{number}{SUFFIX}" for number in first_broken(rows, attack, count)}
     for path in folder.glob("*"):
         if path.name not in kept:
@@ -300,7 +317,7 @@ def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -
 
 
 def _fill(rows: list[Row], numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
-    """Puts one value per chosen row; floats with five digits, further ones depend on the size of a batch."""
+    """Write a value into each chosen row; floats get five digits, since further ones depend on the batch size."""
     for name, values in columns.items():
         listed = values.tolist() if isinstance(values, torch.Tensor) else values
         for number, value in zip(numbers, listed, strict=True):

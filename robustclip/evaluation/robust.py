@@ -33,7 +33,7 @@ class RobustEvaluation(Callback):
     """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
 
     Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task. Beside
-    a `ResultsWriter`, a test keeps a ledger of every sample and goes on where an earlier start of it was ended.
+    a `ResultsWriter`, a test keeps a ledger of every sample and resumes where an earlier start of it has ended.
 
     Args:
         attacks: name to attack; none measures clean accuracy alone.
@@ -41,11 +41,12 @@ class RobustEvaluation(Callback):
         fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
         fit_max_samples: their ``max_samples``; null for the same.
         seed: of the attacks' random numbers.
-        stop: ``worst``: a sample is robust if it is right clean and in every image that the attack evaluates, and is
-            left alone once it is broken. ``last``: only the image that the attack ends with counts, as in the papers.
-        attack_precision: ``bf16`` attacks in bfloat16 first and again in fp32 what survives. Every verdict is fp32.
-        check_every: evaluations between two looks at what is broken; more suits devices that must be waited for.
-        save_examples: keep this many attacked images that broke a sample, per task and attack.
+        stop: ``worst``: a sample is robust if it is classified correctly without attack and on every image that the
+            attack evaluates; misclassified samples are not attacked further. ``last``: only the attack's last image
+            counts, as in the papers.
+        attack_precision: ``bf16`` attacks in bfloat16 first, then robust samples again in fp32. Every verdict is fp32.
+        check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
+        save_examples: keep this many misclassified attacked images per task and attack.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -108,7 +109,7 @@ class RobustEvaluation(Callback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start = perf_counter()
 
     def on_test_batch_end(
@@ -218,7 +219,7 @@ class RobustEvaluation(Callback):
 
 
 def method_of(module: LightningModule) -> RobustMethod:
-    """The module as what it must be.
+    """Return the module, checked to be a method of the package.
 
     Raises:
         TypeError: it is another.
@@ -244,7 +245,11 @@ def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
 
 
 def check_has_images(trainer: Trainer, who: str) -> None:
-    """Refuses embeddings in place of images.
+    """Refuse embeddings in place of images.
+
+    Args:
+        trainer: of the running stage.
+        who: subject of the message, in the plural.
 
     Raises:
         ValueError: the stage's batches hold embeddings.
@@ -255,6 +260,6 @@ def check_has_images(trainer: Trainer, who: str) -> None:
 
 
 def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:
-    """Prefix of the metrics and tasks of what runs now."""
+    """Return the prefix of the metrics and the tasks of the running stage."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)

@@ -50,10 +50,10 @@ class Section:
 
 @checked
 class ResultsWriter(Callback):
-    """Leaves what a test measured as a folder, prints a table, and prints the folder's path last.
+    """Writes the results of a test into a folder, and prints a table and the folder's path.
 
     The folder holds ``result.json``, the table as CSV and Markdown, the ledgers, and the examples. A test that is
-    started again after it was killed finds its folder and goes on there.
+    started again after it was killed finds its folder and resumes there.
 
     Args:
         folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
@@ -62,7 +62,7 @@ class ResultsWriter(Callback):
             audit checks with it that the attacks are strong enough.
         is_undefended: the tested model has no defence, so that it is its own baseline.
         averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
-        config: what the run was started with, kept in the file.
+        config: settings of the run, kept in the file.
 
     Raises:
         ValueError: before the test starts, an average of no task or one that the test has not, or whose name is taken;
@@ -193,7 +193,7 @@ class ResultsWriter(Callback):
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets another start have the folder."""
+        """Release the lock of the folder."""
         self._unlock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""One row per evaluated sample, appended batch by batch, so that a killed test goes on where it was."""
+"""One row per evaluated sample, appended batch by batch, so that a killed test resumes."""
 
 import csv
 import fcntl
@@ -71,7 +71,7 @@ class Ledger:
             os.fsync(file.fileno())
 
     def _recover(self) -> list[dict[str, str]]:
-        """Rows of an earlier start; cuts off what was being written when it ended."""
+        """Return the rows of an earlier start, after a last batch that was cut off has been removed."""
         content = self.path.read_bytes() if self.path.exists() else b""
         begin = content.find(b"\n") + 1
         if not begin:
@@ -106,14 +106,26 @@ def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]
 
 
 def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of all processes in the order of the ids, once each; of ``target`` too if they were merged before."""
+    """Read the rows of all processes in the order of the ids, once each.
+
+    Args:
+        parts: ledgers of the processes.
+        target: merged ledger of an earlier start; it need not exist.
+        header: columns that all must have.
+    """
     paths = [*sorted(parts), *([target] if target.exists() else [])]
     rows = {int(row["id"]): row for path in paths for row in read(path, header)}
     return [rows[number] for number in sorted(rows)]
 
 
 def merge(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Joins the parts of all processes, in the order of the ids; a sample that two of them have counts once."""
+    """Join the ledgers of all processes into one file, and return its rows in the order of the ids.
+
+    Args:
+        parts: ledgers of the processes.
+        target: file to write, with the rows that it has already.
+        header: columns that all must have.
+    """
     ordered = gather(parts, target, header)
     write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
     return ordered

@@ -21,7 +21,11 @@ SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 
 def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
-    """Compares the averages that are wanted with the tasks of a test.
+    """Check that named averages are taken over tasks of the test.
+
+    Args:
+        averages: name to the names of tasks.
+        tasks: names of the tasks of the test.
 
     Raises:
         ValueError: a name that is taken or malformed, no task, one twice, or one that the test has not.
@@ -39,12 +43,12 @@ def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) 
 
 
 def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """By name, the averages over some tasks and, last, the mean over all."""
+    """Return the averages over some tasks and, last, the mean over all tasks, by their names."""
     return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table with right-aligned numbers, what the audit says, and the detection of unknown classes."""
+    """A Markdown table of the accuracies, with the audit's grade and the detection of unknown classes."""
     tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
     if detected := detection_rows(result):
         tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
@@ -52,7 +56,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 
 
 def csv_table(result: Mapping[str, Any]) -> str:
-    """The same as shares in [0, 1], limits of the intervals in columns of their own."""
+    """A table of accuracies as shares in [0, 1] for a spreadsheet, with columns for the limits of the intervals."""
     kinds = list(result["mean"])
     limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
@@ -67,7 +71,7 @@ def csv_table(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:
-    """The table for a terminal, intervals in whole percent on a second line."""
+    """A table of accuracies for a terminal, with intervals in whole percent on a second line."""
     rows = readable_rows(result, in_two_lines=True)
     title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
@@ -82,7 +86,7 @@ def rich_table(result: Mapping[str, Any]) -> Table:
 
 
 def rich_detection(result: Mapping[str, Any]) -> Table | None:
-    """The detection of unknown classes for a terminal, under attack on a second line; None where none was measured."""
+    """A table of the detection of unknown classes for a terminal; None where none was measured."""
     rows = detection_rows(result)
     if not rows:
         return None
@@ -117,7 +121,12 @@ def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
-    """Header, one row per task, and the means."""
+    """Rows of the table of accuracies: header, tasks and means.
+
+    Args:
+        result: content of ``result.json``.
+        in_two_lines: put the intervals on a second line.
+    """
     percent = percent_in_two_lines if in_two_lines else percent_in_one_line
     kinds = list(result["mean"])
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
@@ -140,7 +149,7 @@ def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
 
 
 def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
-    """The same for narrow columns, the interval in whole percent."""
+    """Accuracy and, on a second line for narrow columns, the interval in whole percent."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f}\n{100 * low:.0f}-{100 * high:.0f}"
 

@@ -1,4 +1,4 @@
-"""Counting clean answers over tasks and processes."""
+"""Counts of clean answers over tasks and processes."""
 
 from typing import cast
 
