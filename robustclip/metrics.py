@@ -11,7 +11,6 @@ from torchmetrics.functional.classification import (
     binary_roc,
     binary_specificity_at_sensitivity,
 )
-from torchmetrics.utilities import dim_zero_cat
 
 RANKS = (1, 5, 10)  # ranks of retrieval
 KEPT = 0.95  # share of the known samples that must be accepted when the accepted unknown ones are counted
@@ -105,32 +104,6 @@ def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
         is_correct = owner_of(places) == truth[:, None]
         rates |= {f"{name}_r{rank}": is_correct[:, :rank].any(1).float().mean() for rank in RANKS}
     return rates
-
-
-class Rows(Metric):
-    """A table in fp64 with one row per sample, over all batches and, when computed, all processes.
-
-    Args:
-        width: number of columns.
-    """
-
-    full_state_update = False
-    values: list[Tensor]
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        # Rows are flattened: torchmetrics can concatenate lists of different lengths, but no table without any row.
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)
-
-    def update(self, rows: Tensor) -> None:
-        """Adds rows ``(B, width)``; B may be 0."""
-        self.values.append(rows.double().flatten())
-
-    def compute(self) -> Tensor:
-        """Returns the table ``(N, width)``."""
-        return dim_zero_cat(self.values).view(-1, self.width)
 
 
 def class_accuracy(labels: Tensor, is_correct: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import robustclip.cli.lightning  # noqa: F401  # loaded once, before the forks
 from robustclip.attacks import APGD, PGD
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.evaluation import ResultsWriter, RobustEvaluation, probes
+from robustclip.evaluation import FeatureGeometry, OODDetection, ResultsWriter, RobustEvaluation, probes
 from robustclip.methods import TeCoA
 from robustclip.results.ledger import Ledger
 
@@ -37,6 +37,7 @@ PROBED_SHARE = 1 / 4  # so that tiny sets have probed samples
 EPS, STEPS = 12 / 255, 2
 BATCH, KEPT = 2, 3
 TASKS = ("first", "second", "third")
+SEED = torch.Generator()
 
 
 class Counted(PGD):
@@ -106,6 +107,36 @@ def test(root: str, location: str, workers: int) -> int:
     return 0
 
 
+def test_all(root: str) -> int:
+    """A test with detection and geometry, one image per batch, so that no number depends on the processes."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    callbacks = [
+        OODDetection(scores=["mcm", "energy"], attack=PGD("8/255", "4/255", 2), neighbours=[1]),
+        FeatureGeometry(max_samples=6),
+        RobustEvaluation({"pgd": Counted("12/255", "6/255", STEPS)}, save_examples=KEPT),
+        ResultsWriter("results"),
+    ]
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    known = [DataSource(f"wds:{name}", name=name, classes="0-1") for name in TASKS[:2]]
+    unknown = [DataSource("wds:first", classes="0-1")]
+    data = CLIPDataModule(test=known, unknown=unknown, root=root, image_size=32, batch_size=1)
+    method = TeCoA(pretrained=f"{root}/model")
+    with torch.no_grad():  # else geometry compares the pre-trained model with itself
+        method.clip.net.visual.proj += 0.05 * torch.randn(
+            method.clip.net.visual.proj.shape, generator=SEED.manual_seed(0)
+        )
+    trainer.test(method, datamodule=data, verbose=False)
+    return 0
+
+
 def start(case: dict[str, Any], folder: Path, moment: str = "", environment: dict[str, str] | None = None) -> int:
     """Forks a process that tests in a folder; returns its id."""
     child = os.fork()
@@ -123,7 +154,7 @@ def start(case: dict[str, Any], folder: Path, moment: str = "", environment: dic
         if moment:
             strike(*moment.split())
         sys.argv = ["robustclip", *case.get("words", [])]
-        status = run() if "words" in case else test(**case["test"])
+        status = run() if "words" in case else test(**case["test"]) if "test" in case else test_all(**case["test_all"])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -44,6 +44,7 @@ ATTACKS = {
 # words name the step that the process kills itself before, in or after. All kills of a line strike one test.
 chance = random.Random(0)
 RANDOM = [[f"{chance.uniform(0, 0.12):.3f}" for _ in range(5)] for _ in range(2)]
+OFTEN = [f"{chance.uniform(0, 0.05):.3f}" for _ in range(12)]
 KILLS: dict[str, list[str]] = {
     "random_0": RANDOM[0],
     "random_1": RANDOM[1],
@@ -89,6 +90,10 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
     for name, processes in PROCESSES.items():
         kills = [["0.3", number] for number in processes[:-1]]
         cases[name] = {"test": one, "kills": kills, "processes": processes[-1]}
+    everything = {"test_all": {"root": str(folder)}}
+    cases["all_whole"] = {**everything, "kills": [], "processes": 1}
+    cases["all_killed"] = {**everything, "kills": [[moment, 1] for moment in OFTEN], "processes": 1}
+    cases["all_changing"] = {**everything, "kills": [["0.2", 1], ["0.2", 2]], "processes": 2}
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder)],
@@ -141,12 +146,12 @@ def contents(case: Path) -> dict[str, Any]:
             found[name] = without_seconds(list(csv.reader(io.StringIO(path.read_text()))))
         elif path.suffix == ".md":
             found[name] = without_seconds([line.split("|") for line in path.read_text().splitlines()])
-        elif path.name == "result.json":
-            found[name] = result = json.loads(path.read_text())
-            for values in result["tasks"].values():
+        elif path.suffix == ".json":
+            found[name] = stored = json.loads(path.read_text())
+            for values in stored["tasks"].values() if name == "result.json" else ():
                 del values["seconds"]
             for key in ("finished", "commit", "config"):  # some cases run without a command line
-                del result[key]
+                del stored[key]
         else:
             found[name] = path.read_bytes() if path.is_file() else "an empty folder"
     return found
@@ -159,7 +164,7 @@ def attacked(case: Path) -> list[int]:
 
 def test_a_whole_test_has_what_the_others_are_compared_in(folder: Path) -> None:
     found = contents(folder / "whole")
-    assert {name for name in found if "/" not in name} == {"result.json", "table.csv", "table.md"}
+    assert {name for name in found if "/" not in name} == {"result.json", "facts.json", "table.csv", "table.md"}
     tasks = found["result.json"]["tasks"]
     assert {name: values["n"] for name, values in tasks.items()} == SIZES | {"third": SIZES["third"] - 2}
     examples = Counter(str(Path(name).parent) for name in found if name.startswith("examples"))
@@ -200,6 +205,30 @@ def test_another_number_of_processes_goes_on_with_the_same_verdicts(folder: Path
                 else:
                     assert our == their, column
     assert ours["result.json"]["tasks"] == theirs["result.json"]["tasks"]
+
+
+@pytest.mark.parametrize("name", ["all_killed", "all_changing"])
+def test_detection_and_geometry_are_those_of_an_uninterrupted_test(folder: Path, name: str) -> None:
+    """The first test is killed ten times at least; the second changes the number of its processes twice."""
+    assert json.loads((folder / "told.json").read_text())[name]["kills"] >= {"all_killed": 10, "all_changing": 2}[name]
+    ours, theirs = contents(folder / name), contents(folder / "all_whole")
+    assert ours.keys() == theirs.keys()
+    assert {"ledger/first@first.csv", "ledger/first@first_unknown.csv"} <= ours.keys()
+    for path in theirs:
+        for each in (ours, theirs) if path.endswith(".json") else ():
+            del each[path]["device"]
+        assert ours[path] == theirs[path], path
+    assert ours["result.json"]["detection"]["tasks"]["first"]["unknown"]["first_unknown"]["n"] == 4
+    assert ours["result.json"]["geometry"]["second"]["pearson"] < 1
+
+
+@pytest.mark.parametrize("name", ["all_killed", "all_changing"])
+def test_score_gives_the_result_of_a_killed_test(folder: Path, name: str) -> None:
+    (left,) = (folder / name / "results").iterdir()
+    before = (left / "result.json").read_bytes()
+    (left / "result.json").unlink()
+    assert run(["score", str(left)]) == 0
+    assert (left / "result.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", [*KILLS, *PROCESSES])
@@ -386,7 +415,7 @@ def test_a_full_disk_ends_in_one_line_and_the_next_start_goes_on(
     monkeypatch.setattr("robustclip.evaluation.probes.PROBED_SHARE", 1 / 4)
     assert run(words) == 0
     ours, theirs = contents(tmp_path), contents(folder / "whole")
-    assert {name: ours[name] for name in ours if name != "result.json"} == {
-        name: theirs[name] for name in theirs if name != "result.json"
+    assert {name: ours[name] for name in ours if not name.endswith(".json")} == {
+        name: theirs[name] for name in theirs if not name.endswith(".json")
     }
     assert ours["result.json"]["tasks"] == theirs["result.json"]["tasks"]

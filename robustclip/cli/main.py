@@ -20,6 +20,8 @@ commands:
   table     one table of several results   robustclip table RUN...
   compare   two results, with intervals    robustclip compare RUN_A RUN_B
   report    several results as a page      robustclip report RUN... --out report.html
+  score     a result again from its ledgers, without a model
+                                           robustclip score RUN
   verify    do a result's attacked images fool the model that they were made for?
                                            robustclip verify RUN
   replay    its attacked images on another model
@@ -51,6 +53,7 @@ TOOLS = {
     "table": "robustclip.tools.table:table",
     "compare": "robustclip.tools.compare:compare",
     "report": "robustclip.report:report",
+    "score": "robustclip.tools.score:score",
     "verify": "robustclip.cli.commands:verify",
     "replay": "robustclip.cli.commands:replay",
     "import": "robustclip.convert.importing:import_checkpoint",

@@ -1,4 +1,4 @@
-"""Evaluation of a model on test and validation tasks, and what a test writes down."""
+"""Evaluation of a model on test and validation tasks, and the files that a test writes."""
 
 from robustclip.evaluation.detection import OODDetection
 from robustclip.evaluation.geometry import FeatureGeometry

@@ -1,4 +1,4 @@
-"""Are images of unknown classes told from those of known ones, also when both are attacked?"""
+"""Detection of images of unknown classes during a test, without and under attack."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -11,21 +11,18 @@ from torch import Tensor
 from robustclip.arguments import Count, checked
 from robustclip.attacks import PGD
 from robustclip.attacks.attack import Forward
-from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, Columns, column, scalars, summarise
+from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, detected, scalars, table_name
+from robustclip.evaluation.journal import Journal, Row
 from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
 from robustclip.evaluation.progress import TaskProgress
-from robustclip.evaluation.robust import check_has_images, finished_batches, method_of, stage_of
-from robustclip.evaluation.writer import ResultsWriter
+from robustclip.evaluation.robust import check_has_images, method_of, stage_of
+from robustclip.evaluation.writer import Section, writer_of
 from robustclip.methods import RobustMethod
-from robustclip.metrics import Rows
 from robustclip.models.layers import frozen
 from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
-from robustclip.results.protocol import digest
+from robustclip.results.summary import Record
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
-
-Key = tuple[str, str]
-"""A known task and an unknown set; the task twice for its own samples."""
 
 
 @checked
@@ -42,8 +39,7 @@ class OODDetection(Callback):
       is reported, unknown ones to raise it; of the clean image and what the attack returns, the worse one counts.
 
     and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
-    error of the softmax in 15 bins. Beside a `ResultsWriter`, histograms and ROC curves are kept too. A test that
-    resumes scores the finished samples again.
+    error of the softmax in 15 bins. Beside a `ResultsWriter`, scores, histograms and ROC curves are kept too.
 
     Args:
         known: test tasks; null for all.
@@ -92,8 +88,8 @@ class OODDetection(Callback):
         self.neighbours = sorted({*neighbours})
         self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}
-        self._samples: dict[Key, Rows] = {}
-        self._pixels: dict[str, str] = {}  # hash of all images of an unknown set
+        self._section = Section(detected)
+        self._journal: Journal | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Pairs known tasks with unknown sets."""
@@ -112,60 +108,75 @@ class OODDetection(Callback):
         self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
         if KNN in self.scores:
             check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
+        columns = ["id", "label", "pixels", *self._columns]
+        tables = {table_name(task, name): columns for task, sets in self._pairs.items() for name in (task, *sets)}
+        self._section, self._journal = Section(detected, tables, self._settings()), None
+        if (writer := writer_of(trainer)) is not None:
+            writer.sections[DETECTION] = self._section
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts with no sample."""
-        method = method_of(pl_module)
+        """Encodes the training images, prepares the scores, and takes the ledgers of the test."""
+        method, data, writer = method_of(pl_module), data_of(trainer), writer_of(trainer)
+        self._journal = writer.journal if writer else Journal(trainer, self._section.tables)
         if KNN in self.scores:
             self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
         # Outside inference mode, whose tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(method):
-            for known in data_of(trainer).test_tasks:
+            for known in data.test_tasks:
                 for score in self._score_by_name.values() if known.name in self._pairs else ():
                     score.prepare(method, known)
-        self._samples = {}
-        for task, unknown in self._pairs.items():
-            self._samples |= {(task, name): self._no_samples(pl_module.device) for name in (task, *unknown)}
+        self._section.facts |= {
+            KNN: None if self._bank is None else self._bank.settings,
+            "curve": [] if self._bank is None else self._bank.curve,
+            "has_pixels": data.feature_model is None,
+            "data": {name: data.protocol(name) for name in data.unknown_names},
+        }
 
     # Not at the batch's end: a `RobustEvaluation` that follows times what lies between.
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Scores a batch of a known task."""
+        """Score a batch of a known task."""
         task = stage_of(trainer)[1][dataloader_idx].name
-        if (task, task) in self._samples:
-            self._add(method_of(pl_module), (task, task), batch)
+        if task in self._pairs:
+            self._add(method_of(pl_module), task, task, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores what an earlier start of the test has finished and the unknown sets, joins the processes and logs."""
+        """Scores the unknown sets, and logs the numbers of the section."""
         method = method_of(pl_module)
-        for task in self._pairs:
-            for batch in finished_batches(trainer, task):
-                self._add(method, (task, task), batch)
         for name, loader in data_of(trainer).unknown_dataloaders().items():
-            keys = [key for key in self._samples if key[1] == name]
-            total = 0
-            for batch in loader if keys else ():
-                total += _sum_of_digests(batch)
+            tasks = [task for task, sets in self._pairs.items() if name in sets]
+            for batch in loader if tasks else ():
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                for key in keys:
+                for task in tasks:
                     if isinstance(trainer.progress_bar_callback, TaskProgress):
-                        trainer.progress_bar_callback.announce(f"{name}, unknown to {key[0]}")
-                    self._add(method, key, moved)
-            self._pixels[name] = _joined_sum(trainer, total)
-        tasks = {task: self._summary(data_of(trainer), task) for task, name in self._samples if task == name}
-        for task, found in tasks.items():
-            method.log_dict({f"test/{task}/{DETECTION}/{name}": value for name, value in scalars(found).items()})
-        for writer in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(writer, ResultsWriter):
-                writer.sections[DETECTION] = {**self._settings(), "tasks": tasks}
+                        trainer.progress_bar_callback.announce(f"{name}, unknown to {task}")
+                    self._add(method, task, name, moved)
+        journal = self._ledgers
+        facts = {"sections": {DETECTION: {**self._section.settings, **self._section.facts}}}
+        summary = detected(Record(facts, {name: journal.rows(name) for name in self._section.tables}))
+        numbers = {
+            f"test/{task}/{DETECTION}/{name}": value
+            for task, found in summary["tasks"].items()
+            for name, value in scalars(found).items()
+        }
+        method.log_dict(numbers)
+        if (writer := writer_of(trainer)) is not None:
+            writer.outputs |= numbers.keys()
 
-    def _add(self, method: RobustMethod, key: Key, batch: Batch) -> None:
-        task, is_known = key[0], key[0] == key[1]
+    @property
+    def _ledgers(self) -> Journal:
+        if self._journal is None:
+            raise RuntimeError("no test is running")
+        return self._journal
+
+    def _add(self, method: RobustMethod, task: str, name: str, batch: Batch) -> None:
+        table, is_known = table_name(task, name), task == name
+        if self._ledgers.is_finished(table, batch):
+            return
         with torch.autocast(method.device.type, enabled=False), frozen(method):
             logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
             columns: dict[str, Tensor] = {
-                "label": batch.labels,
                 "is_right": logits.argmax(-1) == batch.labels,
                 "confidence": confidence(logits),
             }
@@ -177,76 +188,51 @@ class OODDetection(Callback):
             if self._bank is not None:
                 columns |= self._bank.columns(method.image_features(batch.images))
             if self.attack is not None:
-                for name in self.attacked:
-                    score = self._score_by_name[name]
+                for key in self.attacked:
+                    score = self._score_by_name[key]
                     forward = partial(score.forward, method, task=task)
                     found = attacked_score(
                         self.attack, method, forward, score, batch, is_known=is_known, seed=self.seed
                     )
                     worse = torch.minimum if is_known else torch.maximum
-                    columns[column(name, ATTACKED)] = worse(columns[column(name, CLEAN)], found)
-        self._samples[key].update(torch.stack([columns[name].double() for name in self._columns], dim=1))
+                    columns[column(key, ATTACKED)] = worse(columns[column(key, CLEAN)], found)
+        values = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
+        digests = batch.digests or [""] * len(batch.labels)
+        rows: list[Row] = [
+            {"id": number, "label": label, "pixels": pixels, **{key: value[place] for key, value in values.items()}}
+            for place, (number, label, pixels) in enumerate(
+                zip(batch.index.tolist(), batch.labels.tolist(), digests, strict=True)
+            )
+        ]
+        self._ledgers.append(table, rows)
 
     @property
     def _columns(self) -> list[str]:
         attacked = [column(name, ATTACKED) for name in self.attacked]
-        curve = [column(KNN, str(k)) for k in self._neighbours]
-        return ["label", "is_right", "confidence", *self.scores, *attacked, *curve]
-
-    @property
-    def _neighbours(self) -> list[int]:
-        return [] if self._bank is None else self._bank.curve
-
-    def _no_samples(self, device: torch.device) -> Rows:
-        rows = Rows(len(self._columns)).to(device)
-        rows.update(torch.zeros(0, rows.width, device=device))  # else it warns of a process without a sample
-        return rows
-
-    def _joined(self, key: Key) -> Columns:
-        """The samples of all processes, which must all come here."""
-        return dict(zip(self._columns, self._samples[key].compute().cpu().T.contiguous(), strict=True))
-
-    def _summary(self, data: Any, task: str) -> dict[str, Any]:
-        found = summarise(
-            self._joined((task, task)),
-            {name: self._joined((task, name)) for name in self._pairs[task]},
-            self.scores,
-            drawn=[self.headline, *self.attacked],
-            is_correct_only=self.is_correct_only,
-            neighbours=self._neighbours,
-        )
-        for name, each in found["unknown"].items():
-            each["data"] = data.protocol(name) | {"pixels": self._pixels[name] if data.feature_model is None else None}
-        return found
+        curve = [column(KNN, str(k)) for k in self.neighbours] if KNN in self.scores else []
+        return ["is_right", "confidence", *self.scores, *attacked, *curve]
 
     def _settings(self) -> dict[str, Any]:
-        """What the numbers depend on besides model and data."""
+        """Settings that the rows and the numbers depend on besides model and data."""
         attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
-        shared = {"headline": self.headline, "is_correct_only": self.is_correct_only, "attack": attack}
-        shared |= {} if self._bank is None else {KNN: self._bank.settings}
         own = {name: score for name, score in self._score_by_name.items() if name != KNN and name not in SCORES}
-        classes = {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()}
-        shared |= {"scores": classes} if own else {}
-        return shared | ({"attacked": self.attacked, "seed": self.seed} if attack else {})
-
-
-def _sum_of_digests(batch: Batch) -> int:
-    """Sum of one number per image, which depends on its id and pixels; sums of batches add up in any order."""
-    pairs = zip(batch.index.tolist(), batch.digests or (), strict=False)
-    return sum(int(digest([number, pixels]), 16) for number, pixels in pairs)
-
-
-def _joined_sum(trainer: Trainer, total: int) -> str:
-    """The sum over all processes modulo 2**64, in hexadecimal digits."""
-    signed = (total + 2**63) % 2**64 - 2**63  # as an int64, whose sums wrap around
-    joined = trainer.strategy.reduce(torch.tensor(signed, device=trainer.strategy.root_device), reduce_op="sum")
-    return f"{int(joined) % 2**64:016x}"
+        return {
+            "pairs": self._pairs,
+            "scores": self.scores,
+            "own_scores": {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()},
+            "neighbours": self.neighbours,
+            "headline": self.headline,
+            "is_correct_only": self.is_correct_only,
+            "attack": attack,
+            "attacked": self.attacked,
+            "seed": self.seed,
+        }
 
 
 def attacked_score(
     attack: PGD, method: RobustMethod, forward: Forward, score: Score, batch: Batch, *, is_known: bool, seed: int
 ) -> Tensor:
-    """The score ``(B,)`` of what an attack returns that lowers it for known samples and raises it for unknown ones.
+    """Score ``(B,)`` under an attack that lowers it for known samples and raises it for unknown ones.
 
     Args:
         attack: without a loss of its own.

@@ -1,4 +1,4 @@
-"""From the scores of known and unknown samples to what a result holds, in JSON's types."""
+"""The detection section of a result, from the scores of known and unknown samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,11 @@ from torch import Tensor
 
 from robustclip.metrics import calibration_error, class_accuracy, harmonic_mean, roc, separation
 from robustclip.objectives.scores import KNN
+from robustclip.results.protocol import digest
+from robustclip.results.summary import Record, Rows
+from robustclip.results.tables import DETECTION
 
+JOINT = "@"  # between a task and a set in the name of a ledger of scores
 CLEAN, ATTACKED = "clean", "attacked"
 NEIGHBOURS = "neighbours"  # of an unknown set: the curve of the KNN score
 CONFIDENCE_BINS = 15  # Guo et al., https://arxiv.org/abs/1706.04599
@@ -21,8 +25,48 @@ Columns = Mapping[str, Tensor]
 ``knn/<K>``."""
 
 
+def table_name(task: str, name: str) -> str:
+    """Name of the ledger with the scores of a set of images; the known samples of a task form the set of its name.
+
+    Args:
+        task: whose classes are known.
+        name: of the set.
+    """
+    return f"{task}{JOINT}{name}"
+
+
+def detected(record: Record) -> dict[str, Any]:
+    """The section of a test with `OODDetection`."""
+    given = record.settings(DETECTION)
+    tasks = {}
+    for task, sets in given["pairs"].items():
+        names = ["label", "is_right", "confidence", *given["scores"]]
+        names += [column(score, ATTACKED) for score in given["attacked"]]
+        names += [column(KNN, str(k)) for k in given["curve"]]
+        tables = {name: record.rows[table_name(task, name)] for name in (task, *sets)}
+        tasks[task] = summarise(
+            _columns(tables[task], names),
+            {name: _columns(tables[name], names) for name in sets},
+            given["scores"],
+            drawn=[given["headline"], *given["attacked"]],
+            is_correct_only=given["is_correct_only"],
+            neighbours=given["curve"],
+        )
+        for name, found in tasks[task]["unknown"].items():
+            found["data"] = given["data"][name] | {"pixels": _digest(tables[name]) if given["has_pixels"] else None}
+    told = ["headline", "is_correct_only", "attack", *([KNN] if given[KNN] else [])]
+    told += ["attacked", "seed"] if given["attack"] else []
+    own = {"scores": given["own_scores"]} if given["own_scores"] else {}
+    return {**{name: given[name] for name in told}, **own, "tasks": tasks}
+
+
 def column(score: str, kind: str) -> str:
-    """Name of the column of a score, ``clean`` or ``attacked``."""
+    """Name of the column of a score.
+
+    Args:
+        score: its name.
+        kind: ``clean``, ``attacked``, or K of the KNN score.
+    """
     return score if kind == CLEAN else f"{score}/{kind}"
 
 
@@ -35,7 +79,7 @@ def summarise(
     is_correct_only: bool,
     neighbours: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What a result holds of a known task.
+    """Compute the part of the section about a known task.
 
     Args:
         known: of all its samples.
@@ -68,6 +112,16 @@ def scalars(summary: Mapping[str, Any]) -> dict[str, float]:
             attacked = {f"{ATTACKED}/{key}": value for key, value in values.get(ATTACKED, {}).items()}
             found |= {f"{name}/{score}/{key}": value for key, value in (plain | attacked).items()}
     return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def _columns(rows: Rows, names: Sequence[str]) -> Columns:
+    return {name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in names}
+
+
+def _digest(rows: Rows) -> str:
+    """Hash of ids and pixels of a set, in any order."""
+    total = sum(int(digest([int(row["id"]), row["pixels"]]), 16) for row in rows)
+    return f"{total % 2**64:016x}"
 
 
 def _compared(known: Columns, unknown: Columns, score: str, accuracy: Tensor, *, is_drawn: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What fine-tuning does to the features: classes that collapse, geometry that is kept, captions that are found."""
+"""Geometry of the image features after fine-tuning: class scatter, similarity to the original, retrieval."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from robustclip.arguments import Interval, checked
 from robustclip.attacks import noise
 from robustclip.evaluation.robust import check_has_images, finished_batches, method_of, stage_of
+from robustclip.evaluation.sections import GEOMETRY, measured
+from robustclip.evaluation.writer import Section, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.metrics import class_sums, collapse, recalls, similarity
 from robustclip.models.clip import CLIPModel
 from robustclip.models.teacher import ImageTeacher
-from robustclip.results.tables import GEOMETRY
+from robustclip.results.summary import finite
 from robustclip.types import Batch, Task, data_of
 
 CHOICE_SEED = 0x9E0  # of the project, not of the run: every run compares the same samples
@@ -49,13 +51,17 @@ class FeatureGeometry(Callback):
         self._original: ImageTeacher | None = None
         self._sums: dict[str, Tensor] = {}
         self._twins: dict[str, Twins] = {}
+        self._section = Section(measured)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Loads the pre-trained tower; the method's own may have learnt already."""
+        """Load the pre-trained tower, since the method's own may have learnt already."""
         check_has_images(trainer, "geometry's two towers")
         if self._original is None:
             clip = method_of(pl_module).clip
             self._original = ImageTeacher(CLIPModel(clip.arch, clip.pretrained, clip.image_size))
+        self._section = Section(measured, settings={"max_samples": self.max_samples}, facts={"values": {}})
+        if stage == "test" and (writer := writer_of(trainer)) is not None:
+            writer.sections[GEOMETRY] = self._section
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts each task, with the samples that an earlier start of the test has finished."""
@@ -86,21 +92,28 @@ class FeatureGeometry(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Joins the processes and logs."""
-        method, (stage, tasks) = method_of(pl_module), stage_of(trainer)
-        for task in tasks:
+        method = method_of(pl_module)
+        for task in stage_of(trainer)[1]:
             width = method.heads[task.name].shape[-1]
             nothing = torch.zeros(len(task.label_names), width + 2, dtype=torch.float64, device=method.device)
             sums = trainer.strategy.reduce(self._sums.get(task.name, nothing), reduce_op="sum")
             tuned, original = self._twins[task.name].joined(method, width)
-            _log(method, f"{stage}/{task.name}", {"collapse": collapse(sums), **similarity(tuned, original)})
+            self._log(trainer, task.name, {"collapse": collapse(sums), **similarity(tuned, original)})
         captioned = data_of(trainer).captioned_images()
         if captioned is not None and not trainer.sanity_checking:
-            _log(method, f"{stage}/{captioned.name}", retrieval(method, captioned))
+            self._log(trainer, captioned.name, retrieval(method, captioned))
 
     # Validation is the same on other tasks.
     on_validation_epoch_start = on_test_epoch_start
     on_validation_batch_end = on_test_batch_end
     on_validation_epoch_end = on_test_epoch_end
+
+    def _log(self, trainer: Trainer, name: str, values: dict[str, Tensor]) -> None:
+        logged = {f"{stage_of(trainer)[0]}/{name}/{GEOMETRY}/{key}": value for key, value in values.items()}
+        method_of(trainer.lightning_module).log_dict(logged)
+        self._section.facts["values"][name] = {key: finite(float(value)) for key, value in values.items()}
+        if (writer := writer_of(trainer)) is not None:
+            writer.outputs |= logged.keys()
 
     def _original_features(self, images: Tensor) -> Tensor:
         if self._original is None:
@@ -109,7 +122,7 @@ class FeatureGeometry(Callback):
 
 
 class Twins:
-    """Unit features of the same samples in two models; of all samples, those of the smallest draws are kept.
+    """Unit features of a fixed random choice of samples in two models.
 
     Args:
         count: how many.
@@ -120,7 +133,7 @@ class Twins:
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(self, batch: Batch, features: Tensor, original: Callable[[Tensor], Tensor]) -> None:
-        """Keeps those of a batch whose draws are small enough so far; the original encodes no others.
+        """Keep the samples of a batch with the smallest draws so far; the original model encodes no others.
 
         Args:
             batch: with sample ids, of which a draw is a function.
@@ -156,7 +169,12 @@ class Twins:
 
 
 def retrieval(method: RobustMethod, captioned: Any) -> dict[str, Tensor]:
-    """`recalls` of a set of captioned images, which every process computes whole."""
+    """Recalls of a set of captioned images, which every process computes whole; see `recalls`.
+
+    Args:
+        method: whose two towers encode.
+        captioned: batches of images with their captions.
+    """
     images, texts, counts = [], [], []
     with torch.no_grad(), torch.autocast(method.device.type, enabled=False):
         for batch, captions in captioned:
@@ -165,10 +183,6 @@ def retrieval(method: RobustMethod, captioned: Any) -> dict[str, Tensor]:
             counts += [len(each) for each in captions]
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(method.device)
     return recalls(torch.cat(images) @ torch.cat(texts).T, owner)
-
-
-def _log(method: RobustMethod, prefix: str, values: dict[str, Tensor]) -> None:
-    method.log_dict({f"{prefix}/{GEOMETRY}/{name}": value for name, value in values.items()})
 
 
 def _stacked(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

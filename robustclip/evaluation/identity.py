@@ -1,4 +1,4 @@
-"""What a test is, before it starts: weights, and the protocol of every task under every attack."""
+"""The identity of a test before it starts: weights, and the protocol of every task under every attack."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,12 @@ from robustclip.types import Task
 
 
 def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[str, str], list[Member]]:
-    """Members of every attack on every task; few classes may change them."""
+    """Members of every attack on every task, which may depend on the number of classes.
+
+    Args:
+        tasks: of the evaluation.
+        attacks: by name.
+    """
     return {(task.name, name): attacks[name].members(len(task.label_names)) for task in tasks for name in attacks}
 
 
@@ -26,7 +31,18 @@ def describe(
     seed: int,
     save_examples: int,
 ) -> dict[str, Any]:
-    """Identity of a test, in JSON's types: two starts of the same test have the same."""
+    """Identity of a test, in JSON's types: two starts of the same test have the same.
+
+    Args:
+        method: to be tested.
+        data: its data module.
+        tasks: of the test.
+        members: task and attack to the members of the attack.
+        precision: ``fp32`` or ``bf16``, of the attacks.
+        stop: rule of the evaluation.
+        seed: of the attacks.
+        save_examples: number of attacked images to keep per task and attack.
+    """
     return {
         "method": type(method).__name__,
         "weights": fingerprint(method),
@@ -50,27 +66,20 @@ def describe(
     }
 
 
-def with_samples(protocol: Mapping[str, Any], rows: list[dict[str, str]]) -> dict[str, Any]:
-    """A task's protocols with the samples that were evaluated, and the hashes."""
-    samples = f"{len(rows)}, digest {digest([[int(row['id']), int(row['label'])] for row in rows])}"
-    pixels = listing([row["pixels"] for row in rows]) if all(row["pixels"] for row in rows) else None
-    axes = {attack: {**given, "sample_ids": samples, "pixels": pixels} for attack, given in protocol.items()}
-    return {attack: {"hash": digest(given), "axes": given} for attack, given in axes.items()}
-
-
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """In what two tests differ, one line each."""
+    """Describe how two tests differ, in one line per difference.
+
+    Args:
+        a: identity of one test.
+        b: identity of the other.
+    """
     found = [
         f"{key}: {a[key]} against {b[key]}"
         for key in ("method", "weights", "seed", "save_examples")
         if a[key] != b[key]
     ]
-    settings, others = a.get("settings", {}), b.get("settings", {})
-    found += [
-        f"{key}: {settings.get(key)} against {others.get(key)}"
-        for key in dict.fromkeys([*settings, *others])
-        if settings.get(key) != others.get(key)
-    ]
+    found += _different(a.get("settings", {}), b.get("settings", {}))
+    found += _different(a.get("sections", {}), b.get("sections", {}))
     ours, theirs = a["protocol"], b["protocol"]
     if ours.keys() != theirs.keys():
         return [*found, f"tasks: {', '.join(ours)} against {', '.join(theirs)}"]
@@ -84,6 +93,10 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {a.get(key)} against {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+
+
 def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> dict[str, Any]:
     clean = {axis: shared[axis] for axis in CLEAN_AXES if axis in shared}
     settings = {
@@ -94,13 +107,13 @@ def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> d
 
 
 def words(task: Task) -> dict[str, Any]:
-    """What the text tower was asked, in JSON's types; enough to make the task again."""
+    """Class names and templates of a task, in JSON's types; enough to make the task again."""
     found: dict[str, Any] = {"class_names": task.class_names, "templates": task.templates}
     return found if task.groups is None else {**found, "groups": task.groups, "label_names": task.label_names}
 
 
 def _labels(task: Task) -> Any:
-    """What tells the classes of a task: their names and, where there are, the groups of them."""
+    """Names of the classes of a task and, where there are groups, a digest of these."""
     names = listing(task.class_names)
     return names if task.groups is None else f"{names}, in {len(task.groups)} groups, digest {digest(task.groups)}"
 

@@ -1,4 +1,4 @@
-"""How near the features of an image are to those of the training images."""
+"""Nearness of the features of an image to those of the training images."""
 
 import warnings
 from collections.abc import Sequence
@@ -52,7 +52,12 @@ class Neighbours(Score):
 
     @classmethod
     def of_training(cls, method: RobustMethod, curve: Sequence[int]) -> Self:
-        """The bank of the method's data; all processes must come here."""
+        """Encode the training images of the method's data as the bank; all processes must come here.
+
+        Args:
+            method: of which a trainer is known.
+            curve: see `Neighbours`.
+        """
         with torch.inference_mode(False):  # whose tensors could not take part in an attack's graph
             index, features, labels = of_training_images(method)
             is_known = labels != UNKNOWN
@@ -80,7 +85,12 @@ class Neighbours(Score):
         return dict(zip(names, self.scores(features, [self.k, *self.curve]).unbind(1), strict=True))
 
     def scores(self, features: Tensor, ks: Sequence[int]) -> Tensor:
-        """The score for several K: unit features ``(B, D)`` to ``(B, len(ks))`` in fp64."""
+        """Compute the score for several K, as ``(B, len(ks))`` in fp64.
+
+        Args:
+            features: ``(B, D)``, of unit length.
+            ks: numbers of neighbours.
+        """
         places = torch.tensor(ks, device=features.device) - 1
         pieces = torch.split(features.to(self.bank.dtype), max(1, PRODUCT // len(self.bank)))
         nearest = [(piece @ self.bank.T).topk(max(ks)).values[:, places] for piece in pieces]
@@ -88,7 +98,7 @@ class Neighbours(Score):
 
 
 def check_bank(data: Any, tasks: Sequence[Task]) -> None:
-    """Looks at the training set before a test.
+    """Check the training set before a test.
 
     Args:
         data: the data module, set up.

@@ -10,21 +10,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.attacks import Attack
+from robustclip.attacks import Attack, Member
 from robustclip.attacks.attack import Forward
 from robustclip.attacks.recipes import Attacks, by_name
-from robustclip.evaluation.engine import ROBUST, StopRule, examine
+from robustclip.evaluation.engine import StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
-from robustclip.evaluation.journal import Journal, sample_rows
+from robustclip.evaluation.journal import Examples, Journal, sample_rows
 from robustclip.evaluation.progress import TaskProgress
-from robustclip.evaluation.writer import ResultsWriter
+from robustclip.evaluation.writer import writer_of
 from robustclip.methods import RobustMethod
-from robustclip.metrics import Top1
 from robustclip.models.layers import frozen
-from robustclip.results.tables import DETECTION, GEOMETRY
+from robustclip.results import ledger
+from robustclip.results.run import EXAMPLES
+from robustclip.results.summary import accuracies, scalars
+from robustclip.results.tables import NOT_A_TASK
 from robustclip.types import TASK_NAME, Batch, Task, data_of
 
-NOT_AN_ATTACK = ("clean", "n", "seconds", "bad_samples", GEOMETRY, DETECTION)  # other keys of a task's results
+TAKEN = ("clean", "n", "seconds", "bad_samples")  # other keys beside the attacks in the result of a task
 
 
 @checked
@@ -32,7 +34,7 @@ class RobustEvaluation(Callback):
     """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
 
     Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task. Beside
-    a `ResultsWriter`, a test keeps a ledger of every sample and goes on where an earlier start of it was ended.
+    a `ResultsWriter`, a test keeps a ledger of every sample and resumes where an earlier start of it has ended.
 
     Args:
         attacks: name to attack, or the names of recipes, such as ``pgd10``; none measures clean accuracy alone.
@@ -40,11 +42,12 @@ class RobustEvaluation(Callback):
         fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
         fit_max_samples: their ``max_samples``; null for the same.
         seed: of the attacks' random numbers.
-        stop: ``worst``: a sample is robust if it is right clean and in every image that the attack evaluates, and is
-            left alone once it is broken. ``last``: only the image that the attack ends with counts, as in the papers.
-        attack_precision: ``bf16`` attacks in bfloat16 first and again in fp32 what survives. Every verdict is fp32.
-        check_every: evaluations between two looks at what is broken; more suits devices that must be waited for.
-        save_examples: keep this many attacked images that broke a sample, per task and attack.
+        stop: ``worst``: a sample is robust if it is classified correctly without attack and on every image that the
+            attack evaluates; misclassified samples are not attacked further. ``last``: only the attack's last image
+            counts, as in the papers.
+        attack_precision: ``bf16`` attacks in bfloat16 first, then robust samples again in fp32. Every verdict is fp32.
+        check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
+        save_examples: keep this many misclassified attacked images per task and attack.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -68,16 +71,16 @@ class RobustEvaluation(Callback):
         self.stop, self.attack_precision = stop, attack_precision
         self.check_every, self.save_examples = check_every, save_examples
         for name in {**self.attacks, **self.fit_attacks}:
-            if not TASK_NAME.fullmatch(name) or name in NOT_AN_ATTACK:
-                raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {NOT_AN_ATTACK}, got {name!r}")
+            if not TASK_NAME.fullmatch(name) or name in TAKEN:
+                raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {TAKEN}, got {name!r}")
         self._running: dict[str, Attack] = {}
+        self._members: dict[tuple[str, str], list[Member]] = {}
         self._journal: Journal | None = None
-        self._counts: dict[tuple[str, str], Top1] = {}
-        self._seconds: dict[str, float] = {}
+        self._examples: Examples | None = None
         self._start = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Chooses the stage's attacks; limits the sets, so that clean and attacked accuracy share their samples."""
+        """Choose the stage's attacks; limit the sets, so that clean and attacked accuracy share their samples."""
         if str(trainer.precision).endswith("-true") and trainer.precision not in ("32-true", "64-true"):
             raise ValueError(
                 f"verdicts are taken in fp32, which precision {trainer.precision} rules out; use bf16-mixed"
@@ -86,25 +89,27 @@ class RobustEvaluation(Callback):
         limit = self.fit_max_samples if stage == "fit" else self.max_samples
         if self._running:
             check_has_images(trainer, f"attacks, {', '.join(self._running)},")
-        done = partial(self._done_samples, trainer, pl_module) if stage == "test" else None
-        self._journal = None
+        self._journal = self._examples = None
+        # Asked when loaders are made, where the weights that identify the test are in place.
+        done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
         data_of(trainer).connect(limit=limit, done=done)
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the ledgers, also where a data module has made loaders without asking for the finished samples."""
+        self._opened(trainer, pl_module)
+
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts counting, after what an earlier start of the same test has counted."""
-        _, tasks = stage_of(trainer)
-        keys = [(task.name, attack) for task in tasks for attack in self._running]
-        self._counts = {key: Top1().to(pl_module.device) for key in keys}
-        self._seconds = {task.name: 0.0 for task in tasks}
-        if self._journal is not None:
-            self._journal.check_images(trainer, partial(finished_batches, trainer))
-            if trainer.is_global_zero:
-                self._count_again(self._journal, method_of(pl_module))
+        """Check the finished samples of a test that resumes; a validation starts with none."""
+        if not trainer.testing:
+            self._journal = None
+        journal = self._opened(trainer, pl_module)
+        journal.check_images(partial(finished_batches, trainer))
+        method_of(pl_module).counts.clear()  # the ledgers count clean answers too
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start = perf_counter()
 
     def on_test_batch_end(
@@ -116,23 +121,32 @@ class RobustEvaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Attacks the batch."""
+        """Attack the batch."""
         _, tasks = stage_of(trainer)
-        task, method = tasks[dataloader_idx], method_of(pl_module)
-        with torch.autocast(method.device.type, enabled=False), frozen(method):
-            self._examine(trainer, method, batch, outputs, task)
-        self._seconds[task.name] += perf_counter() - self._start
+        task, method, journal = tasks[dataloader_idx], method_of(pl_module), self._opened(trainer, pl_module)
+        if not journal.is_finished(task.name, batch):
+            with torch.autocast(method.device.type, enabled=False), frozen(method):
+                self._examine(trainer, method, journal, batch, outputs, task)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs accuracies, seconds and what did not decode."""
+        """Log accuracies, seconds and the number of images that did not decode, as the ledgers have them."""
         stage, tasks = stage_of(trainer)
-        self._log_accuracies(pl_module, stage, tasks)
-        left_out = data_of(trainer).bad_sample_counts
+        journal, strategy, left_out = self._opened(trainer, pl_module), trainer.strategy, {}
         for task in tasks:
-            bad = torch.tensor(float(left_out.get(task.name, 0)), device=pl_module.device)
-            pl_module.log(f"{stage}/{task.name}/bad_samples", bad, sync_dist=True, reduce_fx="sum")
-            seconds = torch.tensor(self._seconds[task.name], device=pl_module.device)
-            pl_module.log(f"{stage}/{task.name}/seconds", seconds, sync_dist=True, reduce_fx="max")
+            here = data_of(trainer).bad_sample_counts.get(task.name, 0)
+            total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
+            left_out[task.name] = int(total)
+        names = {
+            task.name: {name: [each.name for each in self._members[task.name, name]] for name in self._running}
+            for task in tasks
+        }
+        table = accuracies({task.name: journal.rows(task.name) for task in tasks}, names, left_out)
+        for name, value in scalars(table).items():
+            is_shown = stage == "val" and name.endswith("/acc1") and not name.startswith(f"{NOT_A_TASK}/")
+            pl_module.log(f"{stage}/{name}", value, prog_bar=is_shown)
+        if (writer := writer_of(trainer)) is not None and trainer.testing:
+            writer.bad_samples = left_out
+            writer.outputs |= {f"test/{name}" for name in scalars(table)}
 
     # Validation is the same on other tasks.
     on_validation_epoch_start = on_test_epoch_start
@@ -140,7 +154,9 @@ class RobustEvaluation(Callback):
     on_validation_batch_end = on_test_batch_end
     on_validation_epoch_end = on_test_epoch_end
 
-    def _examine(self, trainer: Trainer, method: RobustMethod, batch: Batch, logits: Tensor, task: Task) -> None:
+    def _examine(
+        self, trainer: Trainer, method: RobustMethod, journal: Journal, batch: Batch, logits: Tensor, task: Task
+    ) -> None:
         forward = partial(method.logits, task=task.name)
         options: dict[str, Any] = {
             "index": batch.index,
@@ -150,17 +166,21 @@ class RobustEvaluation(Callback):
             "cheap_forward": self._cheap(forward, method.device.type),
         }
         verdicts = {}
-        for name, attack in self._running.items():
+        for name in self._running:
             if isinstance(trainer.progress_bar_callback, TaskProgress):
                 trainer.progress_bar_callback.announce(f"{task.name} under {name}")
-            members = attack.members(len(task.label_names))
-            verdict = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
-            self._counts[task.name, name].update(verdict.by == ROBUST)
-            verdicts[name] = verdict
-        if self._journal is not None:
-            options["clip"] = method.clip
-            rows = sample_rows(batch, logits, verdicts, self._journal.members, task.name, forward, options)
-            self._journal.write(task.name, batch, rows, verdicts, seconds=perf_counter() - self._start)
+            members = self._members[task.name, name]
+            verdicts[name] = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
+        # Rows that no file keeps are not audited, and need no probes.
+        probes = {"seed": self.seed, "clip": None if journal.folder is None else method.clip}
+        rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
+        # Before the rows, so that no row lacks its image after a kill.
+        if self._examples is not None:
+            for name, verdict in verdicts.items():
+                self._examples.add(task.name, name, batch, rows, verdict)
+        # The processes share the time, so that the sum over all rows is the time of the task.
+        share = (perf_counter() - self._start) / max(1, len(rows)) / trainer.world_size
+        journal.append(task.name, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
 
     def _cheap(self, forward: Forward, device: str) -> Forward | None:
         if self.attack_precision == "fp32":
@@ -172,51 +192,34 @@ class RobustEvaluation(Callback):
 
         return cheap_forward
 
-    def _done_samples(self, trainer: Trainer, module: LightningModule, task: str) -> frozenset[int]:
-        """Samples that an earlier start has behind it. Lightning asks for loaders when weights are in place."""
-        writer = next((each for each in trainer.callbacks if isinstance(each, ResultsWriter)), None)  # type: ignore[attr-defined]
-        if writer is None:
-            return frozenset()
+    def _opened(self, trainer: Trainer, module: LightningModule) -> Journal:
+        """The ledgers of the running test or validation, opened at the first call; all processes must come here."""
         if self._journal is None:
-            data = data_of(trainer)
-            members = members_of(data.test_tasks, self._running)
+            stage, tasks = stage_of(trainer)
+            writer = writer_of(trainer) if stage == "test" else None
+            self._members = members_of(tasks, self._running)
+            if writer is None:
+                columns = ["id", "label", "clean", *(f"{name}.by" for name in self._running), ledger.TIME_COLUMN]
+                self._journal = Journal(trainer, {task.name: columns for task in tasks})
+                return self._journal
             identity = describe(
                 method_of(module),
-                data,
-                data.test_tasks,
-                members,
+                data_of(trainer),
+                tasks,
+                self._members,
                 precision=self.attack_precision,
                 stop=self.stop,
                 seed=self.seed,
                 save_examples=self.save_examples,
             )
-            folder = writer.begin(trainer, identity, members)
-            self._journal = Journal(folder, trainer, data.test_tasks, members, self.save_examples)
-        return self._journal.done(task)
-
-    def _count_again(self, journal: Journal, method: RobustMethod) -> None:
-        for task, rows in journal.earlier.items():
-            is_right = torch.tensor([row["clean"] == row["label"] for row in rows], dtype=torch.bool)
-            method.count(task).update(is_right.to(method.device))
-            self._seconds[task] += sum(float(row["seconds"]) for row in rows)
-            for attack in self._running:
-                is_robust = torch.tensor([not row[f"{attack}.by"] for row in rows], dtype=torch.bool)
-                self._counts[task, attack].update(is_robust.to(method.device))
-
-    def _log_accuracies(self, module: LightningModule, stage: str, tasks: list[Task]) -> None:
-        for attack in self._running:
-            accuracies = []
-            for task in tasks:
-                values = self._counts[task.name, attack].compute()
-                accuracies.append(values["acc1"])
-                module.log(f"{stage}/{task.name}/{attack}/correct", values["correct"].float())
-                module.log(f"{stage}/{task.name}/{attack}/acc1", values["acc1"], prog_bar=stage == "val")
-            if accuracies:
-                module.log(f"{stage}/mean/{attack}/acc1", torch.stack(accuracies).mean())
+            self._journal = writer.begin(trainer, identity, self._members)
+            folder = writer.opened / EXAMPLES
+            self._examples = Examples(folder, self._members, self.save_examples, self._journal.earlier)
+        return self._journal
 
 
 def method_of(module: LightningModule) -> RobustMethod:
-    """The module as what it must be.
+    """Return the module, checked to be a method of the package.
 
     Raises:
         TypeError: it is another.
@@ -227,19 +230,26 @@ def method_of(module: LightningModule) -> RobustMethod:
 
 
 def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
-    """Read this process's share of the samples that an earlier start of the test has finished, on the device.
+    """Read this process's share of the finished samples that the loaders of a test leave out, on the device.
 
     Args:
         trainer: of the running test.
         task: name of a test task.
     """
+    writer = writer_of(trainer)
+    if writer is not None and writer.journal is not None and not writer.journal.skips(task):
+        return
     loader = data_of(trainer).done_dataloader(task)
     for batch in () if loader is None else loader:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 def check_has_images(trainer: Trainer, who: str) -> None:
-    """Refuses embeddings in place of images.
+    """Refuse embeddings in place of images.
+
+    Args:
+        trainer: of the running stage.
+        who: subject of the message, in the plural.
 
     Raises:
         ValueError: the stage's batches hold embeddings.
@@ -250,6 +260,6 @@ def check_has_images(trainer: Trainer, who: str) -> None:
 
 
 def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:
-    """Prefix of the metrics and tasks of what runs now."""
+    """Returns the prefix of the metrics and the tasks of the running stage."""
     data = data_of(trainer)
     return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)

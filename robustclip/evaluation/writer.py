@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -12,44 +13,49 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from robustclip import display
 from robustclip.arguments import checked
-from robustclip.attacks import Member
-from robustclip.evaluation.audit import audit, checks_at
-from robustclip.evaluation.identity import unlike, with_samples, words
-from robustclip.evaluation.journal import keep_examples
-from robustclip.evaluation.probes import Evidence, attack_columns, sample_columns
+from robustclip.evaluation.audit import checks_at
+from robustclip.evaluation.identity import unlike, words
+from robustclip.evaluation.journal import Journal, Members, keep_examples
 from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.sections import audited, stored_members
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import fingerprint
 from robustclip.paths import local_path
 from robustclip.results import ledger
 from robustclip.results.protocol import digest
 from robustclip.results.provenance import commit, versions
-from robustclip.results.run import EXAMPLES, LEDGERS, PARTS, PROTOCOL, RESULT, Run
-from robustclip.results.tables import (
-    check_averages,
-    csv_table,
-    markdown_table,
-    rich_detection,
-    rich_table,
-    tabulate,
-    with_averages,
-    with_intervals,
-)
+from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PARTS, PROTOCOL, RESULT, Run
+from robustclip.results.summary import Record, Summarise, finite, summarise, write_result
+from robustclip.results.tables import check_averages, rich_detection, rich_table
 from robustclip.textfiles import read_text
-from robustclip.types import Task, data_of
+from robustclip.types import data_of
 
 LOCK = "lock"
 
-Members = Mapping[tuple[str, str], Sequence[Member]]
-Rows = list[dict[str, str]]
+
+@dataclass
+class Section:
+    """A part of a result, which a callback puts into ``sections`` of the writer when a test is set up.
+
+    Attributes:
+        summarise: function of the record of the test; its value is the section's in ``result.json``.
+        tables: ledgers of the section: name to columns, of which the first is ``id``.
+        settings: all that the rows depend on beside model and data; a test with other settings does not resume.
+        facts: all that is known later and that the function needs beside its rows, in JSON's types.
+    """
+
+    summarise: Summarise
+    tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @checked
 class ResultsWriter(Callback):
-    """Leaves what a test measured as a folder, prints a table, and prints the folder's path last.
+    """Writes the results of a test into a folder, and prints a table and the folder's path.
 
     The folder holds ``result.json``, the table as CSV and Markdown, the ledgers, and the examples. A test that is
-    started again after it was killed finds its folder and goes on there.
+    started again after it was killed finds its folder and resumes there.
 
     Args:
         folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
@@ -58,7 +64,7 @@ class ResultsWriter(Callback):
             audit checks with it that the attacks are strong enough.
         is_undefended: the tested model has no defence, so that it is its own baseline.
         averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
-        config: what the run was started with, kept in the file.
+        config: settings of the run, kept in the file.
         checks: class paths of your own audit checks, see `AuditCheck`.
 
     Raises:
@@ -81,28 +87,50 @@ class ResultsWriter(Callback):
             local_path(folder, "results.folder")
         self.is_undefended = is_undefended
         self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
-        self.checks = checks_at(checks or ())
+        self.checks = list(checks or ())
+        checks_at(self.checks)  # refuses class paths that are no checks
         self.path: Path | None = None
-        self.sections: dict[str, Any] = {}  # what other callbacks add to the result of the running test
+        self.sections: dict[str, Section] = {}  # of other callbacks, by their names in the result
+        self.outputs: set[str] = set()  # names of logged metrics that the ledgers hold too
+        self.bad_samples: dict[str, int] = {}  # number of images that did not decode, by task
+        self.journal: Journal | None = None
         self._result: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
         self._members: Members = {}
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses averages that could not be taken, and a baseline of another model."""
+        """Refuse averages that could not be taken, and a baseline of another model."""
         if stage == "test":
+            self.path, self.journal, self.outputs, self.bad_samples = None, None, set(), {}
             tasks = [task.name for task in data_of(trainer).test_tasks]
             check_averages(self.averages, tasks)
             if self.baseline is not None and isinstance(pl_module, RobustMethod):
                 _check_baseline(self.baseline, pl_module.clip.fingerprint)
 
-    def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Path:
-        """The folder of a test, new or as an earlier start has left it; all processes must come here.
+    @property
+    def opened(self) -> Path:
+        """Folder of the running test.
+
+        Raises:
+            ValueError: nothing has opened it.
+        """
+        if self.path is None:
+            raise ValueError("ResultsWriter needs a RobustEvaluation beside it, whose settings identify the test")
+        return self.path
+
+    def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Journal:
+        """Open the folder of a test, new or as an earlier start has left it; all processes must come here.
+
+        Args:
+            trainer: of the test.
+            identity: two starts of the same test have the same.
+            members: task and attack to the members of the attack.
 
         Raises:
             ValueError: the name is taken, by a finished test or by an unfinished one of another protocol.
         """
+        identity |= {"sections": {name: section.settings for name, section in self.sections.items()}}
         root = Path(self.folder or local_path(trainer.default_root_dir, "trainer.default_root_dir") / "results")
         unfinished = f"unfinished-{identity['method'].lower()}-{digest(identity)[:8]}"
         self.path, self._identity, self._members = root / (self.name or unfinished), identity, members
@@ -117,70 +145,73 @@ class ResultsWriter(Callback):
             for place in (self.path, self.path / LEDGERS, self.path / PARTS, *self.path.glob(f"{EXAMPLES}/*/*")):
                 ledger.sweep(place)
             ledger.write_aside(self.path / PROTOCOL, json.dumps(identity, indent=1))
-            attacks = list(dict.fromkeys(attack for _, attack in members))
-            for part in (self.path / PARTS).glob("*.csv"):
-                ledger.Ledger(part, attacks)  # cuts off what was being written
         trainer.strategy.barrier("the folder is there")
-        return self.path
+        header = ledger.columns(list(dict.fromkeys(attack for _, attack in members)))
+        headers = dict.fromkeys(dict.fromkeys(identity["protocol"]), header) | self._tables
+        if trainer.is_global_zero:
+            for name, columns in headers.items():
+                for part in (self.path / PARTS).glob(f"{name}.*.csv"):
+                    ledger.Ledger(part, columns)  # cuts off the batch that was being written, of more processes too
+        trainer.strategy.barrier("ledgers are whole")
+        self.journal = Journal(trainer, headers, self.path)
+        return self.journal
+
+    @property
+    def _tables(self) -> dict[str, Sequence[str]]:
+        return {name: columns for each in self.sections.values() for name, columns in each.tables.items()}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Joins the ledgers, adds what was logged, and gives the folder its name."""
+        """Join the ledgers, compute the result from them, and give the folder its name."""
         trainer.strategy.barrier("ledgers are complete")
-        if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or self.path is None:
+        path, journal = self.opened, self.journal
+        if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or journal is None:
             return
-        tasks = data_of(trainer).test_tasks
-        rows = self._merge(self.path, tasks)
-        self._result = self._summary(trainer, pl_module, tasks, rows)
+        rows, facts = journal.merge(), self._facts(trainer, pl_module)
+        ledger.write_aside(path / FACTS, json.dumps(facts, indent=1) + "\n")
+        functions = {name: section.summarise for name, section in self.sections.items()} | {"audit": audited}
+        self._result = summarise(Record(facts, rows), functions)
         for task, attack in self._members:
-            keep_examples(self.path / EXAMPLES / task / attack, rows[task], attack, self._identity["save_examples"])
-        self._publish(self.path)
+            keep_examples(path / EXAMPLES / task / attack, rows[task], attack, facts["save_examples"])
+        self._publish(path)
 
-    def _merge(self, path: Path, tasks: Sequence[Task]) -> dict[str, Rows]:
-        header = ledger.columns(list(dict.fromkeys(attack for _, attack in self._members)))
-        targets = {task.name: path / LEDGERS / f"{task.name}.csv" for task in tasks}
+    def _facts(self, trainer: Trainer, method: RobustMethod) -> dict[str, Any]:
+        """Content of ``facts.json``: all that the result needs beside the ledgers."""
+        metrics = {name: finite(float(value)) for name, value in trainer.callback_metrics.items()}
+        tasks = data_of(trainer).test_tasks
+        of_sections = {name: {**section.settings, **section.facts} for name, section in self.sections.items()}
         return {
-            name: ledger.merge((path / PARTS).glob(f"{name}.*.csv"), target, header) for name, target in targets.items()
-        }
-
-    def _summary(
-        self, trainer: Trainer, method: RobustMethod, tasks: Sequence[Task], rows: dict[str, Rows]
-    ) -> dict[str, Any]:
-        """What ``result.json`` holds."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        protocol = {task.name: with_samples(self._identity["protocol"][task.name], rows[task.name]) for task in tasks}
-        evidence = Evidence(
-            {task.name: sample_columns(rows[task.name]) for task in tasks},
-            {key: attack_columns(rows[key[0]], key[1]) for key in self._members},
-            self._members,
-            {task.name: len(task.label_names) for task in tasks},
-            protocol,
-            is_undefended=self.is_undefended,
-            baseline=self.baseline,
-        )
-        return {
-            "method": type(method).__name__,
+            **self._identity,
             "is_undefended": self.is_undefended,
+            "baseline": None if self.baseline is None else str(self.baseline.folder.resolve()),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "commit": commit(),
             "device": f"{trainer.world_size} x {trainer.strategy.root_device}, precision {trainer.precision}",
             "config": self.config,
             "model": self._model(method, trainer),
-            **with_averages(with_intervals(tabulate(metrics, stage="test"), rows, self._members), self.averages),
-            **self.sections,
-            "audit": audit(evidence, self.checks),
-            "notes": _notes(self._members),
-            "classes": {task.name: words(task) for task in tasks},
-            "protocol": protocol,
+            "averages": self.averages,
+            "checks": self.checks,
+            "tasks": {task.name: {"classes": words(task), "class_count": len(task.label_names)} for task in tasks},
+            "members": stored_members(self._members, [task.name for task in tasks]),
+            "tables": list(self._tables),
+            "sections": of_sections | {"audit": {}},
+            "bad_samples": self.bad_samples,
+            "other_metrics": {name: value for name, value in metrics.items() if name not in self.outputs},
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets another start have the folder."""
+        """Release the lock of the folder."""
         self._unlock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prints the table and, last, where it lies."""
+        """Print the table and, last, its folder.
+
+        Raises:
+            ValueError: the test has ended without a result.
+        """
         self._unlock()
+        if stage == "test" and trainer.is_global_zero and not self._result:
+            raise ValueError("the test ended without a result: no sample was evaluated; check the trainer's limits")
         if self._result:
             if isinstance(trainer.progress_bar_callback, TaskProgress):
                 trainer.progress_bar_callback.close()
@@ -227,9 +258,7 @@ class ResultsWriter(Callback):
 
     def _publish(self, folder: Path) -> None:
         """Writes the result, then gives the folder its final name; a start after any of the steps repeats the rest."""
-        ledger.write_aside(folder / "table.csv", csv_table(self._result))
-        ledger.write_aside(folder / "table.md", markdown_table(self._result))
-        ledger.write_aside(folder / RESULT, json.dumps(self._result, indent=1) + "\n")
+        write_result(folder, self._result)
         shutil.rmtree(folder / PARTS)
         (folder / PROTOCOL).unlink()
         if not self.name:
@@ -282,10 +311,6 @@ def _rename_new(folder: Path, stem: str) -> Path:
     raise AssertionError
 
 
-def _notes(members: Members) -> list[str]:
-    return [
-        f"{task} under {attack}: {each.note}"
-        for (task, attack), found in members.items()
-        for each in found
-        if each.note
-    ]
+def writer_of(trainer: Trainer) -> ResultsWriter | None:
+    """The writer among the callbacks of a trainer; None where no result is kept."""
+    return next((each for each in trainer.callbacks if isinstance(each, ResultsWriter)), None)  # type: ignore[attr-defined]

@@ -202,10 +202,6 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Encodes the training classes, as the task ``train``, for `training_loss`."""
         self.prepare([replace(task, name="train")])
 
-    def count(self, task: str) -> Top1:
-        """Returns the accuracy metric of a task in the running evaluation, on clean images."""
-        return cast(Top1, self.counts[f"{PREFIX}{task}"])
-
     @property
     def learning_names(self) -> set[str]:
         """Names of the parameters to train, also while an attack has frozen them."""
@@ -317,7 +313,8 @@ class RobustMethod(Checked, LightningModule, ABC):
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):  # evaluation is fp32, in any precision of the trainer
             logits = self.logits(batch.images, task.name)
-        self.count(task.name).update(logits.argmax(-1) == batch.labels)
+        if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
+            cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)
         return logits
 
     def on_validation_epoch_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Attacked images that a test keeps as evidence, one file per sample."""
+"""Attacked images that a test stores, one file per sample."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SUFFIX = ".safetensors"
 
 
 class Example(NamedTuple):
-    """A clean image, and what an attack made of it.
+    """A clean image and the attacked image of the same sample.
 
     Attributes:
         clean: ``(3, H, W)`` float32 in [0, 1].
@@ -106,7 +106,7 @@ def load(path: Path) -> Example:
 
 
 def load_all(folder: Path) -> Iterator[Example]:
-    """The examples of a run one by one, in the order of task, attack and id.
+    """Yield the examples of a run one by one, in the order of task, attack and id.
 
     Args:
         folder: ``examples`` of the run; none yields nothing.
@@ -125,7 +125,7 @@ def load_all(folder: Path) -> Iterator[Example]:
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file with the keys of its header sorted; as written, their order is another each time."""
+    """Sort the keys in the header of a safetensors file, whose order is random otherwise."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return content[:8] + header.encode().ljust(size) + content[8 + size :]

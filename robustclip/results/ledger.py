@@ -1,4 +1,4 @@
-"""One row per evaluated sample, appended batch by batch, so that a killed test goes on where it was."""
+"""One row per evaluated sample, appended batch by batch, so that a killed test resumes."""
 
 import csv
 import io
@@ -38,24 +38,24 @@ write_aside, lock, sweep = persistence.atomic_write, persistence.lock, persisten
 
 
 def columns(attacks: Sequence[str]) -> list[str]:
-    """Header of a ledger; a column of an attack is named ``<attack>.<column>``, the time stands last."""
+    """Header of a task's ledger; a column of an attack is named ``<attack>.<column>``, the time comes last."""
     of_attacks = [f"{attack}.{column}" for attack in attacks for column in ATTACK_COLUMNS]
     return [*SAMPLE_COLUMNS, *of_attacks, TIME_COLUMN]
 
 
 class Ledger:
-    """The rows of one task, of one process.
+    """The rows of one task or table, of one process.
 
     Args:
         path: CSV file; it may exist, and hold a last batch that was cut off.
-        attacks: names, which give the header.
+        header: names of the columns.
 
     Raises:
         ValueError: the file has another header.
     """
 
-    def __init__(self, path: Path, attacks: Sequence[str]) -> None:
-        self.path, self.header = path, columns(attacks)
+    def __init__(self, path: Path, header: Sequence[str]) -> None:
+        self.path, self.header = path, list(header)
         self._log = persistence.AppendLog(path, _lines([self.header]), BATCH_END)
         self.rows = read(path, self.header)
 
@@ -93,14 +93,26 @@ def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]
 
 
 def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of all processes in the order of the ids, once each; of ``target`` too if they were merged before."""
+    """Read the rows of all processes in the order of the ids, once each.
+
+    Args:
+        parts: ledgers of the processes.
+        target: merged ledger of an earlier start; it need not exist.
+        header: columns that all must have.
+    """
     paths = [*sorted(parts), *([target] if target.exists() else [])]
     rows = {int(row["id"]): row for path in paths for row in read(path, header)}
     return [rows[number] for number in sorted(rows)]
 
 
 def merge(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Joins the parts of all processes, in the order of the ids; a sample that two of them have counts once."""
+    """Join the ledgers of all processes into one file, and return its rows in the order of the ids.
+
+    Args:
+        parts: ledgers of the processes.
+        target: file to write, with the rows that it has already.
+        header: columns that all must have.
+    """
     ordered = gather(parts, target, header)
     write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
     return ordered

@@ -1,4 +1,4 @@
-"""What two numbers must share to be compared: thirteen axes, and a hash over exactly these."""
+"""The protocol of an accuracy: thirteen axes that comparable numbers share, and a hash over exactly these."""
 
 import hashlib
 import json
@@ -49,14 +49,37 @@ def attack_axes(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"eps": _alike(balls), "steps": settings, "loss": _alike(losses)}
 
 
+def with_samples(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Add the evaluated samples and hashes to the protocols of a task.
+
+    Args:
+        protocol: axes by attack.
+        rows: ledger of the task.
+    """
+    samples = f"{len(rows)}, digest {digest([[int(row['id']), int(row['label'])] for row in rows])}"
+    pixels = listing([row["pixels"] for row in rows]) if all(row["pixels"] for row in rows) else None
+    axes = {attack: {**given, "sample_ids": samples, "pixels": pixels} for attack, given in protocol.items()}
+    return {attack: {"hash": digest(given), "axes": given} for attack, given in axes.items()}
+
+
 def differences(a: Axes, b: Axes) -> list[str]:
-    """One line per axis on which two protocols differ: its name, and both values."""
+    """Describe how two protocols differ, in one line per axis with its name and both values.
+
+    Args:
+        a: axes of one protocol.
+        b: axes of the other.
+    """
     names = [name for name in AXES if a.get(name) != b.get(name) and (name != "pixels" or is_checked(a, b))]
     return [f"{name}: {_unlike(a.get(name), b.get(name))}" for name in names]
 
 
 def is_checked(a: Axes, b: Axes) -> bool:
-    """Whether both protocols know their images; older results do not, nor do those of embeddings."""
+    """Whether both protocols have hashes of their images; older results and those of embeddings have none.
+
+    Args:
+        a: axes of one protocol.
+        b: axes of the other.
+    """
     return a.get("pixels") is not None and b.get("pixels") is not None
 
 
@@ -77,19 +100,24 @@ def with_counts(lines: Sequence[str], a: Rows, b: Rows) -> list[str]:
 
 
 def shows_same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    """Whether two lines of ledgers have equal hashes of pixels, or one of them has none."""
+    """Whether two rows of ledgers have equal hashes of pixels, or one of them has none.
+
+    Args:
+        a: row of one run.
+        b: row of another run.
+    """
     hashes = a.get("pixels"), b.get("pixels")
     return hashes[0] == hashes[1] or not all(hashes)
 
 
 def _alike(values: Mapping[str, Any]) -> Any:
-    """The one value that all members share, or each member's."""
+    """The value that all members share, or the value of each member."""
     distinct = {json.dumps(value) for value in values.values()}
     return next(iter(values.values())) if len(distinct) == 1 else dict(values)
 
 
 def _unlike(a: Any, b: Any) -> str:
-    """Both values, of long ones what is around their first difference."""
+    """Both values; long ones are cut to the text around their first difference."""
     texts = [value if isinstance(value, str) else json.dumps(value) for value in (a, b)]
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
     start = shared - 30 if max(map(len, texts)) > SHOWN else 0

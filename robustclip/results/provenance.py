@@ -1,4 +1,4 @@
-"""What code a result comes from."""
+"""Versions and commit of the code behind a result."""
 
 import subprocess
 from importlib import metadata
@@ -8,7 +8,7 @@ PACKAGES = ("robustclip", "torch", "torchvision", "lightning", "open_clip_torch"
 
 
 def versions() -> dict[str, str]:
-    """Of this package, and of those that numbers depend on."""
+    """Versions of this package and of the packages that numbers depend on."""
     return {name: metadata.version(name) for name in PACKAGES}
 
 

@@ -1,4 +1,4 @@
-"""Layout of the folder that a test leaves, and how it is read."""
+"""Layout and reading of the folder that a test leaves."""
 
 import json
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from robustclip.results import ledger
 from robustclip.textfiles import read_text
 
 RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
+FACTS = "facts.json"  # all that a result is computed from beside the ledgers
 PARTS = "ledger/parts"  # of each process, until the test is finished
 PROTOCOL = "protocol.json"  # of a run that is not finished
 
@@ -30,7 +31,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """A run by its folder or by the ``result.json`` in it."""
+        """Open a run by its folder or by the ``result.json`` in it."""
         path = local_path(path, "run")
         run = cls(path.parent if path.name == RESULT else path)
         run.result  # noqa: B018  # reads it, and tells what is wrong
@@ -38,12 +39,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Name of the folder."""
         return self.folder.resolve().name
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """What ``result.json`` holds."""
+        """Content of ``result.json``."""
         path = self.folder / RESULT
         if (self.folder / PROTOCOL).is_file() and not path.is_file():
             raise ValueError(f"{self.folder} is a test that has not finished; start the same command again")

@@ -1,84 +1,31 @@
-"""A test in numbers: from logged metrics and ledgers to what a person reads."""
+"""Tables of a result for a terminal, for Markdown and for a spreadsheet."""
 
 import csv
 import io
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from robustclip.attacks import Member
-from robustclip.intervals import mean_interval, wilson
 from robustclip.names import csv_cell, markdown
 from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
-GEOMETRY, DETECTION = "geometry", "detection"  # in the place of an attack
+DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
 DETECTION_WORDS = 3  # columns of its table before the numbers
 SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
-Rows = Sequence[Mapping[str, str]]
-
-
-def tabulate(metrics: Mapping[str, float], *, stage: str) -> dict[str, Any]:
-    """Turns ``<stage>/<task>/<attack>/<metric>`` into ``{"tasks": {task: {...}}, "mean": {...}}``, and the geometry."""
-    tasks: dict[str, dict[str, Any]] = {}
-    mean: dict[str, dict[str, Any]] = {}
-    geometry: dict[str, dict[str, float | None]] = {}
-    for name, value in metrics.items():
-        parts = name.split("/")
-        if parts[0] != stage or len(parts) not in (3, 4) or parts[2] == DETECTION:
-            continue
-        number = round(value) if parts[-1] in ("n", "correct", "bad_samples") else value
-        if len(parts) == 3:
-            tasks.setdefault(parts[1], {})[parts[2]] = number
-        elif parts[2] == GEOMETRY:
-            geometry.setdefault(parts[1], {})[parts[3]] = value if math.isfinite(value) else None  # JSON has no nan
-        elif parts[1] == NOT_A_TASK:
-            mean.setdefault(parts[2], {})[parts[3]] = value
-        else:
-            tasks.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = number
-    # The callbacks' metrics are logged before the module's; people expect clean accuracy first.
-    ordered = {kind: mean[kind] for kind in sorted(mean, key=lambda kind: kind != CLEAN)}
-    return {"tasks": tasks, "mean": ordered} | ({GEOMETRY: geometry} if geometry else {})
-
-
-def with_intervals(
-    table: dict[str, Any], rows: Mapping[str, Rows], members: Mapping[tuple[str, str], Sequence[Member]]
-) -> dict[str, Any]:
-    """Adds 95 % intervals, and how many samples each member of an attack broke."""
-    for task, values in table["tasks"].items():
-        for kind in table["mean"]:
-            values[kind]["interval"] = list(wilson(values[kind]["correct"], values["n"]))
-            if (task, kind) in members:
-                broken = Counter(row[f"{kind}.by"] for row in rows[task])
-                values[kind]["broken_by"] = {each.name: broken[each.name] for each in members[task, kind]}
-    for kind, values in table["mean"].items():
-        values["interval"] = _interval_of_mean(table["tasks"].values(), kind)
-    return table
-
-
-def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Adds unweighted means over some of the tasks, under ``averages``."""
-    found = {}
-    for name, tasks in averages.items():
-        chosen = [table["tasks"][task] for task in tasks]
-        found[name] = {"tasks": list(tasks)} | {
-            kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
-            for kind in table["mean"]
-        }
-    return table | ({"averages": found} if found else {})
-
 
 def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
-    """Compares the averages that are wanted with the tasks of a test.
+    """Check that named averages are taken over tasks of the test.
+
+    Args:
+        averages: name to the names of tasks.
+        tasks: names of the tasks of the test.
 
     Raises:
         ValueError: a name that is taken or malformed, no task, one twice, or one that the test has not.
@@ -96,16 +43,12 @@ def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) 
 
 
 def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """By name, the averages over some tasks and, last, the mean over all."""
+    """Return the averages over some tasks and, last, the mean over all tasks, by their names."""
     return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
 
 
-def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
-    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
-
-
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table with right-aligned numbers, what the audit says, and the detection of unknown classes."""
+    """A Markdown table of the accuracies, with the audit's grade and the detection of unknown classes."""
     tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
     if detected := detection_rows(result):
         tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
@@ -113,7 +56,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 
 
 def csv_table(result: Mapping[str, Any]) -> str:
-    """The same as shares in [0, 1], limits of the intervals in columns of their own."""
+    """A table of accuracies as shares in [0, 1] for a spreadsheet, with columns for the limits of the intervals."""
     kinds = list(result["mean"])
     limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
@@ -128,7 +71,7 @@ def csv_table(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:
-    """The table for a terminal, intervals in whole percent on a second line."""
+    """A table of accuracies for a terminal, with intervals in whole percent on a second line."""
     rows = readable_rows(result, in_two_lines=True)
     title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
@@ -143,7 +86,7 @@ def rich_table(result: Mapping[str, Any]) -> Table:
 
 
 def rich_detection(result: Mapping[str, Any]) -> Table | None:
-    """The detection of unknown classes for a terminal, under attack on a second line; None where none was measured."""
+    """A table of the detection of unknown classes for a terminal; None where none was measured."""
     rows = detection_rows(result)
     if not rows:
         return None
@@ -178,7 +121,12 @@ def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
-    """Header, one row per task, and the means."""
+    """Rows of the table of accuracies: header, tasks and means.
+
+    Args:
+        result: content of ``result.json``.
+        in_two_lines: put the intervals on a second line.
+    """
     percent = percent_in_two_lines if in_two_lines else percent_in_one_line
     kinds = list(result["mean"])
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
@@ -201,7 +149,7 @@ def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
 
 
 def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
-    """The same for narrow columns, the interval in whole percent."""
+    """Accuracy and, on a second line for narrow columns, the interval in whole percent."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f}\n{100 * low:.0f}-{100 * high:.0f}"
 

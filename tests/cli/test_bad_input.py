@@ -469,7 +469,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "missing checkpoint": (f"{TEST} --ckpt_path {{at}}/no.ckpt", nothing, ("{at}/no.ckpt",)),
     "truncated checkpoint": (f"{TEST} --ckpt_path {{at}}/fit.ckpt", cut("fit.ckpt", 0.5), ("{at}/fit.ckpt",)),
-    "foreign checkpoint": (f"{TEST} --ckpt_path {{at}}/fit.ckpt", foreign_checkpoint, ("robustclip", "base model")),
+    "foreign checkpoint": (f"{TEST} --ckpt_path {{at}}/fit.ckpt", foreign_checkpoint, ("robustclip", "base_model")),
     "checkpoint of another architecture": (
         f"{TEST} --model TeCoA --model.pretrained {{at}}/other --ckpt_path {{at}}/fit.ckpt",
         other_model,

@@ -16,7 +16,8 @@ from robustclip.evaluation import ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.methods import TeCoA, ZeroShot
 from robustclip.metrics import Top1
 from robustclip.results.run import Run
-from robustclip.results.tables import markdown_table, readable_rows, tabulate, with_intervals
+from robustclip.results.summary import accuracies, scalars
+from robustclip.results.tables import markdown_table, readable_rows
 from robustclip.training import ChanceLevelWarning, Checkpoints
 from robustclip.types import Batch
 
@@ -149,27 +150,38 @@ def test_progress_names_data_set_and_attack(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [f"{task} under {attack}" for task in ("colours", "counts") for attack in ("one", "two")]
 
 
-METRICS = {
-    "test/a/n": 8.0, "test/a/pgd/acc1": 0.25, "test/a/pgd/correct": 2.0, "test/a/clean/acc1": 0.5,
-    "test/a/clean/correct": 4.0, "test/a/bad_samples": 1.0, "test/a/seconds": 1.5, "test/mean/pgd/acc1": 0.25,
-    "test/mean/clean/acc1": 0.5, "train/loss": 3.0,
-}  # fmt: skip
+def row(number: int, label: int, clean: int, by: str) -> dict[str, str]:
+    return {"id": str(number), "label": str(label), "clean": str(clean), "pgd.by": by, "seconds": "0.1875"}
+
+
+# Of eight samples four are correct without attack, and two of these under it.
+ROWS = [row(0, 1, 1, ""), row(1, 0, 0, ""), row(2, 1, 1, "ce"), row(3, 2, 2, "margin")]
+ROWS += [row(number, 1, 0, "clean") for number in range(4, 8)]
 
 
 def test_results_have_the_documented_shape() -> None:
-    assert tabulate(METRICS, stage="test") == {
+    table = accuracies({"a": ROWS}, {"a": {"pgd": ["ce", "margin"]}}, {"a": 1})
+    task, mean = table["tasks"]["a"], table["mean"]
+    for values in (*mean.values(), task["clean"], task["pgd"]):
+        assert len(values.pop("interval")) == 2
+    assert table == {
         "tasks": {
             "a": {
-                "n": 8, "clean": {"acc1": 0.5, "correct": 4}, "pgd": {"acc1": 0.25, "correct": 2},
+                "n": 8, "clean": {"acc1": 0.5, "correct": 4},
+                "pgd": {"acc1": 0.25, "correct": 2, "broken_by": {"ce": 1, "margin": 1}},
                 "bad_samples": 1, "seconds": 1.5,
             }
         },
         "mean": {"clean": {"acc1": 0.5}, "pgd": {"acc1": 0.25}},
     }  # fmt: skip
+    assert scalars(table) == {
+        "a/n": 8, "a/clean/acc1": 0.5, "a/clean/correct": 4, "a/pgd/acc1": 0.25, "a/pgd/correct": 2,
+        "a/bad_samples": 1, "a/seconds": 1.5, "mean/clean/acc1": 0.5, "mean/pgd/acc1": 0.25,
+    }  # fmt: skip
 
 
 def test_tables_show_intervals_what_was_left_out_and_the_grade() -> None:
-    result = with_intervals(tabulate(METRICS, stage="test"), {}, {})
+    result = accuracies({"a": ROWS}, {"a": {"pgd": ["ce", "margin"]}}, {"a": 1})
     result["audit"] = {"grade": "C", "checks": [{"name": "finite", "status": "warn"}, {"name": "x", "status": "pass"}]}
     rows = readable_rows(result)
     assert rows[0] == ["task", "n", "clean", "pgd", "seconds", "left out"]
@@ -197,7 +209,7 @@ def test_a_test_leaves_one_folder_with_everything_and_never_overwrites_it(tmp_pa
         assert run.result["tasks"]["counts"]["n"] == 4
         assert len(run.rows("counts")) == 4
         names = {each.name for each in path.iterdir()}
-        assert names == {"result.json", "table.csv", "table.md", "ledger"}
+        assert names == {"result.json", "facts.json", "table.csv", "table.md", "ledger"}
     assert len(list(tmp_path.iterdir())) == 3
 
 

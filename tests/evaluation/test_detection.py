@@ -191,18 +191,41 @@ def test_a_model_that_diverged_has_no_numbers(folder: Path) -> None:
         assert trainer.callback_metrics[prefix + name].isnan(), name
 
 
-def test_a_resumed_test_detects_like_an_uninterrupted_one(folder: Path) -> None:
-    """The finished samples are scored again, also where no other remains."""
-    found = []
-    for done in (set(), {0, 3, 5}, set(range(9))):
+class PowerCut(Exception):  # noqa: N818  # not ours to catch
+    """Ends a test."""
+
+
+class Cut(PGD):
+    """Ends the test at one of its calls."""
+
+    calls: int | None = None
+
+    def perturb(self, *args: Any, **kwargs: Any) -> Tensor:
+        if Cut.calls is not None:
+            if Cut.calls == 0:
+                raise PowerCut
+            Cut.calls -= 1
+        return super().perturb(*args, **kwargs)
+
+
+def test_a_resumed_test_detects_exactly_as_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+    """Nine samples and one of two known tasks, and one unknown to both: the test ends within each of the three."""
+
+    def detect(name: str) -> dict[str, Any]:
+        attack = Cut(eps="8/255", alpha="4/255", steps=3, keep="best")
+        callbacks = [OODDetection(attack=attack), RobustEvaluation(), ResultsWriter(str(tmp_path), name=name)]
         module = cases.data(folder, test=["mixed", "lone_known"], unknown=["lone_unknown"])
-        module.connect(done=lambda task, done=done: frozenset(done if task == "mixed" else ()))
-        trainer = Trainer(callbacks=[OODDetection(attack=cases.ATTACK)], **QUIET)
-        trainer.test(cases.method(folder), datamodule=module, verbose=False)
-        found.append({name: float(value) for name, value in trainer.callback_metrics.items() if "/detection/" in name})
-    assert found[0]["test/mixed/detection/lone_unknown/mcm/auroc"] > 0
-    for each in found[1:]:
-        assert each == pytest.approx(found[0])
+        Trainer(callbacks=callbacks, **QUIET).test(cases.method(folder), datamodule=module, verbose=False)
+        return dict(Run.open(tmp_path / name).result["detection"])
+
+    whole = detect("whole")
+    assert whole["tasks"]["mixed"]["unknown"]["lone_unknown"]["scores"]["mcm"]["auroc"] > 0
+    for calls in ((4, 3, 1), (9, 1), (11,)):
+        for Cut.calls in calls:
+            with pytest.raises(PowerCut):
+                detect(f"cut_{calls[0]}")
+        Cut.calls = None
+        assert detect(f"cut_{calls[0]}") == whole
 
 
 def test_the_images_of_an_unknown_set_are_part_of_the_result(folder: Path, write_shards: ShardWriter) -> None:

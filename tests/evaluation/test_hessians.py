@@ -134,7 +134,6 @@ def test_a_linear_value_has_no_curvature() -> None:
 
 
 # Until a result keeps what callbacks log beside its own numbers, it refuses this one's.
-@pytest.mark.xfail(raises=KeyError, strict=False)
 def test_the_command_keeps_it_beside_the_result(tiny_model: Path, root: Path, tmp_path: Path) -> None:
     status = run(
         ["test", "--model", "TeCoA", "--model.pretrained", str(tiny_model), "--data.test", "[wds:one, wds:two]",

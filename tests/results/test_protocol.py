@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from robustclip.results.ledger import Ledger
+from robustclip.results.ledger import Ledger, columns
 from robustclip.results.protocol import AXES, CLEAN_AXES, attack_axes, differences, digest, is_checked, listing
 from robustclip.results.run import LEDGERS, RESULT, Run
 
@@ -90,7 +90,7 @@ def test_a_finished_run_is_read_by_its_folder_or_its_result(tmp_path: Path) -> N
     result = {"method": "TeCoA", "tasks": {}, "mean": {"clean": {}, "pgd": {}}, "protocol": {}}
     (tmp_path / RESULT).write_text(json.dumps(result))
     (tmp_path / LEDGERS).mkdir()
-    Ledger(tmp_path / LEDGERS / "digits.csv", ["pgd"]).append([{"id": 3}])
+    Ledger(tmp_path / LEDGERS / "digits.csv", columns(["pgd"])).append([{"id": 3}])
     for path in (tmp_path, tmp_path / RESULT):
         run = Run.open(path)
         assert run.folder == tmp_path

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from robustclip.intervals import newcombe
-from robustclip.results.ledger import Ledger
+from robustclip.results.ledger import Ledger, columns
 from robustclip.results.protocol import AXES, CLEAN_AXES, digest
 from robustclip.results.run import LEDGERS, RESULT, Run
 from robustclip.tools.compare import Comparison, compare, pair
@@ -30,7 +30,7 @@ def write_run(
     (folder / LEDGERS).mkdir(parents=True)
     protocols: dict[str, Any] = {}
     for task, outcomes in tasks.items():
-        Ledger(folder / LEDGERS / f"{task}.csv", [attack]).append(
+        Ledger(folder / LEDGERS / f"{task}.csv", columns([attack])).append(
             [
                 {
                     "id": number,

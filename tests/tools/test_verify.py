@@ -15,7 +15,7 @@ from robustclip.data.sources.shapes import ShapesDataset
 from robustclip.intervals import wilson
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.results.adversarial_examples import Example, load_all, save
-from robustclip.results.ledger import Ledger
+from robustclip.results.ledger import Ledger, columns
 from robustclip.results.protocol import attack_axes
 from robustclip.results.run import EXAMPLES, LEDGERS, RESULT, Run
 from robustclip.tools.verify import TOLERANCE, Transfer, replay, transfers, verify
@@ -79,7 +79,7 @@ def run(tmp_path: Path, measured: tuple[dict[str, Any], list[dict[str, object]],
 def write_run(folder: Path, result: dict[str, Any], rows: list[dict[str, object]], examples: list[Example]) -> Path:
     (folder / LEDGERS).mkdir(parents=True)
     (folder / RESULT).write_text(json.dumps(result))
-    Ledger(folder / LEDGERS / f"{TASK}.csv", ["pgd"]).append(rows)
+    Ledger(folder / LEDGERS / f"{TASK}.csv", columns(["pgd"])).append(rows)
     for example in examples:
         save(example, folder / EXAMPLES)
     return folder
@@ -223,6 +223,6 @@ def test_a_result_that_lacks_what_examples_need_is_refused(tmp_path: Path, measu
 
 def test_examples_of_an_unknown_task_are_refused(run: Path) -> None:
     save(first(run)._replace(task="letters"), run / EXAMPLES)
-    Ledger(run / LEDGERS / "letters.csv", ["pgd"])
+    Ledger(run / LEDGERS / "letters.csv", columns(["pgd"]))
     with pytest.raises(ValueError, match=r"result\.json has no classes of letters"):
         verify(run, build)
