@@ -221,7 +221,7 @@ def _load(arch: str | None, pretrained: str | None, image_size: int | None) -> t
 def _load_folder(folder: Path, image_size: int | None) -> tuple[Any, Any, dict[str, Any]]:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
-        raise ValueError(f"model folder {folder} has no open_clip_config.json")
+        raise ValueError(f"pretrained: model folder {folder} has no open_clip_config.json")
     if not any(file.suffix in WEIGHT_FILES for file in folder.iterdir()):
         raise ValueError(f"model folder {folder} has no weights (open_clip_model.safetensors)")
     config = _read_config(config_file)
