@@ -19,6 +19,10 @@ DONE = (  # folders and files of the package that keep the rules
     *("arguments.py", "display.py", "intervals.py", "metrics.py", "names.py", "paths.py", "textfiles.py", "types.py"),
     "objectives/losses.py",
     "objectives/energy.py",
+    "report",
+    "tools/retrieval",
+    *(f"tools/{name}.py" for name in ("caption", "captioner", "cache", "interpolate", "table", "compare", "comparisons")),
+    *(f"tools/{name}.py" for name in ("verify", "progress_log", "score")),
 )
 RIDDLES = re.compile(
     r"(what|whatever|of|as|which|whichever|that|those|these|whose|who|where|such|it|its|they|their|and|but|so|else|also"
