@@ -43,7 +43,10 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+FAST = ("demo.yaml", "tecoa.yaml", "pmg_aft.yaml", "arf.yaml", "ueo.yaml", "croft.yaml", "zero_shot.yaml")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in RUNS])
 def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(CONFIGS / name), *SMALL, *OWN.get(name, [])]

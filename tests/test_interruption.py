@@ -28,6 +28,8 @@ from robustclip.methods import TeCoA
 from robustclip.results.run import Run
 from robustclip.tools.compare import pair
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("interruption_cases.py")
 TIMEOUT_SECONDS = 400
 SIZES = {"first": 12, "second": 8, "third": 5}  # of which the third has one batch that does not decode

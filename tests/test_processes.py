@@ -13,6 +13,8 @@ from ranks import in_background
 
 from robustclip.results.run import Run
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("process_cases.py")
 TESTS = ("all", "workers", "limited", "only_single", "only_stream_single")
 FITS = ("fit", "fit_stream")

@@ -18,6 +18,8 @@ from inputs import ShardWriter, picture
 from robustclip.methods._shared import saved_state
 from robustclip.methods._shared.saved_state import RenamedCheckpointIO, random_state, set_random_state
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("resume_cases.py")
 TIMEOUT_SECONDS = 900
 EPOCH, EPOCHS = 5, 3  # batches of an epoch: 20 samples to train on, 4 at a time

@@ -126,6 +126,7 @@ class OODDetection(Callback):
                 for score in self._score_by_name.values() if known.name in self._pairs else ():
                     score.prepare(method, known)
         self._section.facts |= {
+            "own_scores": self._own_scores,  # again, since `prepare` may have changed their settings
             KNN: None if self._bank is None else self._bank.settings,
             "curve": [] if self._bank is None else self._bank.curve,
             "has_pixels": data.feature_model is None,
@@ -212,14 +213,18 @@ class OODDetection(Callback):
         curve = [column(KNN, str(k)) for k in self.neighbours] if KNN in self.scores else []
         return ["is_right", "confidence", *self.scores, *attacked, *curve]
 
+    @property
+    def _own_scores(self) -> dict[str, dict[str, Any]]:
+        own = {name: score for name, score in self._score_by_name.items() if name != KNN and name not in SCORES}
+        return {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()}
+
     def _settings(self) -> dict[str, Any]:
         """Settings that the rows and the numbers depend on besides model and data."""
         attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
-        own = {name: score for name, score in self._score_by_name.items() if name != KNN and name not in SCORES}
         return {
             "pairs": self._pairs,
             "scores": self.scores,
-            "own_scores": {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()},
+            "own_scores": self._own_scores,
             "neighbours": self.neighbours,
             "headline": self.headline,
             "is_correct_only": self.is_correct_only,

@@ -45,6 +45,7 @@ def test_the_same_attack_has_the_verdicts_of_torchattacks(case: Case) -> None:
     assert 0 < (verdict.by == ROBUST).sum() < len(labels)
 
 
+@pytest.mark.slow
 def test_auto_pgd_and_the_recipe_leave_no_more_than_the_reference(case: Case) -> None:
     pyautoattack = pytest.importorskip("pyautoattack", reason="pyautoattack, the reference, is missing")
     forward, (images, labels, index, *_) = case

@@ -19,6 +19,8 @@ from torch import Tensor
 from robustclip.data import CLIPDataModule
 from robustclip.types import Batch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("update_cases.py")
 ROUNDING = 1e-5  # of an update in fp32, relative to its norm: sums over 4 images and over 8 round differently
 Fits = dict[str, list[dict[str, Any]]]  # by name of the case, the result of each process

@@ -163,7 +163,7 @@ def test_a_score_may_prepare_and_replace_what_an_attack_differentiates() -> None
             expected.append(odds[:, :6].logsumexp(1) - odds.logsumexp(1))
     truth = [1] * len(expected[0]) + [0] * len(expected[1])
     assert found == pytest.approx(roc_auc_score(truth, torch.cat(expected)), abs=1e-6)
-    assert detection._settings()["scores"]["negatives"]["names"] == list(names)
+    assert detection._settings()["own_scores"]["negatives"]["names"] == list(names)
 
 
 class Taken(Score):
