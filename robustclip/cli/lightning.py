@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -52,9 +52,14 @@ EXPECTED_ERRORS = (
     ValueError,
 )
 # Mappings whose keys are the user's own, and lists of data sets: the type of an entry.
-ENTRIES = {"evaluation.attacks": Attack, "evaluation.fit_attacks": Attack, "results.averages": list[str]}
+ENTRIES: dict[str, Any] = {
+    "evaluation.attacks": Attack,
+    "evaluation.fit_attacks": Attack,
+    "results.averages": list[str],
+}
 SETS = list[DataSource | str]
 ENTRIES |= {f"data.{role}": SETS for role in ("train", "val", "test", "unknown")}
+ENTRIES |= {"trainer.callbacks": Callback, "trainer.callbacks+": Callback}
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -286,7 +291,9 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
         listed = entries if isinstance(entries, list) else [entries]
         named = [(key, [each]) for each in listed if isinstance(each, Mapping) and "class_path" not in each]
     else:
-        named = [(f"{key}.{name}", each) for name, each in entries.items()] if isinstance(entries, Mapping) else []
+        listed = list(enumerate(entries)) if isinstance(entries, list) else []
+        pairs = list(entries.items()) if isinstance(entries, Mapping) and "class_path" not in entries else listed
+        named = [(f"{key}.{name}", each) for name, each in pairs]
     for name, value in named:
         try:
             parser.parse_object({"entry": value})

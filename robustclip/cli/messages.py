@@ -16,6 +16,7 @@ HEADER = re.compile(
     r"(?P<indent> *)(?:- )?(?:Parser key \"(?P<key>[^\"]+)\"|Problem with given class_path '(?P<cls>[^']+)'):"
 )
 # jsonargparse frames the reason with these, none of which a user wrote or can act on.
+SUBCLASS_FRAME = ("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with")
 FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a")
 
 # A class whose arguments stand for those of all classes that a key takes, to suggest from.
@@ -83,11 +84,12 @@ def _of_parser(text: str) -> str:
         return f"{where}{value!r} is no subclass of {block.split('subclass of ')[1].split()[0]}"
     if found := re.search(r"No module named '([^']+)'", block):
         return f"{where}there is no module {found[1]!r} for {cls or value!r}; it would be found in the current folder"
-    if found := re.search(r"Not a valid subclass of (\w+)", block):
+    of_constructor = [line for line in reasons if not line.startswith((*FRAME, *SUBCLASS_FRAME))]
+    if not of_constructor and (found := re.search(r"Not a valid subclass of (\w+)", block)):
         return (
             f"{where}expected a class of kind {found[1]}, got {_shorten(value, LONGEST_VALUE)!r}; {_classes(path, '')}"
         )
-    told = [line for line in reasons if not line.startswith(FRAME)]
+    told = of_constructor
     if not told and (expected := _expected(block)):
         return f"{where}expected {expected}, got {_shorten(value, LONGEST_VALUE)!r}"
     prefix = f"{where}{cls}: " if cls else where
