@@ -111,7 +111,7 @@ def argument(value: Any, hint: Any, name: str) -> Any:
         raise ValueError(f"{name} must be {expected(hint)}, got {_excerpt(value)}{_remedy(value, hint)}") from None
 
 
-def class_at(path: str, base: type[T], option: str) -> type[T]:
+def class_at(path: str, base: type, option: str) -> Any:
     """Imports a class that an option names by its path.
 
     Args:

@@ -75,7 +75,7 @@ class RobustCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """What Lightning offers, less what makes no sense here; `weights_only` is not for choice."""
+        """Lists the commands of Lightning that exist here, each with the arguments that it does not offer."""
         offered = LightningCLI.subcommands()
         return {name: offered[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 

@@ -386,12 +386,9 @@ def open_unknown(wanted: Sequence[Wanted], *, root: str, taken: Sequence[str]) -
 
 
 def _check_has_classes(source: OpenedSource) -> None:
-    names = source.task.label_names
-    if len(names) == 1:
-        raise ValueError(
-            f"data set {source.task.name!r} has one class, {names[0]!r}, so that every answer is correct;"
-            " check the path and `split`"
-        )
+    if len(names := source.task.label_names) == 1:
+        where = f"data set {source.task.name!r} has one class, {names[0]!r}"
+        raise ValueError(f"{where}, so that every answer is correct; check the path and `split`")
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Grades whether a robust accuracy can be trusted, from what the ledgers report of attack and model."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ class Check:
     why: str
 
 
-class AuditCheck:
+class AuditCheck(ABC):
     """Grades one property of a finished test; a subclass sets `name` and `why` and defines `grade`.
 
     - ``name``: key in the result.
@@ -64,9 +65,9 @@ class AuditCheck:
     name: str = ""
     why: str = ""
 
+    @abstractmethod
     def grade(self, evidence: Evidence) -> Check:
         """Answers from the columns of the ledgers; ``not_measured`` where they do not suffice."""
-        raise NotImplementedError
 
     def answer(self, status: Status, found: str) -> Check:
         """The check's answer.

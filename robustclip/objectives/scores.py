@@ -5,6 +5,7 @@ Cosines are ``logits / scale`` with the model's scale (inverse temperature).
 
 import json
 import re
+from abc import ABC, abstractmethod
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,7 +32,7 @@ class Model(Protocol):
         """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)`` of a test task."""
 
 
-class Score:
+class Score(ABC):
     """Rates how much an image looks like one of a task's classes; a subclass sets `name` and defines `value`.
 
     - ``name``: key in the result, of a-z, 0-9 and ``_``.
@@ -44,6 +45,7 @@ class Score:
 
     name: str = ""
 
+    @abstractmethod
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
         """The score ``(B,)`` as its paper reports it.
 
@@ -51,7 +53,6 @@ class Score:
             outputs: of `forward`, by default logits ``(B, C)``.
             scale: of the model's logits, a scalar.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define `value`")
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
         """An increasing function ``(B,)`` of the value whose gradient does not vanish where a softmax is one-hot.
@@ -72,7 +73,7 @@ class Score:
         """
         return model.logits(images, task)
 
-    def prepare(self, model: Model, task: Task) -> None:
+    def prepare(self, model: Model, task: Task) -> None:  # noqa: B027  # most scores need nothing
         """Computes what `forward` needs for a known task, which it may keep under the task's name.
 
         Args:
@@ -165,7 +166,8 @@ def score_of(score: str | Score) -> Score:
         if "." not in score:
             ours = ", ".join((*SCORES, KNN))
             raise ValueError(f"scores: there is no score {score!r}; ours are {ours}, and yours is written module.Class")
-        score = class_at(score, Score, "scores")()
+        own: Score = class_at(score, Score, "scores")()
+        return score_of(own)
     is_taken = score.name == KNN or (score.name in SCORES and SCORES[score.name] is not score)
     if is_taken or not NAME.fullmatch(score.name):
         reason = "is the name of one of ours" if is_taken else "must consist of a-z, 0-9 and _"

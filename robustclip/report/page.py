@@ -1,11 +1,11 @@
 """Renders the page and its Markdown version from the blocks of all sections."""
 
-import importlib
 from collections.abc import Mapping, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from robustclip.arguments import class_at
 from robustclip.names import markdown as escape
 from robustclip.names import plain
 from robustclip.report.accuracy import Accuracy, summary, warning_lines
@@ -36,7 +36,7 @@ def content(views: Sequence[View], class_paths: Sequence[str] = ()) -> Content:
     Raises:
         ValueError: a class path names no section.
     """
-    own = [_section(path) for path in class_paths]
+    own = [class_at(path, Section, "sections") for path in class_paths]
     place = SECTIONS.index(Audit)
     sections = [*SECTIONS[:place], *own, *SECTIONS[place:]]
     filled = {SUMMARY: summary(views), **{section.title: section().blocks(views) for section in sections}}
@@ -88,14 +88,3 @@ def _rows(table: Table) -> str:
 def _cell(cell: Cell) -> str:
     number = f"**{escape(cell.text)}** ▲" if cell.is_best else escape(cell.text)
     return f"{number} ({escape(cell.note)})" if cell.note else number
-
-
-def _section(path: str) -> type[Section]:
-    module, _, name = path.rpartition(".")
-    try:
-        section = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"sections: there is no class {path!r}; write a section as module.Class") from error
-    if not (isinstance(section, type) and issubclass(section, Section)):
-        raise ValueError(f"sections: {path!r} must be a subclass of robustclip.report.section.Section")
-    return section

@@ -166,12 +166,13 @@ def test_a_score_may_prepare_and_replace_what_an_attack_differentiates() -> None
     assert detection._settings()["own_scores"]["negatives"]["names"] == list(names)
 
 
-class Taken(Score):
-    name = "mcm"
-
-
 class Unnamed(Score):
-    pass
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        return outputs.amax(-1)
+
+
+class Taken(Unnamed):
+    name = "mcm"
 
 
 class Wide(Score):
