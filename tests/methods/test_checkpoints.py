@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from robustclip.data import CLIPDataModule
 from robustclip.methods import TeCoA
+from robustclip.models.layers import frozen
 
 
 def fitted(method: TeCoA, path: Path) -> Path:
@@ -40,6 +41,17 @@ def test_a_checkpoint_holds_what_learned_and_nothing_frozen(tiny_model: Path, tm
     buffers = {name for name in checkpoint["state_dict"] if name not in dict(method.named_parameters())}
     assert set(checkpoint["state_dict"]) - buffers == learned
     assert len(learned) == 14
+
+
+def test_a_checkpoint_saved_during_an_attack_holds_what_learned(tiny_model: Path, tmp_path: Path) -> None:
+    """An attack switches all gradients off for a while; a save in between must not lose the trained weights."""
+    method = TeCoA(pretrained=str(tiny_model), last_blocks=1)
+    whole = torch.load(fitted(method, tmp_path / "a.ckpt"), weights_only=True)["state_dict"]
+    with frozen(method):
+        method.trainer.save_checkpoint(tmp_path / "b.ckpt")
+    inside = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    assert inside.keys() == whole.keys()
+    assert all(torch.equal(inside[name], tensor) for name, tensor in whole.items())
 
 
 def test_random_initial_weights_are_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
