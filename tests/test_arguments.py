@@ -150,8 +150,8 @@ def test_scalars_of_numpy_and_torch_become_numbers() -> None:
 
 def test_one_item_is_taken_for_a_list_of_one() -> None:
     data = CLIPDataModule(test="shapes:colours", unknown=DataSource("shapes:unknown"))
-    assert data.wanted_test == ("shapes:colours",)
-    assert data.wanted_unknown == (DataSource("shapes:unknown"),)
+    assert data.test_sources == ("shapes:colours",)
+    assert data.unknown_sources == (DataSource("shapes:unknown"),)
     assert DataSource("folder:x", templates="a {}").templates == "a {}"  # or ``openai``
     assert Augmentation([0.5, 1.0]).scale == (0.5, 1.0)
     with pytest.raises(ValueError, match=r"class_names must be a list.*, got 'cat'; write \['cat'\]"):

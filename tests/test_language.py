@@ -14,6 +14,7 @@ DONE = (  # folders and files of the package that keep the rules
     "models",
     "attacks",
     "convert",
+    "data",
     "evaluation/engine.py",
     "training",
     *("arguments.py", "display.py", "intervals.py", "metrics.py", "names.py", "paths.py", "textfiles.py", "types.py"),

@@ -8,7 +8,7 @@ import pytest
 
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.data.data_sets import open_source
+from robustclip.data.opened_source import open_source
 from robustclip.data.sources.wds import REMOTE
 from robustclip.evaluation.writer import ResultsWriter
 from robustclip.paths import local_path, located

@@ -8,7 +8,7 @@ import pytest
 from inputs import ShardWriter
 
 from robustclip.cli.settings import read_config
-from robustclip.data.data_sets import open_source
+from robustclip.data.opened_source import open_source
 from robustclip.data.sources.wds import read_lines
 from robustclip.textfiles import read_text
 

@@ -1,6 +1,6 @@
-"""The shared data module and its data sets."""
+"""The shared data module, its data sets, and the contract of data sources."""
 
-from robustclip.data.data_sets import DataSource
+from robustclip.data.data_source import DataSource
 from robustclip.data.module import CLIPDataModule
 from robustclip.data.sources.source import Opened, Source
 

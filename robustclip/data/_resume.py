@@ -1,4 +1,4 @@
-"""Position of a training epoch, in the checkpoint of a run."""
+"""Saves the position inside a training epoch in the checkpoint of a run, and restores it."""
 
 import hashlib
 import logging
@@ -17,7 +17,7 @@ class ResumableDataModule(LightningDataModule):
     """A data module whose training loader resumes at the position in a checkpoint.
 
     Args:
-        seed: of the order of training samples.
+        seed: seed of the order of training samples.
     """
 
     def __init__(self, seed: int) -> None:
@@ -28,24 +28,24 @@ class ResumableDataModule(LightningDataModule):
         self._resume_at: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the training epoch, and the settings that give the position its meaning."""
+        """Returns the position in the training epoch, and the settings on which its meaning depends."""
         if self._train_loader is None:
             return {}
         return {**self._train_loader.state_dict(), "order": self._order(self._train_loader)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Moves the training loader there, at once or when it is made.
+        """Moves the training loader to a saved position, at once or when the loader is made.
 
-        Lightning restores loaders too, but not one that exists before the checkpoint is read, as it does where the
-        length of the schedule is asked for.
+        Lightning does not restore a loader that exists before the checkpoint is read. A schedule that depends on the
+        length of the loader makes it so early.
         """
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # a test has nothing to continue
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # not a test
             self._resume_at = state_dict
             if self._train_loader is not None:
-                self.continued(self._train_loader)
+                self.resumed(self._train_loader)
 
-    def continued(self, loader: ImageLoader) -> ImageLoader:
-        """The training loader, moved to the position of the checkpoint.
+    def resumed(self, loader: ImageLoader) -> ImageLoader:
+        """Returns the training loader, moved to the position in the checkpoint.
 
         Raises:
             ValueError: the position is inside an epoch, and this run has other batches or another order of samples.
@@ -61,7 +61,7 @@ class ResumableDataModule(LightningDataModule):
         return loader
 
     def _check_order(self, loader: ImageLoader, state: dict[str, Any]) -> None:
-        """Refuses another order inside an epoch, where samples would be skipped or repeated; reports it elsewhere."""
+        """Refuses another order inside an epoch, which would skip or repeat samples; warns at the end of an epoch."""
         own, saved = self._order(loader), state.get("order", {})
         changes = [f"{key} {saved[key]} (here {own[key]})" for key in own if key in saved and saved[key] != own[key]]
         if changes and state["batches"]:
@@ -74,7 +74,7 @@ class ResumableDataModule(LightningDataModule):
             log.warning("from the next epoch on, settings differ from the checkpoint's: %s", ", ".join(changes))
 
     def _order(self, loader: ImageLoader) -> dict[str, int | str | None]:
-        """Settings that the order of samples and the batches of an epoch depend on."""
+        """Collects the settings that determine the order of samples and the batches of an epoch."""
         is_stream = isinstance(loader.dataset, IterableDataset)
         chosen = hashlib.sha256(repr(self.train_positions).encode()).hexdigest()[:8]
         return {
@@ -84,5 +84,5 @@ class ResumableDataModule(LightningDataModule):
             "number of training samples": len(loader.dataset),  # type: ignore[arg-type]
             "choice of training samples (by data.shots, data.shots_seed and data.holdout)": chosen,
             "seed_everything": self.seed,
-            "data.num_workers": loader.num_workers if is_stream else None,  # readers of a stream fill batches each
+            "data.num_workers": loader.num_workers if is_stream else None,  # workers batch a stream separately
         }

@@ -1,4 +1,4 @@
-"""Images with captions: beside a training set, for anchored fine-tuning, and on their own, for retrieval."""
+"""Reads images with captions, for anchored fine-tuning and for retrieval."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +14,21 @@ from robustclip.data.samples import BadSample, Images
 from robustclip.data.sources.wds import IndexedShards, list_shards
 from robustclip.data.transforms import ToPixels
 
-TRIES = 16  # pairs in a row that may be broken before the image beside them is left out
+TRIES = 16  # number of undecodable pairs in a row after which the training image is left out
 
 Choice = Literal["pool", "paired"]
 Texts = Callable[[int], Sequence[str]]
 
 
 class Anchor(NamedTuple):
-    """One image-text pair: image ``(3, H, W)``, one of its captions, position, and the broken pairs before it."""
+    """An image-text pair that was drawn for a training image.
+
+    Attributes:
+        image: ``(3, H, W)`` in [0, 1].
+        caption: one of its captions.
+        index: position among the pairs.
+        skipped: undecodable pairs that were drawn first.
+    """
 
     image: Tensor
     caption: str
@@ -30,7 +37,15 @@ class Anchor(NamedTuple):
 
 
 class AnchoredSample(NamedTuple):
-    """A decoded sample with what was drawn for it."""
+    """A decoded training sample with a caption and an image-text pair.
+
+    Attributes:
+        image: ``(3, H, W)`` in [0, 1].
+        label: class of the image.
+        index: sample id.
+        caption: one of its captions; None without captions.
+        anchor: image-text pair; None without pairs.
+    """
 
     image: Tensor
     label: int
@@ -40,15 +55,15 @@ class AnchoredSample(NamedTuple):
 
 
 class ListTable:
-    """A column of lists by sample id, from a parquet file of ``robustclip caption`` or ``robustclip retrieve``.
+    """Lists by sample id, read from a parquet file of ``robustclip caption`` or ``robustclip retrieve``.
 
     Args:
-        path: of the file, which has a column ``index`` of sample ids.
-        column: the lists.
+        path: path of the file, which has a column ``index`` of sample ids.
+        column: name of the column with the lists.
         size: number of samples of the data set.
 
     Raises:
-        ValueError: no such file or column, or a table of another data set.
+        ValueError: the file or the column is missing, or the table belongs to another data set.
     """
 
     def __init__(self, path: Path, column: str, size: int) -> None:
@@ -65,23 +80,23 @@ class ListTable:
         self._rows[index] = np.arange(len(index))
 
     def __call__(self, index: int) -> Sequence[Any]:
-        """The list of a sample; empty where there is none."""
+        """Returns the list of a sample; empty if there is none."""
         row = int(self._rows[index])
         return [] if row < 0 else self._lists[row].as_py() or []
 
     def greatest(self) -> int:
-        """Greatest number in any list; -1 where all are empty."""
+        """Returns the greatest number in any list; -1 if all are empty."""
         return int(max(self._lists.flatten().to_numpy(), default=-1))
 
 
 class AnchorSet:
-    """Image-text pairs, one drawn for each training image; every draw is a function of seed, epoch and image.
+    """Image-text pairs, of which one is drawn for each training image; seed, epoch and image determine the draw.
 
     Args:
-        pairs: images and captions.
-        transform: from image to pixels.
-        seed: of the run.
-        neighbours: positions among the pairs by sample id; None draws from all of them.
+        pairs: images with captions.
+        transform: transform of the images.
+        seed: seed of the run.
+        neighbours: positions among the pairs by sample id; None draws from all pairs.
     """
 
     def __init__(
@@ -91,19 +106,19 @@ class AnchorSet:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Orders the pool anew."""
+        """Shuffles the pool for an epoch."""
         self.epoch = epoch
         generator = torch.Generator().manual_seed(self._random("order").getrandbits(63))
         self._order = torch.randperm(len(self.pairs), generator=generator)
 
     def draw(self, number: int, index: int) -> Anchor | BadSample:
-        """The pair of a training image.
+        """Draws the pair of a training image, or returns the first undecodable pair if no candidate decodes.
 
-        The n-th image takes the n-th pair of the epoch's order, round and round, whatever it shows; or, where
-        neighbours were given and it has some, one of its own. A pair that does not decode leaves its place to the next.
+        The n-th image takes the n-th pair of the epoch's order, which repeats, regardless of its content; an image with
+        neighbours takes one of these instead. A pair that does not decode is replaced by the next one.
 
         Args:
-            number: of the image among those that are trained on.
+            number: position of the image in the training set.
             index: its sample id.
         """
         skipped: list[BadSample] = []
@@ -111,7 +126,7 @@ class AnchorSet:
             try:
                 image = self.transform(self.pairs[position][0], (self.epoch, position, number))
                 caption = self._random("caption", index).choice(self.pairs.captions(position))
-            except (*DECODING_ERRORS, IndexError) as error:  # the last for a text without a line
+            except (*DECODING_ERRORS, IndexError) as error:  # an IndexError for a text without a line
                 skipped.append(BadSample(self.pairs.where(position), str(error)))
             else:
                 return Anchor(image, caption, position, tuple(skipped))
@@ -125,18 +140,18 @@ class AnchorSet:
         size = len(self.pairs)
         return [int(self._order[(number + step) % size]) for step in range(min(TRIES, size))]
 
-    def _random(self, *what: str | int) -> Random:
-        return Random(repr((self.seed, self.epoch, *what)))
+    def _random(self, *key: str | int) -> Random:
+        return Random(repr((self.seed, self.epoch, *key)))
 
 
 class AnchoredImages(Images):
-    """Training images with one of their captions, and with a pair.
+    """Training images with one of their captions and an image-text pair.
 
     Args:
-        images: to be extended.
-        seed: of the run.
-        captions: of a sample id; None for no captions.
-        anchors: None for no pairs.
+        images: training images.
+        seed: seed of the run.
+        captions: function that returns the captions of a sample id; None for no captions.
+        anchors: image-text pairs; None for no pairs.
     """
 
     def __init__(self, images: Images, *, seed: int, captions: Texts | None, anchors: AnchorSet | None) -> None:
@@ -144,12 +159,12 @@ class AnchoredImages(Images):
         self.seed, self.captions, self.anchors = seed, captions, anchors
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses what is drawn."""
+        """Sets the epoch, on which all draws depend."""
         super().set_epoch(epoch)
         if self.anchors is not None:
             self.anchors.set_epoch(epoch)
 
-    def __getitem__(self, number: int) -> AnchoredSample | BadSample:  # type: ignore[override]  # more than `Images` has
+    def __getitem__(self, number: int) -> AnchoredSample | BadSample:  # type: ignore[override]  # a longer tuple than that of `Images`
         sample = super().__getitem__(number)
         if isinstance(sample, BadSample):
             return sample
@@ -176,71 +191,84 @@ def _read(path: Path) -> Any:
         raise ValueError(f"table {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def anchored(
-    images: Images,
-    captions: str | None,
-    anchors: str | None,
-    choice: Choice,
-    root: str,
-    *,
-    transform: ToPixels,
-    seed: int,
-) -> Images:
-    """Training images with what lies beside them.
+class AuxiliaryData(NamedTuple):
+    """Settings of the captions and image-text pairs that are read with a training set.
 
-    Args:
-        images: to be extended.
-        captions: ``shards`` for the ``.txt`` beside the images, or the path of a table; None for none.
-        anchors: folder with pairs in ``train`` and, to draw paired ones, ``neighbours.parquet``; None for none.
-        choice: ``pool`` or ``paired``.
-        root: where relative paths start.
-        transform: of the pairs' images.
-        seed: of the run.
-
-    Raises:
-        ValueError: no such files, or files of another data set.
+    Attributes:
+        captions: ``shards`` for the ``.txt`` files of the images, or the path of a table; None for no captions.
+        anchors: folder with pairs in ``train`` and, to draw paired ones, ``neighbours.parquet``; None for no pairs.
+        choice: ``pool`` draws any pair, ``paired`` a neighbour of the image.
+        root: folder that relative paths start at.
     """
-    if captions is None and anchors is None:
-        return images
-    base = Path(root).expanduser()
-    texts = None if captions is None else _open_captions(captions, images.source, base)
-    pairs = None if anchors is None else _open_anchors(base / anchors, images.source, choice, transform, seed)
-    return AnchoredImages(images, seed=seed, captions=texts, anchors=pairs)
+
+    captions: str | None
+    anchors: str | None
+    choice: Choice
+    root: str
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there are captions or pairs."""
+        return self.captions is not None or self.anchors is not None
+
+    def added_to(self, images: Images, transform: ToPixels, seed: int) -> Images:
+        """Adds captions and pairs to training images.
+
+        Args:
+            images: training images.
+            transform: transform of the pairs' images.
+            seed: seed of the run.
+
+        Raises:
+            ValueError: a file is missing, or belongs to another data set.
+        """
+        if not self.is_given:
+            return images
+        folder = Path(self.root).expanduser()
+        texts = None if self.captions is None else _open_captions(self.captions, images.source, folder)
+        pairs = None
+        if self.anchors is not None:
+            pairs = _open_anchors(folder / self.anchors, images.source, self.choice, transform, seed)
+        return AnchoredImages(images, seed=seed, captions=texts, anchors=pairs)
 
 
-def _open_captions(wanted: str, source: Any, base: Path) -> Texts:
-    if wanted != "shards":
-        return ListTable(base / wanted, "captions", len(source))
+def _open_captions(setting: str, source: Any, folder: Path) -> Texts:
+    if setting != "shards":
+        return ListTable(folder / setting, "captions", len(source))
     if not isinstance(source, IndexedShards) or not source.has_captions:
         raise ValueError("captions 'shards' needs .txt files in the shards of the training set; give a table's path")
     return source.captions
 
 
-def _open_anchors(place: Path, source: Any, choice: Choice, transform: ToPixels, seed: int) -> AnchorSet:
-    pairs = IndexedShards([Path(shard) for shard in list_shards(str(place), "train")], is_labelled=False)
+def _open_anchors(folder: Path, source: Any, choice: Choice, transform: ToPixels, seed: int) -> AnchorSet:
+    pairs = _pairs_in(folder, "train")
     if choice == "pool":
         return AnchorSet(pairs, transform, seed=seed)
-    neighbours = ListTable(place / "neighbours.parquet", "neighbours", len(source))
+    neighbours = ListTable(folder / "neighbours.parquet", "neighbours", len(source))
     if (farthest := neighbours.greatest()) >= len(pairs):
-        raise ValueError(f"{place}/neighbours.parquet names pair {farthest}, but only {len(pairs)} lie beside it")
+        raise ValueError(f"{folder}/neighbours.parquet names pair {farthest}, but only {len(pairs)} lie beside it")
     return AnchorSet(pairs, transform, seed=seed, neighbours=neighbours)
 
 
+def _pairs_in(folder: Path, split: str) -> IndexedShards:
+    return IndexedShards([Path(shard) for shard in list_shards(str(folder), split)], is_labelled=False)
+
+
 class CaptionedImages:
-    """Batches of images ``(B, 3, H, W)`` in [0, 1], each image with its captions; in order, from front to back.
+    """Batches of images ``(B, 3, H, W)`` in [0, 1] with the list of captions of each image, in order.
 
     Args:
-        folder: of shards with ``KEY.txt``, one caption a line, in ``test``; its name is that of the set.
-        transform: from image to pixels of one size.
-        batch_size: images at once.
+        folder: folder with shards in ``test`` that have a ``KEY.txt``, one caption a line; its name is that of the set.
+        transform: transform of the images to one size.
+        batch_size: images per batch.
 
     Raises:
-        ValueError: no such shards, an image without captions or, on the way, one that does not decode.
+        ValueError: the shards are missing or an image has no captions; during iteration, an image does not decode.
     """
 
     def __init__(self, folder: Path, transform: ToPixels, *, batch_size: int) -> None:
         self.name = folder.name.lower()
-        self.shards = IndexedShards([Path(shard) for shard in list_shards(str(folder), "test")], is_labelled=False)
+        self.shards = _pairs_in(folder, "test")
         self.transform, self.batch_size = transform, batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[list[str]]]]:

@@ -1,15 +1,15 @@
-"""The data sets of TeCoA's and PMG-AFT's zero-shot protocols, distribution shifts of ImageNet, sets of several domains.
+"""The catalogue of published data sets: prompts, class names in label order, splits and sources.
 
-Prompts, class names in label order, splits, sources. Class names live in `assets/class_names.json` and are read when
-first asked for. They are the text that goes into the template, so the rules of TeCoA's code have been applied: lower
-case; "_", "-" and "/" become blanks. Label order is torchvision's and, but for Caltech-101, clip_benchmark's. The lists
-are those published with the sets, compared with CLIP's `data/prompts.md`, torchvision, clip_benchmark and TensorFlow
-Datasets.
+It has the sets of TeCoA's and PMG-AFT's zero-shot protocols, distribution shifts of ImageNet, and sets of several
+domains. Class names are stored in `assets/class_names.json` in the form that is put into the template, after the rules
+of TeCoA's code: lower case; "_", "-" and "/" become blanks. Label order is torchvision's and, except for Caltech-101,
+clip_benchmark's. The lists are those published with the sets, compared with CLIP's `data/prompts.md`, torchvision,
+clip_benchmark and TensorFlow Datasets.
 
 - ImageNet, Tiny-ImageNet: the first synonym of each WordNet id in the CLS-LOC development kit, ids in sorted order.
 - CIFAR-10, CIFAR-100, STL-10, Food-101, SUN397, DTD: the labels of the sets.
 - Caltech-101: directory names sorted with capitals first, no background; "faces" and "faces easy" both stay. TeCoA left
-  the prompts of this set undefined. Exports order and count it differently: use the names that lie beside them.
+  the prompts of this set undefined. Exports differ in order and number of classes; use the names that come with them.
 - Caltech-256: directory names without "NNN." and "-101"; clutter is a class.
 - Oxford-IIIT Pet: the breeds as the file names spell them, hence "german shorthaired".
 - Stanford Cars: the last five characters, blank and year, are cut: 196 classes, 189 distinct names. "/" stays.
@@ -21,10 +21,9 @@ Datasets.
 - ImageNet-V2, -Sketch, -R, -A and ObjectNet have ImageNet's names, and so ImageNet's head. R and A choose among the
   200 classes that they have (the lists of their authors' code); a class of ObjectNet has the highest logit of its
   classes in ImageNet (the table published with it; its other 200 classes are left out). `imagenet_classes.json` names
-  the sub-folders of the sets as published, with the numbers of ImageNet's classes.
-- Office-31, Office-Home, VisDA-C: the lists of UEO's code; VLCS: the folders. Prompts are UEO's. Folders as published
-  are these names with "_", in any case: in their own order, Office-Home's "TV" would stand before "Table".
-
+  the sub-folders of the published sets, with the numbers of ImageNet's classes.
+- Office-31, Office-Home, VisDA-C: the lists of UEO's code; VLCS: the folders. Prompts are UEO's. Published folders are
+  these names with "_", in any case; their own order differs, as Office-Home's "TV" comes before "Table" there.
 - Published names of classes are compared with these by `plain`. The WordNet ids of Tiny-ImageNet are those of ImageNet
   at the places of its names: both lists are sorted by id (its published `wnids.txt` has the same 200).
 
@@ -58,26 +57,23 @@ def _assets() -> Mapping[str, tuple[str, ...]]:
 
 @cache
 def _folders() -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-    """Sub-folders of ImageNet and its shifts, in the order of their labels, with numbers of ImageNet's classes."""
-    found = _read("imagenet_classes.json")
-    whole = {wnid: (number,) for number, wnid in enumerate(found["imagenet"])}
-    parts = {name: {found["imagenet"][number]: (number,) for number in found[name]} for name in PARTS_OF_IMAGENET}
-    objects = {folder: tuple(numbers) for folder, numbers in found["objectnet"].items()}
-    by_number = {str(number): (number,) for number in range(len(whole))}
-    satellite = {folder: (number,) for number, folder in enumerate(EUROSAT)}
+    """Returns the published sub-folders of sets in label order, with the positions of their classes' names."""
+    classes = _read("imagenet_classes.json")
+    wnids = classes["imagenet"]
+    whole = {wnid: (number,) for number, wnid in enumerate(wnids)}
     return {
         "imagenet": whole,
         "tiny_imagenet": _tiny_folders(whole),
         "imagenet_sketch": whole,
-        "imagenet_v2": by_number,
-        "objectnet": objects,
-        "eurosat": satellite,
-        **parts,
+        "imagenet_v2": {str(number): (number,) for number in range(len(whole))},
+        "objectnet": {folder: tuple(numbers) for folder, numbers in classes["objectnet"].items()},
+        "eurosat": {folder: (number,) for number, folder in enumerate(EUROSAT)},
+        **{name: {wnids[number]: (number,) for number in classes[name]} for name in PARTS_OF_IMAGENET},
     }
 
 
 def _tiny_folders(whole: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """WordNet ids of Tiny-ImageNet, whose names are a subsequence of ImageNet's."""
+    """Returns the WordNet ids of Tiny-ImageNet, whose names are a subsequence of ImageNet's."""
     remaining = iter(zip(whole, _assets()["imagenet"], strict=True))
     names = _assets()["tiny_imagenet"]
     wnids = [next(wnid for wnid, other in remaining if other == name) for name in names]
@@ -85,11 +81,11 @@ def _tiny_folders(whole: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def plain(name: str, cut: str = "") -> str:
-    """The form in which names of classes are compared: without case, apostrophes, and kinds of blanks.
+    """Converts a class name to a form for comparison: without case, apostrophes, and differences of blanks.
 
     Args:
         name: folder or class name.
-        cut: pattern of what a publisher adds to names, such as a number.
+        cut: regular expression of a publisher's additions to names, such as a number.
     """
     text = unicodedata.normalize("NFC", re.sub(cut, "", name) if cut else name).casefold()
     return " ".join(re.split(r"[\s_/-]+", text.replace("'", ""))).strip()
@@ -101,23 +97,23 @@ def _read(name: str) -> Any:
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One data set of the zero-shot protocols.
+    """A published data set.
 
     Args:
         name: key in the catalogue and name of the task, `[a-z0-9_]+`.
-        title: name for people.
-        templates: prompts; "{}" stands for the class name.
-        split: the split that the papers test on; "all" is the whole set, "val" the labelled validation images.
-            The clip_benchmark layout calls whichever it exported `test`.
+        title: name for readers.
+        templates: prompts with "{}" in place of the class name.
+        split: split that the papers test on; "all" is the whole set, "val" the labelled validation images. In the
+            clip_benchmark layout, the exported split is always named `test`.
         images: number of images in that split.
-        source: where it is read from by default, without the network: `wds:NAME` is a folder below the data root in
-            the clip_benchmark layout, `torchvision:CLASS` stands where that layout has other images or other labels.
-        native_size: True if images are attacked at their own size, 32 or 96 pixels, and resized inside the model.
-        words: the set whose class names it has, if not its own.
-        border: pixels that are cut off on every side of an image before anything else.
-        cut: pattern of what its publisher adds to class names, such as numbers.
-        others: pattern of published folders, in plain form, whose classes do not belong to the set.
-        exported: numbers of classes, besides its own, of exports that bring their class names.
+        source: default source, without the network: `wds:NAME` is a folder below the data root in the clip_benchmark
+            layout; `torchvision:CLASS` is used if that layout has other images or other labels.
+        native_size: whether images are attacked at their own size, 32 or 96 pixels, and resized inside the model.
+        words: name of the set with the same class names; None if the set has its own.
+        border: number of pixels that are cut off on every side of an image first.
+        cut: regular expression of the publisher's additions to class names, such as numbers.
+        others: regular expression of published folders, in plain form, whose classes do not belong to the set.
+        exported: other numbers of classes, in exports that come with class names.
     """
 
     name: str
@@ -135,12 +131,12 @@ class CatalogEntry:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The (C,) names, ready for a template; in label order, unless there are groups."""
+        """The ``C`` names for a template; in label order, unless there are groups."""
         return _assets()[self.words or self.name]
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Distinct keys of the classes, in the order of their names: WordNet ids of ImageNet's, else the names."""
+        """Distinct keys of the classes, in the order of their names: WordNet ids for ImageNet's, else the names."""
         return tuple(_folders()["imagenet"]) if "imagenet" in (self.name, self.words) else self.class_names
 
     @property
@@ -150,12 +146,12 @@ class CatalogEntry:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Sub-folders of the set as published, in lower case and label order; none where nobody asks for them."""
+        """Published sub-folders of the set in label order; empty if they are not needed."""
         return tuple(_folders().get(self.name, ()))
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...] | None:
-        """Positions of the class names of each label; None where every name is a label."""
+        """Positions of the class names of each label; None if every name is a label."""
         groups = tuple(_folders().get(self.name, {}).values())
         return groups if groups and groups != tuple((number,) for number in range(len(self.class_names))) else None
 
@@ -243,89 +239,51 @@ CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for en
 """All data sets by name."""
 
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "imagenet1k": "imagenet",
-        "imagenet_1k": "imagenet",
-        "ilsvrc2012": "imagenet",
-        "cls_loc": "imagenet",
-        "imagenetv2": "imagenet_v2",
-        "imagenetv2_matched_frequency_format_val": "imagenet_v2",
-        "tiny_imagenet_200": "tiny_imagenet",
-        "tinyimagenet": "tiny_imagenet",
-        "101_objectcategories": "caltech101",
-        "256_objectcategories": "caltech256",
-        "pets": "oxford_pets",
-        "oxford_iiit_pet": "oxford_pets",
-        "oxfordiiitpet": "oxford_pets",
-        "cars": "stanford_cars",
-        "stanfordcars": "stanford_cars",
-        "food_101": "food101",
-        "flowers": "flowers102",
-        "flowers_102": "flowers102",
-        "fgvcaircraft": "fgvc_aircraft",
-    }
-)
-"""Other names of sets: of clip_benchmark's folders, torchvision's classes and publishers' archives."""
+_OTHER_NAMES = {
+    "imagenet": "imagenet1k imagenet_1k ilsvrc2012 cls_loc",
+    "imagenet_v2": "imagenetv2 imagenetv2_matched_frequency_format_val",
+    "tiny_imagenet": "tiny_imagenet_200 tinyimagenet",
+    "caltech101": "101_objectcategories",
+    "caltech256": "256_objectcategories",
+    "oxford_pets": "pets oxford_iiit_pet oxfordiiitpet",
+    "stanford_cars": "cars stanfordcars",
+    "food101": "food_101",
+    "flowers102": "flowers flowers_102",
+    "fgvc_aircraft": "fgvcaircraft",
+}
+ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+"""Names by other names: those of clip_benchmark's folders, torchvision's classes and publishers' archives."""
 
 TECOA_SETS: tuple[str, ...] = (
-    "imagenet",
-    "cifar10",
-    "cifar100",
-    "stl10",
-    "caltech101",
-    "caltech256",
-    "oxford_pets",
-    "stanford_cars",
-    "food101",
-    "flowers102",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "pcam",
-    "hateful_memes",
+    *("imagenet", "cifar10", "cifar100", "stl10", "caltech101", "caltech256", "oxford_pets", "stanford_cars"),
+    *("food101", "flowers102", "fgvc_aircraft", "sun397", "dtd", "eurosat", "pcam", "hateful_memes"),
 )
 """ImageNet and the fifteen zero-shot sets of TeCoA (https://arxiv.org/abs/2212.07016)."""
 
 PMG_AFT_SETS: tuple[str, ...] = (
-    "tiny_imagenet",
-    "cifar10",
-    "cifar100",
-    "stl10",
-    "sun397",
-    "food101",
-    "oxford_pets",
-    "flowers102",
-    "dtd",
-    "eurosat",
-    "fgvc_aircraft",
-    "imagenet",
-    "caltech101",
-    "caltech256",
-    "stanford_cars",
-    "pcam",
+    *("tiny_imagenet", "cifar10", "cifar100", "stl10", "sun397", "food101", "oxford_pets", "flowers102", "dtd"),
+    *("eurosat", "fgvc_aircraft", "imagenet", "caltech101", "caltech256", "stanford_cars", "pcam"),
 )
 """Tiny-ImageNet and the fifteen zero-shot sets of PMG-AFT (https://arxiv.org/abs/2401.04350)."""
 
 SHIFTS_OF_IMAGENET: tuple[str, ...] = ("imagenet_v2", "imagenet_r", "imagenet_a", "imagenet_sketch", "objectnet")
-"""ImageNet's classes under other distributions, as of WiSE-FT (https://arxiv.org/abs/2109.01903)."""
+"""Sets with ImageNet's classes and other distributions, as in WiSE-FT (https://arxiv.org/abs/2109.01903)."""
 
 DOMAIN_SETS: tuple[str, ...] = tuple(f"{words}_{domain}" for words, domains in _DOMAINS.items() for domain in domains)
-"""The domains of Office-31, Office-Home, VisDA-C (of UEO, https://github.com/tim-learn/UEO) and VLCS."""
+"""The domains of Office-31, Office-Home, VisDA-C (all in UEO, https://github.com/tim-learn/UEO) and VLCS."""
 
 
 def named(name: str) -> CatalogEntry | None:
-    """The data set of a name, of one of its other names, or of clip_benchmark's ``wds_`` and ``vtab_`` before it."""
+    """Finds a data set by its name or another name, with or without clip_benchmark's ``wds_`` and ``vtab_``."""
     short = re.sub("^(wds_)?(vtab_)?", "", name)
     return CATALOG.get(name) or CATALOG.get(short) or CATALOG.get(ALIASES.get(short, ""))
 
 
 def lookup(name: str) -> CatalogEntry:
-    """Return the data set of that name.
+    """Returns the data set of a name.
 
     Raises:
-        ValueError: if the catalogue has no such name; the message names the closest ones.
+        ValueError: the catalogue has no such name; the message suggests the closest ones.
     """
     if name in CATALOG:
         return CATALOG[name]

@@ -1,4 +1,4 @@
-"""Decode image files: the one place that decides what becomes of every image mode, and what is refused."""
+"""Decodes image files of every mode to RGB or floating point, and refuses unreadable or ambiguous images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ AT_MOST_16_BITS = ("PNG", "PPM")  # formats whose mode "I" holds 16 bits; Pillow
 
 
 class ImageError(ValueError):
-    """An image that the decoder cannot read, is too large, or has values of an unknown range."""
+    """Raised for an image that cannot be decoded, is too large, or has values of an unknown range."""
 
 
-# The file cannot be read, or its content; torchvision decodes some of its data sets with its own code.
+# Errors of a file or its content; some data sets of torchvision have a decoder of their own that raises SyntaxError.
 DECODING_ERRORS = (OSError, ImageError, SyntaxError)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an encoded image; its pixels are decoded when `decoded` is called.
+    """Opens an encoded image without decoding its pixels; `decoded` does that.
 
     Raises:
-        ImageError: no image format is recognised, or the header is damaged.
+        ImageError: the format is not recognised, or the header is damaged.
     """
     with _decoder():
         return Image.open(BytesIO(data))
 
 
 def open_file(path: str) -> Image.Image:
-    """Open an image file like `open_image`; torchvision's data sets take this function as their loader.
+    """Opens an image file as `open_image` does; torchvision's data sets use this function as their loader.
 
     Raises:
         OSError: the file cannot be read.
@@ -42,21 +42,21 @@ def open_file(path: str) -> Image.Image:
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """Decode an image to mode ``RGB`` with 8 bits a channel, or to mode ``F`` with one channel in [0, 1].
+    """Decodes an image to mode ``RGB`` with 8 bits a channel, or to mode ``F`` with one channel in [0, 1].
 
     - 16-bit greyscale (PNG, PGM, TIFF, JPEG 2000) is divided by its largest possible value and becomes ``F``.
     - Floating point (TIFF, PFM) stays as it is; values outside of [0, 1] are refused.
     - 32-bit integers are refused, since their range is unknown.
-    - Every other mode (1, L, P, LA, PA, RGBA, CMYK, YCbCr, LAB, HSV) goes through Pillow's ``convert("RGB")``, as in
-      open_clip and clip_benchmark: alpha and transparent palette entries are dropped without blending, EXIF orientation
-      and colour profiles are ignored, the first of several frames counts.
+    - Every other mode (1, L, P, LA, PA, RGBA, CMYK, YCbCr, LAB, HSV) is converted by Pillow's ``convert("RGB")``, as
+      in open_clip and clip_benchmark: alpha and transparent palette entries are dropped without blending, EXIF
+      orientation and colour profiles are ignored, and the first of several frames is used.
 
     Raises:
         ImageError: damaged data, more than `MAX_PIXELS` pixels, or a mode or value that is refused.
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+        raise ImageError(f"image has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
     with _decoder():
         image.load()
         if image.mode == "F":
@@ -66,26 +66,26 @@ def decoded(image: Image.Image) -> Image.Image:
         else:
             return image.convert("RGB")
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
-        raise ImageError(f"its values must lie in [0, 1], found {values.min():.3g} to {values.max():.3g}")
+        raise ImageError(f"values must be in [0, 1], found {values.min():.3g} to {values.max():.3g}")
     return Image.fromarray(values)
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert an image of `decoded` to mode ``RGB``, for models that take no other."""
+    """Converts an image that `decoded` returned to mode ``RGB``, for models that accept no other."""
     return image.point(lambda value: value * 255 + 0.5).convert("RGB") if image.mode == "F" else image
 
 
 def _largest(image: Image.Image) -> int:
-    """Largest possible value of an integer image."""
+    """Returns the largest possible value of an integer image."""
     if image.mode == "I" and image.format not in AT_MOST_16_BITS:
-        raise ImageError("it holds 32-bit integers, whose range is unknown; convert it to 8 or 16 bits")
+        raise ImageError("image has 32-bit integers, whose range is unknown; convert it to 8 or 16 bits")
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]  # TIFF has 12 bits too
     return (1 << int(bits)) - 1
 
 
 @contextmanager
 def _decoder() -> Iterator[None]:
-    """Turn whatever Pillow's plugins raise on damaged data into one class of error; wrap nothing else in it."""
+    """Converts any error of Pillow's plugins on damaged data to `ImageError`; no other code belongs inside."""
     try:
         yield
     except ImageError:

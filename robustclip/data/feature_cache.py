@@ -1,4 +1,4 @@
-"""Embeddings of images by a frozen tower, kept on the disk by ``robustclip cache`` and read in place of the images."""
+"""Reads the image embeddings that ``robustclip cache`` has stored, in place of the images."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from robustclip.data.data_sets import DataSource, OpenedSource
+from robustclip.data.data_source import DataSource
+from robustclip.data.opened_source import OpenedSource
 from robustclip.data.samples import BadSample, Images, Loaded
 from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.transforms import AugmentedPixels, ToPixels
@@ -21,33 +22,31 @@ from robustclip.textfiles import read_text
 from robustclip.types import Batch
 
 MANIFEST, IDS, LABELS = "manifest.json", "ids.npy", "labels.npy"
-WORDS = ("name", "class_names", "templates", "length")  # of a source, on which no embedding depends
+IRRELEVANT = ("name", "class_names", "templates", "length")  # fields of a source on which no embedding depends
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one source, as a run asks for them.
+    """A set of images that a run uses.
 
     Args:
-        name: ``train``, ``holdout``, ``val/NAME``, ``test/NAME`` or ``unknown/NAME``: the folder within the cache.
-        wanted: the source in the configuration, or several that were joined.
-        source: as opened.
-        transform: of the plain view.
+        name: ``train``, ``holdout``, ``val/NAME``, ``test/NAME`` or ``unknown/NAME``; also the folder in the cache.
+        source: opened data set.
+        transform: transform of the view without augmentation.
         chosen: sample ids; None for all.
     """
 
     name: str
-    wanted: Sequence[DataSource | str]
     source: OpenedSource
     transform: ToPixels
     chosen: Sequence[int] | None = None
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """Gives image and label by position.
+        """Data set that gives image and label by position.
 
         Raises:
-            ValueError: a remote source.
+            ValueError: the source is remote.
         """
         if self.source.dataset is None:
             raise ValueError(f"data source {self.source.task.name!r} is remote; features are made of local images")
@@ -55,15 +54,15 @@ class ImageSet:
 
     @property
     def positions(self) -> list[int]:
-        """Sample ids, rising."""
+        """Sample ids in rising order."""
         return sorted(set(range(len(self.dataset)) if self.chosen is None else self.chosen))  # type: ignore[arg-type]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Properties by which the source's images differ from others, in JSON's types."""
+        """Properties that distinguish these images from others, in JSON's types."""
         labels = labels_of(self.dataset)
         return {
-            "source": [_told(each) for each in self.wanted],
+            "source": [_description(source) for source in self.source.sources],
             "part": self.source.part,
             "split": self.source.split,
             "size": len(self.dataset),  # type: ignore[arg-type]
@@ -73,16 +72,16 @@ class ImageSet:
 
 
 class FeatureCache:
-    """Embeddings that ``robustclip cache`` has written.
+    """A folder of embeddings that ``robustclip cache`` has written.
 
     Args:
-        folder: with ``manifest.json``.
+        folder: folder with ``manifest.json``.
 
     Attributes:
         model: ``arch``, ``pretrained``, ``fingerprint`` and ``image_size`` of the tower, and ``width`` of its output.
 
     Raises:
-        ValueError: no such folder, or one of something else.
+        ValueError: the folder is missing or has other content.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,27 +91,28 @@ class FeatureCache:
             self.model: dict[str, Any] = self.manifest["model"]
             self._sets: dict[str, dict[str, Any]] = self.manifest["sets"]
             self._files: dict[str, str] = self.manifest.get("files", {})
-            if not all(isinstance(each, dict) for each in (self.model, self._sets, self._files, *self._sets.values())):
+            entries = (self.model, self._sets, self._files, *self._sets.values())
+            if not all(isinstance(entry, dict) for entry in entries):
                 raise TypeError("model, sets and files must be mappings")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             remedy = "`robustclip cache` with this run's options writes it"
             raise ValueError(f"features {str(folder)!r} have no {MANIFEST} that can be read; {remedy}") from error
 
     def instead_of(self, images: Dataset[Any], sets: Sequence[ImageSet]) -> "FeatureImages":
-        """Embeddings in place of images, of the same samples in the same order.
+        """Returns embeddings of the same samples in the same order.
 
         Args:
-            images: what would be decoded.
-            sets: of the run, to one of which the images belong.
+            images: images that would be decoded otherwise.
+            sets: sets of the run; the images belong to one of them.
 
         Raises:
-            ValueError: with the first difference, if the cache is of other images or another augmentation or does not
-                hold all of these samples; or images that are streamed, or have captions or anchors.
+            ValueError: the cache has other images, another augmentation or too few samples, of which the message names
+                the first difference; or the images are streamed, or have captions or anchors.
         """
         if type(images) is not Images:
             raise ValueError("features stand for labelled images on the disk; remote data, captions, anchors need null")
-        same = [each for each in sets if each.source.dataset is images.source]
-        owner = next(each for each in same if {*images.positions} <= {*each.positions})
+        same = [image_set for image_set in sets if image_set.source.dataset is images.source]
+        owner = next(image_set for image_set in same if {*images.positions} <= {*image_set.positions})
         views = 0
         if isinstance(images.transform, AugmentedPixels):
             views = int(self.manifest["views"])
@@ -120,15 +120,11 @@ class FeatureCache:
             self._compare("augmentation", made, asdict(images.transform.augmentation))
         if owner.name not in self._sets:
             raise ValueError(f"features {self.folder} lack the set {owner.name!r}, they have {', '.join(self._sets)}")
-        found = self._sets[owner.name]
-        self._compare(owner.name, found, owner.identity)
-        width = self.model.get("width")
-        digests = {
-            Path(name).name: value for name, value in self._files.items() if Path(name).parent == Path(owner.name)
-        }
-        return FeatureImages(
-            images, self.folder / owner.name, views=views, bad=found["bad_samples"], width=width, digests=digests
-        )
+        entry, folder, width = self._sets[owner.name], self.folder / owner.name, self.model.get("width")
+        self._compare(owner.name, entry, owner.identity)
+        paths = {self.folder / path: digest for path, digest in self._files.items()}
+        digests = {path.name: digest for path, digest in paths.items() if path.parent == folder}
+        return FeatureImages(images, folder, views=views, bad=entry["bad_samples"], width=width, digests=digests)
 
     def _compare(self, of: str, made: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         for key, value in json.loads(json.dumps(run)).items():
@@ -138,18 +134,18 @@ class FeatureCache:
 
 
 class FeatureImages(Images):
-    """Embeddings in place of images, read a batch at a time.
+    """Stored embeddings of images, read batch by batch.
 
     Args:
-        images: whose embeddings they are.
-        folder: of the set.
-        views: epoch ``n`` reads augmented view ``n % views``; 0 reads the plain view.
+        images: the images.
+        folder: folder of the set.
+        views: number of augmented views; epoch ``n`` reads view ``n % views``. 0 reads the view without augmentation.
         bad: ids of samples that did not decode.
-        width: of an embedding; None where the manifest does not say.
-        digests: of the files, by name.
+        width: length of an embedding; None if the manifest does not state it.
+        digests: digests of the files, by name.
 
     Raises:
-        ValueError: a sample of which there is no embedding, or files that are damaged or do not belong together.
+        ValueError: a sample has no embedding, or files are damaged or do not belong together.
     """
 
     def __init__(
@@ -164,7 +160,7 @@ class FeatureImages(Images):
     ) -> None:
         super().__init__(images.source, images.transform, images.positions)
         self.folder, self.views, self._width = folder, views, width
-        self._unread = dict(digests or {})  # of files that were not read yet
+        self._unread = dict(digests or {})  # digests of the files that were not read yet
         self._ids, self._labels = (torch.from_numpy(self._load(name, np.int64, 1)) for name in (IDS, LABELS))
         if len(self._ids) != len(self._labels) or not len(self._ids) or not (self._ids[1:] > self._ids[:-1]).all():
             raise ValueError(f"{folder} is damaged: {IDS} must rise and have one label each; make the features anew")
@@ -176,7 +172,7 @@ class FeatureImages(Images):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the view."""
+        """Sets the epoch, which determines the view."""
         super().set_epoch(epoch)
         name = file_name(epoch % self.views if self.views else None)
         self._features = self._load(name, np.float16, 2, mmap_mode="r")
@@ -192,9 +188,12 @@ class FeatureImages(Images):
         return bad[0] if batch is None else (batch.images[0], int(batch.labels), int(batch.index))
 
     def __getitems__(self, numbers: Sequence[int]) -> tuple[Batch | None, list[BadSample]]:
-        """A batch of embeddings ``(B, D)`` float32, and what is left out of it; the loader asks for it by this name."""
+        """Returns a batch of embeddings ``(B, D)`` float32, and its undecodable samples; PyTorch defines the name."""
         rows = self._rows[numbers]
-        bad = [self._told(numbers[place]) for place in np.flatnonzero(rows < 0).tolist()]
+        absent = [self.positions[numbers[place]] for place in np.flatnonzero(rows < 0).tolist()]
+        bad = [
+            BadSample(where_of(self.source, position), "it did not when the features were made") for position in absent
+        ]
         rows = rows[rows >= 0]
         if not len(rows):
             return None, bad
@@ -204,47 +203,43 @@ class FeatureImages(Images):
         return Batch(features, self._labels[rows], self._ids[rows]), bad
 
     def _load(self, name: str, kind: Any, dimensions: int, **options: Any) -> NDArray[Any]:
-        """An array from a file whose content is as it was written; checked when it is first read."""
+        """Reads an array; at the first reading of a file, its digest is checked."""
         path = self.folder / name
         try:
-            # A plain view of a mapped file is quicker.
+            # An array is indexed faster than the memmap object around the same memory.
             array = np.asarray(np.load(path, allow_pickle=False, **options))
             digest = self._unread.pop(name, None)
             if digest is not None and digest != file_digest(path):
-                raise ValueError("its digest differs")
+                raise ValueError("the digest differs")
             if array.dtype != kind or array.ndim != dimensions:
-                raise ValueError(f"it holds {array.ndim} dimensions of {array.dtype}")
+                raise ValueError(f"array has {array.ndim} dimensions of {array.dtype}")
         except (OSError, ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); make the features anew") from error
         return array
 
-    def _told(self, number: int) -> BadSample:
-        return BadSample(where_of(self.source, self.positions[number]), "it did not when the features were made")
-
 
 def digest(numbers: Sequence[int]) -> str:
-    """Tells two lists of whole numbers apart."""
+    """Returns the digest of a list of integers."""
     return hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_name(view: int | None) -> str:
-    """File of a view of a set; None for the plain one."""
+    """Names the file of a view; None stands for the view without augmentation."""
     return "plain.npy" if view is None else f"view-{view}.npy"
 
 
-def _told(wanted: DataSource | str) -> dict[str, Any]:
-    source = DataSource(wanted) if isinstance(wanted, str) else wanted
+def _description(source: DataSource) -> dict[str, Any]:
     settings = {field.name: getattr(source, field.name) for field in fields(source)} | {"source": source.title}
-    return {key: value for key, value in settings.items() if value is not None and key not in WORDS}
+    return {key: value for key, value in settings.items() if value is not None and key not in IRRELEVANT}
 
 
 def _rows(ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each sample lies among rising ids; -1 for one that is not there."""
+    """Finds the row of each sample among rising ids; -1 if it is absent."""
     rows = np.searchsorted(ids, positions).clip(max=len(ids) - 1)
     return np.where(ids[rows] == positions, rows, -1)

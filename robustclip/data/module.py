@@ -1,25 +1,21 @@
-"""The one data module of all methods."""
+"""The data module that all methods share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
 
 from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.data._resume import ResumableDataModule
-from robustclip.data.anchors import CaptionedImages, Choice
-from robustclip.data.data_sets import (
-    OpenedSource,
-    SetLike,
-    listed,
-    open_tests,
-    open_training,
-    open_unknown,
-    split_training,
-)
+from robustclip.data.anchors import AuxiliaryData, CaptionedImages, Choice
+from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
+from robustclip.data.data_source import SetLike, listed
 from robustclip.data.feature_cache import FeatureCache, ImageSet
-from robustclip.data.loader import Beside, ImageLoader, Place, Preprocessing, Samples, exact_samples, shuffled_samples
+from robustclip.data.loader import ImageLoader
+from robustclip.data.opened_source import OpenedSource
+from robustclip.data.process_share import Process, Samples, exact_samples, shuffled_samples
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
@@ -30,40 +26,52 @@ from robustclip.types import Done, Task
 class CLIPDataModule(ResumableDataModule):
     """Labelled images for training and for any number of zero-shot tasks.
 
-    A data set is a string (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH``, ``shapes:NAME``,
-    a name of the catalogue, or the path of a class of yours), a `DataSource`, or an object: a ``Dataset`` or a
-    `Source`. Nothing touches the network unless a source is a URL.
+    A data set is a text (``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH``, ``shapes:NAME``,
+    a name of the catalogue, or the path of an own class), a `DataSource`, or an object: a ``Dataset`` or a `Source`.
+    Only sources that are URLs use the network.
 
     Args:
         train: training set, or several of the same classes.
-        val: validation sets, one or a list; none holds out a part of the training set.
-        test: zero-shot test sets, one or a list, such as ``folder:/my/photos``.
-        unknown: sets of images whose classes no test set knows, one or a list.
+        val: one or several validation sets; none holds out a part of the training set.
+        test: one or several zero-shot test sets, such as ``folder:/my/photos``.
+        unknown: one or several sets of images whose classes belong to no test set.
         root: folder that relative paths start at.
-        image_size: side in pixels of the crop that larger images are reduced to before an attack.
-        attack_resolution: ``native`` leaves small-image sets (CIFAR, STL-10) at their own size and lets the model
-            enlarge them, so that an attack has only their pixels; ``model`` enlarges them first.
+        image_size: side in pixels of the crop to which larger images are reduced before an attack.
+        attack_resolution: ``native`` leaves sets of small images (CIFAR, STL-10) at their own size, so that an attack
+            changes only these pixels and the model enlarges them; ``model`` enlarges them first.
         batch_size: images per process and training step.
         eval_batch_size: images per process and evaluation step; null for ``batch_size``.
         num_workers: loader processes per process; 0 decodes in the main process.
         holdout: share of the training set, per class, that is kept for validation if ``val`` is empty; 0 for none.
-        shots: training images per class, of several sets as many from each; null for all. The hold-out is taken first.
-        shots_seed: of their choice.
-        shots_rule: ``balanced``, or ``official`` for that of CRoFT's code; see `few_shots`.
-        bad_samples: what evaluation does with an image that does not decode: ``error`` or ``skip``, which counts
-            them. Training always skips and counts.
+        shots: training images per class, taken equally from several sets after the hold-out; null for all.
+        shots_seed: seed of the choice of these images.
+        shots_rule: ``balanced``, or ``official`` for the rule of CRoFT's code; see `few_shots`.
+        bad_samples: ``error`` stops an evaluation at an undecodable image, ``skip`` counts it. Training always skips
+            and counts.
         augmentation: random crops of training images; null for none.
-        captions: table of ``robustclip caption``, or ``shards`` for ``.txt`` beside the training images; null for none.
-        anchors: folder of image-text pairs, as ``robustclip retrieve`` writes it; null for none.
-        anchor_choice: ``pool`` takes any pair, ``paired`` one of the image's neighbours.
-        captioned: folder of images with captions, in whose ``test`` split `FeatureGeometry` looks for them.
-        features: folder of ``robustclip cache`` with embeddings that stand in place of images, but for ``test``.
-        features_in_test: take them in ``test`` too, where there can be no attacks then.
-        seed: of the order, the random crops and the drawn captions of training; the commands set ``seed_everything``.
+        captions: table of ``robustclip caption``, or ``shards`` for the ``.txt`` files of the training images; null
+            for none.
+        anchors: folder of image-text pairs that ``robustclip retrieve`` has written; null for none.
+        anchor_choice: ``pool`` draws any pair, ``paired`` a neighbour of the image.
+        captioned: folder of images with captions, whose ``test`` split `FeatureGeometry` uses for retrieval.
+        features: folder of ``robustclip cache`` with embeddings that replace the images, except in ``test``.
+        features_in_test: replace the images in ``test`` too, which excludes attacks.
+        seed: seed of the order, the random crops and the drawn captions of training; the commands pass
+            ``seed_everything``.
 
     Raises:
-        ValueError: anything about a data set that does not fit, when a stage is set up.
+        ValueError: a data set does not fit, at the setup of a stage.
     """
+
+    max_samples: int | None = None
+    val_positions: list[int] | None = None
+    _done: Done | None = None
+    _train: OpenedSource | None = None
+    _val: Sequence[OpenedSource] = ()
+    _test: Sequence[OpenedSource] = ()
+    _unknown: Sequence[OpenedSource] = ()
+    _loaders: Mapping[str, ImageLoader] = MappingProxyType({})  # of the latest evaluation
+    _cache: FeatureCache | None = None
 
     def __init__(
         self,
@@ -92,39 +100,31 @@ class CLIPDataModule(ResumableDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        paths = {"root": root, "features": features, "captions": captions, "anchors": anchors, "captioned": captioned}
-        for key, path in paths.items():
-            local_path(path or ".", f"data.{key}")
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank's share of a tiny set may be empty
-        self.wanted_train, self.wanted_val, self.wanted_test, self.wanted_unknown = map(
-            listed, (train, val, test, unknown)
-        )
-        self.root, self.image_size, self.transform = root, image_size, Preprocessing(image_size, attack_resolution)
+        _check_local(root=root, features=features, captions=captions, anchors=anchors, captioned=captioned)
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # the share of a tiny set may be empty
+        self.train_sources, self.val_sources = listed(train), listed(val)
+        self.test_sources, self.unknown_sources = listed(test), listed(unknown)
+        self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
         self.shots = None if shots is None else Shots(shots, shots_seed, shots_rule)
         self.augmentation, self.captioned, self.features_in_test = augmentation, captioned, features_in_test
         self.features = None if features is None else Path(root).expanduser() / features
-        self.beside = Beside(captions, anchors, anchor_choice, root)
-        self.connect()
-        self._train: OpenedSource | None = None
-        self.val_positions: list[int] | None = None
-        self._val: list[OpenedSource] = []
-        self._test: list[OpenedSource] = []
-        self._unknown: list[OpenedSource] = []
-        self._loaders: dict[str, ImageLoader] = {}
-        self._cache: FeatureCache | None = None
+        self.auxiliary = AuxiliaryData(captions, anchors, anchor_choice, root)
 
     def connect(self, *, limit: int | None = None, done: Done | None = None) -> None:
         """Takes the settings of an evaluation, before loaders are made.
 
         Args:
-            limit: evaluate a fixed choice of this many samples of each task; None for all.
+            limit: number of samples of each task that are evaluated, a fixed choice; None for all.
             done: returns the sample ids that an earlier start of the test has finished, by task; the loaders of
                 ``test`` call it and leave these samples out. None for no ids.
         """
-        self.max_samples = limit
-        self.done_samples: Done = (lambda task: frozenset()) if done is None else done
+        self.max_samples, self._done = limit, done
+
+    def done_samples(self, task: str) -> frozenset[int]:
+        """Returns the ids of the samples of a task that an earlier start of the test has finished."""
+        return frozenset() if self._done is None else self._done(task)
 
     @property
     def train_task(self) -> Task:
@@ -143,7 +143,7 @@ class CLIPDataModule(ResumableDataModule):
 
     @property
     def unknown_names(self) -> list[str]:
-        """Names of the sets of unknown classes, in their order; none is a test task's."""
+        """Names of the sets of unknown classes, in their order; they differ from those of all test tasks."""
         return [source.task.name for source in self._unknown]
 
     @property
@@ -152,66 +152,69 @@ class CLIPDataModule(ResumableDataModule):
         return self._opened_train().has_unknown
 
     def protocol(self, task: str) -> dict[str, Any]:
-        """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
-        source = next(source for source in (*self._test, *self._unknown) if source.task.name == task)
-        return self.transform.protocol(source, self.max_samples)
+        """Returns split, samples, preprocessing and attack space of a test or unknown set, for a result's protocol."""
+        source = self._evaluated(task)
+        pixels, size = self._pixels(source), None if source.dataset is None else len(source.dataset)  # type: ignore[arg-type]
+        return {
+            "split": ", ".join(filter(None, (source.task.name, source.split, source.part))),
+            "sample_ids": f"{self.max_samples or 'all'} of {'a stream' if size is None else size}",
+            "preprocessing": pixels.description,
+            "attack_space": "native" if pixels.size is None else f"{self.image_size} x {self.image_size}",
+        }
 
     @property
     def feature_model(self) -> dict[str, Any] | None:
-        """Whose embeddings stand in place of this stage's images, its ``fingerprint`` for one; None for images."""
+        """Model whose embeddings replace the images of this stage, with its ``fingerprint``; None for images."""
         return None if self._cache is None else self._cache.model
 
     @property
     def image_sets(self) -> list[ImageSet]:
-        """The opened sets, as ``robustclip cache`` keeps them."""
-        sets: list[ImageSet] = []
+        """Opened sets, named as in the folder of ``robustclip cache``."""
+        sets = []
         if self._train is not None:
-            train = (self.wanted_train, self._train, self.transform(self._train))
+            train = self._train, self._pixels(self._train)
             sets.append(ImageSet("train", *train, self.train_positions))
             if self.val_positions is not None:
                 sets.append(ImageSet("holdout", *train, self.val_positions))
-        evaluated = {"val": (self.wanted_val, self._val), "test": (self.wanted_test, self._test)}
-        evaluated |= {"unknown": (self.wanted_unknown, self._unknown)}
-        for kind, (wanted, sources) in evaluated.items():
-            for one, source in zip(wanted, sources, strict=False):  # a hold-out was not wanted as a source
-                sets.append(ImageSet(f"{kind}/{source.task.name}", [one], source, self.transform(source)))
+        for kind, sources in {"val": self._val, "test": self._test, "unknown": self._unknown}.items():
+            others = [source for source in sources if source is not self._train]  # without the hold-out
+            sets += [ImageSet(f"{kind}/{source.task.name}", source, self._pixels(source)) for source in others]
         return sets
 
     @property
     def bad_sample_counts(self) -> dict[str, int]:
-        """Undecodable samples that this process left out of its latest evaluation, per task."""
+        """Number of undecodable samples of this process in its latest evaluation, by task."""
         return {name: len(loader.bad_samples) for name, loader in self._loaders.items()}
 
     def setup(self, stage: str) -> None:
-        """Opens the data sets that a stage needs."""
-        takes_features = self.features is not None and (stage != "test" or self.features_in_test)
-        self._cache = FeatureCache(self.features) if self.features and takes_features else None
+        """Opens the data sets of a stage."""
+        uses_features = self.features is not None and (stage != "test" or self.features_in_test)
+        self._cache = FeatureCache(self.features) if self.features and uses_features else None
         if stage == "test":
-            self._test = open_tests(self.wanted_test, root=self.root)
+            self._test = open_tests(self.test_sources, root=self.root)
             if not self._test:
                 raise ValueError("nothing to test on: `data.test` lists no data set")
-            self._unknown = open_unknown(self.wanted_unknown, root=self.root, taken=[t.name for t in self.test_tasks])
+            self._unknown = open_unknown(self.unknown_sources, root=self.root, taken=[t.name for t in self.test_tasks])
             return
-        self._val = open_tests(self.wanted_val, root=self.root)
+        self._val = open_tests(self.val_sources, root=self.root)
         if stage == "fit" or not self._val:
             train = self._opened_train()
             if self.val_positions is not None:
                 self._val = [train]
 
     def train_dataloader(self) -> ImageLoader:
-        """Shuffled anew each epoch; the order follows from seed and epoch alone."""
-        source, seed = self._opened_train(), self.seed
-        own, model = (
-            training_pixels(size, self.augmentation, seed) for size in (self.transform(source).size, self.image_size)
-        )
-        options: dict[str, Any] = {"positions": self.train_positions, "beside": self.beside, "seed": seed}
-        samples = shuffled_samples(source, (own, model), self._place(), **options)
+        """Loads the training images, shuffled anew each epoch; seed and epoch determine the order."""
+        source = self._opened_train()
+        sizes = self._pixels(source).size, self.image_size
+        own, anchors = (training_pixels(size, self.augmentation, self.seed) for size in sizes)
+        options: dict[str, Any] = {"positions": self.train_positions, "auxiliary": self.auxiliary, "seed": self.seed}
+        samples = shuffled_samples(source, (own, anchors), self._process(), **options)
         epoch = self.trainer.current_epoch if self.trainer else 0
         options = {"skips_bad_samples": True, "first_epoch": epoch, "name": source.task.name}
-        return self.continued(self._loader(samples, self.batch_size, **options))
+        return self.resumed(self._loader(samples, self.batch_size, **options))
 
     def plain_train_dataloader(self) -> ImageLoader:
-        """The training images once and in order, each in one process, with the test transform; in any stage.
+        """Loads the training images once and in order, over all processes, with the test transform; in any stage.
 
         Raises:
             ValueError: the training set is remote, or as `setup`.
@@ -220,59 +223,50 @@ class CLIPDataModule(ResumableDataModule):
         if source.dataset is None:
             raise ValueError(f"training set {source.task.name!r} is remote: a pass in order needs a local copy")
         positions = None if self.train_positions is None else sorted(set(self.train_positions))
-        samples = exact_samples(source, self.transform(source), self._place(), positions=positions)
+        samples = exact_samples(source, self._pixels(source), self._process(), positions=positions)
         return self._loader(samples, self.eval_batch_size, skips_bad_samples=True, name=source.task.name)
 
     def unknown_dataloaders(self) -> dict[str, ImageLoader]:
-        """By its name one loader for every set of unknown classes; all labels are `UNKNOWN`."""
-        loaders = {source.task.name: self._eval_loader(source, frozenset()) for source in self._unknown}
-        self._loaders |= loaders
+        """Returns one loader for every set of unknown classes, by its name; all labels are `UNKNOWN`."""
+        loaders = {source.task.name: self._eval_loader(source) for source in self._unknown}
+        self._loaders = {**self._loaders, **loaders}
         return loaders
 
     def val_dataloader(self) -> list[ImageLoader]:
-        """One loader per validation task."""
-        return self._eval_loaders(self._val)
+        """Returns one loader per validation task."""
+        self._loaders = {source.task.name: self._eval_loader(source) for source in self._val}
+        return list(self._loaders.values())
 
     def test_dataloader(self) -> list[ImageLoader]:
-        """One loader per test task."""
-        return self._eval_loaders(self._test)
+        """Returns one loader per test task."""
+        done = [(source, self.done_samples(source.task.name)) for source in self._test]
+        self._loaders = {source.task.name: self._eval_loader(source, done=ids) for source, ids in done}
+        return list(self._loaders.values())
 
     def done_dataloader(self, task: str) -> ImageLoader | None:
-        """The samples of a test task that `done_samples` has listed, in order and with digests; None for no sample."""
-        source = next(source for source in self._test if source.task.name == task)
+        """Loads the samples in `done_samples` of a test task, in order and with digests; None for no sample."""
         done = self.done_samples(task)
-        return self._eval_loader(source, frozenset(), only=done, skips_bad_samples=True) if done else None
+        return self._eval_loader(self._evaluated(task), only=done) if done else None
 
     def captioned_images(self) -> CaptionedImages | None:
-        """The set for retrieval."""
+        """Returns the images with captions for retrieval; None without such a set."""
         if self.captioned is None:
             return None
         folder = Path(self.root).expanduser() / self.captioned
         return CaptionedImages(folder, ToPixels(self.image_size), batch_size=self.eval_batch_size)
 
-    def _eval_loaders(self, sources: Sequence[OpenedSource]) -> list[ImageLoader]:
-        is_test = sources is self._test
-        done = {source.task.name: self.done_samples(source.task.name) if is_test else frozenset() for source in sources}
-        self._loaders = {source.task.name: self._eval_loader(source, done[source.task.name]) for source in sources}
-        return list(self._loaders.values())
-
     def _eval_loader(
-        self,
-        source: OpenedSource,
-        done: frozenset[int],
-        only: frozenset[int] | None = None,
-        skips_bad_samples: bool | None = None,
+        self, source: OpenedSource, *, done: frozenset[int] = frozenset(), only: frozenset[int] | None = None
     ) -> ImageLoader:
         positions = self.val_positions if source is self._train else None
         limits: dict[str, Any] = {"positions": positions, "max_samples": self.max_samples, "done": done, "only": only}
-        samples = exact_samples(source, self.transform(source), self._place(), **limits)
-        skips = self.bad_samples == "skip" if skips_bad_samples is None else skips_bad_samples
-        options = {
-            "skips_bad_samples": skips,
-            "has_digests": not any(source is each for each in self._val),
-            "name": source.task.name,
-        }
-        return self._loader(samples, self.eval_batch_size, **options)
+        return self._loader(
+            exact_samples(source, self._pixels(source), self._process(), **limits),
+            self.eval_batch_size,
+            skips_bad_samples=only is not None or self.bad_samples == "skip",
+            has_digests=all(source is not other for other in self._val),
+            name=source.task.name,
+        )
 
     def _loader(self, samples: Samples, batch_size: int, **options: Any) -> ImageLoader:
         dataset, sampler = samples
@@ -282,11 +276,25 @@ class CLIPDataModule(ResumableDataModule):
         return ImageLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
 
     def _opened_train(self) -> OpenedSource:
-        if self._train is None:  # a test opens it where it is asked for
-            self._train = open_training(self.wanted_train, root=self.root)
-            holdout = 0 if self.wanted_val else self.holdout
+        if self._train is None:  # a test opens the training set at its first use
+            self._train = open_training(self.train_sources, root=self.root)
+            holdout = 0 if self.val_sources else self.holdout
             self.train_positions, self.val_positions = split_training(self._train, holdout, self.shots)
         return self._train
 
-    def _place(self) -> Place:
-        return Place(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Place(0, 1)
+    def _evaluated(self, task: str) -> OpenedSource:
+        return next(source for source in (*self._test, *self._unknown) if source.task.name == task)
+
+    def _pixels(self, source: OpenedSource) -> ToPixels:
+        """Returns the transform of a set without augmentation."""
+        keeps_size = source.native_size and self.attack_resolution == "native"
+        return ToPixels(None if keeps_size else self.image_size, source.border)
+
+    def _process(self) -> Process:
+        return Process(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Process(0, 1)
+
+
+def _check_local(**paths: str | None) -> None:
+    """Refuses settings that are URLs."""
+    for key, path in paths.items():
+        local_path(path or ".", f"data.{key}")

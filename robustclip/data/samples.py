@@ -1,4 +1,4 @@
-"""Decoded samples of any source, as tensors."""
+"""Decodes the samples of any source to tensors."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,28 @@ from robustclip.types import UNKNOWN
 
 
 class BadSample(NamedTuple):
-    """A sample that does not decode: where it lies and what the decoder said."""
+    """A sample that does not decode.
+
+    Attributes:
+        where: place of the sample, for messages.
+        why: message of the decoder.
+    """
 
     where: str
     why: str
 
 
 Loaded = tuple[Tensor, int, int] | BadSample
-"""Image ``(3, H, W)`` in [0, 1], label, sample id; or what is wrong with it."""
+"""Image ``(3, H, W)`` in [0, 1], label and sample id; or the record of a sample that does not decode."""
 
 
 class Images(Dataset[Loaded]):
     """Chosen samples of a map-style source; the sample id is the position in the whole source.
 
     Args:
-        source: gives image and label by position.
-        transform: from image to pixels.
-        positions: which samples, in this order; None for all.
+        source: data set that gives image and label by position.
+        transform: transform of the images.
+        positions: positions of the samples, in this order; None for all.
     """
 
     def __init__(self, source: Dataset[Any], transform: ToPixels, positions: Sequence[int] | None = None) -> None:
@@ -44,7 +49,7 @@ class Images(Dataset[Loaded]):
         return len(self.positions)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses what random transforms do."""
+        """Sets the epoch, on which random transforms depend."""
         self.epoch = epoch
 
     def __getitem__(self, number: int) -> Loaded:
@@ -57,13 +62,13 @@ class Images(Dataset[Loaded]):
 
 
 class StreamedImages(IterableDataset[Loaded]):
-    """Decodes a stream.
+    """Decoded samples of a stream.
 
     Args:
-        source: encoded images.
-        transform: from image to pixels.
-        class_count: labels must be below it; None for images whose classes are all unknown.
-        only: ids of the samples to decode; None for all.
+        source: stream of encoded images.
+        transform: transform of the images.
+        class_count: number of labels; None if the classes of all images are unknown.
+        only: sample ids to decode; None for all.
     """
 
     def __init__(
@@ -77,10 +82,10 @@ class StreamedImages(IterableDataset[Loaded]):
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]  # a TypeError is how a stream says that nobody knows
+        return len(self.source)  # type: ignore[arg-type]  # raises a TypeError for a stream of unknown length
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of a shuffled stream, and what random transforms do."""
+        """Sets the epoch, on which the order of a shuffled stream and random transforms depend."""
         self.epoch = epoch
         if isinstance(self.source, ShuffledShards):
             self.source.epoch = epoch
@@ -94,12 +99,12 @@ class StreamedImages(IterableDataset[Loaded]):
             yield self._decode(sample)
 
     def _chosen(self) -> Iterator[StreamedImage]:
-        """The samples to decode; ids of a stream in order rise, so that it need not be read to its end."""
+        """Yields the samples to decode; since sample ids of a stream rise, it need not be read to its end."""
         if self.only is None:
             yield from self.source
             return
         last = max(self.only, default=-1)
-        for sample in takewhile(lambda each: each.index <= last, self.source):
+        for sample in takewhile(lambda sample: sample.index <= last, self.source):
             if sample.index in self.only:
                 yield sample
 
@@ -111,7 +116,7 @@ class StreamedImages(IterableDataset[Loaded]):
 
 
 def digest_of(image: Tensor) -> str:
-    """Hash the pixels of one image ``(3, H, W)``: 16 hexadecimal digits, equal for equal pixels only."""
+    """Hashes the pixels of one image ``(3, H, W)`` to 16 hexadecimal digits."""
     digest = hashlib.sha256(repr(tuple(image.shape)).encode())
     digest.update(image.contiguous().numpy().data)
     return digest.hexdigest()[:16]

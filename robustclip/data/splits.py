@@ -1,4 +1,4 @@
-"""Fixed choices of samples and classes: hold-outs, subsets, few shots, known classes."""
+"""Draws fixed random choices of samples and classes: hold-outs, subsets, few shots, known classes."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from robustclip.data.sources.source import Joined, labels_of
 from robustclip.types import UNKNOWN
 
 T = TypeVar("T")
-SPLIT_SEED = 0  # of the project, not of the run: every run shares its hold-out and its subsets
+SPLIT_SEED = 0  # a constant, not the seed of the run, so that all runs share hold-outs and subsets
 
 ShotsRule = Literal["balanced", "official"]
 
 
 class Shots(NamedTuple):
-    """How many samples of every class, and which.
+    """The number and the choice of training samples per class.
 
     Attributes:
-        number: per class. Each of ``D`` joined sets gives ``number // D``; a class that has fewer gives all.
-        seed: of the choice.
+        number: samples per class. Each of ``D`` joined sets gives ``number // D``; a class that has fewer gives all.
+        seed: seed of the choice.
         rule: ``balanced``; or ``official``, CRoFT's code (https://github.com/LinLLLL/CRoFT), which on PACS draws for
             each class from all classes: as many samples per set, but not per class, and some of them twice.
     """
@@ -33,10 +33,17 @@ class Shots(NamedTuple):
 
 
 def hold_out(dataset: Dataset[Any], share: float) -> tuple[list[int], list[int]]:
-    """Splits off a share of every known class: positions to train on, positions to validate on, both sorted.
+    """Splits off a share of every known class for validation.
+
+    Args:
+        dataset: labelled images; a set without labels counts as one class.
+        share: share of each class in (0, 1).
+
+    Returns:
+        Positions to train on and positions to validate on, both sorted.
 
     Raises:
-        ValueError: so small a share or set that nothing would be held out.
+        ValueError: the share or the set is so small that nothing would be held out.
     """
     size = len(dataset)  # type: ignore[arg-type]
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -53,7 +60,13 @@ def hold_out(dataset: Dataset[Any], share: float) -> tuple[list[int], list[int]]
 
 
 def choose(dataset: Dataset[Any], positions: Sequence[int] | None, count: int | None) -> list[int] | None:
-    """A fixed random subset of ``count`` positions, sorted; None for everything."""
+    """Draws a fixed random subset of positions, sorted; None stands for all positions.
+
+    Args:
+        dataset: all samples.
+        positions: positions to choose from; None for all.
+        count: size of the subset; None for all.
+    """
     if positions is None and count is None:
         return None
     candidates = list(range(len(dataset)) if positions is None else positions)  # type: ignore[arg-type]
@@ -63,15 +76,15 @@ def choose(dataset: Dataset[Any], positions: Sequence[int] | None, count: int | 
 
 
 def few_shots(dataset: Dataset[Any], positions: Sequence[int] | None, shots: Shots) -> list[int]:
-    """A few samples of every class, sorted; of several joined sets, as many from each.
+    """Draws a few samples of every class, sorted, and equally many from each of several joined sets.
 
     Args:
-        dataset: gives its labels without decoding.
-        positions: to choose from; None for all.
-        shots: how many, and how.
+        dataset: data set that gives its labels without decoding.
+        positions: positions to choose from; None for all.
+        shots: number and choice of the samples.
 
     Raises:
-        ValueError: a set without labels, images of unknown classes, or fewer shots than sets.
+        ValueError: the set has no labels or images of unknown classes, or there are fewer shots than joined sets.
     """
     labels = labels_of(dataset)
     if labels is None or UNKNOWN in labels:
@@ -93,15 +106,15 @@ def few_shots(dataset: Dataset[Any], positions: Sequence[int] | None, shots: Sho
 
 
 def draw_known(keys: Sequence[str], number: int, seed: int) -> list[int]:
-    """Labels of a random choice of classes, rising: of the same classes in whatever order the list has them.
+    """Draws classes at random and returns their labels, rising; the choice does not depend on the order of the keys.
 
     Args:
-        keys: of the classes, such as WordNet ids; ImageNet's names would not do, three of which stand for two classes.
-        number: of classes to draw.
-        seed: of the choice.
+        keys: distinct keys of the classes, such as WordNet ids. ImageNet's names are not distinct.
+        number: number of classes to draw.
+        seed: seed of the choice.
 
     Raises:
-        ValueError: keys that are not distinct, or more classes than there are.
+        ValueError: two keys are equal, or there are too few classes.
     """
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -1,4 +1,4 @@
-"""Parts of a class list: ranges of labels, and the category shifts of benchmarks."""
+"""Selects a part of a data set's classes and images, by ranges of labels or by the category shift of a benchmark."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def parse_ranges(text: str, count: int) -> list[int]:
-    """Labels of ranges, ``0-14,25-27``, both ends included.
+    """Parses ranges of labels such as ``0-14,25-27``, both ends included.
 
     Args:
-        text: ranges that rise and do not overlap.
-        count: labels must be below it.
+        text: rising ranges that do not overlap.
+        count: number of labels.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is malformed, or a label is too large.
     """
     labels: list[int] = []
     for part in text.split(","):
@@ -34,16 +34,21 @@ def parse_ranges(text: str, count: int) -> list[int]:
 
 
 def format_ranges(labels: Sequence[int]) -> str:
-    """The shortest ranges of labels that rise."""
+    """Writes rising labels as the shortest text of ranges."""
     if not labels:
         return "none"
-    starts = [labels[0], *(after for before, after in pairwise(labels) if after != before + 1)]
-    ends = [*(before for before, after in pairwise(labels) if after != before + 1), labels[-1]]
+    gaps = [(before, after) for before, after in pairwise(labels) if after != before + 1]
+    starts, ends = [labels[0], *(after for _, after in gaps)], [*(before for before, _ in gaps), labels[-1]]
     return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def narrowed(task: Task, labels: Sequence[int]) -> Task:
-    """The task of some of the labels, which are renumbered in this order."""
+    """Reduces a task to some of its labels.
+
+    Args:
+        task: task of all labels.
+        labels: labels to keep; their order gives the new numbers.
+    """
     if task.groups is None:
         return Task(task.name, tuple(task.class_names[label] for label in labels), task.templates)
     groups = [task.groups[label] for label in labels]
@@ -59,7 +64,13 @@ Shift = Literal["closed", "partial", "open", "open_partial"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Classes of a benchmark: how many, how many of the first are known, and which have training images."""
+    """The classes of a category-shift benchmark.
+
+    Args:
+        count: number of classes.
+        known: number of known classes, which are the first.
+        images: ranges of the classes that have training images, by shift.
+    """
 
     count: int
     known: int
@@ -67,13 +78,12 @@ class Benchmark:
 
 
 def _by_rule(count: int, known: int) -> Benchmark:
-    """The proportions of Office-Home for any other set."""
+    """Applies the proportions of Office-Home to any other set."""
     kept, added = max(1, known * 7 // 10), (count - known) * 2 // 3
     extra = f",{known}-{known + added - 1}" if added else ""
-    images: dict[Shift, str] = {"closed": f"0-{known - 1}", "partial": f"0-{kept - 1}"}
-    return Benchmark(
-        count, known, images | {"open": images["closed"] + extra, "open_partial": images["partial"] + extra}
-    )
+    closed, partial = f"0-{known - 1}", f"0-{kept - 1}"
+    images: dict[Shift, str] = {"closed": closed, "partial": partial}
+    return Benchmark(count, known, images | {"open": closed + extra, "open_partial": partial + extra})
 
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
@@ -90,29 +100,29 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         ),
     }
 )
-"""Closed-set, partial-set, open-set and open-partial shift as of UEO's code (https://github.com/tim-learn/UEO)."""
+"""Closed-set, partial-set, open-set and open-partial shift in UEO's code (https://github.com/tim-learn/UEO)."""
 
 
 def benchmark(name: str, count: int, known: int | None) -> Benchmark:
-    """The benchmark whose name a data set's name begins with, or, with another number of known classes, one by rule.
+    """Returns the benchmark whose name begins the name of a data set, or derives one from the number of known classes.
 
-    Partial sets keep the first 70 % of the known classes; open sets add the first two thirds of the unknown ones; both
-    are rounded down.
+    A derived benchmark has the proportions of Office-Home: partial sets keep the first 70 % of the known classes, open
+    sets add the first two thirds of the unknown classes, both rounded down.
 
     Args:
-        name: of the data set.
-        count: of its classes.
-        known: how many of the first classes are known; None asks the table.
+        name: name of the data set.
+        count: number of its classes.
+        known: number of known classes, which are the first; None uses the table.
 
     Raises:
-        ValueError: neither is given, or more known classes than there are.
+        ValueError: no benchmark has such a name and ``known`` is None, or ``known`` exceeds the number of classes.
     """
     names = [key for key in BENCHMARKS if name == key or name.startswith(f"{key}_")]
-    found = BENCHMARKS[max(names, key=len)] if names else None
-    if found and found.count == count and known in (None, found.known):
-        return found
+    entry = BENCHMARKS[max(names, key=len)] if names else None
+    if entry and entry.count == count and known in (None, entry.known):
+        return entry
     if known is None:
-        known_names = ", ".join(f"{key} ({each.count} classes)" for key, each in BENCHMARKS.items())
+        known_names = ", ".join(f"{key} ({entry.count} classes)" for key, entry in BENCHMARKS.items())
         raise ValueError(f"set {name!r} of {count} classes needs `known`, or the `name` of a benchmark: {known_names}")
     if not 1 <= known <= count:
         raise ValueError(f"`known` of {name!r} must be in [1, {count}], the number of its classes, got {known}")
@@ -121,66 +131,85 @@ def benchmark(name: str, count: int, known: int | None) -> Benchmark:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a data set.
+    """A selection of the classes and images of a data set.
 
     Args:
-        classes: labels of the class list, which rise; none for a set of unknown classes.
-        images: labels of the images.
-        words: for the protocol of a result.
+        classes: rising labels of the classes that are kept; empty for a set of unknown classes.
+        images: labels of the images that are kept.
+        description: text for the protocol of a result.
     """
 
     classes: tuple[int, ...]
     images: tuple[int, ...]
-    words: str
+    description: str
 
     @property
     def new_labels(self) -> dict[int, int]:
-        """By old label."""
+        """New label by old label."""
         numbers = {label: number for number, label in enumerate(self.classes)}
         return {label: numbers.get(label, UNKNOWN) for label in self.images}
 
 
-def part_by_shift(shift: Shift, found: Benchmark, role: Role) -> Part:
-    """The part of a benchmark under a shift: the known classes are fixed, only training images change."""
-    known = range(found.known)
+def part_by_shift(shift: Shift, classes: Benchmark, role: Role) -> Part:
+    """Selects a part of a benchmark; the shift changes only the images of the training set.
+
+    Args:
+        shift: category shift.
+        classes: classes of the benchmark.
+        role: use of the images.
+    """
+    known = range(classes.known)
     if role == "unknown":
-        return _part((), range(found.known, found.count), found.count)
-    return _part(known, parse_ranges(found.images[shift], found.count) if role == "train" else known, found.count)
+        return _part((), range(classes.known, classes.count), classes.count)
+    images = parse_ranges(classes.images[shift], classes.count) if role == "train" else known
+    return _part(known, images, classes.count)
 
 
 def part_by_ranges(classes: str | None, images: str | None, count: int, role: Role) -> Part:
-    """The part of a set within ranges; without images, those of the classes, or of all others in a set of unknown ones.
+    """Selects a part of a set by ranges of labels.
+
+    Args:
+        classes: labels of the known classes; None for all.
+        images: labels of the images; None for those of ``classes``, or all others in a set of unknown classes.
+        count: number of labels.
+        role: use of the images.
 
     Raises:
-        ValueError: malformed ranges, or known classes in a set of unknown ones.
+        ValueError: a range is malformed, or a set of unknown classes would have images of known ones.
     """
     known = range(count) if classes is None else parse_ranges(classes, count)
     if role != "unknown":
         return _part(known, known if images is None else parse_ranges(images, count), count)
-    given = set() if classes is None else set(known)
-    kept = [label for label in range(count) if label not in given] if images is None else parse_ranges(images, count)
-    if both := sorted(given & set(kept)):
+    excluded = set() if classes is None else set(known)
+    kept = [label for label in range(count) if label not in excluded] if images is None else parse_ranges(images, count)
+    if both := sorted(excluded & set(kept)):
         raise ValueError(f"a set of unknown classes cannot have images of its `classes`, got {format_ranges(both)}")
     return _part((), kept, count)
 
 
 def part_by_seed(keys: Sequence[str], known: int, seed: int, role: Role) -> Part:
-    """Known classes drawn by their keys, and their images; or the images of all others.
+    """Selects classes that are drawn at random and their images, or the images of all others.
+
+    Args:
+        keys: distinct keys of all classes.
+        known: number of classes that are drawn as known.
+        seed: seed of the draw.
+        role: use of the images.
 
     Raises:
         ValueError: as `draw_known`.
     """
     drawn = draw_known(keys, known, seed)
-    all_gather_rows = f"of {len(keys)} classes, of which seed {seed} drew {known} as known"
+    origin = f"of {len(keys)} classes, of which seed {seed} drew {known} as known"
     if role == "unknown":
-        rest = tuple(label for label in range(len(keys)) if label not in set(drawn))
-        return Part((), rest, f"images of the unknown {all_gather_rows}")
-    return Part(tuple(drawn), tuple(drawn), f"the known {all_gather_rows}")
+        others = tuple(label for label in range(len(keys)) if label not in set(drawn))
+        return Part((), others, f"images of the unknown {origin}")
+    return Part(tuple(drawn), tuple(drawn), f"the known {origin}")
 
 
 def _part(classes: Sequence[int], images: Sequence[int], count: int) -> Part:
     kept = f"images of classes {format_ranges(images)} of {count}"
     if not classes:
         return Part((), tuple(images), f"{kept} as unknown")
-    words = f"classes {format_ranges(classes)} of {count}"
-    return Part(tuple(classes), tuple(images), words if tuple(classes) == tuple(images) else f"{words}, {kept}")
+    text = f"classes {format_ranges(classes)} of {count}"
+    return Part(tuple(classes), tuple(images), text if tuple(classes) == tuple(images) else f"{text}, {kept}")

@@ -1,4 +1,4 @@
-"""Transforms of images to tensors in [0, 1]."""
+"""Transforms images to tensors in [0, 1], with or without augmentation."""
 
 from dataclasses import dataclass
 from random import Random
@@ -12,14 +12,12 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizont
 from robustclip.arguments import PositiveShare, checked
 from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded
 
-RESIZE_RATIO = 256 / 224  # the short side before the centre crop, as in CLIP's and TeCoA's evaluation
-
-
+RESIZE_RATIO = 256 / 224  # short side before the centre crop over side of the crop, as in CLIP's and TeCoA's evaluation
 Picture = Image.Image | Tensor
 
 
 def size_of(image: Picture) -> tuple[int, int]:
-    """Height and width of an image."""
+    """Returns height and width of an image in pixels."""
     return (image.shape[-2], image.shape[-1]) if isinstance(image, Tensor) else (image.height, image.width)
 
 
@@ -30,13 +28,13 @@ def _without_border(image: Picture, border: int) -> Picture:
 
 
 class ToPixels:
-    """Turns an image into ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
+    """Transforms an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
 
-    A tensor ``(3, H, W)`` in [0, 1] is taken as such an image, and is not rounded to 8 bits.
+    A tensor ``(3, H, W)`` in [0, 1] is accepted as an image and is not rounded to 8 bits.
 
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
-        border: pixels to cut off on every side before that.
+        border: number of pixels that are cut off on every side first.
     """
 
     def __init__(self, size: int | None, border: int = 0) -> None:
@@ -47,17 +45,24 @@ class ToPixels:
 
     @property
     def description(self) -> str:
-        """The transform in words, for the protocol of a result."""
+        """Describes the transform in the protocol of a result."""
         start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
             return f"{start}, own size"
         return f"{start}, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
 
     def __call__(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
-        """Transforms one image; random transforms depend on ``key``."""
+        """Transforms one image.
+
+        Args:
+            image: PIL image, or tensor ``(3, H, W)`` in [0, 1].
+            key: numbers that determine random transforms, such as epoch and sample id.
+
+        Raises:
+            ImageError: the image is damaged, too small or too large.
+        """
         image = image.float() if isinstance(image, Tensor) else decoded(image)
-        height, width = size_of(image)
-        self._check_size(width, height)
+        self._check_size(*size_of(image))
         image = self.fitted(_without_border(image, self.border), key)
         if isinstance(image, Tensor):
             return image.clamp(0, 1).contiguous()
@@ -66,8 +71,8 @@ class ToPixels:
             return values.clamp(0, 1).repeat(3, 1, 1)  # bicubic resizing overshoots
         return values.permute(2, 0, 1).contiguous().float() / 255
 
-    def _check_size(self, width: int, height: int) -> None:
-        """Refuse what is smaller than its border, or would be resized to more pixels than a decoder may return."""
+    def _check_size(self, height: int, width: int) -> None:
+        """Refuses images without pixels inside the border, or with more pixels after resizing than `MAX_PIXELS`."""
         short, long = sorted((width - 2 * self.border, height - 2 * self.border))
         if short < 1:
             raise ImageError(f"{width} x {height} pixels leave nothing without a border of {self.border}")
@@ -75,21 +80,26 @@ class ToPixels:
             raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
-        """The image in its final size."""
+        """Resizes and crops an image to its final size.
+
+        Args:
+            image: image without its border.
+            key: numbers that determine random transforms.
+        """
         return image if self.size is None else self._crop(self._resize(image))
 
 
 @checked
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops of training images, resized (bicubic) to the size that they would have without.
+    """Random crops of training images, resized (bicubic) to the size of images without augmentation.
 
     Args:
-        scale: least and greatest share of an image's area.
-        flip: mirror every other image, by chance.
+        scale: least and greatest share of an image's area in a crop.
+        flip: mirror an image with probability 0.5.
 
     Raises:
-        ValueError: shares that are none, or out of order.
+        ValueError: a share is outside of (0, 1], or the first exceeds the second.
     """
 
     scale: tuple[PositiveShare, PositiveShare] = (0.9, 1.0)
@@ -101,12 +111,12 @@ class Augmentation:
 
 
 class AugmentedPixels(ToPixels):
-    """Transforms training images at random, by the seed and the key alone, so that a run can be resumed.
+    """Transforms training images at random; seed and key alone determine the result, so that a run can be resumed.
 
     Args:
         size: side of the result in pixels; None keeps the image's own size.
-        augmentation: what may happen.
-        seed: of the run.
+        augmentation: range of the random crops.
+        seed: seed of the run.
     """
 
     def __init__(self, size: int | None, augmentation: Augmentation, seed: int) -> None:
@@ -115,16 +125,22 @@ class AugmentedPixels(ToPixels):
         self._flip = RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
-        """A random part of the image in the final size."""
+        """Crops the image at random and resizes the crop to the final size."""
         size = size_of(image) if self.size is None else (self.size, self.size)
         crop = RandomResizedCrop(size, self.augmentation.scale, interpolation=InterpolationMode.BICUBIC)
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would start every GPU's stream anew as well.
+            # torch.manual_seed would also restart the random streams of all GPUs.
             torch.default_generator.manual_seed(Random(repr((self.seed, *key))).getrandbits(63))
             result: Picture = self._flip(crop(image))
         return result
 
 
 def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int) -> ToPixels:
-    """Transform of training images, with or without an augmentation."""
+    """Returns the transform of training images.
+
+    Args:
+        size: side of the result in pixels; None keeps the image's own size.
+        augmentation: random crops; None for none.
+        seed: seed of the run.
+    """
     return ToPixels(size) if augmentation is None else AugmentedPixels(size, augmentation, seed)

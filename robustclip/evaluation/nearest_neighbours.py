@@ -107,7 +107,7 @@ def check_bank(data: Any, tasks: Sequence[Task]) -> None:
     Raises:
         ValueError: no training set, or one that gives no bank.
     """
-    if not data.wanted_train:
+    if not data.train_sources:
         raise ValueError(f"{KNN!r} needs training images, and data.train lists none; set it, or leave it out of scores")
     data.plain_train_dataloader()
     train = data.train_task

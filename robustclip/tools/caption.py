@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from robustclip import display
-from robustclip.data.data_sets import open_source
 from robustclip.data.decoding import DECODING_ERRORS, decoded, in_eight_bits
+from robustclip.data.opened_source import open_source
 from robustclip.persistence import atomic_write
 from robustclip.tools.captioner import Captioner, Decoding
 from robustclip.tools.progress_log import Journal, Row, read_all

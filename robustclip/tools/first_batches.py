@@ -124,19 +124,19 @@ def _set_up(data: CLIPDataModule, stage: str, mark: str) -> Generator[Finding, N
 def _alone(data: CLIPDataModule, stage: str) -> Iterator[tuple[str, Sequence[DataSource | str], dict[str, Any]]]:
     """Kind and sources of every data set, and the attributes that leave out the others."""
     if stage == "fit":
-        yield "training", data.wanted_train, {"wanted_val": (), "holdout": 0}
-    for each in data.wanted_val if stage == "fit" else data.wanted_test:
+        yield "training", data.train_sources, {"val_sources": (), "holdout": 0}
+    for each in data.val_sources if stage == "fit" else data.test_sources:
         kind = "validation" if stage == "fit" else "test"
-        yield kind, [each], {"wanted_test": (each,), "wanted_unknown": ()}
-    for each in data.wanted_unknown if stage == "test" else ():
-        yield "unknown", [each], {"wanted_test": (STAND_IN,), "wanted_unknown": (each,)}
+        yield kind, [each], {"test_sources": (each,), "unknown_sources": ()}
+    for each in data.unknown_sources if stage == "test" else ():
+        yield "unknown", [each], {"test_sources": (STAND_IN,), "unknown_sources": (each,)}
 
 
 def _data_sets(data: CLIPDataModule, stage: str, kind: str | None) -> Iterator[DataSet]:
     if stage == "fit":
         yield DataSet("training", data.train_task, data.train_dataloader())
         for task, loader in zip(data.val_tasks, data.val_dataloader(), strict=True):
-            yield DataSet("validation" if data.wanted_val else "hold-out", task, loader)
+            yield DataSet("validation" if data.val_sources else "hold-out", task, loader)
         return
     for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
         if kind != "unknown":

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from robustclip import display
 from robustclip.arguments import Count, CountOrZero, Interval, checked
-from robustclip.data.data_sets import OpenedSource, open_source
+from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.models.clip import CLIPModel
 from robustclip.paths import local_path
 from robustclip.persistence import atomic_folder

@@ -176,7 +176,7 @@ def run_identity(method: LightningModule, data: Any) -> dict[str, str]:
     names = sorted(name for name in settings if not name.startswith("_"))
     return {
         "model": type(method).__qualname__,
-        "data.train": str(getattr(data, "wanted_train", None)),
+        "data.train": str(getattr(data, "train_sources", None)),
         **{f"model.{name}": settings[name] for name in names},
     }
 

@@ -21,7 +21,7 @@ from robustclip.data.catalog import (
     CatalogEntry,
     lookup,
 )
-from robustclip.data.data_sets import open_source
+from robustclip.data.opened_source import open_source
 
 CLASSES = {
     "imagenet": 1000,

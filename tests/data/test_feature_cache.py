@@ -177,7 +177,7 @@ def test_a_foreign_cache_is_refused_with_the_difference(
 
 def test_words_of_a_source_do_not_make_its_cache_foreign(written: Written) -> None:
     data = written.data()
-    data.wanted_train = (DataSource("wds:tiny", name="renamed", templates=["a drawing of a {}"]),)
+    data.train_sources = (DataSource("wds:tiny", name="renamed", templates=["a drawing of a {}"]),)
     data.setup("fit")
     assert next(iter(data.train_dataloader())).images.ndim == 2
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from robustclip.data import DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.data_sets import OpenedSource, open_source, open_tests, open_training
+from robustclip.data.data_sets import open_tests, open_training
+from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.data.sources.source import labels_of, where_of
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

@@ -22,7 +22,7 @@ from scipy.io import savemat
 
 from robustclip.data import DataSource
 from robustclip.data.catalog import CATALOG, PMG_AFT_SETS, TECOA_SETS
-from robustclip.data.data_sets import OpenedSource, open_source
+from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.data.sources.source import labels_of
 
 SETS = sorted({*TECOA_SETS, *PMG_AFT_SETS})

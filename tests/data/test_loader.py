@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import DistributedSampler
 
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.data.loader import ExactSampler, ImageLoader
+from robustclip.data.loader import ImageLoader
+from robustclip.data.process_share import ExactSampler
 from robustclip.data.samples import Images, StreamedImages, digest_of
 from robustclip.data.sources.streams import ShuffledShards
 from robustclip.data.sources.wds import IndexedShards, list_shards

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from inputs import ShardWriter, add_member
 
-from robustclip.data.data_sets import open_source
-from robustclip.data.sources import remote
-from robustclip.data.sources.remote import CHUNK, HttpFile
+from robustclip.data.opened_source import open_source
+from robustclip.data.sources import _remote as remote
+from robustclip.data.sources._remote import CHUNK, HttpFile
 from robustclip.data.sources.streams import StreamedShards, read_shard
 from robustclip.data.sources.tar import MAX_TEXT_BYTES
 from robustclip.data.sources.wds import IndexedShards, list_shards, read_lines, read_text

@@ -71,7 +71,7 @@ def test_a_command_line_lists_sources() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(CLIPDataModule, "data")
     wanted = parser.instantiate(parser.parse_args(["--data.train", '["wds:a", {source: "wds:b", classes: 0-2}]']))
-    assert wanted.data.wanted_train == ("wds:a", DataSource("wds:b", classes="0-2"))
+    assert wanted.data.train_sources == ("wds:a", DataSource("wds:b", classes="0-2"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG, SHIFTS_OF_IMAGENET
-from robustclip.data.data_sets import open_source
+from robustclip.data.opened_source import open_source
 from robustclip.data.transforms import ToPixels
 
 IMAGENET = CATALOG["imagenet"].class_names

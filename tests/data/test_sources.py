@@ -9,7 +9,7 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.data_sets import OpenedSource, open_source
+from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.data.sources.source import labels_of
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.catalog import CATALOG
-from robustclip.data.data_sets import open_source
 from robustclip.data.loader import ImageLoader
+from robustclip.data.opened_source import open_source
 from robustclip.data.samples import Images
 from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.splits import draw_known
@@ -90,7 +90,7 @@ def test_unknown_images_are_shared_and_limited_like_tests(root: Path, monkeypatc
     data.connect(limit=5)
     shares = []
     for rank in range(2):
-        monkeypatch.setattr(data, "_place", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(data, "_process", lambda rank=rank: (rank, 2))
         shares.append(set(read(data.unknown_dataloaders()["set_unknown"])))
     assert sorted(map(len, shares)) == [2, 3]
     assert len(shares[0] | shares[1]) == 5
@@ -161,7 +161,7 @@ def test_the_doctor_looks_at_unknown_sets_and_at_joined_ones(root: Path) -> None
         (DataSource("wds:set", classes="0-2", known=3), "has classes or images beside shift or known; give one"),
         (DataSource("wds:set", known=3, known_seed=1, shift="open"), "give `known`, and no shift but `closed`"),
         (DataSource("wds:set", classes="0-7"), "label ranges must rise within 0-5"),
-        (DataSource("wds:set", "few", classes="5", split="few"), "has no sample of what is wanted, classes 5 of 6"),
+        (DataSource("wds:set", "few", classes="5", split="few"), "has no sample of the selected part, classes 5 of 6"),
     ],
 )
 def test_what_does_not_fit_is_refused(root: Path, write_shards: ShardWriter, source: DataSource, words: str) -> None:

@@ -9,8 +9,7 @@ from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from robustclip.data import CLIPDataModule
-from robustclip.data.data_sets import DataSource
+from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.transforms import Augmentation
 from robustclip.methods import RobustMethod
 from robustclip.types import Batch

@@ -1,4 +1,4 @@
-"""The kinds of sources, each in a file of its own, by the prefix that a configuration writes."""
+"""The kinds of data sources, by their prefix in a configuration."""
 
 from robustclip.data.sources.folder import Folder
 from robustclip.data.sources.list import ListSource

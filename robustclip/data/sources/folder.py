@@ -1,4 +1,4 @@
-"""Finds the images and classes of a folder of images, in the layouts that data sets are published in."""
+"""Folders of images, with one sub-folder per class or in the layout of a published data set."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
-from robustclip.data.class_labels import WORDNET_ID, shown
+from robustclip.data.class_labels import WORDNET_ID, excerpt
 from robustclip.data.decoding import open_file
 from robustclip.data.sources.source import LocatedSource, Opened
 from robustclip.data.sources.wds import texts_beside
@@ -22,12 +22,18 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 HIDDEN_FILES = {"thumbs.db", "desktop.ini"}
-SOLUTION = "LOC_val_solution.csv"  # of ImageNet's validation images, as Kaggle publishes them
-ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet's validation images
+SOLUTION = "LOC_val_solution.csv"  # labels of ImageNet's validation images, as published on Kaggle
+ANNOTATIONS = "val_annotations.txt"  # labels of Tiny-ImageNet's validation images
 
 
 class Content(NamedTuple):
-    """Paths in a folder, sorted by name, without hidden files and folders; strings, since files are many."""
+    """Paths in a folder, sorted by name, without hidden files and folders; files are strings to save memory.
+
+    Attributes:
+        folders: sub-folders.
+        images: files with the suffix of a readable image type.
+        others: all other files.
+    """
 
     folders: list[Path]
     images: list[str]
@@ -35,11 +41,11 @@ class Content(NamedTuple):
 
 
 class ClassImages(NamedTuple):
-    """Images by the name of their class.
+    """The images of a folder and the names of their classes.
 
     Attributes:
         keys: names of the classes as published, sorted.
-        samples: path, and position of the class in the keys.
+        samples: path of each image, and position of its class in the keys.
     """
 
     keys: list[str]
@@ -47,10 +53,10 @@ class ClassImages(NamedTuple):
 
 
 class ImageFiles(Dataset[Any]):
-    """Images by their paths.
+    """A data set of image files.
 
     Args:
-        samples: path and label of each.
+        samples: path and label of each image.
     """
 
     def __init__(self, samples: Sequence[tuple[str, int]]) -> None:
@@ -65,128 +71,118 @@ class ImageFiles(Dataset[Any]):
         return open_file(path), label
 
     def where(self, index: int) -> str:
-        """Path of an image, for messages."""
+        """Returns the path of an image, for messages."""
         return self.samples[index][0]
 
 
 class Folder(LocatedSource):
-    """Images of one sub-folder per class, or of a published layout, such as ``folder:/my/photos``."""
+    """Images in one sub-folder per class, or in a published layout, such as ``folder:/my/photos``."""
 
     def open(self, split: str) -> Opened:
-        """Lists the images of the split, and reads class names beside them."""
-        texts, images = texts_beside(self.path), read_folder(self.path, split, is_asked=self.is_split_given)
+        """Lists the images of the split, and reads class names that come with them.
+
+        A folder without splits is read whole, unless the configuration names a split.
+
+        Raises:
+            ValueError: the folder or the split does not exist, or the layout is unknown.
+        """
+        texts, base = texts_beside(self.path), Path(self.path)
+        if not base.is_dir():
+            raise ValueError(f"folder {base} does not exist; it needs one sub-folder of images per class")
+        images = _memes(base, split)
+        if images is None:
+            folder = _split_folder(base, split, is_split_given=self.is_split_given)
+            images = _annotated(folder) or _class_folders(folder, base)
         return Opened(ImageFiles(images.samples), keys=images.keys, **texts)
 
 
-def read_folder(location: str, split: str, *, is_asked: bool) -> ClassImages:
-    """Find the images of one split: a sub-folder per class, or a published list of labels.
-
-    Args:
-        location: folder of the classes, or of one folder per split.
-        split: name of the split.
-        is_asked: whether the configuration names the split; otherwise, a folder without splits is read whole.
-
-    Raises:
-        ValueError: no such folder or split, or a layout that is not one of these.
-    """
-    base = Path(location)
-    if not base.is_dir():
-        raise ValueError(f"folder {base} does not exist; it needs one sub-folder of images per class")
-    if lines := _memes(base, split):
-        return lines
-    folder = _split_folder(base, split, is_asked=is_asked)
-    if annotated := _annotated(folder):
-        return annotated
-    images = _class_folders(folder)
-    _report_absent(images.keys, folder, base)
-    return images
-
-
 def content(folder: Path) -> Content:
-    """List a folder; hidden files and folders, and those of archivers and file servers, are not data."""
-    found = Content([], [], [])
+    """Lists a folder without hidden files and folders, and without those of archivers and file servers."""
+    listing = Content([], [], [])
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda each: each.name):
+        for entry in sorted(entries, key=lambda entry: entry.name):
             name = entry.name.casefold()
             if name.startswith(".") or name in HIDDEN or name in HIDDEN_FILES:
                 continue
             if entry.is_dir():
-                found.folders.append(Path(entry.path))
+                listing.folders.append(Path(entry.path))
             elif name.endswith(IMAGE_SUFFIXES) and (entry.is_file() or entry.is_symlink()):
-                found.images.append(entry.path)
+                listing.images.append(entry.path)
             else:
-                found.others.append(entry.path)
-    return found
+                listing.others.append(entry.path)
+    return listing
 
 
 def _splits(base: Path) -> list[Path]:
-    """Folders of splits: of such a name, and of folders, since a class may have such a name too."""
+    """Lists the folders of splits: they have the name of a split and, unlike those of classes, no images."""
     folders = content(base).folders
     named = [folder for folder in folders if folder.name.casefold() in SPLITS]
     return named if len(named) == len(folders) else [folder for folder in named if not content(folder).images]
 
 
-def _split_folder(base: Path, split: str, *, is_asked: bool) -> Path:
+def _split_folder(base: Path, split: str, *, is_split_given: bool) -> Path:
     splits = _splits(base)
     same = [folder for folder in splits if folder.name.casefold() == split.casefold()]
     exact = [folder for folder in same if folder.name == split] or same
     if len(exact) == 1:
         return exact[0]
-    if is_asked and split.casefold() not in SPLITS and (base / split).is_dir():
+    if is_split_given and split.casefold() not in SPLITS and (base / split).is_dir():
         return base / split
     if splits:
         names = [folder.name for folder in splits]
         remedy = " or ".join(f"`split: {name}`" for name in names)
         raise ValueError(f"folder {base} has no split {split!r}: its splits are {', '.join(names)}; give {remedy}")
-    if is_asked and split != "all":
+    if is_split_given and split != "all":
         raise ValueError(
             f"folder {base} has no split {split!r}, since it is not divided into splits; leave `split` out"
         )
     return base
 
 
-def _class_folders(folder: Path) -> ClassImages:
-    """Images of one sub-folder per class, which hold them directly or, as Tiny-ImageNet's, in ``images``."""
+def _class_folders(folder: Path, base: Path) -> ClassImages:
+    """Lists the images of one sub-folder per class, which has them directly or, in Tiny-ImageNet, in ``images``."""
     inside = content(folder)
     if not inside.folders:
-        raise ValueError(f"folder {folder} needs one sub-folder of images per class, found {_found(inside)}")
+        raise ValueError(f"folder {folder} needs one sub-folder of images per class, found {_counts(inside)}")
     if inside.images:
         raise ValueError(
             f"folder {folder} has {len(inside.images)} images beside its class folders, "
             f"the first {Path(inside.images[0]).name!r}; move them into the folder of their class, or away"
         )
-    if [each.name for each in inside.folders] == ["images"]:
+    keys = [path.name for path in inside.folders]
+    if keys == ["images"]:
         raise ValueError(f"folder {folder} has all images in one folder, without labels; give the `split` of another")
     samples: list[tuple[str, int]] = []
     others: list[str] = []
-    for number, each in enumerate(inside.folders):
-        held = content(each)
-        if WORDNET_ID.fullmatch(each.name) and not held.images and [sub.name for sub in held.folders] == ["images"]:
-            held = content(held.folders[0])
-        if deep := next((path for sub in held.folders for path in _images_below(sub)), None):
+    for number, class_folder in enumerate(inside.folders):
+        files, name = content(class_folder), class_folder.name
+        if WORDNET_ID.fullmatch(name) and not files.images and [sub.name for sub in files.folders] == ["images"]:
+            files = content(files.folders[0])
+        if deep := next((path for sub in files.folders for path in _images_below(sub)), None):
             raise ValueError(
                 f"images must lie in the sub-folders of {folder}, one per class, found {deep.relative_to(folder)}; "
                 f"`folder:{deep.parent.parent}` may be meant"
             )
-        if not held.images:
-            raise ValueError(f"class folder {each} has no image, found {_found(held)}; remove it or fill it")
-        samples += [(path, number) for path in held.images]
-        others += held.others
-    _report_others(others)
-    return ClassImages([each.name for each in inside.folders], samples)
+        if not files.images:
+            raise ValueError(f"class folder {class_folder} has no image, found {_counts(files)}; remove it or fill it")
+        samples += [(path, number) for path in files.images]
+        others += files.others
+    _check_others(others)
+    _warn_of_absent(keys, folder, base)
+    return ClassImages(keys, samples)
 
 
-def _report_absent(keys: list[str], folder: Path, base: Path) -> None:
-    """Counts classes that only other splits have: they are no answers, unless a list of class names has them."""
-    others = [each for each in _splits(base) if each != folder] if folder != base else []
+def _warn_of_absent(keys: list[str], folder: Path, base: Path) -> None:
+    """Warns of classes that only other splits have, since they are no possible predictions without a list of names."""
+    others = [split for split in _splits(base) if split != folder] if folder != base else []
     for other in others:
-        names = [each.name for each in content(other).folders]
+        names = [path.name for path in content(other).folders]
         if set(keys) & set(names) and (absent := [name for name in names if name not in keys]):
-            log.warning("%s lacks %d classes of %s: %s", folder, len(absent), other.name, shown(absent))
+            log.warning("%s lacks %d classes of %s: %s", folder, len(absent), other.name, excerpt(absent))
 
 
-def _report_others(others: list[str]) -> None:
-    """Refuses images of types that are not read; counts files that are no images."""
+def _check_others(others: list[str]) -> None:
+    """Refuses images of types that are not read, and warns of files that are no images."""
     if not others:
         return
     Image.init()
@@ -201,16 +197,16 @@ def _report_others(others: list[str]) -> None:
 def _images_below(folder: Path) -> Iterator[Path]:
     inside = content(folder)
     yield from map(Path, inside.images)
-    for each in inside.folders:
-        yield from _images_below(each)
+    for sub in inside.folders:
+        yield from _images_below(sub)
 
 
-def _found(inside: Content) -> str:
+def _counts(inside: Content) -> str:
     return f"{len(inside.folders)} folders, {len(inside.images)} images and {len(inside.others)} other files"
 
 
 def _annotated(folder: Path) -> ClassImages | None:
-    """Validation images of ImageNet and Tiny-ImageNet, which lie in one folder beside a list of their labels."""
+    """Lists validation images of ImageNet and Tiny-ImageNet, published in one folder with a list of their labels."""
     inside = content(folder)
     if (folder / ANNOTATIONS).is_file():
         lines = [line.split("\t") for line in read_text(folder / ANNOTATIONS).split("\n") if line.strip()]
@@ -218,7 +214,7 @@ def _annotated(folder: Path) -> ClassImages | None:
             raise ValueError(f"{folder / ANNOTATIONS} must hold an image and its class in each line, found {bad[0]}")
         return _by_list(folder / "images", {line[0]: line[1] for line in lines}, folder / ANNOTATIONS)
     if inside.images and not inside.folders and Path(inside.images[0]).name.startswith("ILSVRC2012_val_"):
-        lists = [each / SOLUTION for each in (folder, *folder.resolve().parents[:4]) if (each / SOLUTION).is_file()]
+        lists = [path / SOLUTION for path in (folder, *folder.resolve().parents[:4]) if (path / SOLUTION).is_file()]
         if not lists:
             raise ValueError(
                 f"folder {folder} has images of all classes in one folder; put {SOLUTION} beside it, "
@@ -231,14 +227,14 @@ def _annotated(folder: Path) -> ClassImages | None:
 
 
 def _by_list(folder: Path, classes: Mapping[str, str], origin: Path) -> ClassImages:
-    """The images of one folder, with the class that a list gives to each."""
+    """Lists the images of one folder with their classes in a list."""
     images = [Path(path) for path in content(folder).images] if folder.is_dir() else []
     names = {path.name for path in images}
     without, absent = [name for name in names if name not in classes], [name for name in classes if name not in names]
     if without or absent:
         raise ValueError(
             f"{origin} and {folder} must have the same images: {len(without)} have no label, {len(absent)} no file, "
-            f"the first {shown(sorted(without + absent)[:1])}"
+            f"the first {excerpt(sorted(without + absent)[:1])}"
         )
     keys = sorted(set(classes.values()))
     numbers = {key: number for number, key in enumerate(keys)}
@@ -246,7 +242,7 @@ def _by_list(folder: Path, classes: Mapping[str, str], origin: Path) -> ClassIma
 
 
 def _memes(base: Path, split: str) -> ClassImages | None:
-    """Hateful Memes as published: lists of a JSON object a line, with image and label; `test` is both its parts."""
+    """Lists images of Hateful Memes, published with a JSON object per image and line; ``test`` joins both its parts."""
     if not (base / "img").is_dir() or not any(base.glob("*.jsonl")):
         return None
     lists = [base / f"{split}.jsonl"] if (base / f"{split}.jsonl").is_file() else sorted(base.glob(f"{split}_*.jsonl"))

@@ -10,44 +10,38 @@ from robustclip.textfiles import read_text
 
 
 class ListSource(LocatedSource):
-    """Images by a text file of lines ``PATH LABEL``, such as ``list:real_{split}.txt``."""
+    """Images in a text file of lines ``PATH LABEL``, such as DomainNet's ``list:real_{split}.txt``.
+
+    ``{split}`` stands for the name of the split. Image paths start at the folder of the file; the folder of an image is
+    the name of its class.
+    """
 
     def open(self, split: str) -> Opened:
-        """Reads the list of the split, and class names beside it."""
-        texts, (dataset, folders) = texts_beside(str(Path(self.path).parent)), read_list(self.path, split)
-        return Opened(dataset, folders=folders, **texts)
+        """Reads the list of the split, the folders of all splits' classes, and class names that come with the data.
 
-
-def read_list(location: str, split: str) -> tuple[ImageFiles, dict[int, str]]:
-    """Read a text file of lines ``PATH LABEL``, such as DomainNet's; the folder of an image is the name of its class.
-
-    Args:
-        location: path of the file, with ``{split}`` in the place of the split's name; image paths start at its folder.
-        split: name of the split.
-
-    Returns:
-        The images; names of classes by label, of the lists of all splits.
-
-    Raises:
-        ValueError: no such file, other lines, images that are missing or listed twice, one label for two folders.
-    """
-    file = Path(location.replace("{split}", split))
-    samples = _lines(file)
-    names: dict[int, str] = {}
-    others = {Path(location.replace("{split}", other)) for other in SPLITS} - {file}
-    for each in (file, *sorted(other for other in others if other.is_file())):
-        for path, label in samples if each == file else _lines(each):
-            if (name := Path(path).parent.name) != names.setdefault(label, name):
-                raise ValueError(f"list {each} has label {label} for {names[label]!r} and for {name!r}")
-    absent = [path for path, _ in samples if not Path(path).is_file()]
-    if absent:
-        raise ValueError(f"list {file} names {len(absent)} images that do not exist, the first {absent[0]}")
-    if repeated := [path for path, count in Counter(path for path, _ in samples).items() if count > 1]:
-        raise ValueError(f"list {file} names {len(repeated)} images more than once, the first {repeated[0]}")
-    return ImageFiles(samples), names
+        Raises:
+            ValueError: the file is missing or malformed, an image is missing or listed twice, or one label has two
+                folders.
+        """
+        texts, file = texts_beside(str(Path(self.path).parent)), Path(self.path.replace("{split}", split))
+        samples = _lines(file)
+        others = {Path(self.path.replace("{split}", other)) for other in SPLITS} - {file}
+        lists = {file: samples} | {other: _lines(other) for other in sorted(others) if other.is_file()}
+        folders: dict[int, str] = {}
+        for path, lines in lists.items():
+            for image, label in lines:
+                if (name := Path(image).parent.name) != folders.setdefault(label, name):
+                    raise ValueError(f"list {path} has label {label} for {folders[label]!r} and for {name!r}")
+        absent = [image for image, _ in samples if not Path(image).is_file()]
+        if absent:
+            raise ValueError(f"list {file} names {len(absent)} images that do not exist, the first {absent[0]}")
+        if repeated := [image for image, count in Counter(image for image, _ in samples).items() if count > 1]:
+            raise ValueError(f"list {file} names {len(repeated)} images more than once, the first {repeated[0]}")
+        return Opened(ImageFiles(samples), folders=folders, **texts)
 
 
 def _lines(file: Path) -> list[tuple[str, int]]:
+    """Reads paths and labels of a list."""
     if not file.is_file():
         raise ValueError(f"list {file} is no file; it holds lines such as `real/zebra/1.jpg 344`")
     lines = [line.strip().rpartition(" ") for line in read_text(file).split("\n") if line.strip()]

@@ -1,8 +1,8 @@
-"""Draw the scenes of the shapes world: one `Scene` and a random generator in, RGB pixels out.
+"""Draws the scenes of the shapes world as RGB pixels.
 
-Pixels are the same on every machine: only IEEE-exact operations (+ - * / sqrt min max) in float32 and
-`random.Random.random`, whose stream Python guarantees. A shape is an implicit function (negative inside, about
-the distance to the edge), which gives anti-aliased edges without supersampling.
+Pixels are equal on every machine, as only IEEE-exact operations (+ - * / sqrt min max) in float32 and
+`random.Random.random`, whose stream Python guarantees, are used. A shape is an implicit function (negative inside,
+approximately the distance to the edge), which gives anti-aliased edges without supersampling.
 """
 
 from __future__ import annotations
@@ -60,7 +60,18 @@ BACKGROUNDS: dict[str, tuple[RGB, RGB, str, float]] = {  # two colours, the patt
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of one image; every field is a word of the vocabulary but `count`, 1 to 5."""
+    """The content of one image.
+
+    Args:
+        shape: name in `SHAPES`.
+        colour: name in `COLOURS`.
+        texture: name in `TEXTURES`.
+        count: number of objects, 1 to 5.
+        size: name in `SIZES`, for a single object.
+        position: name in `POSITIONS`, for a single object.
+        background: name in `BACKGROUNDS`, or ``plain``.
+        style: ``filled``, ``outline``, ``faint`` or ``mosaic``.
+    """
 
     shape: str
     colour: str
@@ -73,7 +84,12 @@ class Scene:
 
 
 def pick(random: Random, options: Sequence[Choice]) -> Choice:
-    """Choose uniformly with `random()` alone, whose stream no Python release changes."""
+    """Chooses uniformly, with `random()` alone, whose stream is equal in all Python releases.
+
+    Args:
+        random: random generator.
+        options: values to choose from.
+    """
     return options[int(random.random() * len(options))]
 
 
@@ -82,7 +98,7 @@ def _between(random: Random, low: float, high: float) -> float:
 
 
 def _unit(values: Array) -> Array:
-    """Clip to [0, 1]."""
+    """Clips values to [0, 1]."""
     clipped: Array = np.clip(values, 0.0, 1.0)
     return clipped
 
@@ -93,7 +109,7 @@ def _length(u: Array, v: Array) -> Array:
 
 
 def _planes(u: Array, v: Array, sides: int, radius: float) -> list[Array]:
-    """Signed distances to the edges of a regular polygon whose first edge lies at the bottom."""
+    """Returns signed distances to the edges of a regular polygon whose first edge is at the bottom."""
     angles = [2.0 * math.pi * side / sides for side in range(sides)]
     return [u * np.float32(math.sin(angle)) + v * np.float32(math.cos(angle)) - np.float32(radius) for angle in angles]
 
@@ -108,7 +124,7 @@ def _polygon(sides: int, radius: float) -> Callable[[Array, Array], Array]:
 
 
 def _star(u: Array, v: Array) -> Array:
-    """A pentagram is where at most one of five half-planes is left, so the second highest distance decides."""
+    """Draws a pentagram: points outside of at most one of five half-planes, by the second highest distance."""
     planes = _planes(u, v, 5, 0.37)
     highest: Array = np.maximum(planes[0], planes[1])
     second: Array = np.minimum(planes[0], planes[1])
@@ -153,7 +169,7 @@ _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + np.float32(0.5)
 
 
 def _wave(position: Array, period: float) -> Array:
-    """A triangle wave with flat tops, in [0, 1]: soft stripes half a period wide."""
+    """Returns a triangle wave with flat tops, in [0, 1]: soft stripes half a period wide."""
     phase = position / np.float32(period)
     folded = np.abs(phase - np.floor(phase) - 0.5) * np.float32(period) - np.float32(period / 4)
     return _unit(folded + 0.5)
@@ -166,7 +182,7 @@ def _spots(x: Array, y: Array, period: float, radius: float) -> Array:
 
 
 def _pattern(name: str, x: Array, y: Array, period: float) -> Array:
-    """Weight of the second colour at each pixel, in [0, 1], (SIDE, SIDE)."""
+    """Returns the weight of the second colour at each pixel, ``(SIDE, SIDE)`` in [0, 1]."""
     if name == "striped":
         return _wave(y, period)
     if name == "barred":
@@ -198,7 +214,7 @@ def _mixed(first: Array, second: Array, weight: Array) -> Array:
 
 
 def _ground(random: Random, scene: Scene) -> Array:
-    """The background alone, (SIDE, SIDE, 3) in [0, 255]."""
+    """Draws the background, ``(SIDE, SIDE, 3)`` in [0, 255]."""
     if scene.background != "plain":
         first, second, pattern, period = BACKGROUNDS[scene.background]
         shift_x, shift_y = _between(random, 0, period), (0.0 if pattern == "graded" else _between(random, 0, period))
@@ -211,7 +227,7 @@ def _ground(random: Random, scene: Scene) -> Array:
 
 
 def _places(random: Random, scene: Scene) -> list[tuple[float, float, float]]:
-    """Centre x, centre y and radius of each object, in pixels."""
+    """Returns centre x, centre y and radius of each object, in pixels."""
     if scene.count == 1:
         x, y = POSITIONS[scene.position]
         radius = RADII[scene.size] * _between(random, 0.94, 1.06)
@@ -223,7 +239,12 @@ def _places(random: Random, scene: Scene) -> list[tuple[float, float, float]]:
 
 
 def render(scene: Scene, random: Random) -> npt.NDArray[np.uint8]:
-    """Draw `scene`; `random` decides what the words leave open (exact place, tilt, shade): (SIDE, SIDE, 3)."""
+    """Draws a scene as pixels ``(SIDE, SIDE, 3)``.
+
+    Args:
+        scene: content of the image.
+        random: random generator, which determines the exact place, tilt and shade.
+    """
     ground = _ground(random, scene)
     x, y, radius = np.array(_places(random, scene), dtype=np.float32).T[:, :, None, None]
     half_tangent = _between(random, -0.12, 0.12)

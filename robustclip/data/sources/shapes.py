@@ -1,4 +1,4 @@
-"""The shapes world: a source set and fifteen zero-shot sets, drawn by code from a seed, that need no download."""
+"""Data sets of the shapes world, a source set and fifteen zero-shot sets, which are drawn without a download."""
 
 from __future__ import annotations
 
@@ -26,31 +26,36 @@ from robustclip.data.sources.scenes import (
 from robustclip.data.sources.source import LocatedSource, Opened
 
 Fixed = Mapping[str, Any]
-"""The fields of a `Scene` that a class decides."""
+"""The fields of a `Scene` that a class determines."""
 
 MENTIONABLE = ("shape", "colour", "texture", "count", "size", "position", "background", "style")
 _COLOUR_NAMES = tuple(COLOURS)
 
 
 def _pairs(*shifts: int) -> tuple[tuple[str, str], ...]:
-    """Pair each colour with the shapes that lie `shifts` further on in the vocabulary."""
+    """Pairs each colour with the shapes that follow it in the vocabulary at distances `shifts`."""
     return tuple((colour, SHAPES[(i + s) % len(SHAPES)]) for s in shifts for i, colour in enumerate(_COLOUR_NAMES))
 
 
 SOURCE_PAIRS = _pairs(0, 1, 2, 3, 4, 6)
 """Colour and shape of the source classes."""
 HELD_OUT_PAIRS = _pairs(5, 8)
-"""Colour and shape that only `held_out_pairs` shows: neither the source set nor the pretraining has them."""
+"""Colour and shape of the classes of `held_out_pairs`; neither the source set nor the pretraining has them."""
 _FORBIDDEN = frozenset(HELD_OUT_PAIRS)
 
 
 def plural(shape: str) -> str:
-    """Return the plural of a shape's name."""
+    """Returns the plural of a shape's name."""
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 
 
 def describe(scene: Scene, mentioned: Sequence[str] = MENTIONABLE) -> str:
-    """Say in one phrase the `mentioned` fields of a scene, without those that have no word of their own."""
+    """Describes a scene in one phrase.
+
+    Args:
+        scene: content of an image.
+        mentioned: fields to mention; a default such as a plain background has no word and is left out.
+    """
     noun = scene.shape if "shape" in mentioned else "shape"
     is_many = "count" in mentioned and scene.count > 1
     words = [COUNTS[scene.count - 1] if "count" in mentioned else "a"]
@@ -67,7 +72,7 @@ def describe(scene: Scene, mentioned: Sequence[str] = MENTIONABLE) -> str:
 
 
 def _is_visible(colour: str, background: str) -> bool:
-    """Whether a colour stands out from both colours of a background."""
+    """Checks whether a colour contrasts with both colours of a background."""
     if background == "plain":
         return True
     return all(
@@ -77,7 +82,12 @@ def _is_visible(colour: str, background: str) -> bool:
 
 
 def random_scene(random: Random, fixed: Fixed) -> Scene:
-    """Choose what `fixed` leaves open, so that every word stays visible and no held-out pair comes up by chance."""
+    """Chooses the other fields of a scene so that all fields are visible and no held-out pair occurs by chance.
+
+    Args:
+        random: random generator.
+        fixed: fields that are given.
+    """
     style = fixed.get("style", "filled")
     position, size, texture = fixed.get("position"), fixed.get("size"), fixed.get("texture")
     is_single = style != "filled" or any((position, size, texture))
@@ -99,19 +109,28 @@ def random_scene(random: Random, fixed: Fixed) -> Scene:
 
 
 def is_textured(texture: str, style: str) -> bool:
-    """Whether an object must be drawn large, because a small one would hide its texture or its style."""
+    """Checks whether an object must be large, since a small one would hide its texture or its style.
+
+    Args:
+        texture: name in `TEXTURES`.
+        style: style of a `Scene`.
+    """
     return texture != "solid" or style != "filled"
 
 
 def seeded(key: str) -> Random:
-    """Return a generator whose stream depends on `key` alone, on every machine and under any PYTHONHASHSEED."""
+    """Returns a random generator for a key; its stream is equal on every machine and for any PYTHONHASHSEED."""
     return Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
 
 
 def pretraining_pair(seed: int, index: int) -> tuple[Scene, Random]:
-    """Return one random scene of the pretraining stream and the generator that renders and words it.
+    """Returns one random scene of the pretraining stream and the generator to draw and describe it.
 
-    The key has no set's name, so that no image of a set comes up; held-out pairs never do.
+    The stream has no image of any set, since its keys contain no name of a set, and no held-out pair.
+
+    Args:
+        seed: seed of the stream.
+        index: position in the stream.
     """
     random = seeded(f"pretraining/{seed}/{index}")
     fixed: dict[str, Any] = {}
@@ -123,7 +142,7 @@ def pretraining_pair(seed: int, index: int) -> tuple[Scene, Random]:
 
 
 class _Set(NamedTuple):
-    """One set: its classes in words, what each decides of the scene, the templates, images per split."""
+    """One set: the fields that each class determines, the templates, and the number of images per split."""
 
     classes: dict[str, Fixed]
     templates: tuple[str, ...]
@@ -131,7 +150,7 @@ class _Set(NamedTuple):
 
 
 def _source() -> _Set:
-    """Name two variants of each source pair, so that a colour leaves the shape open: but one field is neutral."""
+    """Makes two classes of each source pair that differ in one more field, so that a colour implies no shape."""
     variants: list[Fixed] = [{"texture": word} for word in TEXTURES[1:]]
     variants += [{"position": word, "size": "small"} for word in POSITIONS if word != "centre"]
     variants += [{"size": word} for word in SIZES if word != "large"]
@@ -201,44 +220,40 @@ _MAKERS: dict[str, Callable[[], _Set]] = {
     "faint_prints": lambda: _zero_shot(_fields("shape", SHAPES, style="faint"), "a faint print of a {}"),
 }
 SHAPES_SETS: tuple[str, ...] = tuple(_MAKERS)
-"""Names of the sets: the source first, then the fifteen zero-shot sets."""
+"""Names of the sets: the source set first, then the fifteen zero-shot sets."""
 
 
 class Shapes(LocatedSource):
     """A set of the shapes world by its name, such as ``shapes:colours``."""
 
     def open(self, split: str) -> Opened:
-        """Makes the set; its images are drawn when they are read."""
+        """Opens the set, whose images are drawn when they are read."""
         shapes = ShapesDataset(self.location, split)
         return Opened(shapes, names=shapes.class_names, templates=shapes.templates, native_size=True)
 
 
 class ShapesDataset(Dataset[tuple[Image.Image, int]]):
-    """One split of one set: the same name, split and index give the same pixels on every machine.
+    """One split of one set; name, split and index determine the pixels on every machine.
 
     Args:
-        name: One of `SHAPES_SETS`.
-        split: "test"; `source` has "train" as well.
+        name: one of `SHAPES_SETS`.
+        split: ``test``; the set ``source`` also has ``train``.
 
     Raises:
-        ValueError: If there is no such set or no such split.
+        ValueError: the set or the split does not exist.
     """
 
     def __init__(self, name: str, split: str = "test") -> None:
         if name not in _MAKERS:
             raise ValueError(f"name must be one of {', '.join(SHAPES_SETS)}; got {name!r}")
-        made = _MAKERS[name]()
-        if split not in made.sizes:
-            raise ValueError(f"split of shapes set {name!r} must be one of {', '.join(made.sizes)}; got {split!r}")
-        self.name = name
-        self.split = split
-        self.class_names: tuple[str, ...] = tuple(made.classes)
-        self.templates: tuple[str, ...] = made.templates
-        self.labels: list[int] = [index % len(made.classes) for index in range(made.sizes[split])]
-        self._fixed = list(made.classes.values())
+        classes, self.templates, sizes = _MAKERS[name]()
+        if split not in sizes:
+            raise ValueError(f"split of shapes set {name!r} must be one of {', '.join(sizes)}; got {split!r}")
+        self.name, self.split, self.class_names = name, split, tuple(classes)
+        self.labels = [index % len(classes) for index in range(sizes[split])]
+        self._fixed = list(classes.values())
 
     def __len__(self) -> int:
-        """Return the number of images."""
         return len(self.labels)
 
     def _scene(self, index: int) -> tuple[Scene, Random]:
@@ -248,10 +263,10 @@ class ShapesDataset(Dataset[tuple[Image.Image, int]]):
         return random_scene(random, self._fixed[self.labels[index]]), random
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return the RGB image (32x32) and the label of one index."""
+        """Returns the RGB image (32 x 32) and the label of one index."""
         scene, random = self._scene(index)
         return Image.fromarray(render(scene, random)), self.labels[index]
 
     def caption(self, index: int) -> str:
-        """Describe one image with every word that it shows."""
+        """Describes one image by all its fields."""
         return describe(self._scene(index)[0])

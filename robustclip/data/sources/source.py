@@ -1,4 +1,4 @@
-"""The contract of a source, and the data sets that are made of others without reading an image."""
+"""Defines the contract of a data source, and data sets that select, join or check the samples of others."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from robustclip.arguments import checked
-from robustclip.data.class_labels import Named, Words, by_label, by_list, join
+from robustclip.data.class_labels import Named, NameLists, by_label, by_list, join
 from robustclip.paths import located
 from robustclip.types import UNKNOWN
 
@@ -20,18 +20,18 @@ from robustclip.types import UNKNOWN
 @checked
 @dataclass(frozen=True)
 class Opened:
-    """A data set under its own labels.
+    """One split of a data set with its own labels, before these are matched with class names.
 
     Args:
-        dataset: gives ``(image, label)`` by position: a PIL image or a float tensor ``(3, H, W)`` in [0, 1], and an
-            integer. An attribute ``labels`` or ``targets`` gives all labels without decoding. None for remote shards.
+        dataset: data set that gives ``(image, label)`` by position: a PIL image or a float tensor ``(3, H, W)`` in
+            [0, 1], and an integer. An attribute ``labels`` or ``targets`` gives all labels without decoding. None for
+            remote shards.
         urls: addresses of remote shards.
-        keys: names of its own labels, such as folders, which are joined to class names by name; None where labels are
-            numbers.
+        keys: names of its own labels, such as folders, which are matched with class names; None if labels are numbers.
         folders: folder by label, of a list of images.
-        names: class names in the order of its labels, if it brings any.
-        templates: prompts that it brings, each with ``{}``.
-        native_size: attack its images at their own size; None looks the set up in the catalogue.
+        names: class names that come with the data, in the order of the labels; None for none.
+        templates: prompts that come with the data, each with ``{}``; None for none.
+        native_size: attack images at their own size; None uses the catalogue.
     """
 
     dataset: Any  # a data set, or a sequence of pairs
@@ -42,24 +42,24 @@ class Opened:
     templates: Sequence[str] | None = None
     native_size: bool | None = None
 
-    def named(self, words: Words, where: str, *, is_same_copy: bool) -> tuple[Dataset[Any] | None, Named]:
-        """The data set under the labels of its class names, and these.
+    def named(self, lists: NameLists, where: str, *, is_same_copy: bool) -> tuple[Dataset[Any] | None, Named]:
+        """Returns the data set with labels that match the class names, and these names.
 
         Args:
-            words: of the configuration and the catalogue.
-            where: data set, for messages.
-            is_same_copy: whether the catalogue describes the label order of this very copy.
+            lists: class names of the configuration and the catalogue.
+            where: start of messages, which names the data set.
+            is_same_copy: whether the label order in the catalogue is that of this copy.
 
         Raises:
-            ValueError: labels and names do not go together.
+            ValueError: labels and names do not match.
         """
-        words = words._replace(beside=self.names)
+        lists = lists._replace(shipped=self.names)
         if self.folders is not None:
-            named = by_list(self.folders, words, where)
+            named = by_list(self.folders, lists, where)
         elif self.keys is not None:
-            named = join(self.keys, words, where)
+            named = join(self.keys, lists, where)
         else:
-            named = by_label(words, where, is_same_copy=is_same_copy)
+            named = by_label(lists, where, is_same_copy=is_same_copy)
         labels = named.labels
         if labels is None or (self.keys is not None and labels == {number: number for number in range(len(self.keys))}):
             return self.dataset, named
@@ -70,31 +70,34 @@ class Opened:
 
 
 class Source(ABC):
-    """A place that images with labels come from; a subclass can be named in a configuration, as ``my_module.MySet``."""
+    """A source of labelled images; a configuration can name a subclass, as ``my_module.MySet``."""
 
     @abstractmethod
     def open(self, split: str) -> Opened:
-        """Opens one split; reads names and labels, no image.
+        """Opens one split: reads names and labels, but no image.
 
         Args:
             split: ``train``, ``test``, or the ``split`` of the configuration.
 
         Raises:
-            ValueError: no such data set or split.
+            ValueError: the data set or the split does not exist.
         """
 
 
 @dataclass(frozen=True)
 class LocatedSource(Source):
-    """A source of the package's own kinds, written ``KIND:LOCATION``.
+    """A source of one of the package's kinds, written ``KIND:LOCATION``.
 
     Args:
-        location: path, address or name behind the colon.
+        location: path, address or name after the colon.
         root: folder that relative paths start at.
         is_split_given: whether the configuration names the split.
+
+    Attributes:
+        schemes: beginnings of the URLs that this kind reads, such as ``https://``.
     """
 
-    schemes: ClassVar[Sequence[str]] = ()  # of addresses that are no local path
+    schemes: ClassVar[Sequence[str]] = ()
 
     location: str
     root: str = "."
@@ -102,16 +105,16 @@ class LocatedSource(Source):
 
     @property
     def path(self) -> str:
-        """The complete path, or the address.
+        """Path below the root folder, or URL.
 
         Raises:
-            ValueError: an address that cannot be read.
+            ValueError: this kind cannot read such a URL.
         """
         return located(self.location, self.root, "data source", self.schemes)
 
 
 def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
-    """Labels of every sample where the data set has them without decoding."""
+    """Returns the label of every sample; None if the data set has no labels without decoding."""
     for attribute in ("labels", "targets", "_labels", "y"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
@@ -120,18 +123,23 @@ def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
 
 
 def where_of(dataset: Dataset[Any], index: int) -> str:
-    """Where a sample lies, for messages."""
+    """Describes the place of a sample in messages.
+
+    Args:
+        dataset: data set, perhaps with a method ``where``.
+        index: position of the sample.
+    """
     where: str = getattr(dataset, "where", "sample {} of the data set".format)(index)
     return where
 
 
 class Relabelled(Dataset[Any]):
-    """The samples of some labels, under new labels, in their order.
+    """The samples of some labels with new labels, in their order.
 
     Args:
-        source: gives image and label by position.
-        labels: of all samples of the source.
-        new_labels: by old label; samples of any other are left out.
+        source: data set that gives image and label by position.
+        labels: labels of all its samples.
+        new_labels: new label by old label; samples of any other label are left out.
     """
 
     def __init__(self, source: Dataset[Any], labels: Sequence[int], new_labels: Mapping[int, int]) -> None:
@@ -146,12 +154,12 @@ class Relabelled(Dataset[Any]):
         return self.source[self.positions[index]][0], self.labels[index]
 
     def where(self, index: int) -> str:
-        """Where the source has a sample."""
+        """Describes the place of a sample in messages."""
         return where_of(self.source, self.positions[index])
 
 
 class Joined(Dataset[Any]):
-    """Data sets one after the other, numbered through.
+    """The concatenation of several data sets.
 
     Args:
         sources: data sets that give their labels without decoding.
@@ -172,7 +180,7 @@ class Joined(Dataset[Any]):
         return source[position]
 
     def where(self, index: int) -> str:
-        """Where the source has a sample."""
+        """Describes the place of a sample in messages."""
         return where_of(*self._place(index))
 
     def _place(self, index: int) -> tuple[Dataset[Any], int]:
@@ -181,11 +189,11 @@ class Joined(Dataset[Any]):
 
 
 class CheckedImages(Dataset[Any]):
-    """Labelled images of a user's data set, each of which is checked when it is read.
+    """Labelled images of an own data set, which are checked when they are read.
 
     Args:
-        source: gives image and label by position.
-        class_count: labels must be below it.
+        source: data set that gives image and label by position.
+        class_count: number of labels.
         name: name of the data set, for messages.
     """
 
@@ -200,7 +208,7 @@ class CheckedImages(Dataset[Any]):
         """Returns one image and its label.
 
         Raises:
-            ValueError: the data set yields no pair, no image, or a label that is no class.
+            ValueError: the sample is not a pair of an image and the number of a class.
         """
         sample = self.source[index]
         if not isinstance(sample, tuple | list) or len(sample) != 2:
@@ -216,7 +224,7 @@ class CheckedImages(Dataset[Any]):
         return image, int(label)
 
     def where(self, index: int) -> str:
-        """Names a sample, for messages."""
+        """Describes the place of a sample in messages."""
         return where_of(self.source, index) if hasattr(self.source, "where") else f"sample {index} of {self.name}"
 
     def _check_tensor(self, image: Tensor, index: int) -> None:

@@ -1,8 +1,8 @@
-"""Shards of the same layout that lie elsewhere, streamed from front to back."""
+"""Streams labelled images from remote shards in the WebDataset layout."""
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -11,11 +11,18 @@ from webdataset.filters import shuffle
 from robustclip.data.sources.tar import IMAGE_TYPES, LABEL
 from robustclip.data.sources.wds import read_samples
 
-SHUFFLE_BUFFER = 4096  # encoded images held per loader worker while training
+SHUFFLE_BUFFER = 4096  # number of encoded images in the memory of each loader worker while training
 
 
 class StreamedImage(NamedTuple):
-    """One sample, not yet decoded. ``index`` is ``shard number << 32 | position in the shard``."""
+    """One sample that is not decoded.
+
+    Attributes:
+        data: bytes of the image file.
+        label: class number.
+        index: sample id, ``shard number << 32 | position in the shard``.
+        where: shard and key, for messages.
+    """
 
     data: bytes
     label: int
@@ -24,14 +31,14 @@ class StreamedImage(NamedTuple):
 
 
 class StreamedShards(IterableDataset[StreamedImage]):
-    """Remote labelled images; over ranks and loader workers every sample appears exactly once.
+    """Remote labelled images for evaluation; each sample appears exactly once over processes and loader workers.
 
-    Whole shards are dealt out while there are enough of them, single samples otherwise. Shares may be uneven or empty.
+    Readers get whole shards if there are enough of them, single samples otherwise. Shares may be uneven or empty.
 
     Args:
-        urls: of the shards (http, https, file), in their order.
-        max_samples: keep this many, an equal number from the front of every shard; None for all.
-        rank: of this process.
+        urls: addresses of the shards (http, https, file), in their order.
+        max_samples: number of samples, taken equally from the beginning of every shard; None for all.
+        rank: rank of this process.
         world_size: number of processes.
         done: sample ids to leave out.
     """
@@ -49,13 +56,8 @@ class StreamedShards(IterableDataset[StreamedImage]):
         self.done = done
 
     def __iter__(self) -> Iterator[StreamedImage]:
-        reader, readers = _reader(self.rank, self.world_size)
-        deals_shards = len(self.urls) >= readers
-        for number in range(len(self.urls)):
-            if not deals_shards or number % readers == reader:
-                for sample in itertools.islice(read_shard(self.urls[number], number), self._quota(number)):
-                    if sample.index not in self.done and (deals_shards or _is_dealt_to(reader, readers, sample)):
-                        yield sample
+        share = _share(self.urls, range(len(self.urls)), *_reader(self.rank, self.world_size), quota=self._quota)
+        yield from (sample for sample in share if sample.index not in self.done)
 
     def _quota(self, number: int) -> int | None:
         if self.max_samples is None:
@@ -65,14 +67,14 @@ class StreamedShards(IterableDataset[StreamedImage]):
 
 
 class ShuffledShards(IterableDataset[StreamedImage]):
-    """Remote labelled images for training: shuffled anew each epoch, the same number for every rank.
+    """Remote labelled images for training, shuffled anew each epoch, equally many for every process.
 
     Args:
-        urls: of the shards.
-        length: samples of one epoch over all ranks; ranks take ``ceil(length / world_size)`` each, some twice if
-            their share of the shards is smaller.
-        seed: of the order.
-        rank: of this process.
+        urls: addresses of the shards.
+        length: samples of one epoch over all processes. Each process takes ``ceil(length / world_size)``, and repeats
+            samples if its share of the shards is smaller.
+        seed: seed of the order.
+        rank: rank of this process.
         world_size: number of processes.
     """
 
@@ -92,7 +94,7 @@ class ShuffledShards(IterableDataset[StreamedImage]):
         yield from itertools.islice(self._endless(reader, readers), share)
 
     def _endless(self, reader: int, readers: int) -> Iterator[StreamedImage]:
-        """Lap after lap over this reader's share, or over everything if that is empty; no lap runs into the next."""
+        """Yields this reader's share again and again, or all samples if the share is empty; laps are not mixed."""
         for lap in itertools.count():
             generator = random.Random(f"{self.seed}/{self.epoch}/{lap}/{reader}")
             shuffled = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=generator)
@@ -108,19 +110,15 @@ class ShuffledShards(IterableDataset[StreamedImage]):
     def _lap(self, lap: int, reader: int, readers: int) -> Iterator[StreamedImage]:
         order = list(range(len(self.urls)))
         random.Random(f"{self.seed}/{self.epoch}/{lap}").shuffle(order)
-        deals_shards = len(order) >= readers
-        for number in order[reader::readers] if deals_shards else order:
-            for sample in read_shard(self.urls[number], number):
-                if deals_shards or _is_dealt_to(reader, readers, sample):
-                    yield sample
+        return _share(self.urls, order, reader, readers)
 
 
 def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
     """Reads the labelled images of one shard in their order.
 
     Args:
-        url: of the shard.
-        number: of the shard among those of its set.
+        url: address of the shard.
+        number: number of the shard in its set.
 
     Raises:
         ValueError: as `read_samples`.
@@ -130,12 +128,24 @@ def read_shard(url: str, number: int) -> Iterator[StreamedImage]:
         yield StreamedImage(sample.image.data, sample.label, number << 32 | position, where)
 
 
-def _is_dealt_to(reader: int, readers: int, sample: StreamedImage) -> bool:
-    return ((sample.index >> 32) + sample.index) % readers == reader  # also spreads many shards of a sample each
+def _share(
+    urls: Sequence[str],
+    order: Sequence[int],
+    reader: int,
+    readers: int,
+    quota: Callable[[int], int | None] = lambda number: None,
+) -> Iterator[StreamedImage]:
+    """Yields one reader's share: whole shards if there are enough of them, else single samples of all shards."""
+    has_shards = len(order) >= readers
+    for number in order[reader::readers] if has_shards else order:
+        for sample in itertools.islice(read_shard(urls[number], number), quota(number)):
+            # The sum also spreads many shards that hold one sample each.
+            if has_shards or ((sample.index >> 32) + sample.index) % readers == reader:
+                yield sample
 
 
 def _reader(rank: int, world_size: int) -> tuple[int, int]:
-    """Number of this reader and of all readers, over ranks and loader workers."""
+    """Returns the number of this reader and the number of all readers, over processes and loader workers."""
     worker = get_worker_info()
     workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
     return rank + world_size * number, world_size * workers

@@ -1,7 +1,7 @@
-"""Samples of tar files in the WebDataset layout, read strictly: a damaged shard is refused, not read in part.
+"""Reads the samples of tar files in the WebDataset layout, and refuses damaged files.
 
-Members are named ``KEY.EXTENSION``. The key is the path up to the first dot of the last part, without a leading ``./``;
-the extension is the rest, in lower case. Neighbouring members of one key are a sample.
+Members are named ``KEY.EXTENSION``. The key is the path up to the first dot of the file name, without a leading ``./``;
+the extension is the rest, in lower case. Neighbouring members of one key form a sample.
 """
 
 import io
@@ -19,7 +19,7 @@ IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL, TEXT = "cls", "txt"
 MAX_MEMBER_BYTES = 1 << 30  # the largest image that Pillow decodes, 2 * 89 million pixels, takes 0.7 GB as a bitmap
 MAX_TEXT_BYTES = 1 << 24  # the 21,843 class names of ImageNet-21k take 0.6 MB
-MAX_EXTENSIONS = 8  # headers in front of a member's own; GNU tar writes two, for a long name and a long link
+MAX_EXTENSIONS = 8  # extension headers before a member; GNU tar writes two, for a long name and a long link
 CHUNK = 1 << 20
 NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 EXTENSIONS = (*NAMES, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
@@ -33,21 +33,28 @@ TYPE_NAMES = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 SPARSE, NAMING = re.compile(rb"\d (GNU\.sparse\.[a-z.]+)="), re.compile(rb"\d (path|size)=")
-METADATA = re.compile(r"__[^/]*__(/|$)")  # WebDataset keeps what describes a whole shard under such names
+METADATA = re.compile(r"__[^/]*__(/|$)")  # WebDataset's names for the description of a whole shard
 
 
 class Readable(Protocol):
-    """A file that is read from front to back; seeking goes forward only."""
+    """A file that is read from front to back."""
 
     def read(self, size: int, /) -> bytes:
-        """Reads as many bytes, or fewer if the file ends before."""
+        """Reads this number of bytes, or fewer if the file ends before."""
 
     def seek(self, offset: int, /) -> int:
-        """Moves to an offset from the file's start, perhaps beyond its end."""
+        """Moves forward to an offset from the file's start, which may be beyond its end."""
 
 
 class Member(NamedTuple):
-    """A regular file in an archive: its data lie at ``offset``, and are in ``data`` if they were to be loaded."""
+    """A regular file in an archive.
+
+    Attributes:
+        kind: extension in lower case.
+        offset: offset of the content in the archive, in bytes.
+        size: size of the content in bytes.
+        data: content if it was loaded, else empty.
+    """
 
     kind: str
     offset: int
@@ -56,7 +63,14 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Image, label and captions of one key; the label is -1 and the captions are None where there are none."""
+    """The members of one key.
+
+    Attributes:
+        key: path of the members up to the first dot of the file name.
+        image: encoded image.
+        label: class number; -1 without a label.
+        text: captions; None without captions.
+    """
 
     key: str
     image: Member
@@ -70,11 +84,11 @@ def read_samples(file: Readable, shard: str, *, needs: str, loads: Container[str
     Args:
         file: the archive, at its first byte.
         shard: path or URL, for messages.
-        needs: extension that every sample has beside its image, `LABEL` or `TEXT`.
+        needs: extension that every sample has in addition to its image, `LABEL` or `TEXT`.
         loads: extensions of the members whose data are loaded; labels must be among them.
 
     Raises:
-        ValueError: the archive is damaged, cut short, or holds anything but files of whole samples.
+        ValueError: the archive is damaged, cut short, or has anything but files of complete samples.
     """
     seen: set[str] = set()
     for key, members in groupby(_members(file, shard, loads), key=lambda named: named[0]):
@@ -91,14 +105,14 @@ def read_samples(file: Readable, shard: str, *, needs: str, loads: Container[str
 
 
 def parse_label(data: bytes, where: str) -> int:
-    """The number in a ``.cls`` file.
+    """Parses the class number in a ``.cls`` file.
 
     Args:
         data: content of the file.
         where: shard and key, for messages.
 
     Raises:
-        ValueError: anything but a non-negative integer.
+        ValueError: the content is not a non-negative integer.
     """
     text = data.decode("ascii", errors="replace").strip()
     if not text.isdecimal() or len(text) > 9:
@@ -119,7 +133,7 @@ def _sample(key: str, members: dict[str, Member], shard: str, needs: str) -> Sam
 
 @cache
 def _is_ambiguous(kind: str) -> bool:
-    """Whether a member may be part of another sample, as ``a.1.png`` beside ``a.png``, or another image of its own."""
+    """Checks whether a member may belong to another sample, as ``a.1.png`` next to ``a.png``, or is a second image."""
     last = kind.rpartition(".")[2]
     if kind in (*IMAGE_TYPES, LABEL, TEXT):
         return False
@@ -128,7 +142,7 @@ def _is_ambiguous(kind: str) -> bool:
 
 
 def _members(file: Readable, shard: str, loads: Container[str]) -> Iterator[tuple[str, Member]]:
-    """Keys and members."""
+    """Yields the key and the content of each regular file."""
     for info in _files(file, shard):
         if METADATA.match(info.name):
             continue
@@ -146,7 +160,7 @@ def _members(file: Readable, shard: str, loads: Container[str]) -> Iterator[tupl
 
 
 def _files(file: Readable, shard: str) -> Iterator[TarInfo]:
-    """Headers of the regular files; at each, ``file`` is at the first byte of its data."""
+    """Yields the headers of the regular files; ``file`` is then at the first byte of the content."""
     offset = 0
     while (info := _header(file, shard, offset)) is not None:
         offset = info.offset_data
@@ -167,7 +181,7 @@ def _files(file: Readable, shard: str) -> Iterator[TarInfo]:
 
 
 def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
-    """The next member's header with the extensions before it; None at the archive's end, which is checked."""
+    """Reads the header of the next member with its extensions; None at the end of the archive, which is checked."""
     begin, blocks = offset, b""
     for _ in range(MAX_EXTENSIONS + 1):
         block = _read(file, BLOCKSIZE)
@@ -190,8 +204,8 @@ def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
         if not _is_whole(info, payload):
             raise _damaged(shard, begin, "an extension header is cut short or longer than its content")
         named = NAMING.search(payload)
-        if found := SPARSE.search(payload) or (info.type == tarfile.XGLTYPE and named):
-            refused = f"the pax header {found[1].decode()} at byte {begin}"
+        if match := SPARSE.search(payload) or (info.type == tarfile.XGLTYPE and named):
+            refused = f"the pax header {match[1].decode()} at byte {begin}"
             raise ValueError(f"shard {shard} has {refused}; a shard must hold regular files only")
         if info.type == tarfile.GNUTYPE_LONGNAME or named:  # the others state times, owners and targets of links
             blocks += block + payload
@@ -200,7 +214,7 @@ def _header(file: Readable, shard: str, offset: int) -> TarInfo | None:
 
 
 def _is_whole(info: TarInfo, payload: bytes) -> bool:
-    """Whether an extension header holds one name, or pax records, up to its declared size, and zeros behind them."""
+    """Checks that an extension header has one name or pax records up to its declared size, and then zeros."""
     if info.type in NAMES:
         return len(payload) == _padded(info.size) and b"\0" not in payload.rstrip(b"\0")
     position = 0
@@ -212,7 +226,7 @@ def _is_whole(info: TarInfo, payload: bytes) -> bool:
 
 
 def _extended(blocks: bytes, shard: str, offset: int) -> TarInfo:
-    """A member's header with a long name or with attributes in pax format."""
+    """Parses the header of a member with a long name or with attributes in pax format."""
     try:
         info = tarfile.TarFile(fileobj=io.BytesIO(blocks), encoding="utf-8", errors="surrogateescape").next()
     except (tarfile.TarError, ValueError, OSError) as error:
@@ -223,9 +237,9 @@ def _extended(blocks: bytes, shard: str, offset: int) -> TarInfo:
 
 
 def _check_end(file: Readable, shard: str, offset: int) -> None:
-    """Nothing but zeros follows the first empty block, and no more of them than fill the last record.
+    """Checks that only zeros follow the first empty block, up to the end of the last record.
 
-    One empty block suffices, since some writers leave the second out.
+    One empty block suffices, since some writers omit the second.
     """
     end = _padded(offset + 2 * BLOCKSIZE, RECORDSIZE)
     rest = _read(file, end - offset - BLOCKSIZE + 1)
@@ -237,7 +251,7 @@ def _check_end(file: Readable, shard: str, offset: int) -> None:
 
 
 def _read(file: Readable, size: int) -> bytes:
-    """Up to ``size`` bytes; takes memory for what arrives, not for what a header declares."""
+    """Reads up to ``size`` bytes in pieces, so that a wrong size in a header costs no memory."""
     parts = []
     while size and (part := file.read(min(size, CHUNK))):
         parts.append(part)

@@ -1,4 +1,4 @@
-"""Image sets in the WebDataset layout of clip_benchmark, read where they lie: nothing is unpacked or held in memory."""
+"""Image sets in the WebDataset layout of clip_benchmark, read from tar files that are never unpacked."""
 
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from robustclip import textfiles
 from robustclip.data.decoding import open_image
 from robustclip.data.sources import tar
-from robustclip.data.sources.remote import HttpFile
+from robustclip.data.sources._remote import HttpFile
 from robustclip.data.sources.source import LocatedSource, Opened
 from robustclip.data.sources.tar import LABEL, MAX_TEXT_BYTES, TEXT, Sample
 from robustclip.textfiles import check_printable
@@ -29,7 +29,7 @@ class Shards(LocatedSource):
     schemes = REMOTE
 
     def open(self, split: str) -> Opened:
-        """Indexes local shards, lists remote ones, and reads class names beside them."""
+        """Indexes local shards, lists remote ones, and reads class names that come with them."""
         texts, urls = texts_beside(self.path), list_shards(self.path, split)
         if self.path.startswith(REMOTE):
             return Opened(None, tuple(urls), **texts)
@@ -37,9 +37,14 @@ class Shards(LocatedSource):
 
 
 class Place(NamedTuple):
-    """Where one sample lies: number of the shard, key, and offset and size of image and captions.
+    """The place of one sample in a set of shards; it is flat, since ImageNet has 1.3 million samples.
 
-    Flat, since ImageNet has 1.3 million of them.
+    Attributes:
+        shard: number of the shard.
+        key: key of the sample.
+        offset: offset of the image in the shard, in bytes.
+        size: size of the image in bytes.
+        text: offset and size of the captions; None without captions.
     """
 
     shard: int
@@ -50,18 +55,23 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, shard: int, sample: Sample) -> "Place":
-        """The place of a sample in a shard of this number."""
+        """Returns the place of a sample.
+
+        Args:
+            shard: number of the shard.
+            sample: sample in the shard.
+        """
         image, text = sample.image, sample.text
         return cls(shard, sample.key, image.offset, image.size, None if text is None else (text.offset, text.size))
 
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
-    """Labelled images of local tar files, or images with captions, read at random by offset.
+    """Images of local tar files with labels or captions, read at random by offset.
 
     Args:
         shards: tar files with ``KEY.(jpg|png|webp|...)`` and ``KEY.cls``, or with ``KEY.txt``, one caption a line;
             samples are numbered in this order.
-        is_labelled: every image must have a label; otherwise, captions.
+        is_labelled: whether every image must have a label, or else captions.
 
     Raises:
         ValueError: as `read_samples`.
@@ -85,12 +95,12 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
         return open_image(self.encoded(index)), self.labels[index]
 
     def encoded(self, index: int) -> bytes:
-        """Bytes of one image as they lie in the shard."""
+        """Returns the bytes of one image file."""
         place = self._places[index]
         return self._read(place.shard, place.offset, place.size)
 
     def captions(self, index: int) -> list[str]:
-        """Captions of one image; none where there is no ``.txt``."""
+        """Returns the captions of one image; empty without a ``.txt``."""
         place = self._places[index]
         if place.text is None:
             return []
@@ -98,7 +108,7 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
         return [line.strip() for line in lines if line.strip()]
 
     def where(self, index: int) -> str:
-        """Shard and key, for messages."""
+        """Returns shard and key of a sample, for messages."""
         place = self._places[index]
         return f"{self.shards[place.shard]} key {place.key!r}"
 
@@ -116,11 +126,11 @@ def read_samples(shard: str, *, needs: str, loads: Container[str]) -> Iterator[S
 
     Args:
         shard: path or URL.
-        needs: extension that every sample has beside its image, `tar.LABEL` or `tar.TEXT`.
+        needs: extension that every sample has in addition to its image, `tar.LABEL` or `tar.TEXT`.
         loads: extensions of the members whose data are loaded; labels must be among them.
 
     Raises:
-        ValueError: the shard is missing, cannot be read, is damaged or cut short, or holds anything but files of whole
+        ValueError: the shard is missing, cannot be read, is damaged or cut short, or has anything but files of complete
             samples.
     """
     try:
@@ -140,7 +150,7 @@ def _opened(place: str) -> AbstractContextManager[tar.Readable]:
 
 
 def _local(place: str) -> Path:
-    """A local path, perhaps written as a URL."""
+    """Converts a local path, which may be written as a URL."""
     if not place.startswith("file://"):
         return Path(place)
     path = unquote(place.removeprefix("file://").removeprefix("localhost"))
@@ -150,11 +160,15 @@ def _local(place: str) -> Path:
 
 
 def list_shards(location: str, split: str) -> list[str]:
-    """Paths or URLs of a split's shards: ``LOCATION/SPLIT/{0..N-1}.tar`` with N from ``nshards.txt``.
+    """Lists paths or URLs of a split's shards: ``LOCATION/SPLIT/{0..N-1}.tar`` with N from ``nshards.txt``.
+
+    Args:
+        location: folder or URL of the data set.
+        split: name of the split.
 
     Raises:
-        ValueError: no such folder or split, an ``nshards.txt`` that is no count, or, in a local folder, tar files that
-            it does not count.
+        ValueError: the folder or the split does not exist, ``nshards.txt`` is not a count, or a local folder has other
+            tar files.
     """
     base = f"{location.rstrip('/')}/{split}"
     if not location.startswith(REMOTE) and not Path(base).is_dir():
@@ -174,14 +188,14 @@ def list_shards(location: str, split: str) -> list[str]:
 
 
 def read_lines(location: str, name: str) -> list[str] | None:
-    """Lines of a text file beside the data, such as ``classnames.txt``; None if there is no such file.
+    """Reads the lines of a text file that comes with the data, such as ``classnames.txt``; None without such a file.
 
     Args:
         location: folder or URL of the data set.
         name: name of the file in it.
 
     Raises:
-        ValueError: another encoding, an empty line between others, or a line with a control character.
+        ValueError: the file has another encoding, an empty line between others, or a control character.
     """
     path = f"{location.rstrip('/')}/{name}"
     text = read_text(path)
@@ -196,17 +210,17 @@ def read_lines(location: str, name: str) -> list[str] | None:
 
 
 def texts_beside(location: str) -> dict[str, Any]:
-    """Class names and templates in text files beside the data, as `Opened` takes them; None without such a file."""
+    """Reads class names and templates that come with the data, as arguments of `Opened`; None without such a file."""
     names = read_lines(location, "classnames.txt")
     templates = read_lines(location, "zeroshot_classification_templates.txt")
-    return {"names": names, "templates": templates and [each.replace("{c}", "{}") for each in templates]}
+    return {"names": names, "templates": templates and [template.replace("{c}", "{}") for template in templates]}
 
 
 def read_text(path: str) -> str | None:
-    """Content of a small local or remote file; None if there is no such file.
+    """Reads a small local or remote text file; None if there is no such file.
 
     Raises:
-        ValueError: another encoding, or a remote file that cannot be read, or that is too large for text.
+        ValueError: the file has another encoding, cannot be read, or is too large for text.
     """
     if not path.startswith(HTTP):
         local = _local(path)

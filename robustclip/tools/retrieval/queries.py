@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from robustclip import display
 from robustclip.data.anchors import ListTable
-from robustclip.data.data_sets import OpenedSource
+from robustclip.data.opened_source import OpenedSource
 from robustclip.data.sources.source import labels_of
 from robustclip.tools.retrieval.encoder import Encoder, Part, Store, records
 from robustclip.tools.retrieval.pairs import pool_shards

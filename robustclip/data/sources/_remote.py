@@ -1,4 +1,4 @@
-"""Files on a web server, read from front to back; a failure that may pass does not end a run of days."""
+"""Reads files of a web server from front to back, and tries again after temporary failures."""
 
 import logging
 import re
@@ -14,38 +14,45 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 TIMEOUT_SECONDS = 60
-RETRY_DELAYS = (1, 2, 4, 8, 16, 30)  # seconds before each further try: one minute, as long as a service restarts
-TRANSIENT = (408, 425, 429)  # and all of 5xx
+RETRY_DELAYS = (1, 2, 4, 8, 16, 30)  # seconds before each further try; their sum is the time of a server's restart
+TRANSIENT = (408, 425, 429)  # status codes of temporary failures, in addition to all 5xx
 CHUNK = 1 << 16
 
 log = logging.getLogger(__name__)
 
 
 class Version(NamedTuple):
-    """Properties of a file by which a change is noticed; None where the server does not state them."""
+    """Properties of a remote file that reveal a change; None if the server does not state them.
+
+    Attributes:
+        size: number of bytes.
+        tag: entity tag.
+        modified: time of the last change.
+    """
 
     size: int | None
     tag: str | None
     modified: str | None
 
     def is_other_than(self, other: "Version") -> bool:
-        """Whether the two differ in a property that both have."""
+        """Checks whether two versions differ in a property that both have."""
         return any(a != b for a, b in zip(self, other, strict=True) if a is not None and b is not None)
 
 
 class HttpFile:
-    """A remote file as `tar.Readable`: a broken connection is opened again where it broke.
+    """A remote file as `tar.Readable`; reading resumes at the same byte after a broken connection.
 
-    fsspec's files do not serve here: they neither try again nor notice a change between two requests, and their event
+    Files of fsspec are unsuitable: they neither try again nor detect a change between two requests, and their event
     loop does not survive the fork of loader workers.
 
     Args:
-        url: http or https.
-        is_first_contact: a host that is unknown or refuses to connect is an error at once, since its name may be wrong.
+        url: address, http or https.
+        is_first_contact: raise an error at once if the host is unknown or refuses to connect, since its name may be
+            wrong.
 
     Raises:
-        ValueError: from every method, with the URL: the server refuses, the file has changed between two requests, or
-            all tries have failed.
+        ValueError: in every method, if the server refuses, the file has changed between two requests, or all tries
+            have failed.
     """
 
     def __init__(self, url: str, *, is_first_contact: bool = False) -> None:
@@ -65,7 +72,7 @@ class HttpFile:
         self._close()
 
     def read(self, size: int, /) -> bytes:
-        """Reads as many bytes, or fewer at the end of the file."""
+        """Reads this number of bytes, or fewer at the end of the file."""
         parts = []
         while size and (part := self._part(min(size, CHUNK))):
             parts.append(part)
@@ -73,7 +80,7 @@ class HttpFile:
         return b"".join(parts)
 
     def seek(self, offset: int, /) -> int:
-        """Reads on to an offset that lies ahead."""
+        """Moves forward to an offset by reading."""
         while self._offset < offset and self._part(min(offset - self._offset, CHUNK)):
             pass
         return self._offset
@@ -137,7 +144,7 @@ class HttpFile:
             response.close()
             raise ValueError(f"{self.url} has changed while it was read; start again")
         self._version = self._version or version
-        while begin < self._offset:  # the server does not give parts of files
+        while begin < self._offset:  # the server ignores ranges and sends the whole file
             if not (skipped := response.read(min(self._offset - begin, CHUNK))):
                 raise ConnectionError(f"the connection ended before byte {self._offset}")
             begin += len(skipped)
