@@ -12,15 +12,13 @@ from robustclip.arguments import Count, checked
 from robustclip.attacks import PGD
 from robustclip.attacks.attack import Forward
 from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, detected, scalars, table_name
-from robustclip.evaluation.journal import Journal, Row
+from robustclip.evaluation.journal import Journal, labelled_rows
 from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
-from robustclip.evaluation.progress import TaskProgress
-from robustclip.evaluation.robust import check_has_images, method_of, stage_of
+from robustclip.evaluation.task_callback import announce, check_has_images, log_outputs, method_of, stage_of
 from robustclip.evaluation.writer import Section, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
-from robustclip.results.summary import Record
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
 
@@ -116,8 +114,7 @@ class OODDetection(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Encodes the training images, prepares the scores, and takes the ledgers of the test."""
-        method, data, writer = method_of(pl_module), data_of(trainer), writer_of(trainer)
-        self._journal = writer.journal if writer else Journal(trainer, self._section.tables)
+        method, data, self._journal = method_of(pl_module), data_of(trainer), self._section.open(trainer)
         if KNN in self.scores:
             self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
         # Outside inference mode, whose tensors could not take part in an attack's graph.
@@ -150,20 +147,14 @@ class OODDetection(Callback):
             for batch in loader if tasks else ():
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 for task in tasks:
-                    if isinstance(trainer.progress_bar_callback, TaskProgress):
-                        trainer.progress_bar_callback.announce(f"{name}, unknown to {task}")
+                    announce(trainer, f"{name}, unknown to {task}")
                     self._add(method, task, name, moved)
-        journal = self._ledgers
-        facts = {"sections": {DETECTION: {**self._section.settings, **self._section.facts}}}
-        summary = detected(Record(facts, {name: journal.rows(name) for name in self._section.tables}))
         numbers = {
             f"test/{task}/{DETECTION}/{name}": value
-            for task, found in summary["tasks"].items()
-            for name, value in scalars(found).items()
+            for task, summary in self._section.summary(DETECTION, self._ledgers)["tasks"].items()
+            for name, value in scalars(summary).items()
         }
-        method.log_dict(numbers)
-        if (writer := writer_of(trainer)) is not None:
-            writer.outputs |= numbers.keys()
+        log_outputs(trainer, method, numbers)
 
     @property
     def _ledgers(self) -> Journal:
@@ -198,14 +189,7 @@ class OODDetection(Callback):
                     worse = torch.minimum if is_known else torch.maximum
                     columns[column(key, ATTACKED)] = worse(columns[column(key, CLEAN)], found)
         values = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
-        digests = batch.digests or [""] * len(batch.labels)
-        rows: list[Row] = [
-            {"id": number, "label": label, "pixels": pixels, **{key: value[place] for key, value in values.items()}}
-            for place, (number, label, pixels) in enumerate(
-                zip(batch.index.tolist(), batch.labels.tolist(), digests, strict=True)
-            )
-        ]
-        self._ledgers.append(table, rows)
+        self._ledgers.append(table, labelled_rows(batch, values))
 
     @property
     def _columns(self) -> list[str]:

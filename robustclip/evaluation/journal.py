@@ -82,9 +82,13 @@ class Journal:
         self._trainer.strategy.barrier(f"ledgers of {name} are written")
         return ledger.gather(*self._paths(name), self.headers[name])
 
-    def merge(self) -> dict[str, list[dict[str, str]]]:
-        """Join the parts of all processes into one file per ledger, and return the rows by the ledger's name."""
-        return {name: ledger.merge(*self._paths(name), header) for name, header in self.headers.items()}
+    def merge(self, tidy: Mapping[str, ledger.Tidy]) -> dict[str, list[dict[str, str]]]:
+        """Joins the parts of all processes into one file per ledger, and returns the rows by the ledger's name.
+
+        Args:
+            tidy: functions from all rows of a ledger to those that are kept, by the ledger's name.
+        """
+        return {name: ledger.merge(*self._paths(name), header, tidy.get(name)) for name, header in self.headers.items()}
 
     def is_finished(self, task: str, batch: Batch) -> bool:
         """Whether an earlier start has evaluated a whole batch, which a loader of the user's own gives again.
@@ -200,6 +204,22 @@ class Examples:
         first.insert(place, sample)
         del first[self.count :]
         return place < self.count
+
+
+def labelled_rows(batch: Batch, columns: Mapping[str, Sequence[object]]) -> list[Row]:
+    """Returns rows of a ledger with id, label and hash of the pixels of every image.
+
+    Args:
+        batch: images, or embeddings, which have no hash.
+        columns: further values per image.
+    """
+    known = {
+        "id": batch.index.tolist(),
+        "label": batch.labels.tolist(),
+        "pixels": batch.digests or [""] * len(batch.labels),
+    }
+    table = {**known, **columns}
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 
 def _of_all_processes(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
