@@ -1,9 +1,9 @@
-"""Grades whether a robust accuracy can be trusted, from what the ledgers report of attack and model."""
+"""Grades whether a robust accuracy can be trusted, from the ledgers' columns about attack and model."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,20 +19,20 @@ GRADES: dict[Status, str] = {"pass": "A", "not_measured": "B", "warn": "C", "fai
 ORDER = list(GRADES)  # from the best to the worst
 
 # Limits of warning and of failure, for shares. The lower end of a share's 95 % interval is compared with them, so that
-# chance on a small set fails nobody.
-DEAD_GRADIENTS = (0.001, 0.01)  # each is a step that the attack did not take
-FALLING_LOSS = (0.01, 0.1)  # noise and wrong labels lower it for a third and more
-NEAR_CLEAN = (0.01, 0.1)  # each is a sample that counts as robust against a radius that it has not seen
-PROBES_RESISTED = (0.02, 0.25)  # 1 of 1 warns, 2 of 2 fail
-BLACK_BOX_WINS = (0.002, 0.02)  # a sound search leaves random search next to nothing
-BASELINE_ROBUST = (0.1, 0.3)  # of the mean over tasks; CLIP keeps a few per cent at 1/255 (arXiv:2212.07016)
+# a small set does not fail by chance.
+DEAD_GRADIENTS = (0.001, 0.01)  # a dead gradient is a step that the attack did not take
+FALLING_LOSS = (0.01, 0.1)  # noise and wrong labels lower the loss of a third of the samples and more
+NEAR_CLEAN = (0.01, 0.1)  # a sample near its clean image counts as robust against a radius that was not tried
+PROBES_RESISTED = (0.02, 0.25)  # 1 sample of 1 is a warning, 2 of 2 a failure
+BLACK_BOX_WINS = (0.002, 0.02)  # random search finds next to nothing after a sound gradient search
+BASELINE_ROBUST = (0.1, 0.3)  # limits of the mean over tasks; CLIP keeps a few per cent at 1/255 (arXiv:2212.07016)
 # An 8-bit image cannot show less than half a grey level. A quarter of the range (l2: in every pixel of 32 x 32) is
 # several times RobustBench's largest radii, 8/255 and 3; radii in grey levels are above.
 RADII = {"linf": (0.5 / 255, 0.25), "l2": (0.5 / 255, 14.0)}
-OUTSIDE = 0.5  # of the range of pixels; bicubic resizing overshoots by a tenth, a second normalisation by more than 1
-ONE_CLASS = 0.95  # of all predictions; labels that are as uneven are left alone
-REPEAT_TOLERANCE = 1e-3  # of the largest logit; kernels differ with the size of a batch
-SMALLEST_TASK = 20  # samples, for statements about one task
+OUTSIDE = 0.5  # share of the pixel range; bicubic resizing overshoots by 0.1, a second normalisation by more than 1
+ONE_CLASS = 0.95  # share of all predictions; tasks with equally uneven labels are not graded
+REPEAT_TOLERANCE = 1e-3  # share of the largest logit; kernels differ with the batch size
+SMALLEST_TASK = 20  # number of samples from which on a single task is graded
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Check:
     """The answer of one audit check.
 
     Attributes:
-        name: of the check.
-        status: how good the answer is.
-        found: measurement behind it.
+        name: name of the check.
+        status: ``pass``, ``not_measured``, ``warn`` or ``fail``.
+        measurement: numbers behind the status.
         why: meaning of a bad answer.
     """
 
     name: str
     status: Status
-    found: str
+    measurement: str
     why: str
 
 
@@ -57,9 +57,9 @@ class AuditCheck(ABC):
 
     - ``name``: key in the result.
     - ``why``: one sentence on what a bad answer means.
-    - ``grade(evidence)``: returns a `Check`, which these make:
-      ``answer(status, found)`` from a status, ``of_share(share, limits, found)`` from limits of warning and failure,
-      ``of_count(count, total, limits, what)`` from the lower end of the share's 95 % interval.
+    - ``grade(evidence)``: returns a `Check`, made by ``answer(status, measurement)`` from a status, by
+      ``of_share(share, limits, measurement)`` from limits of warning and failure, or by
+      ``of_count(count, total, limits, fault)`` from the lower end of the share's 95 % interval.
     """
 
     name: str = ""
@@ -67,58 +67,59 @@ class AuditCheck(ABC):
 
     @abstractmethod
     def grade(self, evidence: Evidence) -> Check:
-        """Answers from the columns of the ledgers; ``not_measured`` where they do not suffice."""
+        """Grades the columns of the ledgers; ``not_measured`` where they do not suffice."""
 
-    def answer(self, status: Status, found: str) -> Check:
-        """The check's answer.
+    def answer(self, status: Status, measurement: str) -> Check:
+        """Returns the check's answer.
 
         Args:
             status: ``pass``, ``not_measured``, ``warn`` or ``fail``.
-            found: measurement behind it.
+            measurement: numbers behind the status.
         """
-        return Check(self.name, status, found, self.why)
+        return Check(self.name, status, measurement, self.why)
 
-    def of_share(self, share: float, limits: tuple[float, float], found: str) -> Check:
+    def of_share(self, share: float, limits: tuple[float, float], measurement: str) -> Check:
         """Grades a share.
 
         Args:
             share: in [0, 1].
             limits: shares above which the answer is a warning and a failure.
-            found: measurement behind it.
+            measurement: numbers behind the share.
         """
-        return self.answer("fail" if share > limits[1] else "warn" if share > limits[0] else "pass", found)
+        return self.answer("fail" if share > limits[1] else "warn" if share > limits[0] else "pass", measurement)
 
-    def of_count(self, count: int, total: int, limits: tuple[float, float], what: str) -> Check:
+    def of_count(self, count: int, total: int, limits: tuple[float, float], fault: str) -> Check:
         """Grades the lower end of the 95 % interval of a share.
 
         Args:
-            count: cases of the fault.
-            total: cases that were examined; 0 is ``not_measured``.
+            count: number of cases with the fault.
+            total: number of examined cases; 0 is ``not_measured``.
             limits: see `of_share`.
-            what: description of the fault, which follows the two numbers.
+            fault: description of the fault, which follows the two numbers.
         """
         if not total:
-            return self.answer("not_measured", f"0 of 0 {what}")
-        return self.of_share(wilson(count, total)[0], limits, f"{count:,} of {total:,} {what}")
+            return self.answer("not_measured", f"0 of 0 {fault}")
+        return self.of_share(wilson(count, total)[0], limits, f"{count:,} of {total:,} {fault}")
 
 
 def audit(evidence: Evidence, further: Sequence[AuditCheck] = ()) -> dict[str, Any]:
-    """Grade and checks: A all passed, B something was not measured, C a warning, F a failure.
+    """Grades a test: A all checks passed, B something was not measured, C a warning, F a failure.
 
     Args:
-        evidence: of a finished test.
-        further: checks of the user, which follow ours and count as much.
+        evidence: measurements of a finished test.
+        further: checks of the user, which follow the package's and count as much.
     """
     checks = [check.grade(evidence) for check in (*CHECKS, *further)]
     worst = max((check.status for check in checks), key=ORDER.index)
-    return {"grade": GRADES[worst], "checks": [asdict(check) for check in checks]}
+    answers = [{"name": c.name, "status": c.status, "found": c.measurement, "why": c.why} for c in checks]
+    return {"grade": GRADES[worst], "checks": answers}
 
 
 def checks_at(paths: Iterable[str]) -> list[AuditCheck]:
     """Makes the user's checks from the paths of their classes.
 
     Args:
-        paths: such as ``my_module.MyCheck``.
+        paths: class paths such as ``my_module.MyCheck``.
 
     Raises:
         ValueError: no such class, one that is not complete, or one whose name is taken.
@@ -137,14 +138,14 @@ def checks_at(paths: Iterable[str]) -> list[AuditCheck]:
 
 class _Baseline(AuditCheck):
     name = "baseline"
-    why = "an attack that leaves the undefended model standing says nothing about a defence"
+    why = "an attack that the undefended model survives says nothing about a defence"
 
     def grade(self, evidence: Evidence) -> Check:
         shares = evidence.undefended()
         if isinstance(shares, str):
             return self.answer("not_measured", shares)
         name, share = max(shares.items(), key=lambda item: item[1])
-        return self.of_share(share, BASELINE_ROBUST, f"undefended: {share:.1%} right under {name}")
+        return self.of_share(share, BASELINE_ROBUST, f"undefended: {share:.1%} correct under {name}")
 
 
 class _Radius(AuditCheck):
@@ -161,7 +162,7 @@ class _Radius(AuditCheck):
         if not radii:
             return self.answer("not_measured", "no attack with a radius")
         odd = [f"{norm} {eps:.3g}" for eps, norm in sorted(radii) if not RADII[norm][0] <= eps <= RADII[norm][1]]
-        return self.answer("warn" if odd else "pass", f"out of the ordinary: {', '.join(odd) or 'none'}")
+        return self.answer("warn" if odd else "pass", f"unusual radii: {', '.join(odd) or 'none'}")
 
 
 class _PixelGradients(AuditCheck):
@@ -191,13 +192,13 @@ class _LossRises(AuditCheck):
     def grade(self, evidence: Evidence) -> Check:
         loss, clean = evidence.total("loss"), evidence.total("clean_loss")
         falls = loss < 0.99 * clean - 1e-6  # of tiny losses fp32 keeps 1e-7
-        what = "attacked samples end with a lower loss than clean"
-        return self.of_count(int(falls.sum()), falls.size, FALLING_LOSS, what)
+        fault = "attacked samples end with a lower loss than clean"
+        return self.of_count(int(falls.sum()), falls.size, FALLING_LOSS, fault)
 
 
 class _UsesRadius(AuditCheck):
     name = "uses_radius"
-    why = "a sample that survived near its clean image was tried at a smaller radius than the result tells"
+    why = "a sample that survived near its clean image was tried at a smaller radius than the result states"
 
     def grade(self, evidence: Evidence) -> Check:
         near = survivors = attacked = 0
@@ -215,27 +216,27 @@ class _UsesRadius(AuditCheck):
         return self.of_count(near, survivors, NEAR_CLEAN, "survivors lie within half the radius")
 
 
-class _BallAndBox(AuditCheck):
+class _InsideSet(AuditCheck):
     name = "ball_and_box"
-    why = "images outside of ball or box were tried; they do not count, but the attack is not the one that is named"
+    why = "images outside the perturbation set or the valid pixel range do not count, and the attack is misnamed"
 
     def grade(self, evidence: Evidence) -> Check:
         excess = evidence.total("excess")
-        found = f"largest excess {excess.max(initial=0):.2g}"
+        measurement = f"largest excess {excess.max(initial=0):.2g}"
         status: Status = "fail" if excess.max(initial=0) > BOX_TOLERANCE else "pass" if excess.size else "not_measured"
-        return self.answer(status, found)
+        return self.answer(status, measurement)
 
 
 class _Finite(AuditCheck):
     name = "finite"
-    why = "NaN compares as it likes"
+    why = "comparisons with NaN have no meaning, so neither attack nor accuracy can be trusted"
 
     def grade(self, evidence: Evidence) -> Check:
         clean = sum(int((~np.isfinite(columns["largest_logit"])).sum()) for columns in evidence.samples.values())
         under_attack = ~np.isfinite(evidence.total("distance")) | (evidence.total("nans") > 0)
         count = int(under_attack.sum())
-        found = f"{clean:,} clean and {count:,} attacked samples are not"
-        return self.answer("fail" if clean + count else "pass", found)
+        measurement = f"{clean:,} clean and {count:,} attacked samples are not finite"
+        return self.answer("fail" if clean + count else "pass", measurement)
 
 
 class _Repeatable(AuditCheck):
@@ -248,8 +249,8 @@ class _Repeatable(AuditCheck):
         if not probed.any():
             return self.answer("not_measured", "no sample was probed")
         is_same = bool((difference[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
-        found = f"largest difference of a logit {difference[probed].max():.2g}, {probed.sum()} samples"
-        return self.answer("pass" if is_same else "fail", found)
+        measurement = f"largest difference of a logit {difference[probed].max():.2g}, {probed.sum()} samples"
+        return self.answer("pass" if is_same else "fail", measurement)
 
 
 class _StrongerAttack(AuditCheck):
@@ -257,8 +258,8 @@ class _StrongerAttack(AuditCheck):
 
     Args:
         name: of the check.
-        column: of the ledger, with 1 where the stronger version succeeded and 0 where it failed.
-        is_of_survivors: it was tried on samples that survived the attack, else on those that its first member changed.
+        column: column of the ledger, with 1 where the stronger version succeeded and 0 where it failed.
+        is_of_survivors: try samples that survived the attack; else samples on which its first member succeeded.
         why: see `AuditCheck`.
     """
 
@@ -280,7 +281,7 @@ class _StrongerAttack(AuditCheck):
 
 class _BlackBox(AuditCheck):
     name = "black_box"
-    why = "what gradients miss and random search finds points to masked gradients"
+    why = "successes of random search on samples that survived gradients point to masked gradients"
 
     def grade(self, evidence: Evidence) -> Check:
         won, samples = Counter[str](), Counter[str]()
@@ -291,30 +292,30 @@ class _BlackBox(AuditCheck):
                 won[attack] += int(np.isin(columns["by"], blind).sum())
                 samples[attack] += len(evidence.samples[task]["id"])
         checks = [
-            self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"broken by it alone, {name}") for name in samples
+            self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"misclassified by it alone, {name}") for name in samples
         ]
         if not checks:
-            found = "no black-box attack after others; the recipes cascade and autoattack have one"
-            return self.answer("not_measured", found)
+            measurement = "no black-box attack after others; the recipes cascade and autoattack have one"
+            return self.answer("not_measured", measurement)
         return max(checks, key=lambda check: ORDER.index(check.status))
 
 
 class _NormalisedOnce(AuditCheck):
     name = "normalised_once"
-    why = "pixels far outside of a normalised image's range were normalised twice, or are grey levels"
+    why = "pixels far outside a normalised image's range were normalised twice, or are grey levels"
 
     def grade(self, evidence: Evidence) -> Check:
         outside = evidence.clean("outside")
         outside = outside[np.isfinite(outside)]
         if not outside.size:
             return self.answer("not_measured", "no sample was probed")
-        found = f"the tower sees pixels {outside.max():.0%} of the range outside of it"
-        return self.answer("warn" if outside.max() > OUTSIDE else "pass", found)
+        measurement = f"the tower receives pixels {outside.max():.0%} of the range outside of it"
+        return self.answer("warn" if outside.max() > OUTSIDE else "pass", measurement)
 
 
 class _LogitScale(AuditCheck):
     name = "logit_scale"
-    why = "logits that are bare cosines lack the temperature: attacks on them are weak, and so is the softmax"
+    why = "logits without the temperature are mere cosines, on which attacks are weak"
 
     def grade(self, evidence: Evidence) -> Check:
         logits = evidence.clean("largest_logit")
@@ -325,7 +326,7 @@ class _LogitScale(AuditCheck):
 
 class _BetterThanChance(AuditCheck):
     name = "better_than_chance"
-    why = "a model that guesses has nothing to lose: look for normalisation done twice, or class names in another order"
+    why = "a model at chance has nothing to lose; look for a second normalisation, or class names in another order"
 
     def grade(self, evidence: Evidence) -> Check:
         guessing = []
@@ -333,13 +334,13 @@ class _BetterThanChance(AuditCheck):
             n, correct = len(columns["id"]), int((columns["clean"] == columns["label"]).sum())
             if n >= SMALLEST_TASK and wilson(correct, n)[0] <= 1 / evidence.class_counts[task]:
                 guessing.append(task)
-        found = f"clean accuracy at chance: {', '.join(guessing) or 'no task'}"
-        return self.answer("warn" if guessing else "pass", found)
+        measurement = f"clean accuracy at chance: {', '.join(guessing) or 'no task'}"
+        return self.answer("warn" if guessing else "pass", measurement)
 
 
 class _PredictionsVary(AuditCheck):
     name = "predictions_vary"
-    why = "a model that gives one answer to everything cannot be attacked; its accuracy is no robustness"
+    why = "a model that always predicts one class cannot be attacked; its accuracy is no robustness"
 
     def grade(self, evidence: Evidence) -> Check:
         stuck = [
@@ -348,12 +349,12 @@ class _PredictionsVary(AuditCheck):
             if len(columns["id"]) >= SMALLEST_TASK
             and _commonest(columns["clean"]) >= ONE_CLASS > _commonest(columns["label"])
         ]
-        found = f"one class for nearly all: {', '.join(stuck) or 'no task'}"
-        return self.answer("warn" if stuck else "pass", found)
+        measurement = f"one class for nearly all: {', '.join(stuck) or 'no task'}"
+        return self.answer("warn" if stuck else "pass", measurement)
 
 
 def _commonest(classes: NDArray[Any]) -> float:
-    """Share of the most frequent class."""
+    """Computes the share of the most frequent class."""
     return float(np.unique(classes, return_counts=True)[1].max() / classes.size)
 
 
@@ -363,14 +364,14 @@ CHECKS: Sequence[AuditCheck] = (
     _PixelGradients(),
     _LossRises(),
     _UsesRadius(),
-    _BallAndBox(),
+    _InsideSet(),
     _Finite(),
     _Repeatable(),
     _StrongerAttack(
         "larger_radius", "wider", False, "a larger radius must not help the model; if it does, gradients mislead"
     ),
     _StrongerAttack(
-        "any_radius", "wider", True, "half the pixel range erases an image; who survives it hides its gradients"
+        "any_radius", "wider", True, "half the pixel range erases an image; a model that survives it hides its gradients"
     ),
     _StrongerAttack("more_steps", "longer", False, "more steps must not help the model; if they do, gradients mislead"),
     _BlackBox(),

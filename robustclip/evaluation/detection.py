@@ -1,4 +1,4 @@
-"""Detection of images of unknown classes during a test, without and under attack."""
+"""Detects images of unknown classes during a test, without and under attack."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -12,15 +12,13 @@ from robustclip.arguments import Count, checked
 from robustclip.attacks import PGD
 from robustclip.attacks.attack import Forward
 from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, detected, scalars, table_name
-from robustclip.evaluation.journal import Journal, Row
+from robustclip.evaluation.journal import Journal, labelled_rows
 from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
-from robustclip.evaluation.progress import TaskProgress
-from robustclip.evaluation.robust import check_has_images, method_of, stage_of
+from robustclip.evaluation.task_callback import announce, check_has_images, log_outputs, method_of, stage_of
 from robustclip.evaluation.writer import Section, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
-from robustclip.results.summary import Record
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
 
@@ -32,30 +30,31 @@ class OODDetection(Callback):
     For every known task and every set of ``data.unknown``, known samples being the positives, a test logs
     ``test/<known>/detection/<unknown>/<score>/...``:
 
-    - ``auroc``, ``aupr``: of the ranking by the score;
+    - ``auroc``, ``aupr``: areas under the curves of the ranking by the score;
     - ``fpr95``: the share of unknown samples at or above the highest threshold that 95 % of the known ones reach;
     - ``h``: harmonic mean of ``auroc`` and ``class_accuracy``;
-    - ``attacked/auroc``, ``/aupr``, ``/fpr95``: where every image is attacked, known ones to lower the very score that
-      is reported, unknown ones to raise it; of the clean image and what the attack returns, the worse one counts.
+    - ``attacked/auroc``, ``/aupr``, ``/fpr95``: numbers under attack, which lowers the reported score of known images
+      and raises that of unknown ones. The worse of the clean and the attacked image counts.
 
     and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
     error of the softmax in 15 bins. Beside a `ResultsWriter`, scores, histograms and ROC curves are kept too.
 
     Args:
-        known: test tasks; null for all.
-        unknown: known task to the names of its unknown sets; null, or a task that is not named, for all.
+        known: names of the known test tasks; null for all.
+        unknown: known task to the names of its unknown sets; null, or no entry for a task, for all.
         scores: names, class paths or objects of `Score`; ``mcm`` is the softmax of the cosines, ``msp`` that of the
             scaled logits, ``knn`` the nearness of the training images, see `Neighbours`.
-        neighbours: every K for which the result has AUROC and FPR95 of ``knn``, up to the number of training images;
-            the score itself takes 1 % of that.
+        neighbours: values of K for the curve of ``knn``, up to the number of training images; the score itself takes
+            1 % of that number.
         headline: score of the tables.
         attack: null for clean images alone; ``keep: best`` returns the best iterate by the attacked score.
-        attacked: scores that are attacked, each at the attack's cost; null for the headline.
-        is_correct_only: known samples that are wrong when clean are no positives, as in CRoFT's code; it flatters.
-        seed: of the attack's random starts.
+        attacked: scores to attack, each at the attack's cost; null for the headline.
+        is_correct_only: leave out known samples that are misclassified without attack, as CRoFT's code does; this
+            raises the numbers.
+        seed: seed of the attack's random starts.
 
     Raises:
-        ValueError: a score that is headline or attacked but not computed, an attack with a loss of its own, no
+        ValueError: a headline or attacked score that is not among the scores, an attack with a loss of its own, no
             neighbour; when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or
             no training images for ``knn``.
     """
@@ -82,9 +81,9 @@ class OODDetection(Callback):
         self.attacked = [] if attack is None else [headline] if attacked is None else attacked
         for name in (headline, *self.attacked):
             if name not in self.scores:
-                raise ValueError(f"scores must hold the headline and what is attacked, got {self.scores}; add {name!r}")
+                raise ValueError(f"scores must hold the headline and the attacked scores, got {self.scores}; add {name!r}")
         if attack is not None and attack.loss is not None:
-            raise ValueError(f"attack.loss must be null, got {attack.loss!r}; it is the score that is attacked")
+            raise ValueError(f"attack.loss must be null, got {attack.loss!r}; the attack maximises or minimises the score")
         self.neighbours = sorted({*neighbours})
         self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}
@@ -100,11 +99,11 @@ class OODDetection(Callback):
         if self.attacked:
             check_has_images(trainer, "OODDetection's attacks")
         if not names:
-            raise ValueError("nothing to detect: `data.unknown` lists no data set of unknown classes")
+            raise ValueError("OODDetection needs a data set of unknown classes; list one in `data.unknown`")
         _check_names("known", self.known or [], tasks)
         _check_names("unknown", self.unknown, tasks)
-        for task, wanted in self.unknown.items():
-            _check_names(f"unknown.{task}", wanted, names)
+        for task, sets in self.unknown.items():
+            _check_names(f"unknown.{task}", sets, names)
         self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
         if KNN in self.scores:
             check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
@@ -116,8 +115,7 @@ class OODDetection(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Encodes the training images, prepares the scores, and takes the ledgers of the test."""
-        method, data, writer = method_of(pl_module), data_of(trainer), writer_of(trainer)
-        self._journal = writer.journal if writer else Journal(trainer, self._section.tables)
+        method, data, self._journal = method_of(pl_module), data_of(trainer), self._section.open(trainer)
         if KNN in self.scores:
             self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
         # Outside inference mode, whose tensors could not take part in an attack's graph.
@@ -126,18 +124,18 @@ class OODDetection(Callback):
                 for score in self._score_by_name.values() if known.name in self._pairs else ():
                     score.prepare(method, known)
         self._section.facts |= {
-            "own_scores": self._own_scores,  # again, since `prepare` may have changed their settings
+            "own_scores": self._own_scores,  # `prepare` may have changed their settings
             KNN: None if self._bank is None else self._bank.settings,
             "curve": [] if self._bank is None else self._bank.curve,
             "has_pixels": data.feature_model is None,
             "data": {name: data.protocol(name) for name in data.unknown_names},
         }
 
-    # Not at the batch's end: a `RobustEvaluation` that follows times what lies between.
+    # At the start of the batch, since a `RobustEvaluation` that follows measures the time from its own start hook on.
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Score a batch of a known task."""
+        """Scores a batch of a known task."""
         task = stage_of(trainer)[1][dataloader_idx].name
         if task in self._pairs:
             self._add(method_of(pl_module), task, task, batch)
@@ -150,20 +148,14 @@ class OODDetection(Callback):
             for batch in loader if tasks else ():
                 moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
                 for task in tasks:
-                    if isinstance(trainer.progress_bar_callback, TaskProgress):
-                        trainer.progress_bar_callback.announce(f"{name}, unknown to {task}")
+                    announce(trainer, f"{name}, unknown to {task}")
                     self._add(method, task, name, moved)
-        journal = self._ledgers
-        facts = {"sections": {DETECTION: {**self._section.settings, **self._section.facts}}}
-        summary = detected(Record(facts, {name: journal.rows(name) for name in self._section.tables}))
         numbers = {
             f"test/{task}/{DETECTION}/{name}": value
-            for task, found in summary["tasks"].items()
-            for name, value in scalars(found).items()
+            for task, summary in self._section.summary(DETECTION, self._ledgers)["tasks"].items()
+            for name, value in scalars(summary).items()
         }
-        method.log_dict(numbers)
-        if (writer := writer_of(trainer)) is not None:
-            writer.outputs |= numbers.keys()
+        log_outputs(trainer, method, numbers)
 
     @property
     def _ledgers(self) -> Journal:
@@ -192,20 +184,13 @@ class OODDetection(Callback):
                 for key in self.attacked:
                     score = self._score_by_name[key]
                     forward = partial(score.forward, method, task=task)
-                    found = attacked_score(
+                    values = attacked_score(
                         self.attack, method, forward, score, batch, is_known=is_known, seed=self.seed
                     )
                     worse = torch.minimum if is_known else torch.maximum
-                    columns[column(key, ATTACKED)] = worse(columns[column(key, CLEAN)], found)
-        values = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
-        digests = batch.digests or [""] * len(batch.labels)
-        rows: list[Row] = [
-            {"id": number, "label": label, "pixels": pixels, **{key: value[place] for key, value in values.items()}}
-            for place, (number, label, pixels) in enumerate(
-                zip(batch.index.tolist(), batch.labels.tolist(), digests, strict=True)
-            )
-        ]
-        self._ledgers.append(table, rows)
+                    columns[column(key, ATTACKED)] = worse(columns[column(key, CLEAN)], values)
+        cells = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
+        self._ledgers.append(table, labelled_rows(batch, cells))
 
     @property
     def _columns(self) -> list[str]:
@@ -219,7 +204,7 @@ class OODDetection(Callback):
         return {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()}
 
     def _settings(self) -> dict[str, Any]:
-        """Settings that the rows and the numbers depend on besides model and data."""
+        """Returns the settings that change rows or numbers of the section."""
         attack = None if self.attack is None else {"class": type(self.attack).__name__, **self.attack.settings}
         return {
             "pairs": self._pairs,
@@ -237,16 +222,16 @@ class OODDetection(Callback):
 def attacked_score(
     attack: PGD, method: RobustMethod, forward: Forward, score: Score, batch: Batch, *, is_known: bool, seed: int
 ) -> Tensor:
-    """Score ``(B,)`` under an attack that lowers it for known samples and raises it for unknown ones.
+    """Computes a score ``(B,)`` under an attack that lowers it for known samples and raises it for unknown ones.
 
     Args:
-        attack: without a loss of its own.
-        method: frozen.
-        forward: its images to what the score takes.
-        score: of that.
-        batch: the clean images.
-        is_known: whether they show known classes.
-        seed: of the random starts.
+        attack: attack without a loss of its own.
+        method: frozen method.
+        forward: function from images to the input of the score.
+        score: attacked score.
+        batch: clean images.
+        is_known: whether the images show known classes.
+        seed: seed of the random starts.
     """
     sign = torch.full((len(batch.index),), -1.0 if is_known else 1.0, dtype=torch.float64, device=method.device)
 
@@ -258,7 +243,7 @@ def attacked_score(
 
 
 def _per_sample(score: Score, outputs: Tensor, scale: Tensor) -> Tensor:
-    """The values of a score, which must be one per sample."""
+    """Computes a score, and refuses values that are not one per sample."""
     values = score.value(outputs, scale)
     if values.shape != outputs.shape[:1]:
         shape = tuple(values.shape)
@@ -266,7 +251,7 @@ def _per_sample(score: Score, outputs: Tensor, scale: Tensor) -> Tensor:
     return values
 
 
-def _check_names(option: str, wanted: Iterable[str], offered: Sequence[str]) -> None:
-    for name in wanted:
+def _check_names(option: str, names: Iterable[str], offered: Sequence[str]) -> None:
+    for name in names:
         if name not in offered:
             raise ValueError(f"{option} of OODDetection names {name!r}; the data have {', '.join(offered)}")

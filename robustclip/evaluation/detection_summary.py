@@ -1,4 +1,4 @@
-"""The detection section of a result, from the scores of known and unknown samples."""
+"""Computes the detection section of a result from the scores of known and unknown samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,58 +13,57 @@ from robustclip.results.protocol import digest
 from robustclip.results.summary import Record, Rows
 from robustclip.results.tables import DETECTION
 
-JOINT = "@"  # between a task and a set in the name of a ledger of scores
+JOINT = "@"  # separates a task from a set in the name of a ledger
 CLEAN, ATTACKED = "clean", "attacked"
-NEIGHBOURS = "neighbours"  # of an unknown set: the curve of the KNN score
+NEIGHBOURS = "neighbours"  # key of the curve of the KNN score
 CONFIDENCE_BINS = 15  # Guo et al., https://arxiv.org/abs/1706.04599
-HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a picture
+HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a plot
 DIGITS, CURVE_DIGITS = 6, 4  # torchmetrics computes in fp32
 
 Columns = Mapping[str, Tensor]
-"""A value per sample ``(N,)``: label, is_right, confidence, every score, and where they are ``<score>/attacked`` and
-``knn/<K>``."""
+"""Values ``(N,)`` by name: label, is_right, confidence, every score, and optionally ``<score>/attacked``, ``knn/<K>``."""
 
 
 def table_name(task: str, name: str) -> str:
-    """Name of the ledger with the scores of a set of images; the known samples of a task form the set of its name.
+    """Returns the name of the ledger with the scores of a set; a task's known samples form the set of its name.
 
     Args:
-        task: whose classes are known.
-        name: of the set.
+        task: name of the task with the known classes.
+        name: name of the set.
     """
     return f"{task}{JOINT}{name}"
 
 
 def detected(record: Record) -> dict[str, Any]:
-    """The section of a test with `OODDetection`."""
-    given = record.settings(DETECTION)
+    """Computes the section of a test with `OODDetection`."""
+    settings = record.settings(DETECTION)
     tasks = {}
-    for task, sets in given["pairs"].items():
-        names = ["label", "is_right", "confidence", *given["scores"]]
-        names += [column(score, ATTACKED) for score in given["attacked"]]
-        names += [column(KNN, str(k)) for k in given["curve"]]
+    for task, sets in settings["pairs"].items():
+        names = ["label", "is_right", "confidence", *settings["scores"]]
+        names += [column(score, ATTACKED) for score in settings["attacked"]]
+        names += [column(KNN, str(k)) for k in settings["curve"]]
         tables = {name: record.rows[table_name(task, name)] for name in (task, *sets)}
         tasks[task] = summarise(
             _columns(tables[task], names),
             {name: _columns(tables[name], names) for name in sets},
-            given["scores"],
-            drawn=[given["headline"], *given["attacked"]],
-            is_correct_only=given["is_correct_only"],
-            neighbours=given["curve"],
+            settings["scores"],
+            drawn=[settings["headline"], *settings["attacked"]],
+            is_correct_only=settings["is_correct_only"],
+            neighbours=settings["curve"],
         )
-        for name, found in tasks[task]["unknown"].items():
-            found["data"] = given["data"][name] | {"pixels": _digest(tables[name]) if given["has_pixels"] else None}
-    told = ["headline", "is_correct_only", "attack", *([KNN] if given[KNN] else [])]
-    told += ["attacked", "seed"] if given["attack"] else []
-    own = {"scores": given["own_scores"]} if given["own_scores"] else {}
-    return {**{name: given[name] for name in told}, **own, "tasks": tasks}
+        for name, summary in tasks[task]["unknown"].items():
+            summary["data"] = settings["data"][name] | {"pixels": _digest(tables[name]) if settings["has_pixels"] else None}
+    keys = ["headline", "is_correct_only", "attack", *([KNN] if settings[KNN] else [])]
+    keys += ["attacked", "seed"] if settings["attack"] else []
+    own = {"scores": settings["own_scores"]} if settings["own_scores"] else {}
+    return {**{name: settings[name] for name in keys}, **own, "tasks": tasks}
 
 
 def column(score: str, kind: str) -> str:
-    """Name of the column of a score.
+    """Returns the name of the column of a score.
 
     Args:
-        score: its name.
+        score: name of the score.
         kind: ``clean``, ``attacked``, or K of the KNN score.
     """
     return score if kind == CLEAN else f"{score}/{kind}"
@@ -79,39 +78,39 @@ def summarise(
     is_correct_only: bool,
     neighbours: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Compute the part of the section about a known task.
+    """Computes the part of the section about a known task.
 
     Args:
-        known: of all its samples.
-        unknown: by the name of the set.
-        scores: to be compared.
-        drawn: scores whose histograms and ROC curves are kept.
-        is_correct_only: samples that are wrong when clean count in accuracy and calibration alone.
-        neighbours: every K of the curve of the KNN score.
+        known: columns of all samples of the task.
+        unknown: columns of the unknown sets, by their names.
+        scores: names of the compared scores.
+        drawn: scores with a histogram and a ROC curve.
+        is_correct_only: leave samples that are misclassified without attack out of the comparison of scores.
+        neighbours: values of K for the curve of the KNN score.
     """
-    is_right = known["is_right"].bool()
-    accuracy = class_accuracy(known["label"].long(), is_right)
-    ece = calibration_error(known["confidence"], is_right, CONFIDENCE_BINS)
-    positives = {name: values[is_right] for name, values in known.items()} if is_correct_only else known
+    is_correct = known["is_right"].bool()
+    accuracy = class_accuracy(known["label"].long(), is_correct)
+    ece = calibration_error(known["confidence"], is_correct, CONFIDENCE_BINS)
+    positives = {name: values[is_correct] for name, values in known.items()} if is_correct_only else known
     sets = {}
     for name, columns in unknown.items():
-        found = {score: _compared(positives, columns, score, accuracy, is_drawn=score in drawn) for score in scores}
-        sets[name] = {"n": len(columns["label"]), "scores": found}
+        numbers = {score: _compared(positives, columns, score, accuracy, is_drawn=score in drawn) for score in scores}
+        sets[name] = {"n": len(columns["label"]), "scores": numbers}
         if neighbours:
             sets[name][NEIGHBOURS] = _over_neighbours(positives, columns, neighbours)
-    return {"n": len(is_right), "class_accuracy": _number(accuracy), "ece": _number(ece), "unknown": sets}
+    return {"n": len(is_correct), "class_accuracy": _number(accuracy), "ece": _number(ece), "unknown": sets}
 
 
 def scalars(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a `summarise`, by the path to be logged under."""
-    found = {name: summary[name] for name in ("class_accuracy", "ece")}
-    for name, each in summary["unknown"].items():
-        found[f"{name}/n"] = each["n"]
-        for score, values in each["scores"].items():
+    """Returns the numbers of a known task by the paths for logging."""
+    numbers = {name: summary[name] for name in ("class_accuracy", "ece")}
+    for name, part in summary["unknown"].items():
+        numbers[f"{name}/n"] = part["n"]
+        for score, values in part["scores"].items():
             plain = {key: value for key, value in values.items() if key not in (ATTACKED, "histogram", "roc")}
             attacked = {f"{ATTACKED}/{key}": value for key, value in values.get(ATTACKED, {}).items()}
-            found |= {f"{name}/{score}/{key}": value for key, value in (plain | attacked).items()}
-    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+            numbers |= {f"{name}/{score}/{key}": value for key, value in (plain | attacked).items()}
+    return {name: math.nan if value is None else float(value) for name, value in numbers.items()}
 
 
 def _columns(rows: Rows, names: Sequence[str]) -> Columns:
@@ -119,7 +118,7 @@ def _columns(rows: Rows, names: Sequence[str]) -> Columns:
 
 
 def _digest(rows: Rows) -> str:
-    """Hash of ids and pixels of a set, in any order."""
+    """Hashes ids and pixels of a set, in any order."""
     total = sum(int(digest([int(row["id"]), row["pixels"]]), 16) for row in rows)
     return f"{total % 2**64:016x}"
 
@@ -129,23 +128,23 @@ def _compared(known: Columns, unknown: Columns, score: str, accuracy: Tensor, *,
     sides = {kind: (known[column(score, kind)], unknown[column(score, kind)]) for kind in kinds}
     measured = {kind: separation(*pair) for kind, pair in sides.items()}
     measured[CLEAN]["h"] = harmonic_mean(accuracy, measured[CLEAN]["auroc"])
-    numbers = {kind: {name: _number(value) for name, value in found.items()} for kind, found in measured.items()}
-    found: dict[str, Any] = {**numbers.pop(CLEAN), **numbers}
+    numbers = {kind: {name: _number(value) for name, value in values.items()} for kind, values in measured.items()}
+    result: dict[str, Any] = {**numbers.pop(CLEAN), **numbers}
     if is_drawn and all(values["auroc"].isfinite() for values in measured.values()):
-        found["histogram"] = _histogram(sides)
-        found["roc"] = {kind: _curve(*pair) for kind, pair in sides.items()}
-    return found
+        result["histogram"] = _histogram(sides)
+        result["roc"] = {kind: _curve(*pair) for kind, pair in sides.items()}
+    return result
 
 
 def _over_neighbours(known: Columns, unknown: Columns, neighbours: Sequence[int]) -> dict[str, list[Any]]:
-    """AUROC and FPR95 of the KNN score for every K."""
+    """Computes AUROC and FPR95 of the KNN score for every K."""
     names = [column(KNN, str(k)) for k in neighbours]
     measured = [separation(known[name], unknown[name]) for name in names]
-    return {"k": list(neighbours)} | {name: [_number(found[name]) for found in measured] for name in ("auroc", "fpr95")}
+    return {"k": list(neighbours)} | {name: [_number(values[name]) for values in measured] for name in ("auroc", "fpr95")}
 
 
 def _histogram(sides: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Counts over shared bins of even width, of known and unknown samples."""
+    """Counts known and unknown samples in shared bins of even width."""
     low, high = torch.cat([values for pair in sides.values() for values in pair]).aminmax()
     limits = [float(low), float(high) if high > low else float(low) + 1]
     counts = {

@@ -5,13 +5,13 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustclip.arguments import Count, checked
-from robustclip.evaluation.robust import finished_batches, method_of, stage_of
+from robustclip.evaluation.task_callback import TaskCallback, finished_batches, method_of, stage_of
 from robustclip.methods import RobustMethod
 from robustclip.types import Batch, Task, data_of
 
@@ -20,7 +20,7 @@ EPS = 1e-30  # of a difference that is zero, which has no direction
 
 
 @checked
-class HessianDifference(Callback):
+class HessianDifference(TaskCallback):
     """Compares the Hessians of the cross-entropy on the first images of every two tasks of the same classes.
 
     For risks ``R_1``, ``R_2`` of two domains and a step ``v`` of the learning parameters, ``|R_1 - R_2|`` changes, up
@@ -57,7 +57,9 @@ class HessianDifference(Callback):
             name = type(pl_module).__name__
             raise ValueError(f"HessianDifference needs a method with learning parameters, but {name} has none")
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    on_validation_start = on_test_start
+
+    def begin(self, trainer: Trainer, method: RobustMethod) -> None:
         """Starts with the images that an earlier start of the test has finished."""
         tasks = stage_of(trainer)[1]
         self._seen = {task.name: [] for task in tasks}
@@ -65,17 +67,9 @@ class HessianDifference(Callback):
             for batch in finished_batches(trainer, task.name):
                 self._keep(task, batch)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def see(self, trainer: Trainer, method: RobustMethod, task: Task, batch: Batch, logits: Any) -> None:
         """Keeps the first images of each task."""
-        self._keep(stage_of(trainer)[1][dataloader_idx], batch)
+        self._keep(task, batch)
 
     def _keep(self, task: Task, batch: Batch) -> None:
         seen = self._seen[task.name]
@@ -83,9 +77,9 @@ class HessianDifference(Callback):
         if missing > 0:
             seen.append((batch.images[:missing], batch.labels[:missing]))
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and logs."""
-        method, (stage, tasks) = method_of(pl_module), stage_of(trainer)
+    def end(self, trainer: Trainer, method: RobustMethod) -> None:
+        """Computes the norms, and logs them."""
+        stage, tasks = stage_of(trainer)
         names = method.learning_names
         learning = [parameter for name, parameter in method.named_parameters() if name in names]
         for one, other in pairs(tasks):
@@ -96,12 +90,6 @@ class HessianDifference(Callback):
                 difference = self._risk(method, one) - self._risk(method, other)
                 value = spectral_norm(difference, learning, iterations=self.iterations)
             method.log(f"{stage}/{one.name}_{other.name}/hessian/difference", value, sync_dist=True)
-
-    # Validation does the same on other tasks.
-    on_validation_start = on_test_start
-    on_validation_epoch_start = on_test_epoch_start
-    on_validation_batch_end = on_test_batch_end
-    on_validation_epoch_end = on_test_epoch_end
 
     def _risk(self, method: RobustMethod, task: Task) -> Tensor:
         # Clones, since tensors made in inference mode cannot be part of a graph.

@@ -1,4 +1,4 @@
-"""The identity of a test before it starts: weights, and the protocol of every task under every attack."""
+"""Identifies a test before it starts, by its weights and the protocol of every task under every attack."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from robustclip.types import Task
 
 
 def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[str, str], list[Member]]:
-    """Members of every attack on every task, which may depend on the number of classes.
+    """Returns the members of every attack on every task, which may depend on the number of classes.
 
     Args:
-        tasks: of the evaluation.
-        attacks: by name.
+        tasks: tasks of the evaluation.
+        attacks: attacks by name.
     """
     return {(task.name, name): attacks[name].members(len(task.label_names)) for task in tasks for name in attacks}
 
@@ -31,16 +31,16 @@ def describe(
     seed: int,
     save_examples: int,
 ) -> dict[str, Any]:
-    """Identity of a test, in JSON's types: two starts of the same test have the same.
+    """Returns the identity of a test in JSON's types; two starts of a test have equal identities.
 
     Args:
-        method: to be tested.
-        data: its data module.
-        tasks: of the test.
+        method: tested method.
+        data: data module of the test.
+        tasks: tasks of the test.
         members: task and attack to the members of the attack.
-        precision: ``fp32`` or ``bf16``, of the attacks.
-        stop: rule of the evaluation.
-        seed: of the attacks.
+        precision: ``fp32`` or ``bf16``, the precision of the attacks.
+        stop: stop rule of the evaluation.
+        seed: seed of the attacks.
         save_examples: number of attacked images to keep per task and attack.
     """
     return {
@@ -50,7 +50,7 @@ def describe(
         "seed": seed,
         "save_examples": save_examples,
         "protocol": {
-            task.name: _protocols(
+            task.name: _protocol(
                 {
                     "templates": listing(task.templates),
                     "class_names": _labels(task),
@@ -59,7 +59,7 @@ def describe(
                     "model_preprocessing": _preprocessing(method),
                     **data.protocol(task.name),
                 },
-                {attack: found for (name, attack), found in members.items() if name == task.name},
+                {attack: parts for (name, attack), parts in members.items() if name == task.name},
             )
             for task in tasks
         },
@@ -67,53 +67,50 @@ def describe(
 
 
 def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Describe how two tests differ, in one line per difference.
+    """Lists how two tests differ, in one line per difference.
 
     Args:
         a: identity of one test.
         b: identity of the other.
     """
-    found = [
-        f"{key}: {a[key]} against {b[key]}"
-        for key in ("method", "weights", "seed", "save_examples")
-        if a[key] != b[key]
-    ]
-    found += _different(a.get("settings", {}), b.get("settings", {}))
-    found += _different(a.get("sections", {}), b.get("sections", {}))
+    general = [{key: test[key] for key in ("method", "weights", "seed", "save_examples")} for test in (a, b)]
+    lines = _different(*general)
+    for part in ("settings", "sections"):
+        lines += _different(a.get(part, {}), b.get(part, {}))
     ours, theirs = a["protocol"], b["protocol"]
     if ours.keys() != theirs.keys():
-        return [*found, f"tasks: {', '.join(ours)} against {', '.join(theirs)}"]
+        return [*lines, f"tasks: {', '.join(ours)} against {', '.join(theirs)}"]
     for task in ours:
         if ours[task].keys() != theirs[task].keys():
-            return [*found, f"attacks: {', '.join(ours[task])} against {', '.join(theirs[task])}"]
+            return [*lines, f"attacks: {', '.join(ours[task])} against {', '.join(theirs[task])}"]
         for attack in ours[task]:
-            found += [
+            lines += [
                 f"{task} under {attack}, {line}" for line in differences(ours[task][attack], theirs[task][attack])
             ]
-    return found
+    return lines
 
 
 def _different(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {a.get(key)} against {b.get(key)}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
 
 
-def _protocols(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> dict[str, Any]:
+def _protocol(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> dict[str, Any]:
     clean = {axis: shared[axis] for axis in CLEAN_AXES if axis in shared}
     settings = {
-        name: {each.name: {"attack": type(each.attack).__name__, **each.attack.settings} for each in found}
-        for name, found in attacks.items()
+        name: {part.name: {"attack": type(part.attack).__name__, **part.attack.settings} for part in members}
+        for name, members in attacks.items()
     }
-    return {"clean": clean} | {name: {**shared, **attack_axes(given)} for name, given in settings.items()}
+    return {"clean": clean} | {name: {**shared, **attack_axes(values)} for name, values in settings.items()}
 
 
 def words(task: Task) -> dict[str, Any]:
-    """Class names and templates of a task, in JSON's types; enough to make the task again."""
-    found: dict[str, Any] = {"class_names": task.class_names, "templates": task.templates}
-    return found if task.groups is None else {**found, "groups": task.groups, "label_names": task.label_names}
+    """Returns class names and templates of a task in JSON's types, from which the task can be made again."""
+    names: dict[str, Any] = {"class_names": task.class_names, "templates": task.templates}
+    return names if task.groups is None else {**names, "groups": task.groups, "label_names": task.label_names}
 
 
 def _labels(task: Task) -> Any:
-    """Names of the classes of a task and, where there are groups, a digest of these."""
+    """Lists the class names of a task and, where there are groups, a digest of these."""
     names = listing(task.class_names)
     return names if task.groups is None else f"{names}, in {len(task.groups)} groups, digest {digest(task.groups)}"
 

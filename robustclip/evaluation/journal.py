@@ -1,4 +1,4 @@
-"""The ledgers of a running test: the samples that are finished, and the rows that each batch adds."""
+"""Keeps the ledgers of a running test: the finished samples, and the rows of every batch."""
 
 import math
 from bisect import bisect
@@ -16,7 +16,7 @@ from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.detection_summary import JOINT
 from robustclip.evaluation.engine import ROBUST, WRONG, Verdict
-from robustclip.evaluation.probes import breaks, probed, repeat, stronger
+from robustclip.evaluation.probes import probe_outcomes, probed, repeat, stronger
 from robustclip.results import ledger
 from robustclip.results.adversarial_examples import SUFFIX, Example, save
 from robustclip.results.run import LEDGERS, PARTS
@@ -29,10 +29,15 @@ Row = dict[str, object]
 class Journal:
     """The ledgers of a running evaluation: one per task, and one per table of a section of the result.
 
+    All processes must create it together.
+
     Args:
-        trainer: joins the processes, which must all come here.
-        headers: name of every ledger to its columns, of which the first is ``id``.
-        folder: of the test, with what earlier starts of it have left; None keeps the rows in memory alone.
+        trainer: trainer of the evaluation.
+        headers: columns of every ledger by its name; the first column is ``id``.
+        folder: folder of the test, with the files of its earlier starts; None keeps the rows in memory alone.
+
+    Attributes:
+        earlier: rows of earlier starts by the name of the ledger.
     """
 
     def __init__(self, trainer: Trainer, headers: Mapping[str, Sequence[str]], folder: Path | None = None) -> None:
@@ -49,7 +54,7 @@ class Journal:
         self._skipped: set[str] = set()  # tasks whose loaders leave out the finished samples
 
     def done(self, task: str) -> frozenset[int]:
-        """Ids of the samples of a task, or of an unknown set, that are finished; loaders leave them out.
+        """Returns the ids of the finished samples of a task or of an unknown set, for loaders to leave out.
 
         A sample is finished if every ledger of the set has it.
         """
@@ -58,15 +63,15 @@ class Journal:
         return frozenset.intersection(*(self._finished(name) for name in names)) if names else frozenset()
 
     def skips(self, task: str) -> bool:
-        """Whether the loader of a task leaves out the finished samples; a data module need not offer it."""
+        """Returns whether the loader of a task leaves out the finished samples; a user's own loader may not."""
         return task in self._skipped
 
     def append(self, name: str, rows: Sequence[Row]) -> None:
-        """Add a batch; rows of samples that the ledger has already are left out.
+        """Adds a batch, without the samples that the ledger has already.
 
         Args:
-            name: of the ledger.
-            rows: one per sample.
+            name: name of the ledger.
+            rows: one row per sample.
         """
         added = [row for row in rows if int(str(row["id"])) not in self._seen[name]]
         if added:
@@ -74,44 +79,47 @@ class Journal:
             self._seen[name] |= {int(str(row["id"])) for row in added}
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """Rows of all processes, which must all come here, once each and in the order of the ids."""
+        """Returns the rows of all processes, once each and in the order of the ids; all processes must call it."""
         if self.folder is None:
             parts = _of_all_processes(self._ledgers[name].rows)
-            found = {int(row["id"]): row for part in parts for row in part}
-            return [found[number] for number in sorted(found)]
+            rows = {int(row["id"]): row for part in parts for row in part}
+            return [rows[number] for number in sorted(rows)]
         self._trainer.strategy.barrier(f"ledgers of {name} are written")
         return ledger.gather(*self._paths(name), self.headers[name])
 
-    def merge(self) -> dict[str, list[dict[str, str]]]:
-        """Join the parts of all processes into one file per ledger, and return the rows by the ledger's name."""
-        return {name: ledger.merge(*self._paths(name), header) for name, header in self.headers.items()}
+    def merge(self, tidy: Mapping[str, ledger.Tidy]) -> dict[str, list[dict[str, str]]]:
+        """Joins the parts of all processes into one file per ledger, and returns the rows by the ledger's name.
+
+        Args:
+            tidy: functions from all rows of a ledger to those that are kept, by the ledger's name.
+        """
+        return {name: ledger.merge(*self._paths(name), header, tidy.get(name)) for name, header in self.headers.items()}
 
     def is_finished(self, task: str, batch: Batch) -> bool:
-        """Whether an earlier start has evaluated a whole batch, which a loader of the user's own gives again.
+        """Returns whether an earlier start has evaluated a whole batch; loaders of a user may yield it again.
 
         Args:
             task: name of a ledger with labels and hashes of pixels.
-            batch: on any device.
+            batch: images on any device.
 
         Raises:
             ValueError: a finished sample has another image or label now.
         """
         rows = {int(row["id"]): row for row in self.earlier[task]} if task not in self._skipped else {}
-        found = [rows.get(number) for number in batch.index.tolist()]
-        known = [_sample(row) for row in found if row is not None]
+        known = [_sample(rows[number]) for number in batch.index.tolist() if number in rows]
         changed = len({*known} - {*_samples(batch)})
         if changed:
             raise self._refusal(task, changed)
-        return bool(known) and len(known) == len(found)
+        return bool(known) and len(known) == len(batch.index)
 
     def check_images(self, finished: Callable[[str], Iterable[Batch]]) -> None:
-        """Check that the finished samples, which are read once more, still have their images and labels.
+        """Reads the finished samples once more, and checks that they still have their images and labels.
 
         Args:
-            finished: task to batches of this process's share of its finished samples.
+            finished: function from a task to batches of this process's share of its finished samples.
 
         Raises:
-            ValueError: with the task and the number of samples that have changed.
+            ValueError: samples have changed; the message has the task and their number.
         """
         for task in sorted(self._skipped & self.earlier.keys()):
             done = self.done(task)
@@ -138,7 +146,7 @@ class Journal:
 
 
 class _InMemory:
-    """Rows that no file keeps, as a ledger would return them."""
+    """A ledger without a file."""
 
     def __init__(self, header: Sequence[str]) -> None:
         self.header = header
@@ -152,28 +160,28 @@ class Examples:
     """Keeps the attacked images of the misclassified samples with the smallest ids.
 
     Args:
-        folder: ``examples`` of the test.
+        folder: folder ``examples`` of the test.
         members: task and attack to the members of the attack.
-        count: how many images per task and attack.
-        earlier: task to the rows that earlier starts of the test have left.
+        count: number of images per task and attack.
+        earlier: task to the rows of earlier starts of the test.
     """
 
     def __init__(
         self, folder: Path, members: Members, count: int, earlier: Mapping[str, Sequence[Mapping[str, str]]]
     ) -> None:
         self.folder, self.members, self.count = folder, members, count
-        # Ids of the misclassified samples that come first, in whatever order processes and workers meet them.
-        self._first = {(task, attack): first_broken(earlier[task], attack, count) for task, attack in members}
+        # The smallest ids, since the order of samples depends on processes and workers.
+        self._first = {(task, attack): first_misclassified(earlier[task], attack, count) for task, attack in members}
 
     def add(self, task: str, attack: str, batch: Batch, rows: Sequence[Row], verdict: Verdict) -> None:
-        """Keep the images of a batch that are among the first.
+        """Keeps the images of a batch that are among the first.
 
         Args:
             task: name of the task.
             attack: name of the attack.
-            batch: of clean images.
-            rows: of the ledger, one per image.
-            verdict: of the attack.
+            batch: clean images.
+            rows: rows of the ledger, one per image.
+            verdict: verdict of the attack.
         """
         members = self.members[task, attack]
         for number, by in enumerate(verdict.by.tolist()):
@@ -194,12 +202,28 @@ class Examples:
                 save(example, self.folder)
 
     def _is_first(self, task: str, attack: str, sample: int) -> bool:
-        """Note a misclassified sample, and return whether its image is one of those to keep so far."""
+        """Records a misclassified sample, and returns whether it is among the first so far."""
         first = self._first[task, attack]
         place = bisect(first, sample)
         first.insert(place, sample)
         del first[self.count :]
         return place < self.count
+
+
+def labelled_rows(batch: Batch, columns: Mapping[str, Sequence[object]]) -> list[Row]:
+    """Returns rows of a ledger with id, label and hash of the pixels of every image.
+
+    Args:
+        batch: images, or embeddings, which have no hash.
+        columns: further values per image.
+    """
+    known = {
+        "id": batch.index.tolist(),
+        "label": batch.labels.tolist(),
+        "pixels": batch.digests or [""] * len(batch.labels),
+    }
+    table = {**known, **columns}
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
 
 def _of_all_processes(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
@@ -211,7 +235,7 @@ def _of_all_processes(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
 
 
 def _samples(batch: Batch) -> list[tuple[int, int, str]]:
-    """Id, label and hash of the pixels of every image."""
+    """Lists id, label and hash of the pixels of every image."""
     digests = batch.digests or [""] * len(batch.labels)
     return list(zip(batch.index.tolist(), batch.labels.tolist(), digests, strict=True))
 
@@ -220,11 +244,11 @@ def _sample(row: Mapping[str, str]) -> tuple[int, int, str]:
     return int(row["id"]), int(row["label"]), row["pixels"]
 
 
-def first_broken(rows: Sequence[Mapping[str, str]], attack: str, count: int) -> list[int]:
-    """Ids of the first misclassified samples under an attack.
+def first_misclassified(rows: Sequence[Mapping[str, str]], attack: str, count: int) -> list[int]:
+    """Lists the ids of the first samples on which an attack succeeded.
 
     Args:
-        rows: of the ledger, in the order of the ids.
+        rows: rows of the ledger, in the order of the ids.
         attack: name of the attack.
         count: largest number of ids.
     """
@@ -232,15 +256,15 @@ def first_broken(rows: Sequence[Mapping[str, str]], attack: str, count: int) -> 
 
 
 def keep_examples(folder: Path, rows: Sequence[Mapping[str, str]], attack: str, count: int) -> None:
-    """Remove all adversarial examples but those of the smallest ids, since every process has kept as many.
+    """Removes all adversarial examples but those of the smallest ids, since every process has kept that many.
 
     Args:
-        folder: of a task and attack.
-        rows: of the ledger, in the order of the ids.
+        folder: folder of a task and attack.
+        rows: rows of the ledger, in the order of the ids.
         attack: name of the attack.
         count: number of examples to keep.
     """
-    kept = {f"{number}{SUFFIX}" for number in first_broken(rows, attack, count)}
+    kept = {f"{number}{SUFFIX}" for number in first_misclassified(rows, attack, count)}
     for path in folder.glob("*"):
         if path.name not in kept:
             path.unlink()
@@ -255,27 +279,20 @@ def sample_rows(
     forward: Forward,
     options: Mapping[str, Any],
 ) -> list[Row]:
-    """Rows of a batch for the ledger of a task.
+    """Makes the rows of a batch for the ledger of a task.
 
     Args:
-        batch: of clean images.
+        batch: clean images.
         logits: ``(B, C)`` of the clean images.
-        verdicts: by attack.
+        verdicts: verdicts by attack.
         members: task and attack to the members of the attack.
         task: name of the task.
-        forward: images to logits.
+        forward: function from images to logits.
         options: ``seed`` of the attacks, and ``clip``, the model to probe; None probes nothing.
     """
     logits = logits.detach().clone()
-    clean = {
-        "id": batch.index,
-        "label": batch.labels,
-        "pixels": batch.digests or [""] * len(batch.labels),
-        "clean": logits.argmax(-1),
-        "clean_loss": cross_entropy(logits, batch.labels),
-        "largest_logit": logits.abs().amax(-1),
-    }
-    rows: list[Row] = [{} for _ in batch.labels]
+    rows = labelled_rows(batch, {"clean": logits.argmax(-1).tolist()})
+    clean = {"clean_loss": cross_entropy(logits, batch.labels), "largest_logit": logits.abs().amax(-1)}
     _fill(rows, range(len(rows)), clean)
     again, attacked = probed(batch.index)
     if options["clip"] is None:
@@ -283,22 +300,22 @@ def sample_rows(
     if len(again):
         _fill(rows, again.tolist(), repeat(batch.images[again], forward, logits[again], clip=options["clip"]))
     for attack, verdict in verdicts.items():
-        found = _attack_columns(batch, verdict, members[task, attack])
-        _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in found.items()})
+        columns = _attack_columns(batch, verdict, members[task, attack])
+        _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in columns.items()})
         first = members[task, attack][0].attack
         for name, chosen, probe in _probes(first, verdict, attacked, batch):
             images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
-            outcome = breaks(images, labels, forward, probe, index=index, seed=options["seed"])
+            outcome = probe_outcomes(images, labels, forward, probe, index=index, seed=options["seed"])
             _fill(rows, chosen.tolist(), {f"{attack}.{name}": outcome})
     return rows
 
 
 def _probes(first: Attack, verdict: Verdict, attacked: Tensor, batch: Batch) -> list[tuple[str, Tensor, Attack | None]]:
-    """Probes by column, with the places in the batch of the samples that they concern; none without a sample."""
+    """Lists the probes by column, with the places of their samples in the batch; none without a sample."""
     probes = [
         (name, attacked[places], probe) for name, places, probe in stronger(first, verdict.by[attacked], batch.images)
     ]
-    return [each for each in probes if len(each[1])]
+    return [(name, places, probe) for name, places, probe in probes if len(places)]
 
 
 def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -> dict[str, Any]:
@@ -317,7 +334,7 @@ def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -
 
 
 def _fill(rows: list[Row], numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
-    """Write a value into each chosen row; floats get five digits, since further ones depend on the batch size."""
+    """Writes a value into each chosen row; floats get five digits, since further ones depend on the batch size."""
     for name, values in columns.items():
         listed = values.tolist() if isinstance(values, torch.Tensor) else values
         for number, value in zip(numbers, listed, strict=True):

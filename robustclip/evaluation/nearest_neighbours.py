@@ -1,4 +1,4 @@
-"""Nearness of the features of an image to those of the training images."""
+"""Scores an image by the nearness of its features to those of the training images."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,25 +15,26 @@ from robustclip.results.protocol import digest
 from robustclip.types import UNKNOWN, Task, data_of
 
 BANK_PER_NEIGHBOUR = 100  # K is 1 % of the bank, https://arxiv.org/abs/2204.06507
-PRODUCT = 2**26  # cosines that are held at once, 256 MiB
+PRODUCT = 2**26  # number of cosines in memory at once, 256 MiB
 
 
 class Neighbours(Score):
     """The KNN score (Sun et al., ICML 2022, https://arxiv.org/abs/2204.06507).
 
-    Minus the squared Euclidean distance of an image's unit feature to the K-th nearest of a bank, those of the training
-    images of known classes, ``2 cos - 2``. All are the evaluated method's own, behind its adapters if it has any.
+    The score is minus the squared Euclidean distance, ``2 cos - 2``, of an image's unit feature to its K-th nearest
+    feature in a bank. The bank holds the training images of known classes, encoded by the evaluated method with its
+    adapters.
 
-    Departures from CRoFT's code (https://github.com/LinLLLL/CRoFT): the bank holds the few shots that a fit learns
-    from, not the training split, and FPR95 is that of the other scores, not at the recall that is closest to 95 %.
+    Departures from CRoFT's code (https://github.com/LinLLLL/CRoFT): the bank holds the few shots of the training, not
+    the training split, and FPR95 is defined as for the other scores, not at the recall that is closest to 95 %.
 
     Args:
         bank: ``(N, D)``, of unit length.
-        curve: further K; those above N are left out.
+        curve: further values of K; those above N are left out.
 
     Attributes:
-        k: of the score, 1 % of the bank, and at least 1.
-        curve: what is left of it.
+        k: number of neighbours of the score, 1 % of the bank and at least 1.
+        curve: values of K up to N.
 
     Raises:
         ValueError: an empty bank.
@@ -52,40 +53,45 @@ class Neighbours(Score):
 
     @classmethod
     def of_training(cls, method: RobustMethod, curve: Sequence[int]) -> Self:
-        """Encode the training images of the method's data as the bank; all processes must come here.
+        """Encodes the training images of the method's data as the bank; all processes must call it.
 
         Args:
-            method: of which a trainer is known.
+            method: method with a trainer.
             curve: see `Neighbours`.
         """
-        with torch.inference_mode(False):  # whose tensors could not take part in an attack's graph
+        with torch.inference_mode(False):  # tensors of inference mode cannot be part of an attack's graph
             index, features, labels = of_training_images(method)
             is_known = labels != UNKNOWN
-            found = cls(features[is_known], curve)
+            score = cls(features[is_known], curve)
         task = data_of(method.trainer).train_task
-        found._settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
-        return found
+        score._settings |= {"set": task.name, "samples": digest(index[is_known].tolist())}
+        return score
 
     @property
     def settings(self) -> dict[str, Any]:
-        """K, and the images of the bank."""
+        """Returns K and the images of the bank."""
         return self._settings
 
     def forward(self, model: Model, images: Tensor, task: str) -> Tensor:
-        """Unit features ``(B, D)``, for every task."""
+        """Computes unit features ``(B, D)``, for every task."""
         return model.image_features(images)
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """The score ``(B,)`` of unit features ``(B, D)``."""
+        """Computes the score ``(B,)``.
+
+        Args:
+            outputs: unit features ``(B, D)``.
+            scale: not used.
+        """
         return self.scores(outputs, [self.k])[:, 0]
 
     def columns(self, features: Tensor) -> dict[str, Tensor]:
-        """The score and its curve, by the names of `Columns`."""
+        """Computes the score and its curve, by the names of `Columns`."""
         names = [KNN, *(column(KNN, str(k)) for k in self.curve)]
         return dict(zip(names, self.scores(features, [self.k, *self.curve]).unbind(1), strict=True))
 
     def scores(self, features: Tensor, ks: Sequence[int]) -> Tensor:
-        """Compute the score for several K, as ``(B, len(ks))`` in fp64.
+        """Computes the score for several K, as ``(B, len(ks))`` in fp64.
 
         Args:
             features: ``(B, D)``, of unit length.
@@ -98,14 +104,14 @@ class Neighbours(Score):
 
 
 def check_bank(data: Any, tasks: Sequence[Task]) -> None:
-    """Check the training set before a test.
+    """Checks the training set before a test, and warns of tasks with other classes than the training set.
 
     Args:
-        data: the data module, set up.
-        tasks: known ones; a warning names those whose classes are others than the bank's.
+        data: data module, set up.
+        tasks: known tasks.
 
     Raises:
-        ValueError: no training set, or one that gives no bank.
+        ValueError: no training set, or one that has no bank.
     """
     if not data.train_sources:
         raise ValueError(f"{KNN!r} needs training images, and data.train lists none; set it, or leave it out of scores")
@@ -113,5 +119,5 @@ def check_bank(data: Any, tasks: Sequence[Task]) -> None:
     train = data.train_task
     others = [task.name for task in tasks if {*task.class_names} != {*train.class_names}]
     if others:
-        what = f"{KNN!r} compares with images of data.train, {train.name!r}"
-        warnings.warn(f"{what}, whose classes are not those of {', '.join(others)}", stacklevel=2)
+        bank = f"{KNN!r} compares with images of data.train, {train.name!r}"
+        warnings.warn(f"{bank}, whose classes are not those of {', '.join(others)}", stacklevel=2)

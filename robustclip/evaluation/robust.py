@@ -1,12 +1,11 @@
 """Accuracy under attack, for every method and every task."""
 
-from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from robustclip.arguments import Count, CountOrZero, checked
@@ -16,7 +15,14 @@ from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Examples, Journal, sample_rows
-from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.task_callback import (
+    TaskCallback,
+    announce,
+    check_has_images,
+    finished_batches,
+    method_of,
+    stage_of,
+)
 from robustclip.evaluation.writer import writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
@@ -30,7 +36,7 @@ TAKEN = ("clean", "n", "seconds", "bad_samples")  # other keys beside the attack
 
 
 @checked
-class RobustEvaluation(Callback):
+class RobustEvaluation(TaskCallback):
     """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
 
     Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task. Beside
@@ -98,13 +104,13 @@ class RobustEvaluation(Callback):
         """Opens the ledgers, also where a data module has made loaders without asking for the finished samples."""
         self._opened(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, method: RobustMethod) -> None:
         """Check the finished samples of a test that resumes; a validation starts with none."""
         if not trainer.testing:
             self._journal = None
-        journal = self._opened(trainer, pl_module)
+        journal = self._opened(trainer, method)
         journal.check_images(partial(finished_batches, trainer))
-        method_of(pl_module).counts.clear()  # the ledgers count clean answers too
+        method.counts.clear()  # the ledgers count clean answers too
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -112,26 +118,19 @@ class RobustEvaluation(Callback):
         """Start the clock."""
         self._start = perf_counter()
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Attack the batch."""
-        _, tasks = stage_of(trainer)
-        task, method, journal = tasks[dataloader_idx], method_of(pl_module), self._opened(trainer, pl_module)
+    on_validation_batch_start = on_test_batch_start
+
+    def see(self, trainer: Trainer, method: RobustMethod, task: Task, batch: Batch, logits: Any) -> None:
+        """Attacks the batch."""
+        journal = self._opened(trainer, method)
         if not journal.is_finished(task.name, batch):
             with torch.autocast(method.device.type, enabled=False), frozen(method):
-                self._examine(trainer, method, journal, batch, outputs, task)
+                self._examine(trainer, method, journal, batch, logits, task)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end(self, trainer: Trainer, method: RobustMethod) -> None:
         """Log accuracies, seconds and the number of images that did not decode, as the ledgers have them."""
         stage, tasks = stage_of(trainer)
-        journal, strategy, left_out = self._opened(trainer, pl_module), trainer.strategy, {}
+        journal, strategy, left_out = self._opened(trainer, method), trainer.strategy, {}
         for task in tasks:
             here = data_of(trainer).bad_sample_counts.get(task.name, 0)
             total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
@@ -143,16 +142,10 @@ class RobustEvaluation(Callback):
         table = accuracies({task.name: journal.rows(task.name) for task in tasks}, names, left_out)
         for name, value in scalars(table).items():
             is_shown = stage == "val" and name.endswith("/acc1") and not name.startswith(f"{NOT_A_TASK}/")
-            pl_module.log(f"{stage}/{name}", value, prog_bar=is_shown)
+            method.log(f"{stage}/{name}", value, prog_bar=is_shown)
         if (writer := writer_of(trainer)) is not None and trainer.testing:
             writer.bad_samples = left_out
             writer.outputs |= {f"test/{name}" for name in scalars(table)}
-
-    # Validation is the same on other tasks.
-    on_validation_epoch_start = on_test_epoch_start
-    on_validation_batch_start = on_test_batch_start
-    on_validation_batch_end = on_test_batch_end
-    on_validation_epoch_end = on_test_epoch_end
 
     def _examine(
         self, trainer: Trainer, method: RobustMethod, journal: Journal, batch: Batch, logits: Tensor, task: Task
@@ -167,8 +160,7 @@ class RobustEvaluation(Callback):
         }
         verdicts = {}
         for name in self._running:
-            if isinstance(trainer.progress_bar_callback, TaskProgress):
-                trainer.progress_bar_callback.announce(f"{task.name} under {name}")
+            announce(trainer, f"{task.name} under {name}")
             members = self._members[task.name, name]
             verdicts[name] = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
         # Rows that no file keeps are not audited, and need no probes.
@@ -216,50 +208,3 @@ class RobustEvaluation(Callback):
             folder = writer.opened / EXAMPLES
             self._examples = Examples(folder, self._members, self.save_examples, self._journal.earlier)
         return self._journal
-
-
-def method_of(module: LightningModule) -> RobustMethod:
-    """Return the module, checked to be a method of the package.
-
-    Raises:
-        TypeError: it is another.
-    """
-    if not isinstance(module, RobustMethod):
-        raise TypeError(f"the callbacks need a RobustMethod, got {type(module).__name__}")
-    return module
-
-
-def finished_batches(trainer: Trainer, task: str) -> Iterator[Batch]:
-    """Read this process's share of the finished samples that the loaders of a test leave out, on the device.
-
-    Args:
-        trainer: of the running test.
-        task: name of a test task.
-    """
-    writer = writer_of(trainer)
-    if writer is not None and writer.journal is not None and not writer.journal.skips(task):
-        return
-    loader = data_of(trainer).done_dataloader(task)
-    for batch in () if loader is None else loader:
-        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-
-
-def check_has_images(trainer: Trainer, who: str) -> None:
-    """Refuse embeddings in place of images.
-
-    Args:
-        trainer: of the running stage.
-        who: subject of the message, in the plural.
-
-    Raises:
-        ValueError: the stage's batches hold embeddings.
-    """
-    if data_of(trainer).feature_model is not None:
-        remedy = "run none there, as by `fit_attacks: {}`, or set data.features to null"
-        raise ValueError(f"{who} need images, and data.features gives embeddings in this stage; {remedy}")
-
-
-def stage_of(trainer: Trainer) -> tuple[str, list[Task]]:
-    """Returns the prefix of the metrics and the tasks of the running stage."""
-    data = data_of(trainer)
-    return ("test", data.test_tasks) if trainer.testing else ("val", data.val_tasks)

@@ -8,12 +8,12 @@ from typing import Any, cast
 from robustclip.attacks import Attack, Member
 from robustclip.evaluation.audit import audit, checks_at
 from robustclip.evaluation.detection_summary import detected
+from robustclip.evaluation.geometry_summary import GEOMETRY, measured
 from robustclip.evaluation.probes import Evidence, attack_columns, sample_columns
 from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
 
-GEOMETRY = "geometry"
 OF_ATTACKS = ("eps", "norm", "is_anytime", "is_black_box")  # facts about an attack that the audit looks at
 
 
@@ -53,12 +53,6 @@ def audited(record: Record) -> dict[str, Any]:
         baseline=None if facts["baseline"] is None else Run.open(Path(facts["baseline"])),
     )
     return audit(evidence, checks_at(facts["checks"]))
-
-
-def measured(record: Record) -> dict[str, Any]:
-    """The section of a test with `FeatureGeometry`."""
-    found: dict[str, Any] = record.settings(GEOMETRY)["values"]
-    return found
 
 
 SECTIONS: Mapping[str, Summarise] = {DETECTION: detected, GEOMETRY: measured, "audit": audited}

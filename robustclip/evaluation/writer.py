@@ -22,6 +22,7 @@ from robustclip.methods import RobustMethod
 from robustclip.models.clip import fingerprint
 from robustclip.paths import local_path
 from robustclip.results import ledger
+from robustclip.results.ledger import Tidy
 from robustclip.results.protocol import digest
 from robustclip.results.provenance import commit, versions
 from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PARTS, PROTOCOL, RESULT, Run
@@ -42,12 +43,32 @@ class Section:
         tables: ledgers of the section: name to columns, of which the first is ``id``.
         settings: all that the rows depend on beside model and data; a test with other settings does not resume.
         facts: all that is known later and that the function needs beside its rows, in JSON's types.
+        tidy: function from the rows of a finished ledger to those that are kept; None keeps them as they are.
     """
 
     summarise: Summarise
     tables: Mapping[str, Sequence[str]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    tidy: Tidy | None = None
+
+    def open(self, trainer: Trainer) -> Journal:
+        """Returns the ledgers of the running test, or new ones in memory where no result is written."""
+        writer = writer_of(trainer) if trainer.testing else None
+        journal = Journal(trainer, self.tables) if writer is None else writer.journal
+        if journal is None:
+            raise ValueError("ResultsWriter needs a RobustEvaluation beside it, whose settings identify the test")
+        return journal
+
+    def summary(self, name: str, journal: Journal) -> Any:
+        """Computes the section from the rows so far; all processes call it.
+
+        Args:
+            name: name of the section.
+            journal: ledgers with the tables of the section.
+        """
+        facts = {"sections": {name: {**self.settings, **self.facts}}}
+        return self.summarise(Record(facts, {table: journal.rows(table) for table in self.tables}))
 
 
 @checked
@@ -166,7 +187,8 @@ class ResultsWriter(Callback):
         path, journal = self.opened, self.journal
         if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or journal is None:
             return
-        rows, facts = journal.merge(), self._facts(trainer, pl_module)
+        tidy = {name: section.tidy for section in self.sections.values() if section.tidy for name in section.tables}
+        rows, facts = journal.merge(tidy), self._facts(trainer, pl_module)
         ledger.write_aside(path / FACTS, json.dumps(facts, indent=1) + "\n")
         functions = {name: section.summarise for name, section in self.sections.items()} | {"audit": audited}
         self._result = summarise(Record(facts, rows), functions)

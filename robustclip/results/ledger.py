@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from robustclip import persistence
@@ -34,6 +34,8 @@ TIME_COLUMN = "seconds"
 BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again, in the same company
 
 Row = Mapping[str, object]
+Tidy = Callable[[list[dict[str, str]]], list[dict[str, str]]]
+"""Function from all rows of a ledger to those that are kept."""
 write_aside, lock, sweep = persistence.atomic_write, persistence.lock, persistence.sweep
 
 
@@ -105,15 +107,17 @@ def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[d
     return [rows[number] for number in sorted(rows)]
 
 
-def merge(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
+def merge(parts: Iterable[Path], target: Path, header: Sequence[str], tidy: Tidy | None = None) -> list[dict[str, str]]:
     """Join the ledgers of all processes into one file, and return its rows in the order of the ids.
 
     Args:
         parts: ledgers of the processes.
         target: file to write, with the rows that it has already.
         header: columns that all must have.
+        tidy: function from all rows to those that are kept; None keeps them as they are.
     """
     ordered = gather(parts, target, header)
+    ordered = ordered if tidy is None else tidy(ordered)
     write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
     return ordered
 

@@ -638,7 +638,7 @@ def test_empty_task_does_not_count_as_broken() -> None:
         members={(task, "pgd"): full.members["a", "pgd"] for task in "ab"},
         class_counts={"a": 10, "b": 10},
     )
-    assert found(audit(both), "baseline") == ("fail", "undefended: 50.0% right under pgd")
+    assert found(audit(both), "baseline") == ("fail", "undefended: 50.0% correct under pgd")
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def test_the_images_of_an_unknown_set_are_part_of_the_result(folder: Path, write
             ["lone_unknown"],
             "unknown.mixed of OODDetection names 'other'; the data have lone_unknown",
         ),
-        ({}, [], "nothing to detect: `data.unknown` lists no data set"),
+        ({}, [], "OODDetection needs a data set of unknown classes"),
     ],
 )
 def test_what_cannot_be_detected_is_refused(

@@ -1,23 +1,28 @@
 """The geometry of features against formulas, scipy and torchmetrics, and what the callback makes of a test."""
 
 import tarfile
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 from inputs import ShardWriter, add_member, picture
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from numpy.random import default_rng
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.functional.retrieval import retrieval_hit_rate
 
+from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.evaluation import FeatureGeometry, RobustEvaluation
+from robustclip.evaluation import FeatureGeometry, ResultsWriter, RobustEvaluation
 from robustclip.methods import TeCoA, ZeroShot
 from robustclip.metrics import class_sums, collapse, recalls, similarity
+from robustclip.results.run import Run
+from robustclip.types import Batch
 
 QUIET = {
     "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -165,16 +170,63 @@ def test_validations_of_a_fit_measure_it_too(tiny_model: Path) -> None:
     assert trainer.callback_metrics["val/colours/geometry/pearson"] > 0.9
 
 
-@pytest.mark.parametrize("done", [{0, 4, 5, 6}, set(range(12))])
-def test_a_resumed_test_measures_like_an_uninterrupted_one(
-    data: CLIPDataModule, tiny_model: Path, done: set[int]
+class PowerCut(Exception):  # noqa: N818  # not ours to catch
+    """Ends a test."""
+
+
+class Cut(Callback):
+    """Ends the test before one of its batches."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch
+
+    def on_test_batch_start(self, trainer: Any, module: Any, batch: Batch, number: int, task: int = 0) -> None:
+        if number == self.batch:
+            raise PowerCut
+
+
+def stored(folder: Path, method: TeCoA, data: CLIPDataModule, cut: int | None = None) -> Path:
+    """Tests with geometry into a folder; returns the folder of the run."""
+    callbacks = [Cut(cut), FeatureGeometry(max_samples=4), RobustEvaluation(), ResultsWriter(str(folder), name="run")]
+    Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_resumed_test_has_the_geometry_of_an_uninterrupted_one(
+    data: CLIPDataModule, tiny_model: Path, tmp_path: Path, cut: int
 ) -> None:
-    whole = measured(moved(tiny_model), data, max_samples=6)
-    trainer = Trainer(callbacks=[FeatureGeometry(max_samples=6)], **QUIET)
-    data.connect(done=lambda task: frozenset(done))
-    trainer.test(moved(tiny_model), datamodule=data, verbose=False)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
-    assert found == pytest.approx(whole, rel=1e-4)
+    whole = stored(tmp_path / "whole", moved(tiny_model), data)
+    with pytest.raises(PowerCut):
+        stored(tmp_path / "cut", moved(tiny_model), data, cut)
+    method, encoded = moved(tiny_model), []
+    image_features = method.image_features
+    method.image_features = lambda images: encoded.append(len(images)) or image_features(images)  # type: ignore
+    resumed = stored(tmp_path / "cut", method, data)
+    # Batches of 5 of 12 images, for the accuracy and for the geometry, and four captioned images.
+    assert sum(encoded) == 2 * (12 - 5 * cut) + 4
+    assert Run.open(resumed).result["geometry"] == Run.open(whole).result["geometry"]
+    name = "ledger/unit-features@tints.csv"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_score_computes_the_geometry_from_the_stored_features(
+    data: CLIPDataModule, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = stored(tmp_path, moved(tiny_model), data)
+    before, ledger = Run.open(folder).result["geometry"], folder / "ledger" / "unit-features@tints.csv"
+    header, *lines = ledger.read_text().splitlines()
+    rows = [line.split(",") for line in lines if line]
+    assert sum(row[-1] != "" for row in rows) == 4, "the original features of the compared samples alone"
+    few = [row for row in rows if int(row[0]) < 7]
+    ledger.write_text("\n".join([header, *map(",".join, few)]) + "\n")
+    assert run(["score", str(folder)]) == 0
+    after = Run.open(folder).result["geometry"]
+    features = torch.tensor(np.array([np.frombuffer(b64decode(row[3]), "<f4") for row in few]))
+    labels = torch.tensor([int(row[1]) for row in few])
+    assert after["tints"]["collapse"] == pytest.approx(scatter_by_hand(features, labels), rel=1e-4)
+    assert after["tints"]["collapse"] != before["tints"]["collapse"]
+    assert after["pairs"] == before["pairs"]
 
 
 def test_what_cannot_be_compared_is_refused(data: CLIPDataModule, tiny_model: Path) -> None:
