@@ -1,4 +1,4 @@
-"""Uncertainty of accuracies from exact counts: intervals, paired tests, and the number of samples that they need."""
+"""Uncertainty of accuracies from exact counts: intervals and paired tests."""
 
 import math
 from collections.abc import Sequence
@@ -225,24 +225,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(stepped, 1)
     return [float(value) for value in adjusted]
-
-
-def samples_needed(half_width: float = 0.01, p: float = 0.5, *, level: float = LEVEL) -> int:
-    """Computes how many samples an interval of a given width needs, from ``z² p (1 - p) / half_width²``.
-
-    Args:
-        half_width: half the width of the interval, in (0, 1).
-        p: expected accuracy; 0.5 is the worst case.
-        level: nominal coverage in (0, 1).
-
-    Raises:
-        ValueError: an argument is outside its range.
-    """
-    _check(level, 0)
-    if not 0 < half_width < 1 or not 0 <= p <= 1:
-        raise ValueError(f"half_width must be in (0, 1) and p in [0, 1], got {half_width} and {p}")
-    z = float(stats.norm.ppf((1 + level) / 2))
-    return math.ceil(z**2 * p * (1 - p) / half_width**2)
 
 
 def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:

@@ -17,7 +17,6 @@ from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.saved_state import (
     SETTINGS,
     RenamedCheckpointIO,
@@ -367,3 +366,29 @@ class RobustMethod(Checked, LightningModule, ABC):
         self._random_states = checkpoint.get("random_states", [])
         self._pending_gradients = checkpoint.get("pending_gradients", [])
         self.interpolation = checkpoint.get("interpolation")
+
+
+def check_data(method: RobustMethod, data: Any, stage: str) -> None:
+    """Refuses data of a stage that the method does not accept.
+
+    Args:
+        method: method with its model.
+        data: data module, after its setup.
+        stage: ``fit``, ``validate`` or ``test``.
+
+    Raises:
+        ValueError: the method accepts no images of unknown classes, or no features, or not those of another tower.
+    """
+    name = type(method).__name__
+    if stage == "fit" and data.train_has_unknown and not method.takes_unknown:
+        raise ValueError(f"{name} needs images of known classes; set `images` of data.train to null")
+    if data.feature_model is None:
+        return
+    if not method.takes_features:
+        raise ValueError(f"{name} needs images, data.features gives embeddings; set data.features to null")
+    for key, own in (("fingerprint", method.clip.fingerprint), ("image_size", method.clip.image_size)):
+        if data.feature_model[key] != own:
+            raise ValueError(
+                f"data.features has embeddings of a tower with {key} {data.feature_model[key]!r}, this run has {own!r};"
+                " give the model settings that the cache was made with"
+            )
