@@ -13,6 +13,8 @@ FEW = 10  # correct or misclassified samples below which the bootstrap is too na
 DRAWS = 10_000  # a 2.5 % quantile then has 250 draws beyond it; its error is about a tenth of the half width
 
 Interval = tuple[float, float]
+"""Lower and upper limit, in [0, 1]."""
+
 NOTHING: Interval = (math.nan, math.nan)
 
 
@@ -37,9 +39,6 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
         correct: number of correctly classified samples.
         n: number of samples; 0 gives nan.
         level: nominal coverage in (0, 1).
-
-    Returns:
-        Lower and upper limit, in [0, 1].
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
@@ -70,9 +69,6 @@ def bootstrap_mean(
         draws: number of draws.
         seed: seed of the draws; equal arguments give equal limits.
 
-    Returns:
-        Lower and upper limit, in [0, 1].
-
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
     """
@@ -95,9 +91,6 @@ def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> In
     Args:
         counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
-
-    Returns:
-        Lower and upper limit, in [0, 1].
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).

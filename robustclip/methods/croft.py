@@ -226,8 +226,7 @@ def same_class_similarity(generated: Tensor, features: Tensor, labels: Tensor) -
     """Computes ``D``, the mean similarity of features with the same label.
 
     Args:
-        generated: ``(N, D)``.
-        features: ``(N, D)``.
+        generated, features: ``(N, D)``.
         labels: ``(N,)``, of both.
     """
     is_same = labels[:, None] == labels
