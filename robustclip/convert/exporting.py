@@ -50,7 +50,7 @@ def export(
     clip = method.eval().clip.float()
     if run is not None and run.result.get("model", {}).get("weights") != fingerprint(method):
         raise ValueError(f"{results} is a test of other weights, which the model card must not claim; test this model")
-    check_is_towers_alone(method)
+    _check_is_towers_alone(method)
     with atomic_folder(out) as aside:
         difference = _write_open_clip(clip, aside) if to == "open_clip" else _write_hugging_face(clip, aside)
         base = str(clip.arch or Path(str(clip.pretrained)).name)
@@ -60,12 +60,8 @@ def export(
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
 
-def check_is_towers_alone(method: RobustMethod) -> None:
-    """Refuses a method that computes more than its two towers, which exported formats cannot represent.
-
-    Raises:
-        ValueError: prompts, adapters or classifiers contribute.
-    """
+def _check_is_towers_alone(method: RobustMethod) -> None:
+    """Refuses a method that computes more than its two towers, which exported formats cannot represent."""
     clip = method.clip
     with torch.no_grad(), frozen(method):
         own = open_clip_folder.similarities(clip)
@@ -85,8 +81,7 @@ def check_is_towers_alone(method: RobustMethod) -> None:
 
 def _write_open_clip(clip: CLIPModel, folder: Path) -> float:
     open_clip_folder.write(clip, folder)
-    written = CLIPModel(pretrained=str(folder))
-    return open_clip_folder.check_parity(open_clip_folder.similarities(clip), open_clip_folder.similarities(written))
+    return open_clip_folder.check_folder(folder, clip)
 
 
 def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:

@@ -95,8 +95,7 @@ def _import_file(source: Path, aside: Path, arch: str | None, pretrained: str | 
         sys.stdout.write(f"cosine of the weights with those of --pretrained: {cosine:.3f}{doubt}\n")
     module.load_state_dict(weights.state)
     open_clip_folder.write(base, aside)
-    written = CLIPModel(pretrained=str(aside))
-    return open_clip_folder.check_parity(open_clip_folder.similarities(base), open_clip_folder.similarities(written))
+    return open_clip_folder.check_folder(aside, base)
 
 
 def _import_folder(source: Path, aside: Path) -> float:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from robustclip import display
@@ -179,12 +178,11 @@ def _search(
 
 
 def _encoder(settings: Settings) -> Encoder:
-    has_gpu = settings.device == "auto" and torch.cuda.is_available()
     return Encoder(
         CLIPModel(settings.arch, settings.pretrained, settings.image_size),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        device="cuda" if has_gpu else settings.device.replace("auto", "cpu"),
+        device=settings.device,
         precision=settings.precision,
     )
 
