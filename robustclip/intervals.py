@@ -1,4 +1,4 @@
-"""Uncertainty of accuracies from exact counts: intervals, paired tests, and the number of samples that they need."""
+"""Uncertainty of accuracies from exact counts: intervals and paired tests."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ FEW = 10  # correct or misclassified samples below which the bootstrap is too na
 DRAWS = 10_000  # a 2.5 % quantile then has 250 draws beyond it; its error is about a tenth of the half width
 
 Interval = tuple[float, float]
+"""Lower and upper limit, in [0, 1]."""
+
 NOTHING: Interval = (math.nan, math.nan)
 
 
@@ -37,9 +39,6 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
         correct: number of correctly classified samples.
         n: number of samples; 0 gives nan.
         level: nominal coverage in (0, 1).
-
-    Returns:
-        Lower and upper limit, in [0, 1].
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
@@ -70,9 +69,6 @@ def bootstrap_mean(
         draws: number of draws.
         seed: seed of the draws; equal arguments give equal limits.
 
-    Returns:
-        Lower and upper limit, in [0, 1].
-
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
     """
@@ -95,9 +91,6 @@ def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> In
     Args:
         counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
-
-    Returns:
-        Lower and upper limit, in [0, 1].
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
@@ -225,24 +218,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(values)
     adjusted[order] = np.minimum(stepped, 1)
     return [float(value) for value in adjusted]
-
-
-def samples_needed(half_width: float = 0.01, p: float = 0.5, *, level: float = LEVEL) -> int:
-    """Computes how many samples an interval of a given width needs, from ``z² p (1 - p) / half_width²``.
-
-    Args:
-        half_width: half the width of the interval, in (0, 1).
-        p: expected accuracy; 0.5 is the worst case.
-        level: nominal coverage in (0, 1).
-
-    Raises:
-        ValueError: an argument is outside its range.
-    """
-    _check(level, 0)
-    if not 0 < half_width < 1 or not 0 <= p <= 1:
-        raise ValueError(f"half_width must be in (0, 1) and p in [0, 1], got {half_width} and {p}")
-    z = float(stats.norm.ppf((1 + level) / 2))
-    return math.ceil(z**2 * p * (1 - p) / half_width**2)
 
 
 def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:

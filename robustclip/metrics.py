@@ -170,9 +170,6 @@ def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:
         known: scores ``(N,)`` of known samples.
         unknown: scores ``(M,)`` of unknown samples.
         points: maximal number of points, at even distances along the curve.
-
-    Returns:
-        Both shares, from (0, 0) to (1, 1).
     """
     above_unknown, above_known, _ = binary_roc(*_ranked(known, unknown))
     chosen = torch.linspace(0, len(above_known) - 1, min(points, len(above_known)), dtype=torch.float64).round().long()

@@ -17,7 +17,6 @@ from robustclip.intervals import (
     mean_interval,
     newcombe,
     paired_difference,
-    samples_needed,
     wilson,
 )
 
@@ -180,13 +179,6 @@ def test_holm_is_monotone_and_lies_between_the_value_and_bonferroni() -> None:
         assert (adjusted <= np.minimum(1, 20 * row) + ROUNDING).all()
 
 
-def test_the_samples_needed_give_the_half_width() -> None:
-    assert samples_needed() == 9604
-    assert samples_needed(0.05, 0.1) == math.ceil(Z**2 * 0.1 * 0.9 / 0.05**2)
-    low, high = wilson(4802, 9604)
-    assert (high - low) / 2 == pytest.approx(0.01, rel=1e-3)
-
-
 def test_no_samples_give_nan() -> None:
     assert np.isnan(wilson(0, 0)).all()
     assert np.isnan(bootstrap_mean([])).all()
@@ -214,8 +206,6 @@ def test_wrong_arguments_are_refused() -> None:
         paired_difference([1, 0], [1])
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         holm([0.5, math.nan])
-    with pytest.raises(ValueError, match="half_width"):
-        samples_needed(0)
 
 
 def test_the_interval_of_a_mean_of_equal_tasks_near_zero_or_one_is_wilsons_of_all_samples() -> None:

@@ -23,10 +23,7 @@ DONE = (  # folders and files of the package that keep the rules
     "objectives/energy.py",
     "report",
     "tools/retrieval",
-    *(
-        f"tools/{name}.py"
-        for name in ("caption", "captioner", "cache", "interpolate", "table", "compare", "comparisons")
-    ),
+    *(f"tools/{name}.py" for name in ("caption", "captioner", "cache", "interpolate", "table", "compare")),
     *(f"tools/{name}.py" for name in ("verify", "progress_log", "score")),
 )
 RIDDLES = re.compile(

@@ -88,16 +88,13 @@ def surface_start(images: Tensor, eps: float, ball: str, index: Tensor | None, s
 
 
 def uniform(images: Tensor, shape: torch.Size | tuple[int, ...], index: Tensor | None, seed: int) -> Tensor:
-    """Draws from [0, 1), by sample id or from torch's generator.
+    """Draws ``(B, *shape)`` from [0, 1), by sample id or from torch's generator.
 
     Args:
         images: ``(B, 3, H, W)``; the device, and without ids the type, are theirs.
         shape: shape of one sample's draw.
         index: ``(B,)`` sample ids, or None.
         seed: selects another draw for the same ids.
-
-    Returns:
-        ``(B, *shape)``.
     """
     if index is None:
         is_image = tuple(shape) == images.shape[1:]
@@ -130,8 +127,7 @@ def distance(images: Tensor, others: Tensor, ball: str) -> Tensor:
     """Computes distances ``(B,)`` in the norm of the ball.
 
     Args:
-        images: ``(B, 3, H, W)``.
-        others: ``(B, 3, H, W)``.
+        images, others: ``(B, 3, H, W)``.
         ball: ``linf`` or ``l2``.
     """
     flat: Tensor = torch.linalg.vector_norm((images - others).flatten(1), ord=ORDERS[ball], dim=1)

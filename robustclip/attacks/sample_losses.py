@@ -17,14 +17,11 @@ CLASSES_FOR_DLR, CLASSES_FOR_TARGETED_DLR = 3, 4
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Computes the cross-entropy per sample, in fp32.
+    """Computes the cross-entropy.
 
     Args:
         outputs: logits ``(B, C)``.
         targets: labels ``(B,)``.
-
-    Returns:
-        ``(B,)``.
     """
     return F.cross_entropy(outputs.float(), targets, reduction="none")
 
@@ -37,9 +34,6 @@ def margin(outputs: Tensor, labels: Tensor) -> Tensor:
     Args:
         outputs: logits ``z`` ``(B, C)``.
         labels: ``y`` ``(B,)``.
-
-    Returns:
-        ``(B,)``.
     """
     logits = outputs.float()
     return without_label(logits, labels).max(1).values - _pick(logits, labels)
@@ -53,9 +47,6 @@ def dlr(outputs: Tensor, labels: Tensor) -> Tensor:
     Args:
         outputs: logits ``z`` ``(B, C)``.
         labels: ``(B,)``.
-
-    Returns:
-        ``(B,)``.
 
     Raises:
         ValueError: there are fewer than 3 classes.
@@ -72,9 +63,6 @@ def targeted_margin(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         outputs: logits ``z`` ``(B, C)``.
         labels: ``y`` ``(B,)``.
         targets: target classes ``t`` ``(B,)``.
-
-    Returns:
-        ``(B,)``.
     """
     logits = outputs.float()
     return _pick(logits, targets) - _pick(logits, labels)
@@ -89,9 +77,6 @@ def targeted_dlr(outputs: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         outputs: logits ``z`` ``(B, C)``.
         labels: ``y`` ``(B,)``.
         targets: target classes ``t`` ``(B,)``.
-
-    Returns:
-        ``(B,)``.
 
     Raises:
         ValueError: there are fewer than 4 classes.

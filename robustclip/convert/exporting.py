@@ -8,14 +8,19 @@ from typing import Any
 import torch
 
 from robustclip.convert import hugging_face, open_clip_folder
-from robustclip.convert.model_card import model_card
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
+from robustclip.names import markdown
 from robustclip.persistence import atomic_folder
+from robustclip.results.protocol import digest
 from robustclip.results.run import Run
+from robustclip.results.tables import markdown_table
 
-FORMATS = ("open_clip", "hf")
+LOADING = {
+    "open_clip": 'model = open_clip.create_model("local-dir:THIS_FOLDER")',
+    "hf": 'model = transformers.CLIPModel.from_pretrained("THIS_FOLDER")',
+}
 
 
 def export(
@@ -39,28 +44,24 @@ def export(
         ValueError: the method adds something to the towers at inference, the format does not support the architecture,
             the folder gives other logits, the results are of other weights, or ``out`` exists.
     """
-    if to not in FORMATS:
-        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    if to not in LOADING:
+        raise ValueError(f"to must be one of {', '.join(LOADING)}, got {to!r}")
     run = None if results is None else Run.open(results)
     clip = method.eval().clip.float()
     if run is not None and run.result.get("model", {}).get("weights") != fingerprint(method):
         raise ValueError(f"{results} is a test of other weights, which the model card must not claim; test this model")
-    check_is_towers_alone(method)
+    _check_is_towers_alone(method)
     with atomic_folder(out) as aside:
         difference = _write_open_clip(clip, aside) if to == "open_clip" else _write_hugging_face(clip, aside)
         base = str(clip.arch or Path(str(clip.pretrained)).name)
         source = f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
-        card = model_card(type(method).__name__, to=to, base=f"{base}{source}", training=training, run=run)
+        card = _model_card(type(method).__name__, to=to, base=f"{base}{source}", training=training, run=run)
         (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
 
-def check_is_towers_alone(method: RobustMethod) -> None:
-    """Refuses a method that computes more than its two towers, which exported formats cannot represent.
-
-    Raises:
-        ValueError: prompts, adapters or classifiers contribute.
-    """
+def _check_is_towers_alone(method: RobustMethod) -> None:
+    """Refuses a method that computes more than its two towers, which exported formats cannot represent."""
     clip = method.clip
     with torch.no_grad(), frozen(method):
         own = open_clip_folder.similarities(clip)
@@ -80,8 +81,7 @@ def check_is_towers_alone(method: RobustMethod) -> None:
 
 def _write_open_clip(clip: CLIPModel, folder: Path) -> float:
     open_clip_folder.write(clip, folder)
-    written = CLIPModel(pretrained=str(folder))
-    return open_clip_folder.check_parity(open_clip_folder.similarities(clip), open_clip_folder.similarities(written))
+    return open_clip_folder.check_folder(folder, clip)
 
 
 def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:
@@ -94,4 +94,66 @@ def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:
     hugging_face.write_tokenizer(clip, folder)
     return open_clip_folder.check_parity(
         open_clip_folder.similarities(clip), hugging_face.library_similarities(folder, clip)
+    )
+
+
+def _model_card(
+    method: str, *, to: str, base: str, training: Mapping[str, Any] | None = None, run: Run | None = None
+) -> str:
+    """Writes the README.md of an exported model: its method, training and measured accuracy."""
+    facts = {"method": method, "base model": base, **_facts(training)}
+    table = "".join(f"| {name} | {markdown(value)} |\n" for name, value in facts.items())
+    return f"""# {markdown(method)} on {markdown(base)}
+
+Fine-tuned and exported by robustclip.
+
+| | |
+| --- | --- |
+{table}
+```python
+{LOADING[to]}
+```
+
+Images are resized to the tower's input (bicubic, without antialiasing) and normalised as the configuration says.
+
+## Results
+
+{_results(run)}"""
+
+
+def _facts(training: Mapping[str, Any] | None) -> dict[str, str]:
+    if training is None:
+        return {"training": "not recorded"}
+    model = dict(training["model"].get("init_args") or {})
+    data = dict(training["data"].get("init_args") or training["data"])
+    return {
+        "training data": _flat(data.get("train")),
+        "training attack": _flat(model.get("attack")),
+        "optimiser": _flat(model.get("optimizer")),
+        "epochs": str(training.get("trainer", {}).get("max_epochs")),
+        "seed": str(training.get("seed_everything")),
+    }
+
+
+def _flat(value: Any) -> str:
+    """Formats settings for one cell of a table: ``PGD(eps=1/255, steps=2)``."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        arguments = (value.get("init_args") or {}).items()
+        listed = ", ".join(f"{name}={_flat(argument)}" for name, argument in arguments if argument is not None)
+        return f"{value['class_path'].rpartition('.')[2]}({listed})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_flat(entry)}" for name, entry in value.items() if entry is not None)
+    return "none" if value is None else str(value)
+
+
+def _results(run: Run | None) -> str:
+    if run is None:
+        return "None were given.\n"
+    protocols = {
+        task: {attack: protocol["hash"] for attack, protocol in attacks.items()}
+        for task, attacks in run.result["protocol"].items()
+    }
+    return (
+        f"Top-1 accuracy in percent with 95 % intervals. Protocol {digest(protocols)}: numbers of another protocol must"
+        f" not be compared with these.\n\n{markdown_table(run.result)}"
     )

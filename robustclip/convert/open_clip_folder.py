@@ -127,6 +127,16 @@ def similarities(
         return Logits(images @ (class_features or clip.encode_classes)(PROBE).T, float(clip.logit_scale))
 
 
+def check_folder(folder: Path, clip: CLIPModel) -> float:
+    """Loads a written folder again, and checks that it has the logits of a model as `check_parity` does.
+
+    Args:
+        folder: folder in the "local-dir" layout.
+        clip: model that was written.
+    """
+    return check_parity(similarities(clip), similarities(CLIPModel(pretrained=str(folder))))
+
+
 def check_parity(expected: Logits, actual: Logits) -> float:
     """Checks that two models have the same logits, and returns the largest difference of their cosines.
 

@@ -3,18 +3,16 @@
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip.arguments import CountOrZero, NonNegative
-from robustclip.attacks import PGD, Attack
-from robustclip.methods.base import RobustMethod
+from robustclip.arguments import NonNegative
+from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
 from robustclip.models.layers import frozen
 from robustclip.types import Batch, data_of
 
 
-class AdversarialTraining(RobustMethod):
+class AdversarialTraining(TeCoARecipe):
     """Adversarial training without text: Adv. and CoAdv. (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     These are baselines of TeCoA. They minimise ``-log softmax(z(x'))_y``, where ``x'`` maximises the same loss in the
@@ -33,10 +31,7 @@ class AdversarialTraining(RobustMethod):
     Args:
         head: kind of the classifier that is trained on the embeddings.
         head_lr: learning rate of the classifier, whose start is random; the image tower has the optimiser's.
-        attack: training attack, through the classifier.
-        optimizer: default of TeCoA, SGD with momentum 0.9 and no weight decay.
-        warmup_steps: steps of linear warm-up before the cosine.
-        kwargs: arguments of `RobustMethod`.
+        kwargs: arguments of `TeCoARecipe`.
 
     Raises:
         ValueError: there is no classifier of that name.
@@ -48,12 +43,9 @@ class AdversarialTraining(RobustMethod):
         self,
         head: Literal["linear", "cosine"] = "linear",
         head_lr: NonNegative = 1e-2,
-        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        super().__init__(**kwargs)
         self.head, self.head_lr = head, head_lr
         self.classifier: nn.Module = nn.Identity()  # until a fit defines the number of classes
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -16,22 +16,8 @@ from torch import Tensor, nn
 from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
+from robustclip.methods._shared import saved_state
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
-from robustclip.methods._shared.data_checks import check_data
-from robustclip.methods._shared.saved_state import (
-    SETTINGS,
-    RenamedCheckpointIO,
-    check_belongs,
-    identity,
-    is_validation_due,
-    on_rank_zero,
-    pending_gradients,
-    plain_values,
-    random_state,
-    set_random_state,
-    settle_progress,
-    settle_resumed_loop,
-)
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
 from robustclip.methods._shared.step_checks import (
     DivergenceWatch,
@@ -67,6 +53,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     of_original: tuple[str, ...] = ("clip.net.",)  # name prefixes of tensors that the pre-trained model determines
     takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
+    is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
@@ -142,19 +129,16 @@ class RobustMethod(Checked, LightningModule, ABC):
         """
         listed = {name for cls in type(self).__mro__ for name in vars(cls).get("of_training", ())}
         names = [name for name in self.hparams if name not in listed and not name.startswith("_")]
-        passed = plain_values({name: self.hparams[name] for name in names})
-        assigned = plain_values({name: vars(self)[name] for name in names if name in vars(self)})
+        passed = saved_state.plain_values({name: self.hparams[name] for name in names})
+        assigned = saved_state.plain_values({name: vars(self)[name] for name in names if name in vars(self)})
         return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
-        """Computes the zero-shot logits of images.
+        """Computes the zero-shot logits ``(B, C)`` of images.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             task: name of the task, whose classifier `prepare` has built.
-
-        Returns:
-            Logits ``(B, C)``.
         """
         return head_logits(self.image_features(images), self.heads[task], self.clip.logit_scale)
 
@@ -167,7 +151,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         forward: Forward | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Runs the training attack on a batch and returns its adversarial images, without gradient.
+        """Runs the training attack on a batch; returns adversarial images ``(B, 3, H, W)`` in [0, 1], without gradient.
 
         During the attack the model is frozen and in eval mode; every flag is restored afterwards. The random start
         depends on the sample ids and the step alone.
@@ -178,9 +162,6 @@ class RobustMethod(Checked, LightningModule, ABC):
             loss: loss per sample, which the attack maximises.
             forward: function of the images that is attacked; default the zero-shot logits.
             targets: second argument of the loss, ``(B, ...)``; default the labels.
-
-        Returns:
-            Images ``(B, 3, H, W)`` in [0, 1].
 
         Raises:
             ValueError: the method has no attack.
@@ -215,14 +196,11 @@ class RobustMethod(Checked, LightningModule, ABC):
         return learning
 
     def total(self, terms: dict[str, Tensor], batch: Batch) -> Tensor:
-        """Checks, logs and sums the terms of a training step's loss.
+        """Checks and logs the terms of a training step's loss, and returns their sum.
 
         Args:
             terms: scalar terms that `training_loss` returned.
             batch: batch of the step.
-
-        Returns:
-            The sum, a scalar.
 
         Raises:
             ValueError: a term is no scalar tensor, or is not finite (noticed some steps later on an accelerator).
@@ -239,12 +217,19 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     # Lightning
 
+    def train(self, mode: bool = True) -> Self:
+        """Sets the training mode, except for frozen towers."""
+        super().train(mode)
+        if self.is_tower_frozen:
+            self.clip.eval()
+        return self
+
     def setup(self, stage: str) -> None:
         """Freezes the parameters that are not trained, and makes an accuracy metric for each task."""
         if not self.freeze_the_rest() and stage == "fit":
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept
-            self.trainer.strategy.checkpoint_io = RenamedCheckpointIO()
+            self.trainer.strategy.checkpoint_io = saved_state.RenamedCheckpointIO()
         data = data_of(self.trainer)
         check_data(self, data, stage)
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
@@ -257,12 +242,12 @@ class RobustMethod(Checked, LightningModule, ABC):
     def on_train_start(self) -> None:
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
         if self.global_rank < len(self._random_states):
-            set_random_state(self._random_states[self.global_rank], self.device)
+            saved_state.set_random_state(self._random_states[self.global_rank], self.device)
         if self.global_rank < len(self._pending_gradients):
             for name, gradient in self._pending_gradients[self.global_rank].items():
                 self.get_parameter(name).grad = gradient.to(self.device)
         self._random_states, self._pending_gradients, self._stepped = [], [], set()
-        settle_resumed_loop(self.trainer.fit_loop)
+        saved_state.settle_resumed_loop(self.trainer.fit_loop)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters have a gradient."""
@@ -291,7 +276,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def on_validation_start(self) -> None:
         """Stores the random state, which a checkpoint written during this validation saves."""
-        self._before_validation = random_state(self.device)
+        self._before_validation = saved_state.random_state(self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Builds the zero-shot classifiers again, since the text side may have been trained."""
@@ -346,14 +331,16 @@ class RobustMethod(Checked, LightningModule, ABC):
             frozen = {name for name, _ in self.named_parameters()} - self.learning_names
             weights = checkpoint["state_dict"].items()
             checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
-        checkpoint["base_model"] = identity(self.clip)
-        checkpoint[SETTINGS] = self.inference_settings
-        is_inside = self.trainer.validating and is_validation_due(self.trainer)
-        state, world_size = self._before_validation if is_inside else random_state(self.device), self.trainer.world_size
-        checkpoint["random_states"] = on_rank_zero(state, world_size)
+        checkpoint["base_model"] = saved_state.identity(self.clip)
+        checkpoint[saved_state.SETTINGS] = self.inference_settings
+        is_inside = self.trainer.validating and saved_state.is_validation_due(self.trainer)
+        state = self._before_validation if is_inside else saved_state.random_state(self.device)
+        world_size = self.trainer.world_size
+        checkpoint["random_states"] = saved_state.on_rank_zero(state, world_size)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            settle_progress(checkpoint["loops"]["fit_loop"], self.trainer)
-            checkpoint["pending_gradients"] = on_rank_zero(pending_gradients(self, self.trainer), world_size)
+            saved_state.settle_progress(checkpoint["loops"]["fit_loop"], self.trainer)
+            pending = saved_state.pending_gradients(self, self.trainer)
+            checkpoint["pending_gradients"] = saved_state.on_rank_zero(pending, world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
@@ -363,7 +350,34 @@ class RobustMethod(Checked, LightningModule, ABC):
                 missing or unknown.
         """
         self.freeze_the_rest()
-        check_belongs(checkpoint, self, self.clip, settings=self.inference_settings, learning=self.learning_names)
+        settings, learning = self.inference_settings, self.learning_names
+        saved_state.check_belongs(checkpoint, self, self.clip, settings=settings, learning=learning)
         self._random_states = checkpoint.get("random_states", [])
         self._pending_gradients = checkpoint.get("pending_gradients", [])
         self.interpolation = checkpoint.get("interpolation")
+
+
+def check_data(method: RobustMethod, data: Any, stage: str) -> None:
+    """Refuses data of a stage that the method does not accept.
+
+    Args:
+        method: method with its model.
+        data: data module, after its setup.
+        stage: ``fit``, ``validate`` or ``test``.
+
+    Raises:
+        ValueError: the method accepts no images of unknown classes, or no features, or not those of another tower.
+    """
+    name = type(method).__name__
+    if stage == "fit" and data.train_has_unknown and not method.takes_unknown:
+        raise ValueError(f"{name} needs images of known classes; set `images` of data.train to null")
+    if data.feature_model is None:
+        return
+    if not method.takes_features:
+        raise ValueError(f"{name} needs images, data.features gives embeddings; set data.features to null")
+    for key, own in (("fingerprint", method.clip.fingerprint), ("image_size", method.clip.image_size)):
+        if data.feature_model[key] != own:
+            raise ValueError(
+                f"data.features has embeddings of a tower with {key} {data.feature_model[key]!r}, this run has {own!r};"
+                " give the model settings that the cache was made with"
+            )

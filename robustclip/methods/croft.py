@@ -147,7 +147,7 @@ class CRoFT(FrozenFeatures):
             labels: ``(B,)``.
         """
         generated = self.generate(view.images.unit)
-        away = same_class_similarity(generated, view.images.unit, labels)
+        away = _same_class_similarity(generated, view.images.unit, labels)
         return self.cross_entropy(generated, view, labels) + self.lambda1 * away
 
     def generate(self, features: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class CRoFT(FrozenFeatures):
             terms = {"generated": self.cross_entropy(generated, view, labels)}
         else:
             mixed = self.ratio * generated + (1 - self.ratio) * generated @ self.image_adapter
-            away = same_class_similarity(generated, inputs, labels)
+            away = _same_class_similarity(generated, inputs, labels)
             terms = {"generated": self.cross_entropy(mixed, view, labels), "away": -self.lambda1 * away}
             inputs = torch.cat([inputs, generated])
         images = adapted(inputs, self.image_adapter.T, self.ratio)
@@ -222,13 +222,7 @@ class CRoFT(FrozenFeatures):
             optimizer.step()
 
 
-def same_class_similarity(generated: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Computes ``D``, the mean similarity of features with the same label.
-
-    Args:
-        generated: ``(N, D)``.
-        features: ``(N, D)``.
-        labels: ``(N,)``, of both.
-    """
+def _same_class_similarity(generated: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Computes ``D``, the mean similarity of features ``(N, D)`` with the same label ``(N,)``."""
     is_same = labels[:, None] == labels
     return ((generated @ features.T) * is_same).sum() / len(labels) ** 2

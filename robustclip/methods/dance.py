@@ -69,15 +69,12 @@ class DANCE(ContextAndNorms):
         return terms
 
     def log_neighbours(self, features: Tensor, classes: Tensor, index: Tensor) -> Tensor:
-        """Computes log-probabilities that each image has a given neighbour.
+        """Computes log-probabilities ``log q`` ``(B, N + C)`` that each image has a given neighbour.
 
         Args:
             features: ``(B, D)``, of unit length.
             classes: ``(C, D)``, of unit length.
             index: sample ids ``(B,)``.
-
-        Returns:
-            ``log q``, ``(B, N + C)``.
         """
         ids = torch.arange(len(self.bank), device=index.device)
         is_out = (index[:, None] == ids) | ~self.bank.any(1)

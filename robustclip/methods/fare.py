@@ -52,13 +52,9 @@ class FARE(RobustMethod):
 
 
 def squared_distance(embeddings: Tensor, targets: Tensor) -> Tensor:
-    """Computes ``||a - b||_2^2`` per sample, in fp32.
+    """Computes ``||a - b||_2^2`` per sample ``(B,)``, in fp32.
 
     Args:
-        embeddings: ``(B, D)``.
-        targets: ``(B, D)``.
-
-    Returns:
-        Distances ``(B,)``.
+        embeddings, targets: ``(B, D)``.
     """
     return (embeddings.float() - targets.float()).square().sum(-1)

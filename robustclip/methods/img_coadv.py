@@ -3,17 +3,15 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.arguments import CountOrZero, Positive
-from robustclip.attacks import PGD, Attack
-from robustclip.methods.base import RobustMethod
+from robustclip.arguments import Positive
+from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
 from robustclip.types import Batch
 
 
-class ImgCoAdv(RobustMethod):
+class ImgCoAdv(TeCoARecipe):
     """ImgCoAdv, a label-free baseline of TeCoA (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     Minimises InfoNCE between adversarial images and their clean copies, with the batch's other clean images as
@@ -26,10 +24,7 @@ class ImgCoAdv(RobustMethod):
 
     Args:
         temperature: ``tau``; 0.07 as in MoCo (https://arxiv.org/abs/1911.05722).
-        attack: training attack.
-        optimizer: default of TeCoA, SGD with momentum 0.9 and no weight decay.
-        warmup_steps: steps of linear warm-up before the cosine.
-        kwargs: arguments of `RobustMethod`.
+        kwargs: arguments of `TeCoARecipe`.
 
     Raises:
         ValueError: the temperature is 0 or less.
@@ -40,12 +35,9 @@ class ImgCoAdv(RobustMethod):
     def __init__(
         self,
         temperature: Positive = 0.07,
-        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        super().__init__(**kwargs)
         self.temperature = temperature
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -56,13 +48,10 @@ class ImgCoAdv(RobustMethod):
         return {"adversarial_infonce": F.cross_entropy(self.similarities(attacked, clean).float(), own)}
 
     def similarities(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Computes the cosine similarities of images and keys, divided by the temperature.
+        """Computes the cosine similarities ``(B, K)`` of images and keys, divided by the temperature.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             keys: unit features ``(K, D)``.
-
-        Returns:
-            ``(B, K)``.
         """
         return self.image_features(images) @ keys.T / self.temperature

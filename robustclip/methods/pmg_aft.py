@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import NonNegative, Positive
-from robustclip.attacks import PGD, Attack
 from robustclip.methods.tecoa import TeCoA
 from robustclip.models.clip import CLIPModel
 from robustclip.models.teacher import ImageTeacher
@@ -53,7 +52,6 @@ class PMGAFT(TeCoA):
         detach_clean: compute the clean predictions without gradient, which saves a backward pass.
         logit_scale: ``s`` in training and evaluation; null for the model's own.
         normalisation: pixel statistics of student and teacher, the ``model``'s own or ``imagenet``'s.
-        attack: training attack.
         optimizer: the paper's for Tiny-ImageNet; with ``s = 100`` on ImageNet, other papers use 1e-5.
         kwargs: arguments of `TeCoA`.
 
@@ -74,11 +72,10 @@ class PMGAFT(TeCoA):
         detach_clean: bool = False,
         logit_scale: Positive | None = None,
         normalisation: Literal["model", "imagenet"] = "model",
-        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=5e-5, momentum=0.9),
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack=attack, optimizer=optimizer, **kwargs)
+        super().__init__(optimizer=optimizer, **kwargs)
         if isinstance(layer, int) and not -(blocks := len(self.clip.image_blocks())) <= layer < blocks:
             raise ValueError(f"layer must be a block in [{-blocks}, {blocks - 1}], got {layer}; -1 is the last")
         self.alpha, self.beta, self.layer, self.detach_clean = alpha, beta, layer, detach_clean

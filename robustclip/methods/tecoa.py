@@ -1,21 +1,18 @@
 """TeCoA, text-guided contrastive adversarial training."""
 
-from typing import Any, Self
+from typing import Any
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import Count, CountOrZero, NonNegative
-from robustclip.attacks import PGD, Attack
-from robustclip.methods.base import RobustMethod
+from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
 from robustclip.models.prompts import PromptKind, VisualPrompt
 from robustclip.models.teacher import ImageTeacher
 from robustclip.types import Batch
 
 
-class TeCoA(RobustMethod):
+class TeCoA(TeCoARecipe):
     """TeCoA (Mao et al., ICLR 2023, https://arxiv.org/abs/2212.07016).
 
     Minimises ``-log softmax(s cos(f(x'), t))_y`` over the class prompts ``t`` of the training set, where ``s`` is the
@@ -34,10 +31,7 @@ class TeCoA(RobustMethod):
         prompt_lr: learning rate of prompt and tokens (the authors' for SGD); the image tower has the optimiser's.
         prompts_only: keep the image tower frozen if there is a prompt.
         pseudo_labels: train on the pre-trained model's predictions for the clean images instead of the labels.
-        attack: training attack.
-        optimizer: the paper's is SGD with momentum 0.9 and no weight decay.
-        warmup_steps: steps of linear warm-up before the cosine.
-        kwargs: arguments of `RobustMethod`.
+        kwargs: arguments of `TeCoARecipe`.
 
     Raises:
         ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks, or is set for a frozen tower; the
@@ -55,12 +49,9 @@ class TeCoA(RobustMethod):
         prompt_lr: NonNegative = 40.0,
         prompts_only: bool = True,
         pseudo_labels: bool = False,
-        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        super().__init__(**kwargs)
         if last_blocks is not None and last_blocks > len(self.clip.image_blocks()):
             available = len(self.clip.image_blocks())
             raise ValueError(f"last_blocks must be in [1, {available}], got {last_blocks}; null trains the whole tower")
@@ -109,10 +100,3 @@ class TeCoA(RobustMethod):
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy over the class prompts, on adversarial images."""
         return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)).float(), batch.labels)}
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training mode, except for a frozen tower."""
-        super().train(mode)
-        if self.is_tower_frozen:
-            self.clip.eval()
-        return self

@@ -2,24 +2,21 @@
 
 from typing import Any
 
-import torch
-from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.arguments import CountOrZero, NonNegative
-from robustclip.attacks import PGD, Attack
-from robustclip.methods.base import RobustMethod
+from robustclip.arguments import NonNegative
+from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
 from robustclip.objectives.losses import kl
 from robustclip.types import Batch
 
 
-class TRADES(RobustMethod):
+class TRADES(TeCoARecipe):
     """TRADES over class prompts (Zhang et al., ICML 2019, https://arxiv.org/abs/1901.08573).
 
     Minimises ``CE(z(x), y) + beta KL(softmax z(x) || softmax z(x'))``, where ``z(x) = s cos(f(x), t)`` are zero-shot
     logits over the class prompts of the training set. ``x'`` maximises the KL term in the perturbation set (PGD, last
-    iterate). Both sides of the KL term get gradients.
+    iterate) from a random start, since the KL term has no gradient at clean images. Both of its sides get gradients.
 
     The paper trains classifiers from scratch on small images. To make the method comparable with TeCoA, its classifier
     is replaced by text prompts, its attack budget and optimiser by TeCoA's, and its Gaussian random start by a uniform
@@ -27,10 +24,7 @@ class TRADES(RobustMethod):
 
     Args:
         beta: weight of the KL term, the paper's ``1 / lambda``.
-        attack: training attack; it needs a random start, since the KL term has no gradient at clean images.
-        optimizer: TeCoA's, SGD with momentum 0.9 and no weight decay.
-        warmup_steps: steps of linear warm-up before the cosine.
-        kwargs: arguments of `RobustMethod`.
+        kwargs: arguments of `TeCoARecipe`.
 
     Raises:
         ValueError: the weight is negative.
@@ -41,12 +35,9 @@ class TRADES(RobustMethod):
     def __init__(
         self,
         beta: NonNegative = 6.0,
-        attack: Attack = PGD(eps="1/255", alpha="1/255", steps=2),
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=1e-5, momentum=0.9),
-        warmup_steps: CountOrZero = 1000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(attack=attack, optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
+        super().__init__(**kwargs)
         self.beta = beta
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -48,14 +48,11 @@ class LearnableContext(nn.Module):
         self.vectors = nn.Parameter(INITIAL_DEVIATION * torch.randn_like(start) if phrase is None else start)
 
     def tokenize(self, clip: CLIPModel, class_names: Sequence[str]) -> Tensor:
-        """Tokenises the classes' prompts, with the phrase as a placeholder of the context.
+        """Tokenises the classes' prompts as ``(C, L)`` on the model's device, with the phrase in place of the context.
 
         Args:
             clip: model of the tokenizer.
             class_names: ``C`` names.
-
-        Returns:
-            Tokens ``(C, L)`` on the model's device.
 
         Raises:
             ValueError: the tokenizer splits the phrase differently before some name.
@@ -66,16 +63,13 @@ class LearnableContext(nn.Module):
         return clip.join_tokens(tokens)
 
     def encode(self, clip: CLIPModel, tokens: Tensor, *, per_pass: int | None = None) -> Tensor:
-        """Encodes tokens of `tokenize` as unit class features, with gradients for the context.
+        """Encodes tokens of `tokenize` as unit class features ``(C, D)``, with gradients for the context.
 
         Args:
             clip: model of the text tower.
             tokens: ``(C, L)``.
             per_pass: number of classes whose activations are in memory at once, the others being recomputed in the
                 backward pass; null for all.
-
-        Returns:
-            ``(C, D)``.
         """
         encode = partial(self._encode, clip)
         if per_pass is None:

@@ -30,15 +30,12 @@ def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dic
 
 
 def head_logits(features: Tensor, head: Tensor, scale: Tensor) -> Tensor:
-    """Computes the logits of image features; a grouped label has the highest logit of its members.
+    """Computes the logits ``(B, C)`` of image features; a grouped label has the highest logit of its members.
 
     Args:
         features: ``(B, D)``, of the images.
         head: classifier weights ``(C, D)`` or ``(C, G, D)``.
         scale: inverse temperature, a scalar.
-
-    Returns:
-        ``(B, C)``.
     """
     logits = scale * features @ head.flatten(0, -2).T
     return logits if head.ndim == 2 else logits.view(-1, *head.shape[:2]).amax(-1)

@@ -39,14 +39,11 @@ def joined(net: Any, parts: Sequence[Tensor]) -> Tensor:
 
 
 def encode(net: Any, tokens: Tensor) -> Tensor:
-    """Encodes tokens as unit features.
+    """Encodes tokens as unit features ``(N, D)``.
 
     Args:
         net: open_clip model.
         tokens: ``(N, L)``, cut or at full length.
-
-    Returns:
-        ``(N, D)``.
     """
     length, tower = tokens.shape[1], _tower(net)
     if isinstance(tower, HFTextEncoder) or length == tower.context_length:

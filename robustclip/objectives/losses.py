@@ -1,4 +1,4 @@
-"""Losses per sample in fp32: distances between two models' outputs, and entropy; and InfoNCE of a batch.
+"""Losses per sample ``(B,)`` in fp32: distances between two models' outputs, and entropy; and InfoNCE of a batch.
 
 Gradients pass to both arguments; detach the one that must not be trained.
 """
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """Computes ``KL(q || p) = sum_k q_k (log q_k - log p_k)`` per sample, the order of distillation.
+    """Computes ``KL(q || p) = sum_k q_k (log q_k - log p_k)``, at least 0, the order of distillation.
 
     With ``p = softmax(logits)`` and ``q = softmax(reference)``, classes weigh as much as the reference's probabilities
     (Hinton et al., https://arxiv.org/abs/1503.02531).
@@ -17,23 +17,17 @@ def kl(logits: Tensor, reference: Tensor) -> Tensor:
     Args:
         logits: ``(B, K)``.
         reference: logits ``(B, K)``.
-
-    Returns:
-        ``(B,)``, at least 0.
     """
     log_p, log_q = F.log_softmax(logits.float(), dim=-1), F.log_softmax(reference.float(), dim=-1)
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def reverse_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """Computes ``KL(p || q)`` per sample, with ``p`` and ``q`` as in `kl`.
+    """Computes ``KL(p || q)``, at least 0, with ``p`` and ``q`` as in `kl`.
 
     Args:
         logits: ``(B, K)``.
         reference: logits ``(B, K)``.
-
-    Returns:
-        ``(B,)``, at least 0.
     """
     return kl(reference, logits)
 
@@ -42,11 +36,7 @@ def l1(outputs: Tensor, reference: Tensor) -> Tensor:
     """Computes the mean absolute difference over the K entries.
 
     Args:
-        outputs: ``(B, K)``.
-        reference: ``(B, K)``.
-
-    Returns:
-        ``(B,)``.
+        outputs, reference: ``(B, K)``.
     """
     return (outputs.float() - reference.float()).abs().mean(-1)
 
@@ -55,11 +45,7 @@ def l2(outputs: Tensor, reference: Tensor) -> Tensor:
     """Computes the mean squared difference over the K entries.
 
     Args:
-        outputs: ``(B, K)``.
-        reference: ``(B, K)``.
-
-    Returns:
-        ``(B,)``.
+        outputs, reference: ``(B, K)``.
     """
     return (outputs.float() - reference.float()).square().mean(-1)
 
@@ -68,11 +54,7 @@ def cosine(outputs: Tensor, reference: Tensor) -> Tensor:
     """Computes the cosine distance ``1 - cos``, in [0, 2].
 
     Args:
-        outputs: ``(B, K)``.
-        reference: ``(B, K)``.
-
-    Returns:
-        ``(B,)``.
+        outputs, reference: ``(B, K)``.
     """
     return 1 - F.cosine_similarity(outputs.float(), reference.float(), dim=-1)
 
@@ -83,9 +65,6 @@ def entropy(log_p: Tensor, eps: float = 0.0) -> Tensor:
     Args:
         log_p: log-probabilities ``(..., K)``.
         eps: constant inside the logarithm; 0 for the exact entropy.
-
-    Returns:
-        ``(...)``.
     """
     p = log_p.exp()
     return -(p * (log_p if eps == 0 else (p + eps).log())).sum(-1)

@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from robustclip.names import csv_cell
 from robustclip.report.blocks import Block, Cell, Notice, Table, Tables, Text
 from robustclip.report.section import Section
-from robustclip.report.view import CLEAN, LEVEL, MISSING, Score, View, averaged, union
+from robustclip.report.view import CLEAN, LEVEL, MEAN, MISSING, Score, View, union
 from robustclip.results.protocol import differences, with_counts
 from robustclip.tools.compare import by_id, pair, unchecked_images, unlike_unknown
 
@@ -22,17 +23,14 @@ GRADES = {
     "C": "a check raised a warning",
     "F": "a check failed, so that its accuracy under attack is no evidence of robustness",
 }
-MEAN = "mean"
 PLACES_LISTED = 6
 
 
 def summary(views: Sequence[View]) -> list[Block]:
     """Summarises which run is better, by how much, and whether its audit passed."""
-    kinds = union(views, of="kinds")
-    columns = [_marked(views, [view.mean.get(kind) for view in views], _is_fair(views, kind)) for kind in kinds]
-    rows = [
-        (view.label, [Cell(view.grade), *(column[place] for column in columns)]) for place, view in enumerate(views)
-    ]
+    kinds = union(views, of="mean")
+    columns = [[Cell(view.grade) for view in views], *(_marked(views, MEAN, kind) for kind in kinds)]
+    rows = list(zip((view.label for view in views), zip(*columns, strict=True), strict=True))
     table = Table("Mean accuracy over the tasks", "run", ["audit grade", *kinds], rows)
     lines = [Text(line) for line in [*_findings(views), *_grades(views)]]
     return [table, Text(_rule(views), "aside"), *lines]
@@ -49,12 +47,9 @@ class Accuracy(Section):
         for view in views:
             for note in view.run.result.get("notes") or []:
                 notes.setdefault(str(note), []).append(view.label)
-        lines = [
-            (note if len(labels) == len(views) else f"{', '.join(labels)}: {note}", "")
-            for note, labels in notes.items()
-        ]
-        notice = [Notice("Notes of the test", "", lines)] if lines else []
-        return [*_warnings(views), Tables(_tables(views)), *notice]
+        owners = {note: "" if len(runs) == len(views) else f"{', '.join(runs)}: " for note, runs in notes.items()}
+        notice = Notice("Notes of the test", "", [(f"{owner}{note}", "") for note, owner in owners.items()])
+        return [*_warnings(views), Tables(_tables(views)), *([notice] if notes else [])]
 
 
 def warning_lines(views: Sequence[View]) -> list[str]:
@@ -71,14 +66,12 @@ def csv_of(views: Sequence[View]) -> str:
     writer.writerow(head)
     for view in views:
         own = [csv_cell(view.run.name), csv_cell(view.run.result["method"]), view.grade]
-        rows = [
-            [task, kind, view.task(task)["n"], score.correct, *score.limits, _seconds(view.task(task).get("seconds"))]
-            for task, scores in view.scores.items()
-            for kind, score in scores.items()
-        ]
-        for name, means in [*view.averages.items(), (MEAN, view.mean)]:
-            rows += [[name, kind, "", "", *score.limits, ""] for kind, score in means.items()]
-        writer.writerows([*own, csv_cell(task), csv_cell(kind), *numbers] for task, kind, *numbers in rows)
+        for name, scores in view.named.items():
+            task = view.part("tasks").get(name, {})
+            times = [_seconds(task.get("seconds"))] if task else [""]
+            for kind, score in scores.items():
+                counts = [task.get("n"), score.correct]
+                writer.writerow([*own, csv_cell(name), csv_cell(kind), *counts, *score.limits, *times])
     return text.getvalue()
 
 
@@ -86,7 +79,7 @@ def _findings(views: Sequence[View]) -> list[str]:
     """Writes one sentence per attack: the best run and its paired difference from the second, or why no run is best."""
     sound = [view for view in views if not view.has_failed]
     lines = []
-    for kind in union(views, of="kinds") if len(views) > 1 else ():
+    for kind in union(views, of="mean") if len(views) > 1 else ():
         ranked = sorted(
             (view for view in sound if kind in view.mean), key=lambda view: view.mean[kind].value, reverse=True
         )
@@ -133,53 +126,42 @@ def _rule(views: Sequence[View]) -> str:
 
 def _tables(views: Sequence[View]) -> list[Table]:
     """Returns a table of all tasks for one run, or a table per attack for several; samples and seconds come last."""
-    accuracies = [_side_by_side(views, kind) for kind in union(views, of="kinds")]
+    accuracies = [_side_by_side(views, kind) for kind in union(views, of="mean")]
     return [*(accuracies if len(views) > 1 else [_one_run(views[0])]), _effort(views)]
 
 
 def _one_run(view: View) -> Table:
-    named = [*view.scores.items(), *view.averages.items(), (MEAN, view.mean)]
-    rows = [(name, [_cell(scores.get(kind)) for kind in view.kinds]) for name, scores in named]
-    return Table("Accuracy of every task", "task", view.kinds, rows, has_total=True)
+    rows = [(name, [_cell(scores.get(kind)) for kind in view.mean]) for name, scores in view.named.items()]
+    return Table("Accuracy of every task", "task", list(view.mean), rows, has_total=True)
 
 
 def _side_by_side(views: Sequence[View], kind: str) -> Table:
-    rows = []
-    for task in union(views, of="tasks"):
-        scores = [view.scores.get(task, {}).get(kind) for view in views]
-        rows.append((task, _marked(views, scores, _is_alike(views, task, kind))))
-    for name in union(views, of="averages"):
-        scores = [view.averages.get(name, {}).get(kind) for view in views]
-        tasks = averaged(next(view for view in views if name in view.averages), name)
-        is_same = all(averaged(view, name) == tasks for view in views)
-        is_fair = is_same and all(_is_alike(views, task, kind) for task in tasks)
-        rows.append((name, _marked(views, scores, is_fair)))
-    rows.append((MEAN, _marked(views, [view.mean.get(kind) for view in views], _is_fair(views, kind))))
+    names = [*union(views, of="scores"), *union(views, of="averages"), MEAN]
+    rows = [(name, _marked(views, name, kind)) for name in names]
     caption = "Clean accuracy" if kind == CLEAN else f"Accuracy under {kind}"
     return Table(caption, "task", [view.label for view in views], rows, has_total=True)
 
 
 def _effort(views: Sequence[View]) -> Table:
     """Counts samples and seconds; numbers that differ between runs are joined in the order of the runs."""
-    tasks = union(views, of="tasks")
-    having = {task: [view.task(task) for view in views if task in view.scores] for task in tasks}
-    has_bad = any(values.get("bad_samples") for results in having.values() for values in results)
+    results = {task: [view.part("tasks").get(task, {}) for view in views] for task in union(views, of="scores")}
+    has_bad = any(values.get("bad_samples") for of_task in results.values() for values in of_task)
     rows = []
-    for task, results in having.items():
-        numbers = [_joined([values["n"] for values in results])]
-        numbers += [_joined([values.get("bad_samples", 0) for values in results])] if has_bad else []
-        times = [_seconds(view.task(task).get("seconds") if task in view.scores else None) for view in views]
-        rows.append((task, [Cell(text) for text in [*numbers, *times]]))
+    for task, of_task in results.items():
+        numbers = [_joined([values["n"] for values in of_task if values])]
+        numbers += [_joined([values.get("bad_samples", 0) for values in of_task if values])] if has_bad else []
+        rows.append((task, [Cell(text) for text in [*numbers, *(_seconds(v.get("seconds")) for v in of_task)]]))
     columns = ["n", *(["left out"] if has_bad else []), *(f"{view.label}, seconds" for view in views)]
     return Table("Samples and seconds", "task", columns, rows)
 
 
-def _marked(views: Sequence[View], scores: Sequence[Score | None], is_fair: bool) -> list[Cell]:
-    """Returns cells of the runs' scores, and marks the best where `BEST_RULE` allows it."""
+def _marked(views: Sequence[View], name: str, kind: str) -> list[Cell]:
+    """Returns a cell per run for a task, an average or the mean, and marks the best where `BEST_RULE` allows it."""
+    scores = [view.named.get(name, {}).get(kind) for view in views]
     cells = [_cell(score) for score in scores]
     present = [(score, place) for place, score in enumerate(scores) if score is not None]
     sound = [item for item in present if not views[item[1]].has_failed]
-    if not is_fair or len(present) < 2 or not sound:
+    if len(present) < 2 or not sound or not _is_fair(views, name, kind):
         return cells
     best, place = max(sound, key=lambda item: item[0].value)
     if all(best.low > score.high for score, other in sound if other != place):
@@ -199,57 +181,52 @@ def _joined(numbers: Sequence[int]) -> str:
     return " / ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
 
 
-def _is_alike(views: Sequence[View], task: str, kind: str) -> bool:
-    """Reports whether all runs that have a number measured it under one protocol."""
-    having = [view for view in views if kind in view.scores.get(task, {})]
-    return all(not differences(having[0].axes(task, kind), view.axes(task, kind)) for view in having[1:])
+def _is_fair(views: Sequence[View], name: str, kind: str) -> bool:
+    """Reports whether all runs measured a number under one protocol, and an average or mean over equal tasks."""
+    if name in union(views, of="scores"):
+        having = _having(views, name, kind)
+        return not any(differences(having[0].axes(name, kind), view.axes(name, kind)) for view in having[1:])
+    tasks = views[0].averaged(name)
+    return all(view.averaged(name) == tasks for view in views) and all(_is_fair(views, task, kind) for task in tasks)
 
 
-def _is_fair(views: Sequence[View], kind: str) -> bool:
-    """Reports whether the means of all runs are over equal tasks under one protocol."""
-    tasks = union(views, of="tasks")
-    return all(set(view.scores) == set(tasks) for view in views) and all(_is_alike(views, t, kind) for t in tasks)
+def _having(views: Sequence[View], task: str, kind: str) -> list[View]:
+    return [view for view in views if kind in view.scores.get(task, {})]
 
 
 def _warnings(views: Sequence[View]) -> list[Notice]:
-    notices = []
-    if unlike := _unlike(views):
-        text = "These runs were measured under different protocols. The numbers named here must not be compared."
-        notices.append(Notice("Unlike protocols", text, unlike, is_bad=True))
-    if gaps := _gaps(views):
-        text = "Not every run has every task and attack, and a mean is over the tasks that its run has."
-        notices.append(Notice("Not in every run", text, [(line, "") for line in gaps]))
-    if unchecked := _unchecked(views):
-        text = "These runs may have seen different images. Run `robustclip test` again."
-        notices.append(Notice("Images not compared", text, [(line, "") for line in unchecked]))
-    return notices
+    gaps, unchecked = ([(line, "") for line in lines] for lines in (_gaps(views), _unchecked(views)))
+    unlike = "These runs were measured under different protocols. The numbers named here must not be compared."
+    missing = "Not every run has every task and attack, and a mean is over the tasks that its run has."
+    images = "These runs may have seen different images. Run `robustclip test` again."
+    notices = [
+        Notice("Unlike protocols", unlike, _unlike(views), is_bad=True),
+        Notice("Not in every run", missing, gaps),
+        Notice("Images not compared", images, unchecked),
+    ]
+    return [notice for notice in notices if notice.lines]
 
 
 def _unlike(views: Sequence[View]) -> list[tuple[str, str]]:
     """Lists each difference between the protocols of two runs in one line, with the numbers that it concerns."""
     by_line: dict[str, dict[str, list[str]]] = {}
-    for task in union(views, of="tasks"):
-        for kind in union(views, of="kinds"):
-            having = [view for view in views if kind in view.scores.get(task, {})]
-            for view in having[1:]:
-                lines = differences(having[0].axes(task, kind), view.axes(task, kind))
-                is_counted = any(line.startswith("pixels:") for line in lines)
-                rows = (by_id(having[0].run, task), by_id(view.run, task)) if is_counted else ({}, {})
-                for line in with_counts(lines, *rows):
-                    places = by_line.setdefault(f"{having[0].name} and {view.name} differ in {line}", {})
-                    places.setdefault(task, []).append(kind)
+    for task, kind in product(union(views, of="scores"), union(views, of="mean")):
+        first, *others = _having(views, task, kind) or views[:1]
+        for view in others:
+            lines = differences(first.axes(task, kind), view.axes(task, kind))
+            is_counted = any(line.startswith("pixels:") for line in lines)
+            rows = (by_id(first.run, task), by_id(view.run, task)) if is_counted else ({}, {})
+            for line in with_counts(lines, *rows):
+                places = by_line.setdefault(f"{first.name} and {view.name} differ in {line}", {})
+                places.setdefault(task, []).append(kind)
     return [(line, _places(places, views)) for line, places in by_line.items()]
 
 
 def _gaps(views: Sequence[View]) -> list[str]:
     """Lists tasks and attacks that only some of the runs have."""
-    lines = []
-    for of, singular in (("tasks", "task"), ("kinds", "attack")):
-        for name in union(views, of=of):
-            having = [view.name for view in views if name in (view.scores if of == "tasks" else view.kinds)]
-            if len(having) < len(views):
-                lines.append(f"{singular} {name} is only in {', '.join(having)}")
-    return lines
+    having = {f"task {task}": [v.name for v in views if task in v.scores] for task in union(views, of="scores")}
+    having |= {f"attack {kind}": [v.name for v in views if kind in v.mean] for kind in union(views, of="mean")}
+    return [f"{name} is only in {', '.join(runs)}" for name, runs in having.items() if len(runs) < len(views)]
 
 
 def _unchecked(views: Sequence[View]) -> list[str]:
@@ -259,7 +236,7 @@ def _unchecked(views: Sequence[View]) -> list[str]:
 
 
 def _places(places: Mapping[str, Sequence[str]], views: Sequence[View]) -> str:
-    kinds, tasks = union(views, of="kinds"), union(views, of="tasks")
+    kinds, tasks = union(views, of="mean"), union(views, of="scores")
     if all(list(places.get(task, ())) == kinds for task in tasks):
         return "(all tasks)"
     named = [task if list(of) == kinds else f"{task} {', '.join(of)}" for task, of in places.items()]

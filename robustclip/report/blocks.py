@@ -1,9 +1,11 @@
 """Defines the building blocks of a report: content without layout, each rendered by the macro of its name."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
+
+from robustclip.report.view import View, percent
 
 
 class Cell(NamedTuple):
@@ -148,24 +150,6 @@ class Facts(NamedTuple):
     pairs: Mapping[str, str]
 
 
-class Check(NamedTuple):
-    """One audit check and its finding.
-
-    Attributes:
-        status: key of the status.
-        status_text: status in words.
-        name: name of the check.
-        finding: result of the check.
-        reason: purpose of the check.
-    """
-
-    status: str
-    status_text: str
-    name: str
-    finding: str
-    reason: str
-
-
 class Checks(NamedTuple):
     """All audit checks of a run.
 
@@ -173,13 +157,13 @@ class Checks(NamedTuple):
         entry: legend entry of the run.
         number: number of the run, from 0.
         grade: grade of the audit.
-        parts: checks in order.
+        parts: checks of the result, in order.
     """
 
     entry: Entry
     number: int
     grade: str
-    parts: Sequence[Check]
+    parts: Sequence[Mapping[str, Any]]
 
 
 class Axis(NamedTuple):
@@ -262,3 +246,27 @@ def tables_of(blocks: Sequence[Block]) -> Iterator[Table]:
             yield block
         elif isinstance(block, Tables):
             yield from block.parts
+
+
+def table_of_measures(
+    caption: str,
+    corner: str,
+    views: Sequence[View],
+    rows: Mapping[str, Sequence[float | None]],
+    text: Callable[[float | None], str] = percent,
+) -> Table:
+    """Builds a table with a column per run, without the rows for which no run has a number.
+
+    Args:
+        caption: title of the table.
+        corner: heading of the first column.
+        views: runs of the report.
+        rows: by name, a number per run.
+        text: formats a number.
+    """
+    cells = [
+        (name, [Cell(text(value)) for value in values])
+        for name, values in rows.items()
+        if any(value is not None for value in values)
+    ]
+    return Table(caption, corner, [view.label for view in views], cells)

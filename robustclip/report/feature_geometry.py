@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from robustclip.report.blocks import Block, Cell, Picture, Pictures, Table, Tables, Text
+from robustclip.report.blocks import Block, Picture, Pictures, Tables, Text, table_of_measures
 from robustclip.report.plots import legend
 from robustclip.report.section import Section
 from robustclip.report.svg import RULE, draw, run_style
-from robustclip.report.view import MISSING, View, percent
+from robustclip.report.view import MISSING, View
 
 COLLAPSE = "collapse"
 CAPTIONS = {
@@ -27,81 +27,63 @@ class Geometry(Section):
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
         """Returns a plot and tables, or nothing if no run measured the geometry."""
-        tables = _tables(views)
-        if not tables:
-            return []
+        rows = {measure: _rows(views, measure) for measure in CAPTIONS}
+        tables = [table_of_measures(CAPTIONS[m], "set", views, by_set, _number) for m, by_set in rows.items()]
+        tables.append(table_of_measures("Retrieval of captions, percent", "set", views, _recalls(views)))
+        tables = [table for table in tables if table.rows]
         text = (
             "Collapse divides the scatter of the unit image features around their class means by the scatter of these "
             "means: 0 where every class is a point. Correlations compare the cosines of all pairs of samples with "
             "those of the pre-trained model."
         )
-        pictures = [Pictures([_picture(views)])] if _names(views, COLLAPSE) else []
-        return [Text(text), legend(views), *pictures, Tables(tables)]
+        pictures = [Pictures([_picture(views, rows[COLLAPSE])])] if rows[COLLAPSE] else []
+        return [Text(text), legend(views), *pictures, Tables(tables)] if tables else []
 
 
-def _tables(views: Sequence[View]) -> list[Table]:
-    """Returns a table per measure with a column per run, and one of the retrieval; empty tables are left out."""
-    tables = []
-    for measure, caption in CAPTIONS.items():
-        rows = {name: [view.geometry.get(name, {}).get(measure) for view in views] for name in _names(views, measure)}
-        tables.append(_table(caption, views, {name: [_number(value) for value in row] for name, row in rows.items()}))
-    recalls = {}
-    for name, measure in _recalls(views):
-        values = [view.geometry.get(name, {}).get(measure) for view in views]
-        text = measure.replace("_r", ", first ").replace("_", " ")
-        recalls[f"{name}: {text}"] = [MISSING if value is None else percent(value) for value in values]
-    tables.append(_table("Retrieval of captions, percent", views, recalls))
-    return [table for table in tables if table.rows]
+def _rows(views: Sequence[View], measure: str) -> dict[str, list[float | None]]:
+    """Collects a number per run, for each task with any number."""
+    names = dict.fromkeys(name for view in views for name in view.part("geometry"))
+    rows = {name: _values(views, name, measure) for name in names}
+    return {name: values for name, values in rows.items() if any(value is not None for value in values)}
 
 
-def _picture(views: Sequence[View]) -> Picture:
+def _recalls(views: Sequence[View]) -> dict[str, list[float | None]]:
+    measured = ((name, m) for view in views for name, values in view.part("geometry").items() for m in values)
+    recalls = [(name, measure) for name, measure in dict.fromkeys(measured) if measure not in CAPTIONS]
+    texts = [f"{name}: {measure.replace('_r', ', first ').replace('_', ' ')}" for name, measure in recalls]
+    return {text: _values(views, *recall) for text, recall in zip(texts, recalls, strict=True)}
+
+
+def _values(views: Sequence[View], name: str, measure: str) -> list[float | None]:
+    return [view.part("geometry").get(name, {}).get(measure) for view in views]
+
+
+def _picture(views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Picture:
     """Draws a line per task, from the run with the least collapse ratio to the run with the greatest."""
-    names = _names(views, COLLAPSE)[::-1]  # matplotlib counts from below
 
     def paint(axes: Axes) -> Mapping[str, str]:
         titles: dict[str, str] = {}
-        for place, name in enumerate(names):
-            values = {view.number: value for view in views if (value := _collapse(view, name)) is not None}
-            axes.plot([min(values.values()), max(values.values())], [place, place], color=RULE, linewidth=3, zorder=1)
-            for view in views:
-                if view.number in values:
-                    gid = f"{view.number}-{place}"
-                    titles[gid] = f"{view.label}, {name}: {values[view.number]:.3g}"
-                    at = [values[view.number]], [place]
-                    axes.scatter(*at, s=45, linewidth=0, gid=gid, zorder=2, **run_style(view))
-        axes.set_yticks(range(len(names)), names)
+        for place, (name, values) in enumerate([*rows.items()][::-1]):  # matplotlib counts from below
+            present = [(view, value) for view, value in zip(views, values, strict=True) if value is not None]
+            ends = [limit(value for _, value in present) for limit in (min, max)]
+            axes.plot(ends, [place, place], color=RULE, linewidth=3, zorder=1)
+            for view, value in present:
+                gid = f"{view.number}-{place}"
+                titles[gid] = f"{view.label}, {name}: {value:.3g}"
+                axes.scatter([value], [place], s=45, linewidth=0, gid=gid, zorder=2, **run_style(view))
+        axes.set_yticks(range(len(rows)), list(rows)[::-1])
         axes.set_xlabel("within classes / between classes")
         axes.set_xlim(left=0)
         axes.grid(axis="x")
         return titles
 
-    alt = "; ".join(f"{name}: " + ", ".join(_described(view, name) for view in views) for name in names[::-1])
-    picture = draw("collapse", f"Class collapse of every task. {alt}", paint, size=(5.0, FRAME + ROW * len(names)))
+    labels = [view.label for view in views]
+    alt = "; ".join(
+        f"{name}: " + ", ".join(f"{label} {_number(value)}" for label, value in zip(labels, values, strict=True))
+        for name, values in rows.items()
+    )
+    picture = draw("collapse", f"Class collapse of every task. {alt}", paint, size=(5.0, FRAME + ROW * len(rows)))
     return Picture(picture, "Class collapse, before and after")
-
-
-def _names(views: Sequence[View], measure: str) -> list[str]:
-    """Lists the tasks for which any run has a number, in the order of the runs."""
-    names = (name for view in views for name, values in view.geometry.items() if values.get(measure) is not None)
-    return list(dict.fromkeys(names))
-
-
-def _recalls(views: Sequence[View]) -> list[tuple[str, str]]:
-    pairs = ((name, measure) for view in views for name, values in view.geometry.items() for measure in values)
-    return [(name, measure) for name, measure in dict.fromkeys(pairs) if measure not in CAPTIONS]
-
-
-def _table(caption: str, views: Sequence[View], rows: Mapping[str, Sequence[str]]) -> Table:
-    cells = [(name, [Cell(text) for text in texts]) for name, texts in rows.items()]
-    return Table(caption, "set", [view.label for view in views], cells)
-
-
-def _collapse(view: View, name: str) -> float | None:
-    return view.geometry.get(name, {}).get(COLLAPSE)
-
-
-def _described(view: View, name: str) -> str:
-    return f"{view.label} {_number(_collapse(view, name))}"
 
 
 def _number(value: float | None) -> str:

@@ -21,7 +21,7 @@ class Misclassified(Section):
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
         """Returns stacked bars of every attack and their numbers, or nothing if no run has an attack."""
-        attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
+        attacks = union(views, of="attacks")
         if not attacks:
             return []
         members = list(dict.fromkeys(name for view in views for kind in view.attacks for name in view.members(kind)))

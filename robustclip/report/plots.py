@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -24,7 +25,7 @@ class TradeOff(Section):
 
     def blocks(self, views: Sequence[View]) -> list[Block]:
         """Returns the plots side by side, or nothing if no run has an attack."""
-        attacks = [kind for kind in union(views, of="kinds") if kind != CLEAN]
+        attacks = union(views, of="attacks")
         if not attacks:
             return []
         text = (
@@ -83,7 +84,7 @@ def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
     """Draws a plot per kind of attack over its radii, and writes lines about attacks that no plot can show."""
     groups: dict[str, list[str]] = {}
     without = []
-    for attack in [kind for kind in union(views, of="kinds") if kind != CLEAN]:
+    for attack in union(views, of="attacks"):
         having = next(view for view in views if attack in view.attacks)
         if radius(having, attack) is None:
             without.append(attack)
@@ -107,11 +108,8 @@ def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
 
     def paint(axes: Axes) -> None:
         for view in views:
-            points, style = lines[view.number], run_style(view)
-            x = [scale * eps for eps, _ in points]
-            y, low, high = ([100 * getattr(score, of) for _, score in points] for of in ("value", "low", "high"))
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.18 * style["alpha"], linewidth=0)
-            axes.plot(x, y, markersize=5.5, linewidth=1.6, clip_on=False, **style)
+            points = lines[view.number]
+            _band(axes, [scale * eps for eps, _ in points], [score for _, score in points], run_style(view))
         ticks = sorted({scale * eps for points in lines.values() for eps, _ in points})
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.set_xlabel(f"radius, {norm}" + (f", in 1/{GREY_LEVELS}" if norm == "linf" else ""))
@@ -121,6 +119,13 @@ def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
 
     text = "; ".join(f"{view.label}: {_described(lines[view.number], scale)}" for view in views)
     return Picture(draw(name, f"Mean accuracy against radius. {text}", paint), ", ".join(attacks))
+
+
+def _band(axes: Axes, x: Sequence[float], scores: Sequence[Score], style: Mapping[str, Any]) -> None:
+    """Draws accuracies in percent, with a band between the limits of their intervals."""
+    y, low, high = ([100 * getattr(score, of) for score in scores] for of in ("value", "low", "high"))
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.18 * style["alpha"], linewidth=0)
+    axes.plot(x, y, markersize=5.5, linewidth=1.6, clip_on=False, **style)
 
 
 def _points(view: View, attacks: Sequence[str]) -> list[Point]:
@@ -186,22 +191,20 @@ def interpolations(views: Sequence[View]) -> list[list[tuple[float, View]]]:
     """Groups the runs between the original and one fine-tuned model, each with its alpha and sorted by it."""
     lines: dict[str, list[tuple[float, View]]] = {}
     for view in views:
-        if view.interpolation is not None:
-            lines.setdefault(view.interpolation[0], []).append((view.interpolation[1], view))
+        if origin := view.part("model").get("interpolation"):
+            lines.setdefault(str(origin["fine_tuned"]), []).append((float(origin["alpha"]), view))
     return [sorted(line, key=lambda point: point[0]) for line in lines.values() if len(line) > 1]
 
 
 def _interpolation(line: Sequence[tuple[float, View]], name: str) -> Picture:
     alphas = [alpha for alpha, _ in line]
-    kinds = union([view for _, view in line], of="kinds")
+    kinds = union([view for _, view in line], of="mean")
     curves = {kind: [view.mean[kind] for _, view in line] for kind in kinds if all(kind in v.mean for _, v in line)}
 
     def paint(axes: Axes) -> None:
         for number, (kind, scores) in enumerate(curves.items()):
-            y, low, high = ([100 * getattr(score, of) for score in scores] for of in ("value", "low", "high"))
-            colour, marker = run_colour(number), MARKERS[number % len(MARKERS)]
-            axes.fill_between(alphas, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(alphas, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, label=kind, clip_on=False)
+            style = {"color": run_colour(number), "marker": MARKERS[number % len(MARKERS)], "alpha": 1.0}
+            _band(axes, alphas, scores, style | {"label": kind})
         axes.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
         axes.set(xlabel="alpha: original 0, fine-tuned 1", ylabel="mean accuracy, %")
         axes.set_ylim(bottom=0)

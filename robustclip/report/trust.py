@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from robustclip.report.blocks import Axes, Axis, Block, Check, Checks, Facts, Fold, Heading, Text
+from robustclip.report.blocks import Axes, Axis, Block, Checks, Facts, Fold, Heading, Text
 from robustclip.report.section import Section
 from robustclip.report.svg import run_entry
-from robustclip.report.view import MISSING, View, union
+from robustclip.report.view import View, union
 from robustclip.results.protocol import AXES
 
-STATUSES = {"fail": "✕ failed", "warn": "! warning", "not_measured": f"{MISSING} not measured", "pass": "✓ passed"}
+RANKS = {"fail": 0, "warn": 1, "not_measured": 2, "pass": 3}  # an unknown status is ranked as a failure
 
 
 class Audit(Section):
@@ -31,7 +31,7 @@ class Protocol(Section):
     def blocks(self, views: Sequence[View]) -> list[Block]:
         """Returns one folded table per task."""
         text = "Two numbers are comparable only if these axes agree. An axis is shown once where all runs agree."
-        return [Text(text), *(_task(views, task) for task in union(views, of="tasks"))]
+        return [Text(text), *(_task(views, task) for task in union(views, of="scores"))]
 
 
 class Runs(Section):
@@ -43,15 +43,13 @@ class Runs(Section):
         """Returns the facts of each run; versions are folded away."""
         blocks: list[Block] = []
         for view in views:
-            versions = view.run.result.get("versions") or {}
-            fold = Fold("Versions", [Facts({str(name): str(version) for name, version in versions.items()})])
-            blocks += [Heading(view.label), Facts(_facts(view)), *([fold] if versions else [])]
+            blocks += [Heading(view.label), Facts(_facts(view))]
+            blocks += [Fold("Versions", [Facts(view.part("versions"))])] if view.part("versions") else []
         return blocks
 
 
 def _facts(view: View) -> dict[str, str]:
-    result = view.run.result
-    model = result.get("model") or {}
+    result, model = view.run.result, view.part("model")
     facts = {
         "method": result["method"],
         "model": model.get("arch") or model.get("pretrained"),
@@ -66,19 +64,8 @@ def _facts(view: View) -> dict[str, str]:
     return {name: str(value) for name, value in facts.items() if value}
 
 
-def _ranked(view: View) -> list[Check]:
-    order = list(STATUSES)
-    checks = sorted(view.checks, key=lambda c: order.index(c.get("status", "")) if c.get("status") in order else 0)
-    return [
-        Check(
-            str(check["status"]) if check.get("status") in STATUSES else "fail",
-            STATUSES.get(check.get("status", ""), str(check.get("status", ""))),
-            str(check.get("name", "")).replace("_", " "),
-            str(check.get("found") or ""),
-            str(check.get("why") or ""),
-        )
-        for check in checks
-    ]
+def _ranked(view: View) -> list[Mapping[str, Any]]:
+    return sorted(view.checks, key=lambda check: RANKS.get(check.get("status", ""), 0))
 
 
 def _task(views: Sequence[View], task: str) -> Fold:
@@ -86,7 +73,7 @@ def _task(views: Sequence[View], task: str) -> Fold:
     items = []
     for axis, meaning in AXES.items():
         per_run = [
-            {kind: view.axes(task, kind)[axis] for kind in view.kinds if axis in view.axes(task, kind)}
+            {kind: view.axes(task, kind)[axis] for kind in view.mean if axis in view.axes(task, kind)}
             for view in having
         ]
         shared = {kind for values in per_run for kind in values if all(kind in other for other in per_run)}

@@ -1,18 +1,18 @@
 """Shows the detection of unknown classes: tables, histograms of the scores, ROC curves, and curves over neighbours."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from robustclip.report.blocks import Block, Cell, Fold, Picture, Pictures, Table, Tables, Text
+from robustclip.report.blocks import Block, Fold, Picture, Pictures, Table, Tables, Text, table_of_measures
 from robustclip.report.plots import legend
 from robustclip.report.section import Section
 from robustclip.report.svg import INK, MUTED, ROBUST, draw, member_colour, run_entry, run_style
-from robustclip.report.view import CLEAN, MISSING, View, percent
+from robustclip.report.view import CLEAN, View, percent
 
 ATTACKED = "attacked"
 SEPARATION = {
@@ -27,6 +27,8 @@ OF_TASKS = {
 }
 SIDES = {"known": ROBUST, "unknown": member_colour(1)}
 LINES = {CLEAN: "-", ATTACKED: (0, (4, 2))}
+CORNER = "known / unknown"
+CURVE = "neighbours"  # key of the measures over K
 MEASURES = {"auroc": "-", "fpr95": (0, (4, 2))}
 
 
@@ -44,7 +46,7 @@ class UnknownClasses(Section):
             "Known samples are the positives. The attack lowers the reported score of known images and raises "
             "that of unknown ones. Dashed lines and empty outlines show scores under attack."
         )
-        settings = [Text(_settings(view), "aside") for view in views if view.detection]
+        settings = [Text(_settings(view), "aside") for view in views if view.part("detection")]
         drawn = [pair for pair in _pairs(views) if any("roc" in pair.of(view) for view in views)]
         plots = [_plots(views, pair, number) for number, pair in enumerate(drawn)]
         return [Text(text), *settings, legend(views), *plots, *_over_neighbours(views), Tables(tables)]
@@ -65,9 +67,7 @@ class Pair(NamedTuple):
 
     def of(self, view: View) -> Mapping[str, Any]:
         """Returns the measures of a run; empty if it has none for this pair."""
-        task = view.detection.get("tasks", {}).get(self.known, {})
-        scores = task.get("unknown", {}).get(self.unknown, {}).get("scores", {})
-        measures: Mapping[str, Any] = scores.get(self.score, {})
+        measures: Mapping[str, Any] = _against(view, self.known, self.unknown).get("scores", {}).get(self.score, {})
         return measures
 
 
@@ -80,14 +80,23 @@ def _tables(views: Sequence[View]) -> list[Table]:
             name = f"{pair.known} / {pair.unknown}: {pair.score}"
             rows[name] = [pair.of(view).get(measure) for view in views]
             rows[f"{name}, {ATTACKED}"] = [pair.of(view).get(ATTACKED, {}).get(measure) for view in views]
-        tables.append(_table(caption, views, rows))
+        tables.append(table_of_measures(caption, CORNER, views, rows))
+    names = dict.fromkeys(name for view in views for name in _tasks(view))
     for measure, caption in OF_TASKS.items():
-        by_run = [view.detection.get("tasks", {}) for view in views]
-        names = dict.fromkeys(name for tasks in by_run for name in tasks)
-        tables.append(
-            _table(caption, views, {name: [tasks.get(name, {}).get(measure) for tasks in by_run] for name in names})
-        )
+        rows = {name: [_tasks(view).get(name, {}).get(measure) for view in views] for name in names}
+        tables.append(table_of_measures(caption, CORNER, views, rows))
     return [table for table in tables if table.rows]
+
+
+def _tasks(view: View) -> Mapping[str, Any]:
+    tasks: Mapping[str, Any] = view.part("detection").get("tasks", {})
+    return tasks
+
+
+def _against(view: View, known: str, unknown: str) -> Mapping[str, Any]:
+    """Returns the measures of a task against a set of unknown classes; empty if the run has none."""
+    measures: Mapping[str, Any] = _tasks(view).get(known, {}).get("unknown", {}).get(unknown, {})
+    return measures
 
 
 def _plots(views: Sequence[View], pair: Pair, number: int) -> Fold:
@@ -138,48 +147,34 @@ def _histogram(view: View, pair: Pair, name: str) -> Picture:
 
 
 def _areas(measures: Mapping[str, Any]) -> str:
-    attacked = f", {_percent(measures[ATTACKED]['auroc'])} % attacked" if ATTACKED in measures else ""
-    return f"AUROC {_percent(measures['auroc'])} %{attacked}"
+    attacked = f", {percent(measures[ATTACKED]['auroc'])} % attacked" if ATTACKED in measures else ""
+    return f"AUROC {percent(measures['auroc'])} %{attacked}"
 
 
 def _settings(view: View) -> str:
-    attack = view.detection.get("attack")
-    positives = "correctly classified known samples" if view.detection.get("is_correct_only") else "all known samples"
-    return f"{view.label}: {positives}; {'attack ' + json.dumps(attack) if attack else 'no attack'}"
+    settings = view.part("detection")
+    positives = "correctly classified known samples" if settings.get("is_correct_only") else "all known samples"
+    attack = f"attack {json.dumps(settings['attack'])}" if settings.get("attack") else "no attack"
+    return f"{view.label}: {positives}; {attack}"
+
+
+def _sets(views: Sequence[View]) -> dict[tuple[str, str], None]:
+    """Lists the pairs of a task and a set of unknown classes, in the order of the runs."""
+    return {
+        (known, unknown): None for view in views for known, task in _tasks(view).items() for unknown in task["unknown"]
+    }
 
 
 def _pairs(views: Sequence[View]) -> list[Pair]:
-    return list(dict.fromkeys(pair for view in views for pair in _pairs_of(view)))
-
-
-def _pairs_of(view: View) -> Iterator[Pair]:
-    for known, task in view.detection.get("tasks", {}).items():
-        for unknown, measures in task["unknown"].items():
-            yield from (Pair(known, unknown, score) for score in measures["scores"])
-
-
-def _table(caption: str, views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Table:
-    cells = [
-        (name, [Cell(_percent(value)) for value in values])
-        for name, values in rows.items()
-        if any(value is not None for value in values)
-    ]
-    return Table(caption, "known / unknown", [view.label for view in views], cells)
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else percent(value)
+    scores = (
+        (pair, score) for pair in _sets(views) for view in views for score in _against(view, *pair).get("scores", ())
+    )
+    return list(dict.fromkeys(Pair(*pair, score) for pair, score in scores))
 
 
 def _over_neighbours(views: Sequence[View]) -> list[Block]:
     """Draws the score knn over K, a plot per known task and unknown set; nothing if no run has such a curve."""
-    pairs = dict.fromkeys(
-        (known, unknown)
-        for view in views
-        for known, task in view.detection.get("tasks", {}).items()
-        for unknown in task["unknown"]
-        if _curve(view, known, unknown)
-    )
+    pairs = [pair for pair in _sets(views) if any(CURVE in _against(view, *pair) for view in views)]
     if not pairs:
         return []
     text = (
@@ -191,17 +186,17 @@ def _over_neighbours(views: Sequence[View]) -> list[Block]:
 
 
 def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) -> Picture:
-    having = [view for view in views if _curve(view, known, unknown)]
+    against = [(view, _against(view, known, unknown)) for view in views]
+    having = [(view, measures) for view, measures in against if CURVE in measures]
 
     def paint(axes: Axes) -> None:
-        for view in having:
-            curve, own = _curve(view, known, unknown), _measures(view, known, unknown)["scores"]["knn"]
-            style = run_style(view)
+        for view, measures in having:
+            curve, own, style = measures[CURVE], measures["scores"]["knn"], run_style(view)
             for measure, line in MEASURES.items():
                 y = 100 * np.array(curve[measure], float)  # null, where there is no number, becomes nan
                 axes.plot(curve["k"], y, linestyle=line, markersize=4, linewidth=1.6, clip_on=False, **style)
                 if own[measure] is not None:
-                    at = [view.detection["knn"]["k"]], [100 * own[measure]]
+                    at = [view.part("detection")["knn"]["k"]], [100 * own[measure]]
                     axes.scatter(*at, s=80, edgecolor=INK, linewidth=1.2, zorder=4, clip_on=False, **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -209,21 +204,10 @@ def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) 
         axes.set(ylim=(0, 100), xlabel="K", ylabel="AUROC and FPR95, %")
         axes.grid(axis="both")
 
-    areas = "; ".join(f"{view.label}: {_spoken(_curve(view, known, unknown))}" for view in having)
+    areas = "; ".join(f"{view.label}: {_spoken(measures[CURVE])}" for view, measures in having)
     return Picture(draw(name, f"AUROC of knn over K. {areas}", paint), f"{known} against {unknown}")
 
 
 def _spoken(curve: Mapping[str, Sequence[Any]]) -> str:
     points = [(k, value) for k, value in zip(curve["k"], curve["auroc"], strict=True) if value is not None]
     return ", ".join(f"{percent(value)} % at {k}" for k, value in points)
-
-
-def _curve(view: View, known: str, unknown: str) -> Mapping[str, Sequence[Any]]:
-    curve: Mapping[str, Sequence[Any]] = _measures(view, known, unknown).get("neighbours", {})
-    return curve
-
-
-def _measures(view: View, known: str, unknown: str) -> Mapping[str, Any]:
-    task = view.detection.get("tasks", {}).get(known, {})
-    measures: Mapping[str, Any] = task.get("unknown", {}).get(unknown, {})
-    return measures

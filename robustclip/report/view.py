@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from robustclip.results.run import Run
 
 CLEAN = "clean"
+MEAN = "mean"  # name of the mean over all tasks
 LEVEL = "95\N{NO-BREAK SPACE}%"
 MISSING = "\N{EN DASH}"
 FAILED = "✕ failed audit"
@@ -57,8 +58,8 @@ class View:
         name: distinguishes it from the other runs of the report.
         number: its place among them, from 0.
         scores: per task and attack, ``clean`` among the attacks.
-        mean: per attack, over the tasks.
-        averages: per named average over some of the tasks, per attack.
+        averages: per named average over some of the tasks, and attack.
+        mean: per attack, over all tasks.
         successes: per task and attack the number of samples that each member misclassified, from the ledger; ``clean``
             counts samples that were misclassified without attack, the empty name counts robust ones.
     """
@@ -67,20 +68,24 @@ class View:
     name: str
     number: int
     scores: Mapping[str, Mapping[str, Score]]
-    mean: Mapping[str, Score]
     averages: Mapping[str, Mapping[str, Score]]
+    mean: Mapping[str, Score]
     successes: Mapping[str, Mapping[str, Counter[str]]]
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """Returns a part of the result, such as ``audit`` or ``geometry``; empty if the test did not compute it."""
+        part: Mapping[str, Any] = self.run.result.get(name) or {}
+        return part
 
     @property
     def grade(self) -> str:
         """Grade of the audit, or a dash if there is none."""
-        return str((self.run.result.get("audit") or {}).get("grade") or MISSING)
+        return str(self.part("audit").get("grade") or MISSING)
 
     @property
     def checks(self) -> Sequence[Mapping[str, Any]]:
         """Checks of the audit."""
-        checks: Sequence[Mapping[str, Any]] = (self.run.result.get("audit") or {}).get("checks") or []
-        return checks
+        return self.part("audit").get("checks") or []
 
     @property
     def has_failed(self) -> bool:
@@ -93,56 +98,37 @@ class View:
         return f"{self.name} {FAILED}" if self.has_failed else self.name
 
     @property
-    def kinds(self) -> list[str]:
-        """Names of the accuracies: ``clean`` and the attacks."""
-        return list(self.mean)
-
-    @property
     def attacks(self) -> list[str]:
         """Names of the attacks, without ``clean``."""
         return [kind for kind in self.mean if kind != CLEAN]
 
-    def task(self, name: str) -> Mapping[str, Any]:
-        """Returns the part of the result about one task."""
-        values: Mapping[str, Any] = self.run.result["tasks"][name]
-        return values
+    @property
+    def named(self) -> Mapping[str, Mapping[str, Score]]:
+        """Accuracies by task, then by average, then the mean over all tasks."""
+        return {**self.scores, **self.averages, MEAN: self.mean}
+
+    def averaged(self, name: str) -> set[str]:
+        """Returns the tasks of a named average, or of the mean; empty if the run does not have the average."""
+        if name == MEAN:
+            return set(self.scores)
+        return set(self.part("averages")[name]["tasks"]) if name in self.averages else set()
 
     def axes(self, task: str, kind: str) -> Mapping[str, Any]:
-        """Returns the protocol of one accuracy.
+        """Returns the protocol of one accuracy, as values by axis; empty if the run does not have this accuracy.
 
         Args:
             task: name of the task.
             kind: ``clean`` or name of the attack.
-
-        Returns:
-            Values by axis; empty if the run does not have this accuracy.
         """
-        axes: Mapping[str, Any] = self.run.result["protocol"].get(task, {}).get(kind, {}).get("axes", {})
+        axes: Mapping[str, Any] = self.part("protocol").get(task, {}).get(kind, {}).get("axes", {})
         return axes
-
-    @property
-    def geometry(self) -> Mapping[str, Mapping[str, float | None]]:
-        """Measures of `FeatureGeometry`, by task or captioned set."""
-        geometry: Mapping[str, Mapping[str, float | None]] = self.run.result.get("geometry") or {}
-        return geometry
-
-    @property
-    def detection(self) -> Mapping[str, Any]:
-        """Measures and settings of `OODDetection`; empty if it did not run."""
-        detection: Mapping[str, Any] = self.run.result.get("detection") or {}
-        return detection
-
-    @property
-    def interpolation(self) -> tuple[str, float] | None:
-        """Fingerprint and share of the fine-tuned weights, for a model between them and the original."""
-        origin = (self.run.result.get("model") or {}).get("interpolation")
-        return (str(origin["fine_tuned"]), float(origin["alpha"])) if origin else None
 
     def members(self, attack: str) -> list[str]:
         """Lists the members of an attack that misclassified samples, in the order in which they try."""
         planned = [self.axes(task, attack).get("steps") for task in self.scores]
         tried = [name for steps in planned if isinstance(steps, dict) for name in steps]
-        named = [name for task in self.scores for name in self.task(task).get(attack, {}).get("broken_by") or {}]
+        results = self.part("tasks").values()
+        named = [name for values in results for name in values.get(attack, {}).get("broken_by") or {}]
         counted = [name for task in self.scores for name in sorted(self.successes[task].get(attack, {}))]
         return [name for name in dict.fromkeys([*tried, *named, *counted]) if name in {*named, *counted} - {"", CLEAN}]
 
@@ -168,33 +154,19 @@ def views(paths: Sequence[Path]) -> list[View]:
     return opened
 
 
-def union(views: Sequence[View], *, of: str) -> list[str]:
+def union(views: Sequence[View], *, of: Literal["scores", "averages", "mean", "attacks"]) -> list[str]:
     """Lists the names that any run has, in the order of the runs.
 
     Args:
         views: runs of the report.
-        of: ``tasks``, ``averages`` or ``kinds`` (``clean`` and attacks).
+        of: attribute with the names: ``scores`` has tasks, ``mean`` has ``clean`` and attacks.
     """
-    names = ({"tasks": view.scores, "averages": view.averages, "kinds": view.mean}[of] for view in views)
-    return list(dict.fromkeys(chain.from_iterable(names)))
+    return list(dict.fromkeys(chain.from_iterable(getattr(view, of) for view in views)))
 
 
-def averaged(view: View, average: str) -> list[str]:
-    """Lists the tasks of an average.
-
-    Args:
-        view: the run.
-        average: name of the average.
-
-    Returns:
-        Names of the tasks; empty if the run does not have this average.
-    """
-    return list(view.run.result["averages"][average]["tasks"]) if average in view.averages else []
-
-
-def percent(value: float) -> str:
-    """Formats a share in percent with one decimal; a number that is not finite becomes a dash."""
-    return f"{100 * value:.1f}" if math.isfinite(value) else MISSING
+def percent(value: float | None) -> str:
+    """Formats a share in percent with one decimal; no number, or one that is not finite, becomes a dash."""
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
 def _label(run: Run) -> str:
@@ -204,24 +176,20 @@ def _label(run: Run) -> str:
 
 
 def _view(run: Run, name: str, number: int) -> View:
+    def scores_of(values: Mapping[str, Any]) -> dict[str, Score]:
+        return {kind: _score(values[kind]) for kind in result["mean"] if kind in values}
+
     result = run.result
-    kinds = list(result["mean"])
-    scores = {
-        task: {kind: _score(values[kind]) for kind in kinds if kind in values}
-        for task, values in result["tasks"].items()
-    }
     for task, values in result["tasks"].items():
         if "n" not in values or task not in result["protocol"]:
             raise KeyError(f"n or protocol of {task}")
+    scores = {task: scores_of(values) for task, values in result["tasks"].items()}
+    averages = {name: scores_of(values) for name, values in result.get("averages", {}).items()}
     successes = {}
     for task, by_kind in scores.items():
         rows = run.rows(task)
         successes[task] = {kind: Counter(row[f"{kind}.by"] for row in rows) for kind in by_kind if kind != CLEAN}
-    mean = {kind: _score(result["mean"][kind]) for kind in kinds}
-    averages = {
-        name: {kind: _score(values[kind]) for kind in kinds} for name, values in result.get("averages", {}).items()
-    }
-    return View(run, name, number, scores, mean, averages, successes)
+    return View(run, name, number, scores, averages, scores_of(result["mean"]), successes)
 
 
 def _score(values: Mapping[str, Any]) -> Score:

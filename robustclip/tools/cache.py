@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.lib.format import open_memmap
 
 from robustclip import display
@@ -127,12 +126,11 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
 
 
 def _encoder(clip: CLIPModel, data: CLIPDataModule, settings: Settings) -> Encoder:
-    has_gpu = settings.device == "auto" and torch.cuda.is_available()
     return Encoder(
         clip,
         batch_size=data.eval_batch_size,
         num_workers=data.num_workers,
-        device="cuda" if has_gpu else settings.device.replace("auto", "cpu"),
+        device=settings.device,
         precision=settings.precision,
     )
 

@@ -36,7 +36,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
         ValueError: an alpha is out of range or repeated, the checkpoint does not belong to the method or holds
             parameters that the original model lacks, or ``out`` exists.
     """
-    check_alphas(alphas)
+    _check_alphas(alphas)
     content = read_checkpoint(checkpoint)
     method.on_load_checkpoint(content)
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
@@ -87,12 +87,8 @@ def between(original: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: 
     }
 
 
-def check_alphas(alphas: Sequence[float]) -> None:
-    """Refuses an empty list, repeated values, and values outside [0, 1].
-
-    Raises:
-        ValueError: the list is refused.
-    """
+def _check_alphas(alphas: Sequence[float]) -> None:
+    """Refuses an empty list, repeated values, and values outside [0, 1]."""
     if not alphas or len({f"{alpha:g}" for alpha in alphas}) < len(alphas):  # alphas are part of the file names
         raise ValueError(f"alphas must be given once each, got {list(alphas)}")
     for alpha in alphas:

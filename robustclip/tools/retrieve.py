@@ -3,15 +3,16 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from robustclip import display
@@ -21,11 +22,11 @@ from robustclip.models.clip import CLIPModel
 from robustclip.paths import local_path
 from robustclip.persistence import atomic_folder
 from robustclip.tools.retrieval.encoder import Encoder, Part, Store, records
-from robustclip.tools.retrieval.guard import Guard
 from robustclip.tools.retrieval.pairs import Pair, Shard, pool_shards, read_chosen, write_pairs
-from robustclip.tools.retrieval.pool_cost import estimate
 from robustclip.tools.retrieval.queries import Queries, image_parts, make_queries, write_neighbours
-from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, load_faiss, nearest
+from robustclip.tools.retrieval.search import CHUNK, Candidates, Guard, flat, ivf_pq, load_faiss, nearest
+
+GIGA = 1e9
 
 
 @checked
@@ -116,7 +117,7 @@ def retrieve(settings: Settings, out: Path) -> None:
     store = Store(work, encoder.settings)
     if settings.shard == 0:
         is_exact = settings.index == "flat"
-        sys.stderr.write(estimate(pool, encoder, is_exact=is_exact, processes=settings.shards) + "\n")
+        sys.stderr.write(_estimate(pool, encoder, is_exact=is_exact, processes=settings.shards) + "\n")
     modalities = {"caption": ["text", "image"] if guards else ["text"]}.get(settings.query, ["image"])
     if settings.shards > 1:
         for kind in modalities:
@@ -139,6 +140,27 @@ def retrieve(settings: Settings, out: Path) -> None:
     sys.stdout.write("".join(f"{name}: {count}\n" for name, count in counts.items()) + f"{out}\n")
 
 
+def _estimate(pool: Sequence[Shard], encoder: Encoder, *, is_exact: bool, processes: int) -> str:
+    """Estimates disk space, memory and hours from the pool's first pairs, in one line."""
+    probe = list(islice(pool[0].pairs(), encoder.batch_size))
+    if not probe:
+        raise ValueError(f"shard {pool[0].url} of the pool holds no image-text pair")
+    sizes = [shard.size for shard in pool if shard.size is not None]
+    if len(sizes) < len(pool):
+        return f"pool: {len(pool)} shards, some of them remote, of unknown size"
+    begin = time.perf_counter()
+    encoder.images(pair.open for pair in probe)
+    rate = len(probe) / (time.perf_counter() - begin)
+    count = round(sum(sizes) / np.mean([pair.stored_bytes for pair in probe]))
+    searched = min(CHUNK, count) * encoder.width * 4 if is_exact else count * (encoder.width // 8 + 8)
+    return (
+        f"pool: {len(pool)} shards, about {count:,} pairs of {encoder.width} dimensions:"
+        f" {count * (encoder.width * 2 + 8) / GIGA:.3f} GB of features on the disk,"
+        f" {searched / GIGA:.3f} GB of memory to search in, about {count / rate / 3600 / processes:.2f} hours"
+        f" to encode at {rate:.0f} images a second"
+    )
+
+
 def _search(
     settings: Settings, queries: Queries, parts: Mapping[str, list[Part]], sets: Mapping[str, list[Part]]
 ) -> tuple[NDArray[np.int64], dict[str, Any]]:
@@ -156,12 +178,11 @@ def _search(
 
 
 def _encoder(settings: Settings) -> Encoder:
-    has_gpu = settings.device == "auto" and torch.cuda.is_available()
     return Encoder(
         CLIPModel(settings.arch, settings.pretrained, settings.image_size),
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
-        device="cuda" if has_gpu else settings.device.replace("auto", "cpu"),
+        device=settings.device,
         precision=settings.precision,
     )
 

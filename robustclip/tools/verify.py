@@ -3,10 +3,9 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -28,11 +27,10 @@ Key = tuple[str, str]
 """Task and attack."""
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Counts of another model's predictions on the examples of one task and attack.
 
-    Args:
+    Attributes:
         n: number of examples.
         clean: number of clean images that the model classifies correctly.
         attacked: number of attacked images that the model classifies correctly.
@@ -43,15 +41,6 @@ class Transfer:
     clean: int = 0
     attacked: int = 0
     misclassified: int = 0
-
-    def plus(self, other: "Transfer") -> "Transfer":
-        """Adds the counts of two batches."""
-        return Transfer(
-            self.n + other.n,
-            self.clean + other.clean,
-            self.attacked + other.attacked,
-            self.misclassified + other.misclassified,
-        )
 
 
 def verify(run: Path, build: Callable[[dict[str, Any]], RobustMethod]) -> int:
@@ -142,8 +131,9 @@ def transfers(run: Run, method: RobustMethod) -> dict[Key, Transfer]:
         predictions = _predictions(method, batch)
         clean, attacked = ([x == y for x, y in zip(classes, labels, strict=True)] for classes in predictions)
         misclassified = sum(was and not still for was, still in zip(clean, attacked, strict=True))
+        counts = len(batch), sum(clean), sum(attacked), misclassified
         key = batch[0].task, batch[0].attack
-        totals[key] = totals.get(key, Transfer()).plus(Transfer(len(batch), sum(clean), sum(attacked), misclassified))
+        totals[key] = Transfer(*map(sum, zip(totals.get(key, Transfer()), counts, strict=True)))
     return totals
 
 

@@ -50,13 +50,7 @@ class Interruption(Checkpoint):  # Lightning calls callbacks of this type last, 
         """Installs the signal handlers."""
         self._listen()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs the signal handlers."""
-        self._listen()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Installs the signal handlers."""
-        self._listen()
+    on_validation_start = on_test_start = on_sanity_check_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs the signal handlers, and prints the weights that the fit starts from."""

@@ -48,7 +48,7 @@ class Checkpoints(ModelCheckpoint):
         settings = pl_module.run_settings if isinstance(pl_module, RobustMethod) else None
         is_local = self.dirpath is not None and "://" not in str(self.dirpath)
         if settings is not None and is_local and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_settings(Path(str(self.dirpath)), settings)
+            _write_settings(Path(str(self.dirpath)), settings)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the best and then the last checkpoint, if saving follows validation."""
@@ -76,29 +76,14 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Writes the settings of a fit as ``fit.yaml``, or under the next free name; overwrites no file.
-
-    Args:
-        folder: folder of the checkpoints, which is created if it is missing.
-        settings: settings as ``--config`` reads them.
-
-    Returns:
-        The path of the file, which an earlier start with equal settings may have written.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+def _write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a fit as ``fit.yaml``, or under the next free name; overwrites no file."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    for number in itertools.count():
-        path = folder / (f"fit-{number}.yaml" if number else "fit.yaml")
-        if not path.exists():
-            atomic_write(path, text)
-        elif path.read_bytes() != text.encode():
-            continue
-        return path
-    raise AssertionError
+    paths = (folder / (f"fit-{number}.yaml" if number else "fit.yaml") for number in itertools.count())
+    path = next(path for path in paths if not path.exists() or path.read_bytes() == text.encode())
+    if not path.exists():
+        atomic_write(path, text)
 
 
 def _validated(trainer: Trainer) -> list[str]:

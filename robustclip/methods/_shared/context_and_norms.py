@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -41,6 +41,7 @@ class ContextAndNorms(RobustMethod):
     of_training: tuple[str, ...] = ("learns", "norm_filter", "context_lr", "classes_per_pass")
     of_original = ("clip.net.", "context.")
     takes_unknown = True
+    is_tower_frozen = True
 
     def __init__(
         self,
@@ -124,9 +125,3 @@ class ContextAndNorms(RobustMethod):
         finally:
             for parameter, value in zip(learning, learnt, strict=True):
                 parameter.data.copy_(value)
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the training mode, except for the towers."""
-        super().train(mode)
-        self.clip.eval()
-        return self

@@ -1,6 +1,6 @@
 """FrozenFeatures, the base class of the methods that train parameters behind frozen towers."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -32,6 +32,7 @@ class FrozenFeatures(RobustMethod):
 
     of_training: tuple[str, ...] = ("warmup_epochs",)
     takes_features = True
+    is_tower_frozen = True
 
     def __init__(
         self,
@@ -85,14 +86,11 @@ class FrozenFeatures(RobustMethod):
             return self.step(embedded, batch_idx)
 
     def step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Runs the training step on an embedded batch.
+        """Runs the training step on an embedded batch, and returns its loss.
 
         Args:
             batch: batch with embeddings ``(B, D)``.
             batch_idx: number of the batch in its epoch.
-
-        Returns:
-            The loss, a scalar.
         """
         return super().training_step(batch, batch_idx)
 
@@ -107,9 +105,3 @@ class FrozenFeatures(RobustMethod):
         """Builds the optimiser over `parameter_groups()` and its schedule, which is updated every epoch."""
         optimizer = self.optimizer(self.parameter_groups())
         return {"optimizer": optimizer, "lr_scheduler": self.schedule_of(optimizer)}
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the training mode, except for the towers."""
-        super().train(mode)
-        self.clip.eval()
-        return self

@@ -53,17 +53,11 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int |
         warmup_steps: length of the warm-up.
         total_steps: optimiser steps of the whole run; None keeps the full rate after the warm-up.
     """
-    return LambdaLR(optimizer, partial(warmup_cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps))
+    return LambdaLR(optimizer, partial(_warmup_cosine_factor, warmup_steps=warmup_steps, total_steps=total_steps))
 
 
-def warmup_cosine_factor(step: int, *, warmup_steps: int, total_steps: int | None) -> float:
-    """Computes the share of the full learning rate at a step.
-
-    Args:
-        step: number of the step, from 0.
-        warmup_steps: length of the warm-up.
-        total_steps: optimiser steps of the whole run; None keeps the full rate after the warm-up.
-    """
+def _warmup_cosine_factor(step: int, *, warmup_steps: int, total_steps: int | None) -> float:
+    """Computes the share of the full learning rate at a step, from 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if total_steps is None:

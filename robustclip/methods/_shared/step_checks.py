@@ -125,15 +125,12 @@ def check_terms(terms: Any, method: LightningModule) -> None:
 
 
 def check_gradients(method: LightningModule, optimizer: Optimizer, idle: Iterable[nn.Parameter]) -> bool:
-    """Refuses the first step of an optimiser if one of its parameters has no gradient.
+    """Refuses the first step of an optimiser if one of its parameters has no gradient; returns whether any has one.
 
     Args:
         method: method that owns the parameters.
         optimizer: optimiser before its first step.
         idle: parameters that may have no gradient in this step.
-
-    Returns:
-        Whether there were any gradients to check.
 
     Raises:
         ValueError: a parameter has no gradient; the message names the first.

@@ -37,13 +37,15 @@ class Encoder:
         clip: model that computes the features; it is moved to ``device``.
         batch_size: number of images per batch.
         num_workers: number of threads that decode images.
-        device: device of the model.
+        device: device of the model; ``auto`` takes a GPU if there is one.
         precision: ``fp32`` or ``bf16``.
     """
 
     def __init__(self, clip: CLIPModel, *, batch_size: int, num_workers: int, device: str, precision: str) -> None:
-        self.clip = clip.to(device).eval()
-        self.batch_size, self.num_workers, self.device, self.precision = batch_size, num_workers, device, precision
+        has_gpu = device == "auto" and torch.cuda.is_available()
+        self.device = "cuda" if has_gpu else device.replace("auto", "cpu")
+        self.clip = clip.to(self.device).eval()
+        self.batch_size, self.num_workers, self.precision = batch_size, num_workers, precision
         self.transform = ToPixels(clip.image_size)
         self.width = self.texts([["a"]]).shape[1]
 

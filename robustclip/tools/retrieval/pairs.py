@@ -145,16 +145,13 @@ def read_chosen(
 
 
 def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> int:
-    """Writes numbered shards of pairs.
+    """Writes numbered shards of pairs, and returns the number of pairs.
 
     Each key is made from the pair's number. A key of the pool could point outside the folder when shards are unpacked.
 
     Args:
         folder: folder to create.
         pairs: position in the pool, and pair.
-
-    Returns:
-        Number of written pairs.
     """
     folder.mkdir()
     shards, archive = 0, None
