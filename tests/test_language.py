@@ -14,18 +14,28 @@ DONE = (  # folders and files of the package that keep the rules
     "models",
     "attacks",
     "convert",
+    "cli",
     "evaluation/engine.py",
     "training",
-    *("arguments.py", "display.py", "intervals.py", "metrics.py", "names.py", "paths.py", "textfiles.py", "types.py"),
-    "objectives/losses.py",
-    "objectives/energy.py",
+    *(
+        "arguments.py",
+        "display.py",
+        "intervals.py",
+        "metrics.py",
+        "names.py",
+        "paths.py",
+        "persistence.py",
+        "textfiles.py",
+        "types.py",
+    ),
+    "objectives",
     "report",
     "tools/retrieval",
     *(
         f"tools/{name}.py"
         for name in ("caption", "captioner", "cache", "interpolate", "table", "compare", "comparisons")
     ),
-    *(f"tools/{name}.py" for name in ("verify", "progress_log", "score")),
+    *(f"tools/{name}.py" for name in ("verify", "progress_log", "score", "doctor", "first_batches")),
 )
 RIDDLES = re.compile(
     r"(what|whatever|of|as|which|whichever|that|those|these|whose|who|where|such|it|its|they|their|and|but|so|else|also"
@@ -52,7 +62,7 @@ MODULES = [
     Module(path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8")))
     for path in sorted(PACKAGE.rglob("*.py"))
 ]
-CLASSES = {node.name: node for module in MODULES for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)}
+CLASSES = [node for module in MODULES for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
 CHECKED = [
     module for module in MODULES if any(module.name == room or module.name.startswith(f"{room}/") for room in DONE)
 ]
@@ -106,11 +116,11 @@ def fields(cls: ast.ClassDef) -> list[str]:
 
 def bases(cls: ast.ClassDef) -> Iterator[ast.ClassDef]:
     """Gives the classes of the package from which a class inherits."""
-    for base in cls.bases:
-        name = ast.unparse(base).split("[")[0].split(".")[-1]
-        if name in CLASSES and CLASSES[name] is not cls:
-            yield CLASSES[name]
-            yield from bases(CLASSES[name])
+    names = {ast.unparse(base).split("[")[0].split(".")[-1] for base in cls.bases}
+    for base in CLASSES:
+        if base.name in names and base is not cls:
+            yield base
+            yield from bases(base)
 
 
 def undocumented(text: str, names: list[str]) -> list[str]:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-from inputs import ShardWriter, add_member, picture
-from lightning.pytorch import Trainer
+from helpers import ShardWriter, add_member, picture, quick_trainer, run_test
 from numpy.random import default_rng
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -18,10 +17,6 @@ from robustclip.data import CLIPDataModule
 from robustclip.evaluation import FeatureGeometry, RobustEvaluation
 from robustclip.methods import TeCoA, ZeroShot
 from robustclip.metrics import class_sums, collapse, recalls, similarity
-
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -92,8 +87,7 @@ def write_captioned(folder: Path, captions: list[str]) -> None:
 
 
 def measured(method: Any, data: CLIPDataModule, **options: Any) -> dict[str, float]:
-    trainer = Trainer(callbacks=[RobustEvaluation(), FeatureGeometry(**options)], **QUIET)
-    trainer.test(method, datamodule=data, verbose=False)
+    trainer = run_test(method, data, RobustEvaluation(), FeatureGeometry(**options))
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
 
 
@@ -154,13 +148,8 @@ def test_the_pretrained_model_is_like_itself_also_where_few_samples_are_compared
 
 def test_validations_of_a_fit_measure_it_too(tiny_model: Path) -> None:
     module = CLIPDataModule(train="shapes:source", val=["shapes:colours"], image_size=32, batch_size=16)
-    trainer = Trainer(
-        callbacks=[RobustEvaluation(max_samples=20), FeatureGeometry()],
-        max_epochs=1,
-        limit_train_batches=1,
-        enable_checkpointing=False,
-        **QUIET,
-    )
+    callbacks = [RobustEvaluation(max_samples=20), FeatureGeometry()]
+    trainer = quick_trainer(*callbacks, max_epochs=1, limit_train_batches=1)
     trainer.fit(TeCoA(pretrained=str(tiny_model), warmup_steps=0), datamodule=module)
     assert trainer.callback_metrics["val/colours/geometry/pearson"] > 0.9
 
@@ -170,9 +159,8 @@ def test_a_resumed_test_measures_like_an_uninterrupted_one(
     data: CLIPDataModule, tiny_model: Path, done: set[int]
 ) -> None:
     whole = measured(moved(tiny_model), data, max_samples=6)
-    trainer = Trainer(callbacks=[FeatureGeometry(max_samples=6)], **QUIET)
     data.connect(done=lambda task: frozenset(done))
-    trainer.test(moved(tiny_model), datamodule=data, verbose=False)
+    trainer = run_test(moved(tiny_model), data, FeatureGeometry(max_samples=6))
     found = {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
     assert found == pytest.approx(whole, rel=1e-4)
 
