@@ -1,4 +1,4 @@
-"""Files and folders are written whole or not at all, here and nowhere else."""
+"""Writes files and folders whole or not at all; no other module writes files."""
 
 import fcntl
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import IO
 
 Content = bytes | str | Callable[[IO[bytes]], object]
-"""Bytes, text for UTF-8, or a function that writes into an open file."""
+"""Bytes, text to encode as UTF-8, or a function that writes into an open file."""
 
 
 def atomic_write(path: Path, content: Content) -> None:
-    """Writes a file beside its place, waits for the disk, and renames it.
+    """Writes a file under a temporary name, waits for the disk, and renames it.
 
     Args:
-        path: of the file; its folder must exist.
-        content: of the file.
+        path: path of the file; its folder must exist.
+        content: content of the file.
 
     Raises:
-        OSError: with the path; an older file of that name is unchanged.
+        OSError: the file cannot be written; an older file of that name is unchanged.
     """
     aside = _aside(path)
     try:
@@ -37,7 +37,7 @@ def atomic_write(path: Path, content: Content) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside ``path``, which gets that name at the end and is removed after an error.
+    """Yields a temporary folder that is renamed to ``path`` at the end, or removed after an error.
 
     Raises:
         ValueError: ``path`` exists; nothing is overwritten.
@@ -56,11 +56,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 class AppendLog:
-    """A file that grows by whole entries, each on the disk before the next begins.
+    """Appends whole entries to a file; each entry is on the disk before the next begins.
 
     Args:
-        path: of the file; it may exist, and its last entry may be cut off, which is removed.
-        header: first line, with its end. A file with another header is left as it is, for its reader to refuse.
+        path: path of the file; an incomplete last entry of an existing file is removed.
+        header: first line, with its end; a file with another header stays as it is, and its reader refuses it.
         end: last bytes of every entry.
     """
 
@@ -74,10 +74,10 @@ class AppendLog:
             os.truncate(path, max(begin, content.rfind(end) + len(end)))
 
     def append(self, entry: bytes) -> None:
-        """Adds an entry in one write that is on the disk at the return.
+        """Adds an entry in one write and waits for the disk.
 
         Raises:
-            OSError: with the path, for example on a full disk.
+            OSError: the file cannot be written, for example on a full disk; with its path.
         """
         with _naming(self.path), self.path.open("ab") as file:
             file.write(entry)
@@ -87,15 +87,15 @@ class AppendLog:
 def lock(path: Path, refusal: str) -> IO[str]:
     """Locks out other processes until the file is closed or this process ends in any way.
 
-    Loader workers, who outlive it for seconds, do not inherit this kind of lock. No other code may open the file, since
-    closing any handle of it frees the lock.
+    Loader workers outlive the process for seconds; they do not inherit this kind of lock. No other code may open the
+    file, since closing any handle of it frees the lock.
 
     Args:
         path: file of the lock.
         refusal: message for the second process.
 
     Raises:
-        ValueError: with the refusal.
+        ValueError: another process holds the lock.
     """
     file = path.open("w", encoding="utf-8")
     try:
@@ -110,8 +110,8 @@ def sweep(folder: Path, pattern: str = ".*.*") -> None:
     """Removes unfinished files and folders of killed processes.
 
     Args:
-        folder: in which they lie.
-        pattern: of their names, for a folder that holds files of others too.
+        folder: folder of the unfinished files.
+        pattern: pattern of their names, for a folder with files of other code.
     """
     for aside in folder.glob(pattern):
         writer = aside.suffix[1:]
@@ -134,7 +134,7 @@ def _sync(file: IO[bytes]) -> None:
 
 def _is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)  # signal 0 is not delivered; it fails where there is no such process
+        os.kill(process, 0)  # signal 0 only checks that the process exists
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # a process of another user
@@ -144,7 +144,7 @@ def _is_running(process: int) -> bool:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the path to the error of a failed write, since the system gives the reason alone."""
+    """Adds the path to the error of a failed write, since the system only gives the reason."""
     try:
         yield
     except (OSError, RuntimeError) as error:

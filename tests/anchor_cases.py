@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-from inputs import add_member
+from helpers import add_member
 from PIL import Image
 from pyarrow import parquet
 

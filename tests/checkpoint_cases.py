@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,9 +55,6 @@ SMALL = [
     "--trainer.enable_model_summary", "false", "--data.batch_size", "4", "--data.test", "[shapes:colours]",
     "--trainer.logger", "false", "--evaluation.max_samples", "4", "--model.warmup_steps", "0",
 ]  # fmt: skip
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def register(folder: Path) -> None:
@@ -111,7 +108,7 @@ def method_logits(method: TeCoA) -> Tensor:
 def fitted(folder: Path, path: Path, **kwargs: Any) -> TeCoA:
     """Two large steps from the weights of a folder; every tensor moves."""
     method = TeCoA(pretrained=str(folder), warmup_steps=0, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), **kwargs)
-    trainer = Trainer(max_steps=2, limit_val_batches=0, enable_checkpointing=False, **QUIET)
+    trainer = quick_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=method.image_size))
     trainer.save_checkpoint(path)
     return method

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from inputs import ShardWriter
+    from helpers import ShardWriter
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -24,16 +24,16 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for `pretrained`; see `inputs.write_tiny_model`."""
-    from inputs import write_tiny_model
+    """A folder for `pretrained`; see `helpers.tiny_clip`."""
+    from helpers import tiny_clip
 
-    return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+    return tiny_clip(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
 def write_shards() -> "ShardWriter":
-    """Writes a data set; see `inputs.write_shards`."""
-    from inputs import write_shards
+    """Writes a data set; see `helpers.write_shards`."""
+    from helpers import write_shards
 
     return write_shards
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from ranks import on_both
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,10 +25,9 @@ class Diverging(TeCoA):
 
 
 def fit(folder: Path) -> None:
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_steps=6, logger=False, limit_val_batches=0,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+    trainer = quick_trainer(
+        processes=2, max_steps=6, limit_val_batches=0, enable_checkpointing=True, default_root_dir=folder
+    )
     method = Diverging(pretrained=str(folder), optimizer=lambda params: torch.optim.SGD(params, lr=0.01))
     try:
         trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))

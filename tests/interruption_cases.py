@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from helpers import run_test
 from ranks import meeting_place
 from resume_cases import finish
 from torch import Tensor
@@ -86,15 +86,7 @@ def test(root: str, location: str, workers: int) -> int:
     """What the command line of test_interruption.py asks for."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     attacks = {"pgd": Counted("12/255", "6/255", STEPS), "apgd": APGD("8/255", 3)}
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=[RobustEvaluation(attacks, save_examples=KEPT), ResultsWriter("results")],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
+    callbacks = [RobustEvaluation(attacks, save_examples=KEPT), ResultsWriter("results")]
     data = CLIPDataModule(
         test=[DataSource(f"wds:{location}{name}", name=name) for name in TASKS],
         root=root,
@@ -103,7 +95,7 @@ def test(root: str, location: str, workers: int) -> int:
         num_workers=workers,
         bad_samples="skip",
     )
-    trainer.test(TeCoA(pretrained=f"{root}/model"), datamodule=data, verbose=False)
+    run_test(TeCoA(pretrained=f"{root}/model"), data, *callbacks, processes=processes)
     return 0
 
 
@@ -116,15 +108,6 @@ def test_all(root: str) -> int:
         RobustEvaluation({"pgd": Counted("12/255", "6/255", STEPS)}, save_examples=KEPT),
         ResultsWriter("results"),
     ]
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-    )
     known = [DataSource(f"wds:{name}", name=name, classes="0-1") for name in TASKS[:2]]
     unknown = [DataSource("wds:first", classes="0-1")]
     data = CLIPDataModule(test=known, unknown=unknown, root=root, image_size=32, batch_size=1)
@@ -133,7 +116,7 @@ def test_all(root: str) -> int:
         method.clip.net.visual.proj += 0.05 * torch.randn(
             method.clip.net.visual.proj.shape, generator=SEED.manual_seed(0)
         )
-    trainer.test(method, datamodule=data, verbose=False)
+    run_test(method, data, *callbacks, processes=processes)
     return 0
 
 

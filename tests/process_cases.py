@@ -10,7 +10,8 @@ from typing import Any
 
 import detection_cases
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
+from lightning.pytorch import Callback, Trainer
 
 from robustclip.attacks import PGD
 from robustclip.data import CLIPDataModule, DataSource
@@ -33,17 +34,8 @@ def tasks(folder: Path) -> dict[str, DataSource | str]:
     }
 
 
-def trainer(folder: Path, processes: int, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
-        **options,
-    )
+def trainer(folder: Path, processes: int, *callbacks: Callback, **options: Any) -> Trainer:
+    return quick_trainer(*callbacks, processes=processes, default_root_dir=folder, **options)
 
 
 def data(folder: Path, **options: Any) -> CLIPDataModule:
@@ -60,14 +52,13 @@ def run_test(folder: Path, processes: int, name: str, sets: list[DataSource | st
     limit = options.pop("max_samples", None)
     callbacks = [RobustEvaluation(ATTACKS, max_samples=limit), ResultsWriter(str(folder / str(processes) / name))]
     callbacks.append(FeatureGeometry(max_samples=5))
-    runner = trainer(folder, processes, callbacks=callbacks)
+    runner = trainer(folder, processes, *callbacks)
     runner.test(method(folder), datamodule=data(folder, test=sets, **options), verbose=False)
 
 
 def run_fit(folder: Path, processes: int, name: str, train: DataSource | str, **options: Any) -> None:
     """Fits; every rank writes its weights and what the validation counted."""
-    callbacks = [RobustEvaluation(ATTACKS)]
-    runner = trainer(folder, processes, callbacks=callbacks, max_epochs=2, enable_checkpointing=False)
+    runner = trainer(folder, processes, RobustEvaluation(ATTACKS), max_epochs=2)
     model = method(folder)
     runner.fit(model, datamodule=data(folder, train=train, **options))
     target = folder / str(processes)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from ranks import meeting_place
 from torch import Tensor
@@ -110,13 +111,10 @@ def fit(root: Path, folder: Path, case: dict[str, Any], checkpoint: str | None) 
         **case.get("options", {}),
     )
     keeper = Checkpoints(dirpath=folder, save_last=True, **case["saves"])
-    trainer = Trainer(
-        **{"accelerator": "cpu", "devices": ranks, "logger": False, "default_root_dir": folder},
-        **{"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 3},
-        strategy="ddp_find_unused_parameters_true" if ranks > 1 else "auto",
-        callbacks=[Strike(), RobustEvaluation({"pgd2": PGD(steps=2)}), keeper, Interruption()],
-        **case["trainer"],
-    )
+    callbacks = [Strike(), RobustEvaluation({"pgd2": PGD(steps=2)}), keeper, Interruption()]
+    limits = {"max_epochs": 3, "default_root_dir": folder, "enable_checkpointing": True}
+    strategy = "ddp_find_unused_parameters_true" if ranks > 1 else "auto"
+    trainer = quick_trainer(*callbacks, processes=ranks, strategy=strategy, **limits, **case["trainer"])
     options = dict(case["data"])
     train = options.pop("train")
     options["train"] = DataSource(**train) if isinstance(train, dict) else train

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
-from inputs import ShardWriter, write_tiny_model
+from helpers import ShardWriter, tiny_clip
 from interruption_cases import BATCH, KEPT, Counted
-from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -116,7 +116,7 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
 
 def make_inputs(folder: Path, write_shards: ShardWriter) -> None:
     (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
+    tiny_clip(folder / "model")
     write_shards(folder, "first", "test", [12])
     write_shards(folder, "second", "test", [5, 3], seed=1)
     write_shards(folder, "third", "test", [5], seed=2, broken=UNDECODABLE)
@@ -282,10 +282,8 @@ def run_test(folder: Path, *, name: str | None, model: str = "model", **changes:
     source = DataSource(changes.pop("location", "wds:first"), name="first", **changes.pop("source", {}))
     evaluation = RobustEvaluation({"pgd": attack}, **changes)
     writer = ResultsWriter(str(folder / "results"), name=name)
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[evaluation, writer], **quiet)
     data = CLIPDataModule(test=[source], root=str(folder), image_size=32, batch_size=BATCH)
-    trainer.test(TeCoA(pretrained=str(folder / model)), datamodule=data, verbose=False)
+    helpers.run_test(TeCoA(pretrained=str(folder / model)), data, evaluation, writer)
     assert writer.path is not None
     return writer.path
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from inputs import write_tiny_model
+from helpers import quick_trainer, tiny_clip
 from lightning.pytorch import LightningModule, Trainer
 from ranks import in_background
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def test_the_last_step_is_checked_without_checkpoints(tiny_model: Path, tmp_path
 
 
 def test_the_first_of_several_bad_steps_is_named() -> None:
-    watch, trainer = DivergenceWatch(), Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    watch, trainer = DivergenceWatch(), quick_trainer()
     for step, values in enumerate(([1.0, 2.0], [3.0, torch.inf], [torch.nan, torch.nan])):
         watch.note(("a", "b"), torch.tensor(values), step)
     with pytest.raises(ValueError, match="b is not finite in training step 2"):
@@ -177,10 +177,7 @@ def tiny(cls: type[Any], model: Path, **kwargs: Any) -> Any:
 
 
 def fit(method: LightningModule, folder: Path, **options: Any) -> Trainer:
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, default_root_dir=folder, **({"enable_checkpointing": False} | options),
-    )  # fmt: skip
+    trainer = quick_trainer(limit_val_batches=0, default_root_dir=folder, **options)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32))
     return trainer
 
@@ -362,7 +359,7 @@ def test_settings_beside_the_checkpoints_are_run_again_and_none_is_overwritten(f
     assert [yaml.safe_load(text)["seed_everything"] for text in texts] == [0, 7]
     assert not (folder / "kept" / "fit-2.yaml").exists()
     again = main(["fit", "--config", "kept/fit-1.yaml", "--trainer.max_steps", "1"])
-    assert again.given["seed_everything"] == 7
+    assert again.run_settings["seed_everything"] == 7
     assert again.trainer.global_step == 1
 
 
@@ -454,7 +451,7 @@ def test_logs_that_cannot_be_written_are_one_line_with_their_folder(
 
 @pytest.mark.slow
 def test_all_ranks_stop_where_one_diverges(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path)
+    tiny_clip(tmp_path)
     with in_background(Path(__file__).with_name("diverging_processes.py"), tmp_path):
         pass
     messages = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]

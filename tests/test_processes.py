@@ -8,7 +8,7 @@ import detection_cases
 import process_cases
 import pytest
 import torch
-from inputs import ShardWriter
+from helpers import ShardWriter
 from ranks import in_background
 
 from robustclip.results.run import Run

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from anchor_cases import write_pairs, write_table
-from inputs import ShardWriter, picture
+from helpers import ShardWriter, picture
 
 from robustclip.methods._shared import saved_state
 from robustclip.methods._shared.saved_state import RenamedCheckpointIO, random_state, set_random_state

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import ShardWriter
+from helpers import ShardWriter
 from test_resume import SLURM
 
 from robustclip.cli.main import run

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from inputs import ShardWriter
+from helpers import ShardWriter
 
 from robustclip.cli.settings import read_config
 from robustclip.data.opened_source import open_source

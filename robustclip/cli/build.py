@@ -1,6 +1,7 @@
-"""Builds what a run would build, and runs nothing."""
+"""Builds the objects of a run without running it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,21 +16,21 @@ from robustclip.methods import RobustMethod
 from robustclip.paths import local_path
 from robustclip.tools.doctor import Plan
 
-# Settings of a run that make its method; the seed decides where there are no pre-trained weights.
-OF_THE_METHOD = ("seed_everything", "model", "ckpt_path")
-# What stands in for a model that does not load, so that the data can still be looked at.
+# Settings that determine the method of a run; the seed matters where there are no pre-trained weights.
+METHOD_KEYS = ("seed_everything", "model", "ckpt_path")
+# Options of a model that replaces one that does not load, so that the data can still be checked.
 STAND_IN = ("--model=ZeroShot", "--model.arch=null", "--model.pretrained=shapes", "--model.image_size=null")
 
 
 class Assembled(RobustCLI):
-    """What ``fit`` or ``test`` would build, but for the trainer: the run's machine may be another one."""
+    """Builds the objects of ``fit`` or ``test`` but for the trainer, since the run's machine may be another one."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer that nothing is run with."""
+        """Gives a CPU trainer that nothing is run with."""
         return Trainer(accelerator="cpu", devices=1, barebones=True)
 
-    def wanted_trainer(self) -> Trainer:
-        """The trainer of the configuration."""
+    def configured_trainer(self) -> Trainer:
+        """Gives the trainer of the configuration."""
         return super().instantiate_trainer()
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -42,85 +43,95 @@ class Assembled(RobustCLI):
 
 
 class _Examined(Assembled):
-    """Keeps what the classes refuse for a report."""
+    """Keeps an error of the classes for a report instead of raising it."""
 
     failure: Exception | None = None
 
     def instantiate_classes(self) -> None:
-        """Builds what can be built."""
+        """Builds the objects as far as possible."""
         try:
             super().instantiate_classes()
         except EXPECTED_ERRORS as error:
             self.failure = error
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves the checkpoint to `plan`, which goes on where it is bad."""
+        """Leaves the checkpoint to `plan`, which continues after a bad one."""
 
 
 def build(config: Mapping[str, Any]) -> RobustMethod:
-    """The method of a finished run, with its trained weights, in eval mode.
+    """Builds the method of a finished run with its trained weights, in eval mode.
 
     Args:
-        config: of the run's result.
+        config: settings in the run's result.
 
     Raises:
-        ValueError: the configuration does not build here, or its checkpoint is not there or does not belong to it.
+        ValueError: the configuration does not build here, or its checkpoint is missing or of another model.
     """
-    return _method(config, [])
+    return rebuild(config, [], keys=METHOD_KEYS)
 
 
-def rebuild(config: Mapping[str, Any], words: Sequence[str]) -> RobustMethod:
-    """The same with other options, and without the run's checkpoint.
+def rebuild(
+    config: Mapping[str, Any], arguments: Sequence[str], *, keys: Sequence[str] = METHOD_KEYS[:-1]
+) -> RobustMethod:
+    """Builds the method of a finished run with other options, in eval mode.
 
     Args:
-        config: of the run's result.
-        words: options as on the command line, which go before ``config``.
+        config: settings in the run's result.
+        arguments: options as on the command line, which override ``config``.
+        keys: settings that are taken from ``config``, by default without the run's checkpoint.
 
     Raises:
         ValueError: as `build`.
     """
-    return _method({key: value for key, value in config.items() if key != "ckpt_path"}, words)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        file.write_text(yaml.safe_dump({key: config[key] for key in keys if key in config}), encoding="utf-8")
+        assembled = start(Assembled, ["test", "--config", str(file), *arguments])
+    model: RobustMethod = assembled.model
+    if checkpoint := assembled.settings.get("ckpt_path"):
+        load_checkpoint(model, str(checkpoint))
+    return model.eval()
 
 
-def build_for(checkpoint: Path, words: Sequence[str]) -> RobustMethod:
-    """The method that a checkpoint belongs to, with the weights that it started from.
+def build_for(checkpoint: Path, arguments: Sequence[str]) -> RobustMethod:
+    """Builds the method of a checkpoint with the weights from which its training started.
 
     Args:
-        checkpoint: of ``robustclip fit``.
-        words: options as on the command line; without ``--config``, the settings in the checkpoint hold.
+        checkpoint: file of ``robustclip fit``.
+        arguments: options as on the command line; without ``--config``, the settings in the checkpoint hold.
 
     Raises:
         ValueError: no settings, or as `build`.
     """
-    if any(word.partition("=")[0] == "--config" for word in words):
-        return rebuild({}, words)
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        return rebuild({}, arguments)
     settings = settings_of_fit(checkpoint)
     if settings is None:
         raise ValueError(
             f"checkpoint {checkpoint} holds no settings, since it was not written by the command `robustclip fit`;"
             " give the --config of its method, with model and seed_everything"
         )
-    return rebuild(settings, words)
+    return rebuild(settings, arguments)
 
 
-def build_fit(words: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int | None]:
-    """Method, data and number of epochs of a ``fit``.
+def build_fit(arguments: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int | None]:
+    """Builds method and data of a ``fit``, and gives its number of epochs.
 
     Args:
-        words: options as on the command line.
+        arguments: options as on the command line.
 
     Raises:
-        ValueError: settings that cannot be read, and whatever the classes refuse.
+        ValueError: unreadable settings, or an error of the classes.
     """
-    assembled = start(Assembled, ["fit", *words])
+    assembled = start(Assembled, ["fit", *arguments])
     return assembled.model, assembled.datamodule, assembled.settings.trainer.max_epochs
 
 
 def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
-    """Settings of ``robustclip fit`` in a checkpoint; None in one that a Python program has written.
+    """Reads the settings of ``robustclip fit`` in a checkpoint; None if a Python program has written it.
 
     Raises:
-        ValueError: it is no checkpoint, or its settings are no mapping.
+        ValueError: the file is no checkpoint, or its settings are no mapping.
     """
     settings: Any = check_checkpoint(checkpoint).get("settings")
     if settings is not None and not isinstance(settings, dict):
@@ -128,53 +139,48 @@ def settings_of_fit(checkpoint: Path) -> dict[str, Any] | None:
     return settings
 
 
-def plan(words: Sequence[str]) -> Plan:
-    """Builds what ``robustclip test`` with these options would, as far as it goes; refusals are kept, not raised."""
-    assembled = start(_Examined, ["test", *words])
-    settings = assembled.settings
+def plan(arguments: Sequence[str]) -> Plan:
+    """Builds the objects of ``robustclip test`` as far as possible, and keeps errors for the report of `doctor`."""
+    assembled = start(_Examined, ["test", *arguments])
+    settings, failure = assembled.settings, assembled.failure
     results = settings.results.folder or Path(settings.trainer.default_root_dir or ".") / "results"
-    found = Plan(results=local_path(results, "results.folder"), ckpt_path=settings.get("ckpt_path"))
-    is_stand_in = assembled.failure is not None
+    planned = Plan(results=local_path(results, "results.folder"), ckpt_path=settings.get("ckpt_path"))
+    if failure is not None:
+        assembled = start(_Examined, ["test", *arguments, *STAND_IN])
+        planned.failures["model" if assembled.failure is None else "settings"] = in_one_line(failure)
     if assembled.failure is not None:
-        why = in_one_line(assembled.failure)
-        assembled = start(_Examined, ["test", *words, *STAND_IN])
-        found.failures["model" if assembled.failure is None else "settings"] = why
-    if assembled.failure is not None:
-        return found
-    found.data = assembled.datamodule
-    found.evaluation = assembled.config_init[assembled.subcommand].evaluation
-    try:
-        found.trainer = assembled.wanted_trainer()
-    except EXPECTED_ERRORS as error:
-        found.failures["trainer"] = in_one_line(error)
-    if is_stand_in:
-        return found
-    found.model = assembled.model
-    try:
-        if found.ckpt_path is not None:
-            load_checkpoint(assembled.model, str(found.ckpt_path))
-    except EXPECTED_ERRORS as error:
-        found.failures["checkpoint"] = in_one_line(error)
-    return found
+        return planned
+    planned.data = assembled.datamodule
+    planned.evaluation = assembled.config_init[assembled.subcommand].evaluation
+    with _kept(planned.failures, "trainer"):
+        planned.trainer = assembled.configured_trainer()
+    if failure is None:
+        planned.model = assembled.model
+        with _kept(planned.failures, "checkpoint"):
+            if planned.ckpt_path is not None:
+                load_checkpoint(assembled.model, str(planned.ckpt_path))
+    return planned
 
 
 def load_checkpoint(model: RobustMethod, path: str) -> None:
-    """Puts a checkpoint's weights into a model, with the checks of a test.
+    """Loads the weights of a checkpoint into a model, with the checks of a test.
+
+    Args:
+        model: method of the checkpoint.
+        path: file of ``robustclip fit``.
 
     Raises:
-        ValueError: not a file of ``robustclip fit``, or of another model.
+        ValueError: the file is no checkpoint, or belongs to another model.
     """
     content = check_checkpoint(Path(path))
     model.on_load_checkpoint(content)
     model.load_state_dict(content["state_dict"], strict=False)
 
 
-def _method(config: Mapping[str, Any], words: Sequence[str]) -> RobustMethod:
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "run.yaml"
-        file.write_text(yaml.safe_dump({key: config[key] for key in OF_THE_METHOD if key in config}), encoding="utf-8")
-        assembled = start(Assembled, ["test", "--config", str(file), *words])
-    model: RobustMethod = assembled.model
-    if assembled.settings.get("ckpt_path"):
-        load_checkpoint(model, str(assembled.settings.ckpt_path))
-    return model.eval()
+@contextmanager
+def _kept(failures: dict[str, str], part: str) -> Iterator[None]:
+    """Keeps an expected error of a part instead of raising it."""
+    try:
+        yield
+    except EXPECTED_ERRORS as error:
+        failures[part] = in_one_line(error)

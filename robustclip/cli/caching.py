@@ -1,4 +1,4 @@
-"""``robustclip cache``."""
+"""The command ``robustclip cache``, apart from the others since the type of its settings needs torch."""
 
 from robustclip.cli.build import build_fit
 from robustclip.tools.cache import Settings
@@ -11,8 +11,8 @@ def cache(settings: Settings, *options: str) -> None:
     Further options are those of `robustclip fit`.
 
     Args:
-        settings: of the cache.
-        options: of ``robustclip fit``.
+        settings: settings of the cache.
+        options: options of ``robustclip fit``.
     """
     method, data, epochs = build_fit(options)
     write_cache(method.clip, data, settings, epochs=epochs, seed=data.seed)

@@ -1,6 +1,6 @@
 """Commands that rebuild a run from its settings.
 
-Imports stand in the functions, so that a wrong path is reported before torch is loaded.
+The functions import torch only after a wrong path would have been reported.
 """
 
 import os
@@ -10,13 +10,13 @@ from robustclip.results.run import Run
 
 
 def verify(run: Path) -> int:
-    """Rebuild a run's model and check its stored adversarial examples; status 1 if one disagrees.
+    """Rebuild a run's model and check its adversarial examples; status 1 if the model classifies one differently.
 
     Args:
         run: folder that `robustclip test` wrote.
 
     Returns:
-        Number of examples that disagree.
+        Number of adversarial examples that the model classifies differently.
     """
     Run.open(run)
     from robustclip.cli.build import build
@@ -26,17 +26,17 @@ def verify(run: Path) -> int:
 
 
 def replay(run: Path, *options: str) -> None:
-    """Evaluate another model on a run's stored adversarial examples.
+    """Evaluate another model on a run's adversarial examples.
 
-    The run's settings hold except for further options, any of `robustclip test --help`. Its checkpoint is loaded only
-    if --ckpt_path is given again.
+    Further options, any of `robustclip test --help`, override the run's settings. Its checkpoint is loaded only if
+    --ckpt_path is given again.
 
     Args:
         run: folder that `robustclip test` wrote; comes before the options.
-        options: of ``robustclip test``.
+        options: options of ``robustclip test``.
 
     Raises:
-        ValueError: a run without settings, or as `rebuild`.
+        ValueError: the run has no settings, or as `rebuild`.
     """
     opened = Run.open(run)
     config = opened.result.get("config")
@@ -49,7 +49,7 @@ def replay(run: Path, *options: str) -> None:
 
 
 def doctor(*options: str) -> int:
-    """Check a configuration before a long run; status 1 if something would stop the run.
+    """Check a configuration before a long run; status 1 if a problem would stop the run.
 
     The options are those of `robustclip test`. Nothing is downloaded and nothing is written.
 
@@ -69,14 +69,14 @@ def export(source: Path, out: Path, *options: str, to: str = "open_clip", result
     Further options are those of `robustclip test`; a checkpoint without --config takes its own settings.
 
     Args:
-        source: folder that `robustclip test` wrote, or checkpoint.
-        out: folder to write.
-        options: of ``robustclip test``.
-        to: open_clip or hf.
-        results: test of a checkpoint, for the model card.
+        source: folder that `robustclip test` wrote, or a checkpoint.
+        out: folder to write; it must not exist.
+        options: options of ``robustclip test``.
+        to: library of the folder, open_clip or hf.
+        results: folder of the checkpoint's test, for the model card.
 
     Raises:
-        ValueError: options beside a run that has its own, or as `build`.
+        ValueError: options are given beside a run, which has its own, or as `build`.
     """
     from robustclip.cli.build import build, build_for, settings_of_fit
     from robustclip.convert.exporting import export
@@ -95,13 +95,13 @@ def export(source: Path, out: Path, *options: str, to: str = "open_clip", result
 def interpolate(checkpoint: Path, out: Path, *options: str, alphas: str = "0,0.25,0.5,0.75,1") -> None:
     """Write checkpoints between the original model and the fine-tuned one.
 
-    Further options are those of `robustclip test`; without --config, the settings in the checkpoint are taken.
+    Further options are those of `robustclip test`; without --config, the settings in the checkpoint hold.
 
     Args:
-        checkpoint: of `robustclip fit`.
-        out: folder to write.
-        options: of ``robustclip test``.
-        alphas: weights of the fine-tuned model with commas between them; 0 is the original, 1 the fine-tuned model.
+        checkpoint: file of `robustclip fit`.
+        out: folder to write; it must not exist.
+        options: options of ``robustclip test``.
+        alphas: weights of the fine-tuned model, separated by commas; 0 is the original, 1 the fine-tuned model.
     """
     from robustclip.cli.build import build_for
     from robustclip.cli.lightning import check_checkpoint

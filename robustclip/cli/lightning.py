@@ -1,4 +1,4 @@
-"""Command line: Lightning's, with a data module, an evaluation section and results of our own."""
+"""Extends Lightning's command line by our data module, evaluation, results and checkpoints."""
 
 import errno
 import inspect
@@ -51,7 +51,7 @@ EXPECTED_ERRORS = (
     ProcessRaisedException,
     ValueError,
 )
-# Mappings whose keys are the user's own, and lists of data sets: the type of an entry.
+# Type of an entry in mappings with free keys and in lists.
 ENTRIES: dict[str, Any] = {
     "evaluation.attacks": Attack,
     "evaluation.fit_attacks": Attack,
@@ -63,11 +63,16 @@ ENTRIES |= {"trainer.callbacks": Callback, "trainer.callbacks+": Callback}
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DESCRIPTIONS = {
+    "fit": "Fine-tune a model.",
+    "validate": "Evaluate a model on the validation data.",
+    "test": "Evaluate a model on the test data sets, clean and under attack.",
+}
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
 class Parser(AnsweringParser, LightningArgumentParser):
-    """Lightning's, whose exits can be told from those of other code."""
+    """Lightning's parser, with exits that differ from those of other code."""
 
 
 class RobustCLI(LightningCLI):
@@ -75,9 +80,9 @@ class RobustCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lists the commands of Lightning that exist here, each with the arguments that it does not offer."""
+        """Maps the commands that we take from Lightning to the arguments that they do not offer."""
         offered = LightningCLI.subcommands()
-        return {name: offered[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        return {name: offered[name] | {"weights_only"} for name in DESCRIPTIONS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections that every run has, and gives the data the model's image size."""
@@ -99,22 +104,22 @@ class RobustCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
     def _parse_ckpt_path(self) -> None:
-        """Checks the checkpoint before anything is built; settings come from config and command line alone.
+        """Checks the checkpoint before anything is built, and takes no settings from it.
 
-        Lightning 2.6 would let the hyper-parameters saved in the checkpoint replace both, silently, down to the class
-        of the model.
+        Lightning 2.6 would silently replace config and command line, even the class of the model, by the
+        hyper-parameters in the checkpoint.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and path not in ("best", "last", "hpc") and "://" not in str(path):
             check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
-        """Keeps the settings as they were given, and puts the logger's folder below ``default_root_dir``.
+        """Keeps the settings as parsed, and puts the logger's folder below ``default_root_dir``.
 
-        Only a fit logs by default: a numbered folder for each test would be empty.
+        Only a fit logs by default, since the numbered folder of a test would be empty.
         """
         text = self.parser.dump(self.config, skip_none=False)
-        self.given: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
+        self.run_settings: dict[str, Any] = yaml.safe_load(text)[self.subcommand]
         trainer = self.config[self.subcommand].trainer
         place = trainer.get("logger.init_args.save_dir") if isinstance(trainer.logger, Namespace) else None
         if place == IN_ROOT and self.subcommand != "fit" and trainer.logger.class_path == CSV_LOGGER:
@@ -123,17 +128,17 @@ class RobustCLI(LightningCLI):
             trainer.logger.init_args.save_dir = trainer.default_root_dir or "."
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Leaves our progress bar out when no bar is wanted; Lightning would call that a contradiction.
+        """Removes our progress bar if progress bars are off, since Lightning would refuse the contradiction.
 
         Raises:
-            ValueError: settings that the trainer refuses, or a launcher that has started more processes than it uses.
+            ValueError: the trainer refuses its settings, or a launcher started more processes than it uses.
         """
         settings = self._get(self.config_init, "trainer")
         if str(settings["devices"]) == str(settings["num_nodes"]) == "1":
             check_processes(1)  # before Lightning, which refuses some of SLURM's variables with another reason
-        if self._get(self.config_init, "trainer")["enable_progress_bar"] is False:
-            callbacks = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [each for each in callbacks if not isinstance(each, ProgressBar)]
+        if settings["enable_progress_bar"] is False:
+            defaults = self.trainer_defaults
+            defaults["callbacks"] = [call for call in defaults["callbacks"] if not isinstance(call, ProgressBar)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (LookupError, MisconfigurationException, OverflowError, RuntimeError, TypeError, ValueError) as error:
@@ -148,34 +153,34 @@ class RobustCLI(LightningCLI):
             raise ValueError(f"seed_everything: {error}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Checkpoints are data: no code in them runs, wherever they come from.
+        """Reads checkpoints as data, so that no code in them runs, whatever their source.
 
-        torch's default can be turned off by a variable of the environment, and Lightning's is off for URLs.
+        An environment variable can turn torch's default off, and Lightning's default is off for URLs.
         """
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def before_fit(self) -> None:
-        """Hands the settings to the checkpoints."""
-        self.model.run_settings = self.given
+        """Passes the settings to the checkpoints."""
+        self.model.run_settings = self.run_settings
 
     def before_test(self) -> None:
-        """Hands the settings to the result file."""
+        """Passes the settings to the result file."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ResultsWriter):
-                callback.config = self.given
+                callback.config = self.run_settings
 
     def after_fit(self) -> None:
-        """Says where the weights are."""
+        """Prints the path of the weights."""
         checkpoint = self.trainer.checkpoint_callback
         path = getattr(checkpoint, "best_model_path", "") or getattr(checkpoint, "last_model_path", "")
         if path and self.trainer.is_global_zero:
             sys.stdout.write(f"checkpoint: {path}\n")
 
     def fit(self, **kwargs: Any) -> None:
-        """Trains; a requeued SLURM job starts from the checkpoint of its preemption, which is removed at the end.
+        """Trains the model; a requeued SLURM job resumes from its preemption and removes that file at the end.
 
         Raises:
-            OSError: a file could not be written; a full disk names the folder of the logs where it names no file.
+            OSError: a file cannot be written; if the system names none, the error names the folder of the logs.
         """
         preempted = preempted_checkpoint(self.trainer)
         is_requeued = preempted is not None and preempted.exists()
@@ -193,7 +198,7 @@ class RobustCLI(LightningCLI):
             preempted.unlink(missing_ok=True)
 
     def validate(self, **kwargs: Any) -> None:
-        """Leaves no choice of a checkpoint to Lightning."""
+        """Evaluates the model; Lightning never chooses the checkpoint."""
         self._check_start(kwargs)
         self.trainer.validate(**kwargs)
 
@@ -202,45 +207,45 @@ class RobustCLI(LightningCLI):
             check_no_stray(Path(self.trainer.default_root_dir))
 
     def test(self, **kwargs: Any) -> None:
-        """Leaves the table to `ResultsWriter`."""
+        """Tests the model; `ResultsWriter` prints the table."""
         self._check_start(kwargs)
         self.trainer.test(**{**kwargs, "verbose": False})
 
 
 def main(args: ArgsType = None) -> RobustCLI:
-    """Runs ``fit``, ``validate`` or ``test``; ``args`` as on the command line, without the program's name."""
+    """Runs ``fit``, ``validate`` or ``test`` with arguments as on the command line, without the program's name."""
     return start(RobustCLI, args)
 
 
 def start(interface: type[Interface], args: ArgsType = None) -> Interface:
-    """Parses, builds and runs.
+    """Parses the arguments, builds the objects and runs the command.
 
     Args:
-        interface: may do less than a `RobustCLI` with what was built.
-        args: as on the command line, without the program's name; None takes the program's own.
+        interface: `RobustCLI`, or a subclass that does less with the objects.
+        args: arguments as on the command line, without the program's name; None takes the program's own.
 
     Raises:
-        ValueError: a configuration that cannot be read, and whatever the classes refuse.
+        ValueError: an unreadable configuration, or an error of the classes.
     """
     _quieten()
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
-    words = sys.argv[1:] if args is None else args
-    if isinstance(words, list):
-        args = joined(words)
-        check_words(args)
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list):
+        args = joined(arguments)
+        check_arguments(args)
     return interface(
         RobustMethod,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        save_config_callback=None,  # the settings travel in checkpoints and results
+        save_config_callback=None,  # checkpoints and results hold the settings
         seed_everything_default=0,
         trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning(), Interruption()]},
         parser_kwargs={
             "prog": "robustclip",
             "version": __version__,
-            **{name: {"exit_on_error": False} for name in ("fit", "validate", "test")},
+            **{name: {"exit_on_error": False, "description": text} for name, text in DESCRIPTIONS.items()},
             "exit_on_error": False,
             "allow_abbrev": False,  # a misspelt key could begin another one
         },
@@ -249,18 +254,18 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     )
 
 
-def check_words(words: list[str]) -> None:
-    """Checks options and configurations before the parser does, whose messages leave out where a fault is.
+def check_arguments(arguments: list[str]) -> None:
+    """Checks options and configurations before the parser, whose messages do not locate a fault.
 
     Args:
-        words: of the command line.
+        arguments: arguments of the command line.
 
     Raises:
-        ValueError: a file that cannot be read, or a key, a class or an entry that is not valid.
+        ValueError: an unreadable file, or an invalid key, class or entry.
     """
-    check_order(words)
+    check_order(arguments)
     keys = known_keys()
-    for key, value in options(words):
+    for key, value in options(arguments):
         if key == "config" or (key in SECTIONS and value.endswith(SUFFIXES)):
             tree = read_config(Path(value))
         elif value.startswith(("{", "[")) or key.endswith(".init_args"):
@@ -275,25 +280,25 @@ def check_words(words: list[str]) -> None:
 
 
 def check_entries(key: str, entries: Any, kind: Any) -> None:
-    """Checks a mapping or a list of mappings entry by entry, since the parser does not say which entry it refuses.
+    """Checks a mapping or a list entry by entry, since the parser does not report which entry it refuses.
 
     Args:
-        key: of the mapping or the list.
-        entries: the mapping, or data sets; anything else is left to the parser.
+        key: dotted key of the mapping or the list.
+        entries: mapping or list; other values are left to the parser.
         kind: type of an entry.
 
     Raises:
-        ArgumentError: an entry of another type.
+        ArgumentError: an entry has another type.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--entry", type=kind, required=True)
     if kind is SETS:
         listed = entries if isinstance(entries, list) else [entries]
-        named = [(key, [each]) for each in listed if isinstance(each, Mapping) and "class_path" not in each]
+        named = [(key, [entry]) for entry in listed if isinstance(entry, Mapping) and "class_path" not in entry]
     else:
         listed = list(enumerate(entries)) if isinstance(entries, list) else []
         pairs = list(entries.items()) if isinstance(entries, Mapping) and "class_path" not in entries else listed
-        named = [(f"{key}.{name}", each) for name, each in pairs]
+        named = [(f"{key}.{name}", entry) for name, entry in pairs]
     for name, value in named:
         try:
             parser.parse_object({"entry": value})
@@ -309,10 +314,10 @@ def check_processes(world_size: int) -> None:
         world_size: number of processes that the trainer uses.
 
     Raises:
-        ValueError: each of the launcher's processes would train the same model alone, into one folder.
+        ValueError: every process of the launcher would train the same model alone, into one folder.
     """
     counts = {
-        # All that follow torchrun's variables set RANK; Lightning's own launcher does not.
+        # Launchers with torchrun's variables set RANK; Lightning's own launcher does not.
         "torchrun": os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else "",
         "srun": os.environ.get("SLURM_NTASKS", "") if SLURMEnvironment.detect() else "",
     }
@@ -326,7 +331,7 @@ def check_processes(world_size: int) -> None:
 
 
 def known_keys() -> list[str]:
-    """Dotted keys that a configuration may have, but for the options of the chosen classes."""
+    """Lists the dotted keys of a configuration, but for the options of chosen classes."""
     sections = {
         "trainer": Trainer,
         "data": CLIPDataModule,
@@ -343,7 +348,7 @@ def known_keys() -> list[str]:
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Opens a checkpoint as data; see `read_checkpoint`.
+    """Opens a checkpoint as data, see `read_checkpoint`.
 
     Raises:
         ValueError: no such file, or as `read_checkpoint`.
@@ -354,12 +359,12 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _data_seed(seed: bool | int) -> int:
-    """Seed of the data for a value of ``seed_everything``, which starts at 0 where Lightning chooses it."""
+    """Gives the seed of the data for a value of ``seed_everything``; 0 where Lightning chooses one."""
     return 0 if isinstance(seed, bool) else seed
 
 
 def _quieten() -> None:
-    """Leaves warnings and errors of Lightning's log, less advertisements and deprecations of its own."""
+    """Silences Lightning's notes, advertisements and deprecations; warnings and errors stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")

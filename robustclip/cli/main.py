@@ -1,4 +1,4 @@
-"""Entry of the command line: answers what needs no library at once, and tells errors in one line."""
+"""Entry of the command line, which imports libraries only where a command needs them and prints errors in one line."""
 
 import os
 import sys
@@ -11,42 +11,34 @@ HELP = f"""robustclip {__version__}: fine-tune CLIP-like models so that they sta
 usage: robustclip COMMAND --config FILE [--KEY VALUE ...]
 
 commands:
-  fit       fine-tune a model              robustclip fit --config configs/tecoa.yaml
-  validate  evaluate on the hold-out       robustclip validate --config ... --ckpt_path FILE
-  test      zero-shot sets, clean and under attack
-                                           robustclip test --config configs/tecoa.yaml --ckpt_path FILE
-  doctor    check a configuration before a long run; takes what `test` takes
-                                           robustclip doctor --config configs/tecoa.yaml
-  table     one table of several results   robustclip table RUN...
-  compare   two results, with intervals    robustclip compare RUN_A RUN_B
-  report    several results as a page      robustclip report RUN... --out report.html
-  score     a result again from its ledgers, without a model
-                                           robustclip score RUN
-  verify    do a result's attacked images fool the model that they were made for?
-                                           robustclip verify RUN
-  replay    its attacked images on another model
-                                           robustclip replay RUN --model.pretrained FOLDER
-  import    another project's checkpoint as a folder for --model.pretrained
-                                           robustclip import FILE --arch ... --pretrained ... --out FOLDER
-  export    a fine-tuned model as a folder for open_clip or transformers
-                                           robustclip export FILE-OR-RUN --to hf --out FOLDER
-  interpolate  checkpoints between the original model and the fine-tuned one
-                                           robustclip interpolate FILE --alphas 0,0.5,1 --out FOLDER
-  caption   captions of a training set's images, by an image-to-text model
-                                           robustclip caption --data ... --captioner ID-OR-FOLDER --out FILE
-  retrieve  the image-text pairs of a pool that are nearest to a training set
-                                           robustclip retrieve --data ... --pool wds:... --out FOLDER
-  cache     embeddings of a run's images by the frozen model, to train without decoding
-                                           robustclip cache --config ... --data.features FOLDER
+  fit --config FILE                                fine-tune a model
+  validate --config FILE --ckpt_path FILE          evaluate a model on the validation data
+  test --config FILE --ckpt_path FILE              evaluate a model on test data sets, clean and under attack
+  doctor --config FILE                             check a configuration before a long run; options as for test
+  table RUN...                                     print one table of several results
+  compare RUN RUN                                  compare two results, with confidence intervals
+  report RUN... --images DIR --sections CLASS      write an HTML page about several results
+  score RUN                                        compute a result again from its ledgers, without a model
+  verify RUN                                       check that a result's adversarial examples still fool its model
+  replay RUN --model.pretrained DIR                evaluate another model on a result's adversarial examples
+  import FILE --arch A --pretrained P --out DIR    convert a foreign checkpoint to a folder for --model.pretrained
+  export FILE|RUN --to hf --out DIR                convert a fine-tuned model for open_clip or transformers
+  interpolate FILE --alphas 0,0.5,1 --out DIR      write checkpoints between the original and the fine-tuned model
+  caption --data D --captioner MODEL --out FILE    caption the images of a training set by an image-to-text model
+  retrieve --data D --pool wds:URL --out DIR       find the image-text pairs of a pool nearest to a training set
+  cache --config FILE --data.features DIR          store embeddings by the frozen model, to train without decoding
 
---config comes first: later options override it. `robustclip COMMAND --help` lists every option (takes a while).
+FILE is a configuration or a checkpoint, RUN a folder that `robustclip test` wrote.
+`robustclip COMMAND --help` lists all options; for fit, validate and test this takes some seconds.
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
-A method of your own needs no registration: --model my_module.MyMethod finds my_module.py in the current folder.
-So does a tool, which is a function with type hints: robustclip my_module.my_tool --x 3.
+Give --config first: later options override it.
+A class lists its own options: `robustclip test --model.help TeCoA`, `robustclip test --data.help CLIPDataModule`.
+An own method needs no registration: --model my_module.MyMethod finds my_module.py in the current folder.
+An own tool is a function with type hints: robustclip my_module.my_tool --x 3.
 Set ROBUSTCLIP_TRACEBACK=1 to see where an error comes from.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test")
-REBUILDING = "robustclip.cli."  # so begin the functions that take --config
+REBUILDING = "robustclip.cli."  # prefix of the functions that take --config
 # A command's function is imported when it is called. Its signature is the command line, its docstring the help.
 TOOLS = {
     "doctor": "robustclip.cli.commands:doctor",
@@ -70,17 +62,16 @@ COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
 def run(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    The status is 0 after success, 1 where `doctor` or `verify` found something, 2 after a line on stderr that names
-    what is wrong with the input, 130, 138 and 143 where Ctrl-C, SLURM's SIGUSR1 or SIGTERM ended a run, and 141
+    The status is 0 after success, 1 where `doctor` or `verify` found a fault, and 2 after invalid input, with a line on
+    stderr that names the fault. It is 130, 138 or 143 where Ctrl-C, SLURM's SIGUSR1 or SIGTERM ended a run, and 141
     where the reader of the output is gone. An exit with another number than 0 keeps it. An error of the program itself
     is raised; Python then ends with 1.
 
     Args:
         arguments: as on the command line, without the program's name; None takes the program's own.
     """
-    words = sys.argv[1:] if arguments is None else arguments
     try:
-        status = _answer(words)
+        status = _answer(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -91,16 +82,18 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return _status(stop)
     except Exception as error:
-        if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, _expected()):
+        lightning = sys.modules.get("robustclip.cli.lightning")  # its errors and keys matter only if it is loaded
+        expected = lightning.EXPECTED_ERRORS if lightning else (ArgumentError, ImportError, OSError, ValueError)
+        if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, expected):
             raise
         from robustclip.cli.messages import in_one_line
 
-        sys.stderr.write(f"error: {in_one_line(error, _known_keys())}\n")
+        sys.stderr.write(f"error: {in_one_line(error, lightning.known_keys() if lightning else ())}\n")
         return 2
 
 
-def _answer(words: list[str]) -> int:
-    command = words[0] if words else "help"
+def _answer(arguments: list[str]) -> int:
+    command, *rest = arguments or ["help"]
     if command in ("-h", "--help", "help", "--version"):
         sys.stdout.write(f"robustclip {__version__}\n" if command == "--version" else HELP)
         return 0
@@ -111,20 +104,19 @@ def _answer(words: list[str]) -> int:
     if command in TRAINER_COMMANDS or TOOLS.get(command, "").startswith(REBUILDING):
         from robustclip.cli.settings import check_files
 
-        check_files(words[1:], needs_results=command in TRAINER_COMMANDS)
-    if command in TOOLS or is_own:
+        check_files(rest, needs_results=command in TRAINER_COMMANDS)
+    if command not in TRAINER_COMMANDS:
         from robustclip.cli.functions import call, find
 
-        function = find(command, ".") if is_own else find(TOOLS[command])
-        return call(function, words[1:], command)
+        return call(find(command, ".") if is_own else find(TOOLS[command]), rest, command)
     from robustclip.cli.lightning import main  # slow: loads torch and lightning
 
-    main(words)
+    main(arguments)
     return 0
 
 
 def _status(stop: SystemExit) -> int:
-    """Exit status of an exit; only the parser's may be 0, since others say nothing of whether the command is done."""
+    """Gives the exit status of an exit; only a parser may exit with 0, since other code may exit before the end."""
     from robustclip.cli.messages import Answered
 
     if isinstance(stop, Answered):
@@ -143,20 +135,3 @@ def _status(stop: SystemExit) -> int:
 def _interrupted(by: str, status: int) -> int:
     sys.stderr.write(f"error: interrupted by {by}\n")
     return status
-
-
-def _expected() -> tuple[type[BaseException], ...]:
-    """Errors that the input explains; those of torch and lightning only where these are loaded."""
-    if "robustclip.cli.lightning" not in sys.modules:
-        return (ArgumentError, ImportError, OSError, ValueError)
-    from robustclip.cli.lightning import EXPECTED_ERRORS
-
-    return EXPECTED_ERRORS
-
-
-def _known_keys() -> list[str]:
-    if "robustclip.cli.lightning" not in sys.modules:
-        return []
-    from robustclip.cli.lightning import known_keys
-
-    return known_keys()

@@ -1,4 +1,4 @@
-"""One line for a person out of what a parser, a library or this package has raised."""
+"""Shortens errors of a parser, a library or this package to one line."""
 
 import difflib
 import importlib
@@ -6,44 +6,56 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from robustclip.names import plain
 
 LONGEST = 400  # characters: some libraries print the whole configuration
 LONGEST_VALUE = 80
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 HEADER = re.compile(
     r"(?P<indent> *)(?:- )?(?:Parser key \"(?P<key>[^\"]+)\"|Problem with given class_path '(?P<cls>[^']+)'):"
 )
-# jsonargparse frames the reason with these, none of which a user wrote or can act on.
+# Lines that jsonargparse puts around the reason; a user can do nothing about them.
 SUBCLASS_FRAME = ("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with")
+VALUES = (  # places of the given value in a message, from the most exact to the least
+    r"Got value: (.*)",
+    r"import path string: (.*)",
+    r"Given value: NestedArg\(key=.*?, val='?(.*?)'?\)$",
+    r"Given value: (.*)",
+)
 FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a")
 
-# A class whose arguments stand for those of all classes that a key takes, to suggest from.
+# A typical class of a key, whose arguments are suggested.
 TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
-# Which modules' classes to suggest for a key whose last part has this word.
+# Module whose classes are suggested for a key by a part of its last name.
 OFFERED = {"model": "robustclip.methods", "attack": "robustclip.attacks", "optimizer": "torch.optim"}
 
 
 class Answered(SystemExit):
-    """A parser has printed what it was asked for, as after ``--help``; any other exit is of other code."""
+    """A parser exits after it has answered, as after ``--help``; other code exits otherwise."""
 
 
 class AnsweringParser:
     """Makes the exits of an argument parser `Answered`."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Ends the program."""
+        """Ends the program.
+
+        Args:
+            status: exit status.
+            message: last line on stderr.
+        """
         sys.stderr.write(message or "")
         raise Answered(status)
 
 
 def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
-    """What a person needs of an exception: where, what was expected, what was found.
+    """Shortens an exception to key, expected value and given value.
 
     Args:
-        error: its message may have several lines and jsonargparse's nesting.
-        keys: that a configuration may have, to suggest from.
+        error: exception, whose message may have several lines and jsonargparse's nesting.
+        keys: known keys of a configuration, for suggestions.
     """
     text = str(error)
     if "Traceback (most recent call last)" in text:  # of a loader's worker or of another process
@@ -51,13 +63,13 @@ def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
     if isinstance(error, KeyError) or not text.strip():
         text = f"{type(error).__name__}: {text}"
     is_top_level = "Parser key" not in text
-    if is_top_level and (found := re.search(r"unrecognized arguments: (-*)(\S+)", text)):
-        dashes, key = found.groups()
+    if is_top_level and (match := re.search(r"unrecognized arguments: (-*)(\S+)", text)):
+        dashes, key = match.groups()
         return unknown_key(key, keys) if dashes == "--" else f"{dashes + key!r} is no option; write --KEY VALUE"
-    if is_top_level and (found := re.search(r"does not accept option '([^']+)'", text)):
-        return unknown_key(found[1], keys)
-    if found := re.search(r"arguments are required: (.+)", text):
-        return _required(found[1])
+    if is_top_level and (match := re.search(r"does not accept option '([^']+)'", text)):
+        return unknown_key(match[1], keys)
+    if match := re.search(r"arguments are required: (.+)", text):
+        return _required(match[1])
     return _shorten(_of_parser(text), LONGEST)
 
 
@@ -65,15 +77,14 @@ def _of_parser(text: str) -> str:
     path, cls, reasons = _innermost(text)
     where = f"{path}: " if path else ""
     block = "\n".join(reasons)
-    value = _value(block) or _value(text)
-    if found := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", block):
-        made = cls or _value_class(block)
-        names = _parameters(made)
+    value = _first(block, *VALUES) or _first(text, *VALUES)
+    if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", block):
+        names = _parameters(cls or _first(block, r"Got value: Namespace\(class_path='([^']+)'"))
         names += parameters_below(names)
-        return unknown_key(f"{path}.{found[1] or found[2]}", [f"{path}.{name}" for name in names])
-    if found := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
-        value = found[1]
-    if found or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
+        return unknown_key(f"{path}.{match[1] or match[2]}", [f"{path}.{name}" for name in names])
+    if match := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
+        value = match[1]
+    if match or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
         return f"{where}{value!r} is no file or no YAML; paths inside a config start at that config"
     option = re.search(r"NestedArg\(key='([^']+)'", text)
     if option and re.search("Not a valid subclass|is abstract", block):
@@ -82,22 +93,20 @@ def _of_parser(text: str) -> str:
         return f"{where}there is no class {value!r}; {_classes(path, value)}"
     if "not correspond to a subclass" in block:
         return f"{where}{value!r} is no subclass of {block.split('subclass of ')[1].split()[0]}"
-    if found := re.search(r"No module named '([^']+)'", block):
-        return f"{where}there is no module {found[1]!r} for {cls or value!r}; it would be found in the current folder"
+    if match := re.search(r"No module named '([^']+)'", block):
+        return f"{where}there is no module {match[1]!r} for {cls or value!r}; it would be found in the current folder"
     of_constructor = [line for line in reasons if not line.startswith((*FRAME, *SUBCLASS_FRAME))]
-    if not of_constructor and (found := re.search(r"Not a valid subclass of (\w+)", block)):
-        return (
-            f"{where}expected a class of kind {found[1]}, got {_shorten(value, LONGEST_VALUE)!r}; {_classes(path, '')}"
-        )
-    told = of_constructor
-    if not told and (expected := _expected(block)):
-        return f"{where}expected {expected}, got {_shorten(value, LONGEST_VALUE)!r}"
+    short = repr(_shorten(value, LONGEST_VALUE))
+    if not of_constructor and (match := re.search(r"Not a valid subclass of (\w+)", block)):
+        return f"{where}expected a class of kind {match[1]}, got {short}; {_classes(path, '')}"
+    if not of_constructor and (expected := _expected(block)):
+        return f"{where}expected {expected}, got {short}"
     prefix = f"{where}{cls}: " if cls else where
-    return prefix + " ".join(told or [text.strip().splitlines()[0]])
+    return prefix + " ".join(of_constructor or [text.strip().splitlines()[0]])
 
 
 def _innermost(text: str) -> tuple[str, str, list[str]]:
-    """Follows the first branch of jsonargparse's nesting: dotted key, class and the lines of the reason."""
+    """Follows the first branch of jsonargparse's nesting to the dotted key, the class and the lines of the reason."""
     keys: list[str] = []
     cls, depth, reasons = "", -1, []
     for line in text.splitlines():
@@ -113,19 +122,10 @@ def _innermost(text: str) -> tuple[str, str, list[str]]:
     return ".".join(keys), cls, [reason for reason in reasons if reason]
 
 
-def _value(text: str) -> str:
-    found = (
-        re.search(r"Got value: (.*)", text)
-        or re.search(r"import path string: (.*)", text)
-        or re.search(r"Given value: NestedArg\(key=.*?, val='?(.*?)'?\)$", text, re.MULTILINE)
-        or re.search(r"Given value: (.*)", text)
-    )
-    return found[1].strip() if found else ""
-
-
-def _value_class(text: str) -> str:
-    found = re.search(r"Got value: Namespace\(class_path='([^']+)'", text)
-    return found[1] if found else ""
+def _first(text: str, *patterns: str) -> str:
+    """Gives the group of the first pattern that occurs in a text."""
+    matches = (re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+    return next((match[1].strip() for match in matches if match), "")
 
 
 def _expected(block: str) -> str:
@@ -143,15 +143,15 @@ def _required(names: str) -> str:
     key = names.split(",")[0].strip().removeprefix("test.").removeprefix("fit.").removeprefix("validate.")
     if key == "model":
         return f"model is missing; choose one, as in `--model TeCoA`: {', '.join(_names(OFFERED['model']))}"
-    return f"{key} is missing; `robustclip COMMAND --help` tells what it takes"
+    return f"{key} is missing; `robustclip COMMAND --help` lists its values"
 
 
 def unknown_key(key: str, keys: Iterable[str]) -> str:
     """States that a key does not exist, and suggests others.
 
     Args:
-        key: dotted key.
-        keys: dotted keys that exist.
+        key: unknown dotted key.
+        keys: known dotted keys.
     """
     key, known = key.partition("=")[0], list(keys)
     parent, _, leaf = key.rpartition(".")
@@ -168,22 +168,21 @@ def unknown_key(key: str, keys: Iterable[str]) -> str:
 
 
 def parameters_below(names: Collection[str]) -> list[str]:
-    """Dotted names of the arguments that some keys' classes usually take, as in ``optimizer.lr``."""
+    """Lists the usual arguments of the classes of some keys as dotted names, such as ``optimizer.lr``."""
     return [f"{key}.{name}" for key, cls in TYPICAL.items() if key in names for name in _parameters(cls)]
 
 
 def _parameters(cls: str) -> list[str]:
-    """Names that a class takes, through ``**kwargs`` to its bases."""
+    """Lists the parameters of a class and, through ``**kwargs``, of its bases."""
     module, _, name = cls.rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
         names: list[str] = []
-        for base in found.__mro__:
+        for base in getattr(importlib.import_module(module), name).__mro__:
             parameters = inspect.signature(base.__init__).parameters.values()
-            names += [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-            if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            names += [entry.name for entry in parameters if entry.kind in NAMED]
+            if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
                 break
-    except (ImportError, AttributeError, ValueError, TypeError):  # a hint is not worth a second error
+    except (ImportError, AttributeError, ValueError, TypeError):  # a failed suggestion must not hide the error
         return []
     return [name for name in dict.fromkeys(names) if name != "self"]
 
@@ -196,7 +195,7 @@ def _classes(key: str, name: str) -> str:
 
 
 def _names(module: str) -> list[str]:
-    """Concrete classes that a module offers; none while it is not loaded."""
+    """Lists the public concrete classes of a module; none while it is not loaded."""
     offered = vars(sys.modules[module]) if module in sys.modules else {}
     names = offered.get("__all__", [])
     return [name for name in names if inspect.isclass(offered.get(name)) and not inspect.isabstract(offered[name])]

@@ -1,4 +1,4 @@
-"""Configuration files and command lines, checked before anything slow is loaded."""
+"""Checks configuration files and command lines before slow libraries are loaded."""
 
 import codecs
 import locale
@@ -17,22 +17,22 @@ from robustclip.textfiles import read_text
 SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
 WITHOUT_VALUE = ("--", "--help", "--version", "--print_config", "--print_shtab")
-BY_ROLE = ("", "null", "None", "best", "last", "hpc", "registry")  # Lightning looks for these checkpoints itself
-MOST_VALUES = 20_000  # of one file; more come from an alias that contains itself
+BY_ROLE = ("", "null", "None", "best", "last", "hpc", "registry")  # Lightning finds these checkpoints itself
+MOST_VALUES = 20_000  # of one file; only an alias that contains itself has more
 
 Place = tuple[Any, ...]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML whose mappings hold each key once. The standard demands it; PyYAML silently takes the last value."""
+    """Loads YAML and refuses a repeated key, as the standard demands; PyYAML silently takes the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compares the keys of one mapping as they are written."""
+        """Compares the keys of a mapping as written."""
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                problem = f"key {key.value!r} stands twice, first in line {lines[key.value]}, again"
+                problem = f"key {key.value!r} occurs twice, first in line {lines[key.value]}, again"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[str(key.value)] = key.start_mark.line + 1
         return node
@@ -42,10 +42,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """Reads a configuration and the files that its sections name.
 
     Args:
-        path: of a YAML file.
+        path: YAML file.
 
     Raises:
-        ValueError: no such file, no mapping in YAML, a key that stands twice, or a value that contains itself.
+        ValueError: no such file, no mapping in YAML, a repeated key, or a value that contains itself.
     """
     tree = _read(path)
     for place, value in list(places(tree)):
@@ -60,48 +60,48 @@ def read_config(path: Path) -> dict[str, Any]:
     return tree
 
 
-def options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields key and value of each option of a command line."""
-    for word, following in pairwise([*words, ""]):
-        key, sign, value = word.partition("=")
+    for argument, following in pairwise([*arguments, ""]):
+        key, sign, value = argument.partition("=")
         if key.startswith("--") or key == "-c":
             yield "config" if key == "-c" else key[2:], value if sign else following
 
 
-def joined(words: Sequence[str]) -> list[str]:
-    """Writes ``--KEY -1`` as ``--KEY=-1``: the parser takes a word that begins with a minus for an option.
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Writes ``--KEY -1`` as ``--KEY=-1``, since the parser would read the value as an option.
 
     Args:
-        words: of the command line.
+        arguments: arguments of the command line.
 
     Raises:
-        ValueError: an option without a value. The parser names its section alone.
+        ValueError: an option without a value; the parser would only name its section.
     """
-    rest, found = list(words), []
+    rest, written = list(arguments), []
     while rest:
-        word = rest.pop(0)
-        if word.startswith("--") and "=" not in word and word not in WITHOUT_VALUE and not word.endswith(".help"):
-            value = rest.pop(0) if rest else "--"
-            if value.startswith("--") or value in ("-c", "-h"):
-                raise ValueError(f"{word[2:]}: a value is missing; `robustclip COMMAND --help` lists what it may be")
-            found += [f"{word}={value}"] if value.startswith("-") else [word, value]
-        else:
-            found.append(word)
-    return found
+        key = rest.pop(0)
+        if not key.startswith("--") or "=" in key or key in WITHOUT_VALUE or key.endswith(".help"):
+            written.append(key)
+            continue
+        value = rest.pop(0) if rest else "--"
+        if value.startswith("--") or value in ("-c", "-h"):
+            raise ValueError(f"{key[2:]}: a value is missing; `robustclip COMMAND --help` lists the valid ones")
+        written += [f"{key}={value}"] if value.startswith("-") else [key, value]
+    return written
 
 
-def check_files(words: Sequence[str], *, needs_results: bool) -> None:
-    """Looks for the files that a command line and its configurations name.
+def check_files(arguments: Sequence[str], *, needs_results: bool) -> None:
+    """Checks the files that a command line and its configurations name.
 
     Args:
-        words: of the command line.
-        needs_results: whether the command cannot start without its checkpoint and its baseline.
+        arguments: arguments of the command line.
+        needs_results: whether the command needs its checkpoint and its baseline to start.
 
     Raises:
-        ValueError: a file that is not there, or a configuration that cannot be read.
+        ValueError: a missing file, or an unreadable configuration.
     """
     named: dict[str, Any] = {}
-    for key, value in options(joined(words)):
+    for key, value in options(joined(arguments)):
         if key == "config":
             tree = read_config(Path(value))
             results = tree.get("results")
@@ -121,34 +121,34 @@ def check_files(words: Sequence[str], *, needs_results: bool) -> None:
             raise ValueError(f"results.baseline: {error}") from error
 
 
-def check_order(words: Sequence[str]) -> None:
-    """Compares options with the configurations that follow them, which would silently replace their values.
+def check_order(arguments: Sequence[str]) -> None:
+    """Refuses options before a configuration that would silently override them.
 
     Raises:
-        ValueError: an option whose key is set by a configuration behind it.
+        ValueError: a later configuration sets the key of an option.
     """
     earlier: dict[str, str] = {}
-    for key, value in options(words):
+    for key, value in options(arguments):
         if key != "config":
             earlier[key] = value
             continue
         tree = read_config(Path(value))
-        for name, given in earlier.items():
-            there = get(tree, name.split("."))
-            is_part = name in SECTIONS and isinstance(there, Mapping) and "class_path" not in there
-            if there is not None and not is_part and str(there) != given:
+        for name, option in earlier.items():
+            setting = get(tree, name.split("."))
+            is_part = name in SECTIONS and isinstance(setting, Mapping) and "class_path" not in setting
+            if setting is not None and not is_part and str(setting) != option:
                 raise ValueError(f"{name} is set before --config {value}, which sets it too; put --config first")
 
 
 def check_keys(tree: Mapping[str, Any], keys: Collection[str]) -> None:
-    """Compares the keys of a configuration with those that there are, but for the options of chosen classes.
+    """Checks the keys of a configuration, but for the options of chosen classes.
 
     Args:
         tree: the configuration.
-        keys: dotted keys; a section with a ``class_path`` takes the options of a class.
+        keys: known dotted keys; a section with a ``class_path`` takes the options of a class.
 
     Raises:
-        ValueError: an unknown key, a section or arguments that are no mapping, or a class that is no name.
+        ValueError: an unknown key, a section or arguments without a mapping, or a class without a name.
     """
     for place, value in places(tree):
         key, section = ".".join(map(str, place)), str(place[0]).partition(".")[0]
@@ -170,11 +170,11 @@ def parse(text: str, name: str) -> Any:
     """Reads YAML or JSON.
 
     Args:
-        text: of a file or an option.
-        name: of the file or option.
+        text: content of a file or value of an option.
+        name: name of the file or option.
 
     Raises:
-        ValueError: no YAML, a key that stands twice, or a value that contains itself.
+        ValueError: no YAML, a repeated key, or a value that contains itself.
     """
     try:
         content = yaml.load(text, _StrictLoader)  # a SafeLoader
@@ -189,18 +189,18 @@ def parse(text: str, name: str) -> Any:
 
 
 def places(tree: Any) -> Iterator[tuple[Place, Any]]:
-    """Yields keys and value of every entry of nested mappings and lists, from the outside to the inside."""
+    """Yields the keys and the value of every entry of nested mappings and lists, outer entries first."""
     queue: deque[tuple[Place, Any]] = deque([((), tree)])
     while queue:
         place, value = queue.popleft()
         if place:
             yield place, value
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-        queue.extend(((*place, key), each) for key, each in pairs)
+        queue.extend(((*place, key), entry) for key, entry in pairs)
 
 
 def get(tree: Any, keys: Sequence[str]) -> Any:
-    """Finds the value of a dotted key, through the arguments of classes; None where there is none.
+    """Finds the value of a dotted key, also in the arguments of classes; None where there is none.
 
     Args:
         tree: a configuration.

@@ -292,7 +292,8 @@ class _BlackBox(AuditCheck):
                 won[attack] += int(np.isin(columns["by"], blind).sum())
                 samples[attack] += len(evidence.samples[task]["id"])
         checks = [
-            self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"misclassified by it alone, {name}") for name in samples
+            self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"misclassified by it alone, {name}")
+            for name in samples
         ]
         if not checks:
             measurement = "no black-box attack after others; the recipes cascade and autoattack have one"
@@ -371,7 +372,10 @@ CHECKS: Sequence[AuditCheck] = (
         "larger_radius", "wider", False, "a larger radius must not help the model; if it does, gradients mislead"
     ),
     _StrongerAttack(
-        "any_radius", "wider", True, "half the pixel range erases an image; a model that survives it hides its gradients"
+        "any_radius",
+        "wider",
+        True,
+        "half the pixel range erases an image; a model that survives it hides its gradients",
     ),
     _StrongerAttack("more_steps", "longer", False, "more steps must not help the model; if they do, gradients mislead"),
     _BlackBox(),

@@ -81,9 +81,13 @@ class OODDetection(Callback):
         self.attacked = [] if attack is None else [headline] if attacked is None else attacked
         for name in (headline, *self.attacked):
             if name not in self.scores:
-                raise ValueError(f"scores must hold the headline and the attacked scores, got {self.scores}; add {name!r}")
+                raise ValueError(
+                    f"scores must hold the headline and the attacked scores, got {self.scores}; add {name!r}"
+                )
         if attack is not None and attack.loss is not None:
-            raise ValueError(f"attack.loss must be null, got {attack.loss!r}; the attack maximises or minimises the score")
+            raise ValueError(
+                f"attack.loss must be null, got {attack.loss!r}; the attack maximises or minimises the score"
+            )
         self.neighbours = sorted({*neighbours})
         self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}

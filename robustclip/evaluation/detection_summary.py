@@ -21,7 +21,7 @@ HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a plot
 DIGITS, CURVE_DIGITS = 6, 4  # torchmetrics computes in fp32
 
 Columns = Mapping[str, Tensor]
-"""Values ``(N,)`` by name: label, is_right, confidence, every score, and optionally ``<score>/attacked``, ``knn/<K>``."""
+"""Values ``(N,)`` by name: label, is_right, confidence, scores; optionally ``<score>/attacked`` and ``knn/<K>``."""
 
 
 def table_name(task: str, name: str) -> str:
@@ -52,7 +52,9 @@ def detected(record: Record) -> dict[str, Any]:
             neighbours=settings["curve"],
         )
         for name, summary in tasks[task]["unknown"].items():
-            summary["data"] = settings["data"][name] | {"pixels": _digest(tables[name]) if settings["has_pixels"] else None}
+            summary["data"] = settings["data"][name] | {
+                "pixels": _digest(tables[name]) if settings["has_pixels"] else None
+            }
     keys = ["headline", "is_correct_only", "attack", *([KNN] if settings[KNN] else [])]
     keys += ["attacked", "seed"] if settings["attack"] else []
     own = {"scores": settings["own_scores"]} if settings["own_scores"] else {}
@@ -140,7 +142,9 @@ def _over_neighbours(known: Columns, unknown: Columns, neighbours: Sequence[int]
     """Computes AUROC and FPR95 of the KNN score for every K."""
     names = [column(KNN, str(k)) for k in neighbours]
     measured = [separation(known[name], unknown[name]) for name in names]
-    return {"k": list(neighbours)} | {name: [_number(values[name]) for values in measured] for name in ("auroc", "fpr95")}
+    return {"k": list(neighbours)} | {
+        name: [_number(values[name]) for values in measured] for name in ("auroc", "fpr95")
+    }
 
 
 def _histogram(sides: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an audit looks at: probes that run beside the attacks, and the ledgers as columns of numbers."""
+"""Probes measure during a test for the audit; `Evidence` holds their values and the ledgers as columns of numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from robustclip.models.clip import CLIPModel
 from robustclip.results.protocol import differences, is_checked, with_counts
 from robustclip.results.run import Run
 
-PROBED_SHARE = 1 / 64  # of the samples run again
-ATTACKED_SHARE = 1 / 4  # of these are attacked again, which costs more: a probe is a batch of few
+PROBED_SHARE = 1 / 64  # share of the samples that run again
+ATTACKED_SHARE = 1 / 4  # share of these that are attacked again, since small batches are slow
 PROBE_SEED = 0x5EED
-WIDER, LONGER = 4.0, 2.0  # factors of radius and of steps that a probe uses
-ANYTHING = 0.5  # a radius at which every image can be made grey, so that no model can be right (arXiv:1802.00420)
+WIDER, LONGER = 4.0, 2.0  # factors of the radius and of the steps of a probe
+ANYTHING = 0.5  # at this radius every image can be made grey, so that no model is correct (arXiv:1802.00420)
 
 Columns = Mapping[str, NDArray[Any]]
 Rows = Sequence[Mapping[str, str]]
@@ -29,16 +29,16 @@ Rows = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the checks look at.
+    """Holds the measurements of a finished test for the checks of the audit.
 
     Attributes:
         samples: task to the ledger's columns of its samples.
-        attacked: task and attack to the ledger's columns of the attack, for the samples that needed one.
+        attacked: task and attack to the ledger's columns of the attack, for the samples that were attacked.
         members: task and attack to the members of the attack.
         class_counts: task to number of classes.
-        protocols: of this run, by task and attack.
-        is_undefended: the run declares that its model has no defence.
-        baseline: test of the run's base model, if there is one.
+        protocols: task and attack to the protocol of this run.
+        is_undefended: whether the run declares that its model has no defence.
+        baseline: test of the base model under the same protocol, if there is one.
     """
 
     samples: Mapping[str, Columns]
@@ -50,31 +50,39 @@ class Evidence:
     baseline: Run | None = None
 
     def total(self, column: str) -> NDArray[Any]:
-        """A column of all tasks and attacks."""
+        """Joins a column over all tasks and attacks."""
         parts = [columns[column] for columns in self.attacked.values()]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def clean(self, column: str) -> NDArray[Any]:
-        """A column of the samples of all tasks."""
+        """Joins a column over the samples of all tasks."""
         return np.concatenate([np.zeros(0), *(columns[column] for columns in self.samples.values())])
 
     def share_robust(self, task: str, attack: str) -> float:
-        """Of all samples of a task."""
+        """Returns the robust share of all samples of a task.
+
+        Args:
+            task: name of the task.
+            attack: name of the attack.
+        """
         return float((self.attacked[task, attack]["by"] == "").sum() / max(1, len(self.samples[task]["id"])))
 
     def undefended(self) -> dict[str, float] | str:
-        """Robust accuracy of the undefended model by attack, or why it is not known.
+        """Returns the robust accuracy of the undefended model by attack, or the reason why it is not known.
 
-        Of several radii the largest counts: at smaller ones, and at the control 0, the undefended may stand.
+        Only the largest of several radii counts, since an undefended model may survive small ones.
         """
-        balls = {key: {(each.attack.norm, each.attack.eps) for each in found} for key, found in self.members.items()}
+        radii = {
+            key: {(member.attack.norm, member.attack.eps) for member in members}
+            for key, members in self.members.items()
+        }
         largest: dict[str, float] = {}
-        for norm, eps in set().union(*balls.values()):
+        for norm, eps in set().union(*radii.values()):
             largest[norm] = max(eps or 0, largest.get(norm, 0))
         keys = [
             key
-            for key, found in balls.items()
-            if len(self.samples[key[0]]["id"]) and any(eps is None or 0 < eps == largest[norm] for norm, eps in found)
+            for key, pairs in radii.items()
+            if len(self.samples[key[0]]["id"]) and any(eps is None or 0 < eps == largest[norm] for norm, eps in pairs)
         ]
         attacks = {attack for _, attack in keys}
         if not attacks:
@@ -90,9 +98,10 @@ class Evidence:
         return {name: values["acc1"] for name, values in self.baseline.result["mean"].items() if name in attacks}
 
     def _difference(self, baseline: Run, task: str, attack: str) -> str:
-        """How the baseline's protocol of a task and attack differs from this run's; empty if it does not."""
+        """Names the differences between the baseline's protocol and this run's; empty if there are none."""
         own, theirs = (
-            each.get(task, {}).get(attack, {}).get("axes", {}) for each in (self.protocols, baseline.result["protocol"])
+            protocols.get(task, {}).get(attack, {}).get("axes", {})
+            for protocols in (self.protocols, baseline.result["protocol"])
         )
         if not theirs:
             return "it has none"
@@ -106,25 +115,30 @@ class Evidence:
 
 
 def probed(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Places in a batch of the samples that run again, and of those among them that are attacked again.
+    """Chooses by id the samples of a batch that run again, and those among them that are attacked again.
 
-    Both are a fixed function of the ids ``(B,)``.
+    Args:
+        index: ``(B,)`` ids of the samples.
+
+    Returns:
+        Places in the batch, twice.
     """
     draw = noise.uniform(index, (1,), seed=PROBE_SEED)[:, 0]
     return (draw < PROBED_SHARE).nonzero()[:, 0], (draw < PROBED_SHARE * ATTACKED_SHARE).nonzero()[:, 0]
 
 
 def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel) -> dict[str, Tensor]:
-    """What comes when images ``(B, 3, H, W)`` run again, beside their mirror images instead of the other images.
+    """Runs images again, this time in one batch with their mirror images.
 
     Args:
-        images: in [0, 1].
-        forward: images to logits.
-        logits: that they had, ``(B, C)``.
-        clip: whose tower should see them normalised once.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        forward: function from images to logits.
+        logits: ``(B, C)`` of the first run.
+        clip: model whose image tower must receive the images normalised once.
 
     Returns:
-        ``repeat``, the largest change ``(B,)`` of a logit; ``outside``, see the ledger's columns.
+        ``repeat``, the largest change ``(B,)`` of a logit, and ``outside``, the largest distance ``(B,)`` of a pixel
+        from [0, 1]; see the ledger's columns.
     """
     seen: list[Tensor] = []
     hook = clip.net.visual.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -134,34 +148,46 @@ def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel)
             again = forward(torch.cat([images, images.flip(-1)]))[: len(images)]
     finally:
         hook.remove()
-    found: dict[str, Tensor] = {"repeat": (again - logits).abs().amax(-1)}
+    columns: dict[str, Tensor] = {"repeat": (again - logits).abs().amax(-1)}
     if len(seen) == 1 and len(seen[0]) == 2 * len(images):
         unit = seen[0][: len(images)].float() * clip.std + clip.mean
-        found["outside"] = torch.maximum(-unit, unit - 1).flatten(1).amax(1).clamp(min=0)
-    return found
+        columns["outside"] = torch.maximum(-unit, unit - 1).flatten(1).amax(1).clamp(min=0)
+    return columns
 
 
 def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tensor, Attack | None]]:
-    """Probes by column of the ledger: whom they concern ``(B,)``, and what must break them.
+    """Lists the probes by an attack that is stronger than the first member.
 
     Args:
         attack: first member.
-        by: ``(B,)`` verdict on the samples that are probed.
-        images: any of the task, for their size.
+        by: ``(B,)`` verdict on the probed samples.
+        images: any images of the task, for their size.
+
+    Returns:
+        Column of the ledger, mask ``(B,)`` of the samples, and the stronger attack, which must succeed on them.
     """
-    is_broken, probes = by == 0, []
+    is_misclassified, probes = by == 0, []
     if attack.eps:
-        probes = [("wider", is_broken, attack.scaled(radius=WIDER))]
+        probes = [("wider", is_misclassified, attack.scaled(radius=WIDER))]
         half = ANYTHING * (math.sqrt(images[0].numel()) if attack.norm == "l2" else 1)
         if attack.eps < half:
             probes.append(("wider", by == ROBUST, attack.scaled(radius=half / attack.eps)))
-    return [*probes, ("longer", is_broken, attack.scaled(steps=LONGER))]
+    return [*probes, ("longer", is_misclassified, attack.scaled(steps=LONGER))]
 
 
-def breaks(
+def probe_outcomes(
     images: Tensor, labels: Tensor, forward: Forward, attack: Attack | None, *, index: Tensor, seed: int
 ) -> list[int | str]:
-    """For each sample 1 if an attack breaks it anywhere on its way, else 0; empty where there is no attack."""
+    """Returns 1 for each sample that an attack misclassifies on any image that it tries, else 0.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        forward: function from images to logits.
+        attack: attack of the probe; None gives empty cells.
+        index: ``(B,)`` ids of the samples.
+        seed: seed of the attack.
+    """
     if attack is None:
         return [""] * len(images)
     verdict = examine(images, labels, forward, [Member("probe", attack)], index=index, seed=seed)
@@ -169,14 +195,19 @@ def breaks(
 
 
 def sample_columns(rows: Rows) -> Columns:
-    """Columns of the samples themselves."""
+    """Returns the columns of a ledger that hold for the samples under every attack."""
     whole: dict[str, NDArray[Any]] = {name: _integers(rows, name) for name in ("id", "label", "clean")}
     whole["pixels"] = np.array([row["pixels"] for row in rows], dtype=object)
     return whole | {name: _floats(rows, name) for name in ("clean_loss", "largest_logit", "outside", "repeat")}
 
 
 def attack_columns(rows: Rows, attack: str) -> Columns:
-    """Columns of one attack, of the samples that were right without it."""
+    """Returns the columns of one attack for the samples that are classified correctly without it.
+
+    Args:
+        rows: rows of a ledger.
+        attack: name of the attack.
+    """
     attacked = [row for row in rows if row[f"{attack}.by"] != "clean"]
     names = ("loss", "steps", "dead", "distance", "excess", "nans", "wider", "longer")
     numbers = {name: _floats(attacked, f"{attack}.{name}") for name in names}

@@ -1,4 +1,4 @@
-"""Accuracy under attack, for every method and every task."""
+"""The accuracy of a method on every task, with and without attacks."""
 
 from functools import partial
 from time import perf_counter
@@ -32,28 +32,28 @@ from robustclip.results.summary import accuracies, scalars
 from robustclip.results.tables import NOT_A_TASK
 from robustclip.types import TASK_NAME, Batch, Task, data_of
 
-TAKEN = ("clean", "n", "seconds", "bad_samples")  # other keys beside the attacks in the result of a task
+RESERVED = ("clean", "n", "seconds", "bad_samples")  # keys that stand beside the attacks in the result of a task
 
 
 @checked
 class RobustEvaluation(TaskCallback):
-    """Runs every attack on every validation and test task, on the very samples of the clean accuracy.
+    """Runs every attack on the samples of every validation and test task.
 
-    Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task. Beside
-    a `ResultsWriter`, a test keeps a ledger of every sample and resumes where an earlier start of it has ended.
+    Logs ``<stage>/<task>/<attack>/acc1`` and ``/correct``, ``<stage>/mean/<attack>/acc1`` and seconds per task. With a
+    `ResultsWriter`, a test keeps a ledger of every sample, and an interrupted test resumes.
 
     Args:
         attacks: name to attack, or the names of recipes, such as ``pgd10``; none measures clean accuracy alone.
-        max_samples: evaluate this many fixed samples of each task, clean and attacked; null for all.
-        fit_attacks: what the validations during ``fit`` run instead; null for ``attacks``.
-        fit_max_samples: their ``max_samples``; null for the same.
-        seed: of the attacks' random numbers.
+        max_samples: number of fixed samples of each task, clean and attacked; null for all.
+        fit_attacks: attacks of the validations during ``fit``; null for ``attacks``.
+        fit_max_samples: number of samples of these validations; null for ``max_samples``.
+        seed: seed of the attacks' random numbers.
         stop: ``worst``: a sample is robust if it is classified correctly without attack and on every image that the
             attack evaluates; misclassified samples are not attacked further. ``last``: only the attack's last image
             counts, as in the papers.
         attack_precision: ``bf16`` attacks in bfloat16 first, then robust samples again in fp32. Every verdict is fp32.
         check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
-        save_examples: keep this many misclassified attacked images per task and attack.
+        save_examples: number of misclassified attacked images to keep per task and attack.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -77,8 +77,8 @@ class RobustEvaluation(TaskCallback):
         self.stop, self.attack_precision = stop, attack_precision
         self.check_every, self.save_examples = check_every, save_examples
         for name in {**self.attacks, **self.fit_attacks}:
-            if not TASK_NAME.fullmatch(name) or name in TAKEN:
-                raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {TAKEN}, got {name!r}")
+            if not TASK_NAME.fullmatch(name) or name in RESERVED:
+                raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {RESERVED}, got {name!r}")
         self._running: dict[str, Attack] = {}
         self._members: dict[tuple[str, str], list[Member]] = {}
         self._journal: Journal | None = None
@@ -86,7 +86,7 @@ class RobustEvaluation(TaskCallback):
         self._start = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the stage's attacks; limit the sets, so that clean and attacked accuracy share their samples."""
+        """Chooses the stage's attacks, and limits the data sets, so that clean and attacked accuracy share samples."""
         if str(trainer.precision).endswith("-true") and trainer.precision not in ("32-true", "64-true"):
             raise ValueError(
                 f"verdicts are taken in fp32, which precision {trainer.precision} rules out; use bf16-mixed"
@@ -96,16 +96,16 @@ class RobustEvaluation(TaskCallback):
         if self._running:
             check_has_images(trainer, f"attacks, {', '.join(self._running)},")
         self._journal = self._examples = None
-        # Asked when loaders are made, where the weights that identify the test are in place.
+        # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
         data_of(trainer).connect(limit=limit, done=done)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the ledgers, also where a data module has made loaders without asking for the finished samples."""
+        """Opens the ledgers, if the data module has not done so when it made its loaders."""
         self._opened(trainer, pl_module)
 
     def begin(self, trainer: Trainer, method: RobustMethod) -> None:
-        """Check the finished samples of a test that resumes; a validation starts with none."""
+        """Checks the finished samples of a resumed test; a validation starts without any."""
         if not trainer.testing:
             self._journal = None
         journal = self._opened(trainer, method)
@@ -115,20 +115,20 @@ class RobustEvaluation(TaskCallback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Start the clock."""
+        """Starts the clock of a batch."""
         self._start = perf_counter()
 
     on_validation_batch_start = on_test_batch_start
 
     def see(self, trainer: Trainer, method: RobustMethod, task: Task, batch: Batch, logits: Any) -> None:
-        """Attacks the batch."""
+        """Attacks the images of a batch and stores its rows."""
         journal = self._opened(trainer, method)
         if not journal.is_finished(task.name, batch):
             with torch.autocast(method.device.type, enabled=False), frozen(method):
                 self._examine(trainer, method, journal, batch, logits, task)
 
     def end(self, trainer: Trainer, method: RobustMethod) -> None:
-        """Log accuracies, seconds and the number of images that did not decode, as the ledgers have them."""
+        """Logs accuracies and seconds from the ledgers, and the number of images that did not decode."""
         stage, tasks = stage_of(trainer)
         journal, strategy, left_out = self._opened(trainer, method), trainer.strategy, {}
         for task in tasks:
@@ -136,7 +136,7 @@ class RobustEvaluation(TaskCallback):
             total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
             left_out[task.name] = int(total)
         names = {
-            task.name: {name: [each.name for each in self._members[task.name, name]] for name in self._running}
+            task.name: {name: [member.name for member in self._members[task.name, name]] for name in self._running}
             for task in tasks
         }
         table = accuracies({task.name: journal.rows(task.name) for task in tasks}, names, left_out)
@@ -163,10 +163,10 @@ class RobustEvaluation(TaskCallback):
             announce(trainer, f"{task.name} under {name}")
             members = self._members[task.name, name]
             verdicts[name] = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
-        # Rows that no file keeps are not audited, and need no probes.
+        # Without a folder there is no audit, hence no probes.
         probes = {"seed": self.seed, "clip": None if journal.folder is None else method.clip}
         rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
-        # Before the rows, so that no row lacks its image after a kill.
+        # Images before rows, so that no row lacks its image after a kill.
         if self._examples is not None:
             for name, verdict in verdicts.items():
                 self._examples.add(task.name, name, batch, rows, verdict)
@@ -185,7 +185,7 @@ class RobustEvaluation(TaskCallback):
         return cheap_forward
 
     def _opened(self, trainer: Trainer, module: LightningModule) -> Journal:
-        """The ledgers of the running test or validation, opened at the first call; all processes must come here."""
+        """Opens the ledgers of the running test or validation at the first call; all processes must call it."""
         if self._journal is None:
             stage, tasks = stage_of(trainer)
             writer = writer_of(trainer) if stage == "test" else None

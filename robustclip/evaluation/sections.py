@@ -1,4 +1,4 @@
-"""Sections of a result that the package makes, from the ledgers and facts of a test alone."""
+"""The package's own sections of a result, computed from the ledgers and facts of a test alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,34 +14,36 @@ from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
 
-OF_ATTACKS = ("eps", "norm", "is_anytime", "is_black_box")  # facts about an attack that the audit looks at
+FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of an attack that the audit reads
 
 
 def stored_members(
     members: Mapping[tuple[str, str], Sequence[Member]], tasks: Sequence[str]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Members of every attack on every task, in JSON's types.
+    """Returns the members of every attack on every task in JSON's types.
 
     Args:
         members: task and attack to the members of the attack.
         tasks: names of all tasks.
     """
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
-    for (task, attack), given in members.items():
-        found[task][attack] = [
-            {"name": each.name, "note": each.note, "attack": {name: getattr(each.attack, name) for name in OF_ATTACKS}}
-            for each in given
+    stored: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
+    for (task, attack), several in members.items():
+        stored[task][attack] = [
+            {"name": member.name, "note": member.note, "attack": {name: getattr(member.attack, name) for name in FACTS}}
+            for member in several
         ]
-    return found
+    return stored
 
 
 def audited(record: Record) -> dict[str, Any]:
-    """The audit of a test."""
+    """Audits a test from its record."""
     facts = record.facts
     members = {
-        (task, attack): [Member(each["name"], cast(Attack, SimpleNamespace(**each["attack"]))) for each in given]
+        (task, attack): [
+            Member(member["name"], cast(Attack, SimpleNamespace(**member["attack"]))) for member in several
+        ]
         for task, attacks in facts["members"].items()
-        for attack, given in attacks.items()
+        for attack, several in attacks.items()
     }
     evidence = Evidence(
         {task: sample_columns(record.rows[task]) for task in facts["tasks"]},

@@ -42,7 +42,7 @@ class TaskCallback(Callback):
         """
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls `begin`."""
+        """Calls `begin` before the first batch."""
         self.begin(trainer, method_of(pl_module))
 
     def on_test_batch_end(
@@ -58,7 +58,7 @@ class TaskCallback(Callback):
         self.see(trainer, method_of(pl_module), stage_of(trainer)[1][dataloader_idx], batch, outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calls `end`."""
+        """Calls `end` after the last batch."""
         self.end(trainer, method_of(pl_module))
 
     # Validation is the same on other tasks.
@@ -71,7 +71,7 @@ def method_of(module: LightningModule) -> RobustMethod:
     """Returns the module, checked to be a method of the package.
 
     Raises:
-        TypeError: it is another.
+        TypeError: it is of another class.
     """
     if not isinstance(module, RobustMethod):
         raise TypeError(f"the callbacks need a RobustMethod, got {type(module).__name__}")
@@ -111,7 +111,7 @@ def announce(trainer: Trainer, label: str) -> None:
 
 
 def log_outputs(trainer: Trainer, method: RobustMethod, numbers: Mapping[str, Any]) -> None:
-    """Logs numbers that a section of the result holds too, so that they are no other metrics.
+    """Logs numbers of a section; the result does not repeat them under ``other_metrics``.
 
     Args:
         trainer: trainer of the running stage.

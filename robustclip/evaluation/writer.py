@@ -1,4 +1,4 @@
-"""The folder of a test: unfinished while it runs, published whole, never overwritten."""
+"""The writer of a test's folder, which stays marked as unfinished until it is complete and is never overwritten."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from robustclip import display
+from robustclip import display, persistence
 from robustclip.arguments import checked
 from robustclip.evaluation.audit import checks_at
 from robustclip.evaluation.identity import unlike, words
@@ -36,14 +36,14 @@ LOCK = "lock"
 
 @dataclass
 class Section:
-    """A part of a result, which a callback puts into ``sections`` of the writer when a test is set up.
+    """A part of a result; a callback adds it to ``sections`` of the writer in its ``setup``.
 
     Attributes:
-        summarise: function of the record of the test; its value is the section's in ``result.json``.
+        summarise: function from the record of the test to the value of the section in ``result.json``.
         tables: ledgers of the section: name to columns, of which the first is ``id``.
-        settings: all that the rows depend on beside model and data; a test with other settings does not resume.
-        facts: all that is known later and that the function needs beside its rows, in JSON's types.
-        tidy: function from the rows of a finished ledger to those that are kept; None keeps them as they are.
+        settings: settings that change the rows; a test with other settings does not resume.
+        facts: further input of the function, in JSON's types; it may be set until the test ends.
+        tidy: function from the rows of a finished ledger to the rows to keep; None keeps all.
     """
 
     summarise: Summarise
@@ -53,7 +53,7 @@ class Section:
     tidy: Tidy | None = None
 
     def open(self, trainer: Trainer) -> Journal:
-        """Returns the ledgers of the running test, or new ones in memory where no result is written."""
+        """Returns the ledgers of the running test, or new ones in memory if no result is written."""
         writer = writer_of(trainer) if trainer.testing else None
         journal = Journal(trainer, self.tables) if writer is None else writer.journal
         if journal is None:
@@ -75,22 +75,22 @@ class Section:
 class ResultsWriter(Callback):
     """Writes the results of a test into a folder, and prints a table and the folder's path.
 
-    The folder holds ``result.json``, the table as CSV and Markdown, the ledgers, and the examples. A test that is
-    started again after it was killed finds its folder and resumes there.
+    The folder holds ``result.json``, the table as CSV and Markdown, the ledgers, and adversarial examples. A test that
+    was killed resumes in its folder when it is started again.
 
     Args:
-        folder: where the folders of tests go; null for ``results`` below the trainer's ``default_root_dir``.
-        name: of this test's folder; null takes method and time, and finds an unfinished start of the same test.
-        baseline: folder of the test of this run's base model, as it is before training, under the same protocol; the
-            audit checks with it that the attacks are strong enough.
-        is_undefended: the tested model has no defence, so that it is its own baseline.
-        averages: name to the tasks of an unweighted mean, beside the mean over all tasks.
-        config: settings of the run, kept in the file.
+        folder: parent of the folders of all tests; null for ``results`` in the trainer's ``default_root_dir``.
+        name: name of this test's folder; null takes method and time, and resumes an unfinished start of the same test.
+        baseline: folder of a test of the base model before training, under the same protocol; by it the audit checks
+            that the attacks are strong enough.
+        is_undefended: whether the tested model has no defence and so is its own baseline.
+        averages: name to the tasks of a further unweighted mean.
+        config: settings of the run, stored with the result.
         checks: class paths of your own audit checks, see `AuditCheck`.
 
     Raises:
-        ValueError: before the test starts, an average of no task or one that the test has not, or whose name is taken;
-            a baseline of other weights.
+        ValueError: before the test starts, if an average has no task, an unknown task or a name in use, or if the
+            baseline has other weights.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class ResultsWriter(Callback):
         self.checks = list(checks or ())
         checks_at(self.checks)  # refuses class paths that are no checks
         self.path: Path | None = None
-        self.sections: dict[str, Section] = {}  # of other callbacks, by their names in the result
-        self.outputs: set[str] = set()  # names of logged metrics that the ledgers hold too
+        self.sections: dict[str, Section] = {}  # added by other callbacks, by their names in the result
+        self.outputs: set[str] = set()  # names of logged metrics that are computed from the ledgers
         self.bad_samples: dict[str, int] = {}  # number of images that did not decode, by task
         self.journal: Journal | None = None
         self._result: dict[str, Any] = {}
@@ -121,7 +121,7 @@ class ResultsWriter(Callback):
         self._lock: IO[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse averages that could not be taken, and a baseline of another model."""
+        """Refuses averages over unknown tasks, and a baseline of another model."""
         if stage == "test":
             self.path, self.journal, self.outputs, self.bad_samples = None, None, set(), {}
             tasks = [task.name for task in data_of(trainer).test_tasks]
@@ -131,25 +131,25 @@ class ResultsWriter(Callback):
 
     @property
     def opened(self) -> Path:
-        """Folder of the running test.
+        """Returns the folder of the running test.
 
         Raises:
-            ValueError: nothing has opened it.
+            ValueError: no callback has opened it.
         """
         if self.path is None:
             raise ValueError("ResultsWriter needs a RobustEvaluation beside it, whose settings identify the test")
         return self.path
 
     def begin(self, trainer: Trainer, identity: dict[str, Any], members: Members) -> Journal:
-        """Open the folder of a test, new or as an earlier start has left it; all processes must come here.
+        """Opens the folder of a test, new or of an earlier start; all processes must call it.
 
         Args:
-            trainer: of the test.
-            identity: two starts of the same test have the same.
+            trainer: trainer of the test.
+            identity: values that are equal for all starts of one test, and differ for different tests.
             members: task and attack to the members of the attack.
 
         Raises:
-            ValueError: the name is taken, by a finished test or by an unfinished one of another protocol.
+            ValueError: a finished test, or an unfinished one of another protocol, has this name.
         """
         identity |= {"sections": {name: section.settings for name, section in self.sections.items()}}
         root = Path(self.folder or local_path(trainer.default_root_dir, "trainer.default_root_dir") / "results")
@@ -159,37 +159,37 @@ class ResultsWriter(Callback):
             self._check_unfinished(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             refusal = f"{self.path} is being written by another process; wait for it, or stop it"
-            self._lock = ledger.lock(self.path / LOCK, refusal)
-            self._check_unfinished(self.path)  # again, for it may just have been finished
+            self._lock = persistence.lock(self.path / LOCK, refusal)
+            self._check_unfinished(self.path)  # again, since the other process may just have finished it
             self._check_protocol(self.path / PROTOCOL, identity)
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             for place in (self.path, self.path / LEDGERS, self.path / PARTS, *self.path.glob(f"{EXAMPLES}/*/*")):
-                ledger.sweep(place)
-            ledger.write_aside(self.path / PROTOCOL, json.dumps(identity, indent=1))
-        trainer.strategy.barrier("the folder is there")
+                persistence.sweep(place)
+            persistence.atomic_write(self.path / PROTOCOL, json.dumps(identity, indent=1))
+        trainer.strategy.barrier("the folder exists")
         header = ledger.columns(list(dict.fromkeys(attack for _, attack in members)))
         headers = dict.fromkeys(dict.fromkeys(identity["protocol"]), header) | self._tables
         if trainer.is_global_zero:
             for name, columns in headers.items():
                 for part in (self.path / PARTS).glob(f"{name}.*.csv"):
-                    ledger.Ledger(part, columns)  # cuts off the batch that was being written, of more processes too
+                    ledger.Ledger(part, columns)  # removes a half-written batch, also from parts of further processes
         trainer.strategy.barrier("ledgers are whole")
         self.journal = Journal(trainer, headers, self.path)
         return self.journal
 
     @property
     def _tables(self) -> dict[str, Sequence[str]]:
-        return {name: columns for each in self.sections.values() for name, columns in each.tables.items()}
+        return {name: columns for section in self.sections.values() for name, columns in section.tables.items()}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the ledgers, compute the result from them, and give the folder its name."""
+        """Joins the ledgers, computes the result from them, and publishes the folder."""
         trainer.strategy.barrier("ledgers are complete")
         path, journal = self.opened, self.journal
         if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or journal is None:
             return
         tidy = {name: section.tidy for section in self.sections.values() if section.tidy for name in section.tables}
         rows, facts = journal.merge(tidy), self._facts(trainer, pl_module)
-        ledger.write_aside(path / FACTS, json.dumps(facts, indent=1) + "\n")
+        persistence.atomic_write(path / FACTS, json.dumps(facts, indent=1) + "\n")
         functions = {name: section.summarise for name, section in self.sections.items()} | {"audit": audited}
         self._result = summarise(Record(facts, rows), functions)
         for task, attack in self._members:
@@ -197,7 +197,7 @@ class ResultsWriter(Callback):
         self._publish(path)
 
     def _facts(self, trainer: Trainer, method: RobustMethod) -> dict[str, Any]:
-        """Content of ``facts.json``: all that the result needs beside the ledgers."""
+        """Collects the content of ``facts.json``: the values that the result needs beside the ledgers."""
         metrics = {name: finite(float(value)) for name, value in trainer.callback_metrics.items()}
         tasks = data_of(trainer).test_tasks
         of_sections = {name: {**section.settings, **section.facts} for name, section in self.sections.items()}
@@ -222,14 +222,14 @@ class ResultsWriter(Callback):
         }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the lock of the folder."""
+        """Releases the lock of the folder."""
         self._unlock()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print the table and, last, its folder.
+        """Prints the table and, last, its folder.
 
         Raises:
-            ValueError: the test has ended without a result.
+            ValueError: the test ended without a result.
         """
         self._unlock()
         if stage == "test" and trainer.is_global_zero and not self._result:
@@ -244,7 +244,7 @@ class ResultsWriter(Callback):
             for check in self._result["audit"]["checks"]:
                 if check["status"] != "pass":
                     console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
-            console.print(f"The table, the ledgers and the protocol lie in\n{self.path}", soft_wrap=True)
+            console.print(f"Table, ledgers and protocol are in\n{self.path}", soft_wrap=True)
             self._result = {}
 
     def _unlock(self) -> None:
@@ -257,10 +257,10 @@ class ResultsWriter(Callback):
             raise ValueError(f"{path} is a finished test; choose another results.name")
 
     def _check_protocol(self, path: Path, identity: dict[str, Any]) -> None:
-        if path.is_file() and (found := unlike(json.loads(read_text(path)), json.loads(json.dumps(identity)))):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        if path.is_file() and (lines := unlike(json.loads(read_text(path)), json.loads(json.dumps(identity)))):
+            more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
             raise ValueError(
-                f"{path.parent} holds an unfinished test of another protocol ({'; '.join(found[:3])}{more});"
+                f"{path.parent} holds an unfinished test of another protocol ({'; '.join(lines[:3])}{more});"
                 " choose another results.name"
             )
 
@@ -279,18 +279,18 @@ class ResultsWriter(Callback):
         }
 
     def _publish(self, folder: Path) -> None:
-        """Writes the result, then gives the folder its final name; a start after any of the steps repeats the rest."""
+        """Writes the result, then renames the folder; after a kill, the next start repeats the remaining steps."""
         write_result(folder, self._result)
         shutil.rmtree(folder / PARTS)
         (folder / PROTOCOL).unlink()
         if not self.name:
             folder = _rename_new(folder, f"{self._result['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-        (folder / LOCK).unlink()  # last: until then no other start gets in
+        (folder / LOCK).unlink()  # last, since it keeps other starts out
         self.path = folder
 
 
 def _is_pretrained(method: RobustMethod) -> bool:
-    """Whether the tested weights are those of the base model and nothing else, as after no training."""
+    """Returns whether the tested weights equal those of the base model, without any others."""
     return len(method.state_dict()) == len(method.clip.net.state_dict()) and (
         fingerprint(method.clip.net) == method.clip.fingerprint
     )
@@ -300,11 +300,11 @@ def _check_baseline(baseline: Run, weights: str) -> None:
     """Refuses a baseline that did not test the base model of this run.
 
     Args:
-        baseline: the finished test.
+        baseline: a finished test.
         weights: fingerprint of this run's base model.
 
     Raises:
-        ValueError: trained weights, another base model, or a result that does not name its weights.
+        ValueError: the baseline has trained weights or another base model, or its result does not name its weights.
     """
     model = baseline.result.get("model") or {}
     remedy = "test this run's base model, as by `--model ZeroShot` with its model.pretrained"
@@ -321,7 +321,7 @@ def _check_baseline(baseline: Run, weights: str) -> None:
 
 
 def _rename_new(folder: Path, stem: str) -> Path:
-    """Renames a folder to a name that did not exist."""
+    """Renames a folder to a new name."""
     for number in itertools.count():
         target = folder.with_name(f"{stem}-{number}" if number else stem)
         if not target.exists():
@@ -334,5 +334,5 @@ def _rename_new(folder: Path, stem: str) -> Path:
 
 
 def writer_of(trainer: Trainer) -> ResultsWriter | None:
-    """The writer among the callbacks of a trainer; None where no result is kept."""
-    return next((each for each in trainer.callbacks if isinstance(each, ResultsWriter)), None)  # type: ignore[attr-defined]
+    """Returns the writer among the callbacks of a trainer, or None."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, ResultsWriter)), None)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from robustclip.arguments import class_at
 from robustclip.types import Task
 
-KNN: Literal["knn"] = "knn"  # compares features with those of a bank; see evaluation/nearest_neighbours.py
+KNN: Literal["knn"] = "knn"  # score from the features of a bank, see evaluation/nearest_neighbours.py
 NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -29,7 +29,12 @@ class Model(Protocol):
         """Unit features ``(C, D)``, one row per class of the task."""
 
     def logits(self, images: Tensor, task: str) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)`` of a test task."""
+        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)`` of a test task.
+
+        Args:
+            images: clean or attacked images.
+            task: name of the test task.
+        """
 
 
 class Score(ABC):
@@ -50,8 +55,8 @@ class Score(ABC):
         """The score ``(B,)`` as its paper reports it.
 
         Args:
-            outputs: of `forward`, by default logits ``(B, C)``.
-            scale: of the model's logits, a scalar.
+            outputs: outputs of `forward`, by default logits ``(B, C)``.
+            scale: inverse temperature of the model's logits, a scalar.
         """
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
@@ -67,8 +72,8 @@ class Score(ABC):
         """Images ``(B, 3, H, W)`` in [0, 1] to the outputs that `value` takes.
 
         Args:
-            model: under test.
-            images: clean or attacked.
+            model: tested model.
+            images: clean or attacked images.
             task: name of the known task.
         """
         return model.logits(images, task)
@@ -77,13 +82,13 @@ class Score(ABC):
         """Computes what `forward` needs for a known task, which it may keep under the task's name.
 
         Args:
-            model: under test.
-            task: its classes and templates.
+            model: tested model.
+            task: known task with its classes and templates.
         """
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Parameters of the score in JSON's types."""
+        """Parameters of the score in JSON types."""
         public = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         settings: dict[str, Any] = json.loads(json.dumps(public, default=repr))
         return settings
@@ -123,7 +128,7 @@ class MaxLogit(Score):
     name = "max_logit"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """``max_c z_c``."""
+        """Highest logit, ``max_c z_c``."""
         return outputs.amax(-1)
 
 
@@ -133,7 +138,7 @@ class Energy(Score):
     name = "energy"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """``log sum_c exp z_c``."""
+        """Negative free energy, ``log sum_c exp z_c``."""
         return outputs.logsumexp(-1)
 
 
@@ -143,7 +148,7 @@ class Entropy(Score):
     name = "entropy"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """``sum_c p_c log p_c`` in [-log C, 0], ``p = softmax(z)``."""
+        """Negative entropy, ``sum_c p_c log p_c`` in [-log C, 0], ``p = softmax(z)``."""
         log_p = F.log_softmax(outputs, dim=-1)
         return (log_p.exp() * log_p).sum(-1)
 
@@ -152,13 +157,13 @@ SCORES: dict[str, Score] = {score.name: score for score in (MCM(), MSP(), MaxLog
 
 
 def score_of(score: str | Score) -> Score:
-    """A score by its name, by the path of its class, or as an object.
+    """Finds a score by its name or by the path of its class, and checks the name of an own score.
 
     Args:
-        score: such as ``mcm``, ``my_module.MyScore``, or ``MyScore(width=3)``.
+        score: name, class path or object, such as ``mcm``, ``my_module.MyScore`` or ``MyScore(width=3)``.
 
     Raises:
-        ValueError: no such score, or one whose name is taken or is not valid.
+        ValueError: there is no such score, or its name is taken or not valid.
     """
     if isinstance(score, str):
         if score in SCORES:
@@ -176,14 +181,15 @@ def score_of(score: str | Score) -> Score:
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """The highest softmax probability of logits ``(B, C)``, ``(B,)``."""
+    """Highest softmax probability ``(B,)`` of logits ``(B, C)``."""
     return logits.softmax(-1).amax(-1)
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """``z_(1) - log sum_{c != (1)} exp z_c`` of logits ``(B, C)``, which increases with `confidence`, its sigmoid.
+    """Log-odds ``(B,)`` of the highest softmax probability of logits ``(B, C)``; their sigmoid is `confidence`.
 
-    ``p = exp z_(1) / sum_c exp z_c = 1 / (1 + exp(-u))`` with ``u`` the log-odds; infinite for a single class.
+    ``u = z_(1) - log sum_{c != (1)} exp z_c``, so ``exp z_(1) / sum_c exp z_c = 1 / (1 + exp(-u))``. Infinite for a
+    single class.
     """
     highest = logits.max(-1, keepdim=True)
     others = logits.scatter(-1, highest.indices, -torch.inf)

@@ -1,4 +1,4 @@
-"""Attacked images that a test stores, one file per sample."""
+"""Adversarial examples: attacked images that a test stores, one file per sample."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustclip.persistence import atomic_write
 
-NAME = re.compile(r"[a-z0-9_]+")  # of tasks and attacks; keeps a path inside its folder
+NAME = re.compile(r"[a-z0-9_]+")  # names of tasks and attacks that keep a path inside its folder
 NORMS = ("linf", "l2")
 SUFFIX = ".safetensors"
 
@@ -24,15 +24,15 @@ class Example(NamedTuple):
 
     Attributes:
         clean: ``(3, H, W)`` float32 in [0, 1].
-        attacked: ``(3, H, W)`` float32, inside box and ball unless the attack erred.
-        task: its name.
-        attack: its name.
+        attacked: ``(3, H, W)`` float32 inside perturbation set and valid pixel range, unless the attack is wrong.
+        task: name of the task.
+        attack: name of the attack.
         number: sample id within the data set.
         label: class number.
         clean_prediction: class predicted for the clean image.
         prediction: class predicted for the attacked image.
-        by: member of the attack that broke the sample; ``clean``: wrong without one.
-        eps: radius of the ball in [0, 1] pixel units; inf for an attack without one.
+        by: member of the attack that succeeded; ``clean``: misclassified without attack.
+        eps: radius in [0, 1] pixel units; inf for an attack without radius.
         norm: ``linf`` or ``l2``.
     """
 
@@ -50,17 +50,17 @@ class Example(NamedTuple):
 
 
 def save(example: Example, folder: Path) -> Path:
-    """Writes ``folder/<task>/<attack>/<id>.safetensors``, whole or not at all.
+    """Writes an example to ``folder/<task>/<attack>/<id>.safetensors``, completely or not at all.
 
     Args:
         example: on any device; images of another precision are stored as float32.
-        folder: made if need be.
+        folder: folder of all examples; it is created if absent.
 
     Returns:
         Path of the file.
 
     Raises:
-        ValueError: a name that is no name, a negative number, or images that are not ``(3, H, W)``.
+        ValueError: a malformed name, a negative number, or images that are not ``(3, H, W)``.
     """
     _check(example, f"example {example.number} of {example.task} under {example.attack}")
     path = folder / example.task / example.attack / f"{example.number}{SUFFIX}"
@@ -77,13 +77,13 @@ def save(example: Example, folder: Path) -> Path:
 def load(path: Path) -> Example:
     """Reads an example.
 
-    Pixels are taken as they are, nan too, since to judge them is the reader's task.
+    Pixels are not checked, so that the reader can find wrong ones, such as nan.
 
     Args:
         path: ``.../<task>/<attack>/<id>.safetensors``.
 
     Raises:
-        ValueError: no such file, another format, or a file that is not where it says that it belongs.
+        ValueError: no such file, another format, or a path that differs from the file's own task, attack and id.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -101,18 +101,18 @@ def load(path: Path) -> Example:
     _check(example, str(path))
     place = (example.task, example.attack, f"{example.number}{SUFFIX}")
     if path.absolute().parts[-3:] != place:
-        raise ValueError(f"{path} says that it is {'/'.join(place)}; put it there, or test again")
+        raise ValueError(f"{path} holds the example {'/'.join(place)}; move it there, or test again")
     return example
 
 
 def load_all(folder: Path) -> Iterator[Example]:
-    """Yield the examples of a run one by one, in the order of task, attack and id.
+    """Yields the examples of a run one by one, in the order of task, attack and id.
 
     Args:
-        folder: ``examples`` of the run; none yields nothing.
+        folder: folder ``examples`` of the run; an absent folder yields nothing.
 
     Raises:
-        ValueError: what `load` refuses, or a link to a file outside the folder.
+        ValueError: a file that `load` refuses, or a link to a file outside the folder.
     """
     paths = [path for path in folder.glob(f"*/*/*{SUFFIX}") if not path.name.startswith(".")]
     for path in paths:
@@ -125,7 +125,7 @@ def load_all(folder: Path) -> Iterator[Example]:
 
 
 def _in_order(content: bytes) -> bytes:
-    """Sort the keys in the header of a safetensors file, whose order is random otherwise."""
+    """Sorts the keys in the header of a safetensors file, since their order is random."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return content[:8] + header.encode().ljust(size) + content[8 + size :]
@@ -147,16 +147,16 @@ def _example(clean: Tensor, attacked: Tensor, text: dict[str, str]) -> Example:
     )
 
 
-def _check(example: Example, what: str) -> None:
+def _check(example: Example, subject: str) -> None:
     for name in (example.task, example.attack):
         if not NAME.fullmatch(name):
-            raise ValueError(f"{what}: a task or attack is named [a-z0-9_]+, got {name!r}")
+            raise ValueError(f"{subject}: a task or attack is named [a-z0-9_]+, got {name!r}")
     for name in ("number", "label", "clean_prediction", "prediction"):
         if getattr(example, name) < 0:
-            raise ValueError(f"{what}: {name} must be at least 0, got {getattr(example, name)}")
+            raise ValueError(f"{subject}: {name} must be at least 0, got {getattr(example, name)}")
     shape = example.clean.shape
     if len(shape) != 3 or shape[0] != 3 or 0 in shape or example.attacked.shape != shape:
-        found = f"{tuple(shape)} and {tuple(example.attacked.shape)}"
-        raise ValueError(f"{what}: expected a clean and an attacked image of one shape (3, H, W), found {found}")
+        shapes = f"{tuple(shape)} and {tuple(example.attacked.shape)}"
+        raise ValueError(f"{subject}: expected a clean and an attacked image of one shape (3, H, W), found {shapes}")
     if example.norm not in NORMS or math.isnan(example.eps) or example.eps < 0:
-        raise ValueError(f"{what}: expected norm linf or l2 and eps >= 0, found {example.norm} and {example.eps}")
+        raise ValueError(f"{subject}: expected norm linf or l2 and eps >= 0, found {example.norm} and {example.eps}")

@@ -1,4 +1,4 @@
-"""One row per evaluated sample, appended batch by batch, so that a killed test resumes."""
+"""Ledgers: CSV files with one row per evaluated sample, appended batch by batch, so that a killed test resumes."""
 
 import csv
 import io
@@ -14,42 +14,41 @@ SAMPLE_COLUMNS = {
     "clean": "class predicted for the clean image",
     "clean_loss": "cross-entropy of the clean image",
     "largest_logit": "largest absolute logit of the clean image",
-    "outside": "how far the tower's pixels leave a normalised image's range, as a share of it; empty: not probed",
+    "outside": "largest distance of a pixel from [0, 1] at the input of the image tower; empty: not probed",
     "repeat": "largest difference of logits when the image runs again in another batch; empty: not probed",
 }
 ATTACK_COLUMNS = {
-    "by": "attack that broke the sample; `clean`: wrong without one; empty: robust",
+    "by": "member of the attack that succeeded; `clean`: misclassified without attack; empty: robust",
     "prediction": "class predicted for the attacked image",
-    "loss": "its cross-entropy",
-    "steps": "gradients that the attack took",
-    "dead": "of these, gradients that were zero in every pixel",
-    "distance": "of the attacked image from the clean one, in the attack's norm",
-    "excess": "by how much it leaves ball or box",
-    "nans": "evaluations with a logit or gradient that is not finite",
-    "wider": "the same attack in a larger ball, of half the pixel range for robust samples: 1 broke it, 0 did not; "
+    "loss": "cross-entropy of the attacked image",
+    "steps": "number of gradients that the attack computed",
+    "dead": "number of these gradients that were zero in every pixel",
+    "distance": "distance of the attacked image from the clean one, in the attack's norm",
+    "excess": "distance of the attacked image from the perturbation set and the valid pixel range",
+    "nans": "number of evaluations with a logit or gradient that is not finite",
+    "wider": "1 if the attack succeeds with a larger radius, for robust samples half the pixel range, else 0; "
     "empty: not probed",
-    "longer": "the same attack with more steps: as above",
+    "longer": "1 if the attack succeeds with more steps, else 0; empty: not probed",
 }
 TIME_COLUMN = "seconds"
-BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again, in the same company
+BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again as a whole
 
 Row = Mapping[str, object]
 Tidy = Callable[[list[dict[str, str]]], list[dict[str, str]]]
-"""Function from all rows of a ledger to those that are kept."""
-write_aside, lock, sweep = persistence.atomic_write, persistence.lock, persistence.sweep
+"""Function from all rows of a ledger to the rows to keep."""
 
 
 def columns(attacks: Sequence[str]) -> list[str]:
-    """Header of a task's ledger; a column of an attack is named ``<attack>.<column>``, the time comes last."""
+    """Returns the header of a task's ledger, in which columns of an attack are named ``<attack>.<column>``."""
     of_attacks = [f"{attack}.{column}" for attack in attacks for column in ATTACK_COLUMNS]
     return [*SAMPLE_COLUMNS, *of_attacks, TIME_COLUMN]
 
 
 class Ledger:
-    """The rows of one task or table, of one process.
+    """The rows of one task or table in one process.
 
     Args:
-        path: CSV file; it may exist, and hold a last batch that was cut off.
+        path: CSV file; an existing file may end in a half-written batch, which is removed.
         header: names of the columns.
 
     Raises:
@@ -62,45 +61,45 @@ class Ledger:
         self.rows = read(path, self.header)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Adds a batch in one write that is on the disk at the return.
+        """Adds a batch in one write, and returns when it is on the disk.
 
         Raises:
-            OSError: with the path, for example on a full disk.
+            OSError: the disk is full, for example; the message has the path.
         """
         self._log.append(_lines([*([row.get(name, "") for name in self.header] for row in rows), []]))
 
 
 def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Rows of a ledger.
+    """Reads the rows of a ledger.
 
     Args:
-        path: of the CSV file.
-        header: that it must have; None takes any.
+        path: the CSV file.
+        header: required columns; None accepts any.
 
     Raises:
         ValueError: no such file, another header, or a row of another length.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            found, *lines = list(csv.reader(file))
+            columns_read, *lines = list(csv.reader(file))
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no ledger of `robustclip test`: {error}") from error
-    if header is not None and found != list(header):
+    if header is not None and columns_read != list(header):
         remedy = "another version wrote it; start a test of another name"
-        raise ValueError(f"ledger {path} has the columns {','.join(found)[:80]}..., {remedy}")
+        raise ValueError(f"ledger {path} has the columns {','.join(columns_read)[:80]}..., {remedy}")
     for number, line in enumerate(lines, start=2):
-        if line and len(line) != len(found):
-            raise ValueError(f"ledger {path} line {number}: expected {len(found)} values, found {len(line)}")
-    return [dict(zip(found, line, strict=True)) for line in lines if line]
+        if line and len(line) != len(columns_read):
+            raise ValueError(f"ledger {path} line {number}: expected {len(columns_read)} values, found {len(line)}")
+    return [dict(zip(columns_read, line, strict=True)) for line in lines if line]
 
 
 def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
-    """Read the rows of all processes in the order of the ids, once each.
+    """Reads the rows of all processes in the order of the ids, once each.
 
     Args:
         parts: ledgers of the processes.
-        target: merged ledger of an earlier start; it need not exist.
-        header: columns that all must have.
+        target: merged ledger of an earlier start; it may be absent.
+        header: required columns.
     """
     paths = [*sorted(parts), *([target] if target.exists() else [])]
     rows = {int(row["id"]): row for path in paths for row in read(path, header)}
@@ -108,17 +107,17 @@ def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[d
 
 
 def merge(parts: Iterable[Path], target: Path, header: Sequence[str], tidy: Tidy | None = None) -> list[dict[str, str]]:
-    """Join the ledgers of all processes into one file, and return its rows in the order of the ids.
+    """Joins the ledgers of all processes into one file, and returns its rows in the order of the ids.
 
     Args:
         parts: ledgers of the processes.
-        target: file to write, with the rows that it has already.
-        header: columns that all must have.
-        tidy: function from all rows to those that are kept; None keeps them as they are.
+        target: file to write; rows that it has already are kept.
+        header: required columns.
+        tidy: function from all rows to the rows to keep; None keeps all.
     """
     ordered = gather(parts, target, header)
     ordered = ordered if tidy is None else tidy(ordered)
-    write_aside(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
+    persistence.atomic_write(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
     return ordered
 
 

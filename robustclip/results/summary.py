@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from robustclip import persistence
 from robustclip.intervals import mean_interval, wilson
 from robustclip.results import ledger
 from robustclip.results.protocol import with_samples
@@ -24,7 +25,7 @@ Rows = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that a result is computed from.
+    """All input of a result.
 
     Attributes:
         facts: content of ``facts.json``: model, settings, protocol, classes and attacks of the test, in JSON's types.
@@ -36,7 +37,7 @@ class Record:
 
     @classmethod
     def open(cls, folder: Path) -> "Record":
-        """Read the record of a finished test.
+        """Reads the record of a finished test.
 
         Raises:
             ValueError: a file is missing or damaged, or an older version wrote the folder.
@@ -50,25 +51,25 @@ class Record:
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
-        """Protocol of every task under every attack, with the samples that were evaluated."""
+        """The protocol of every task under every attack, with the evaluated samples."""
         return {task: with_samples(axes, self.rows[task]) for task, axes in self.facts["protocol"].items()}
 
     def settings(self, section: str) -> dict[str, Any]:
-        """Settings and facts that a section has stored under its name."""
-        found: dict[str, Any] = self.facts["sections"][section]
-        return found
+        """Returns the settings and facts of a section."""
+        settings: dict[str, Any] = self.facts["sections"][section]
+        return settings
 
 
 Summarise = Callable[[Record], Any]
-"""A section of a result: a function of the record, whose value JSON can hold."""
+"""Function from a record to a section of the result, in JSON's types."""
 
 
 def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, Any]:
-    """Compute the content of ``result.json``.
+    """Computes the content of ``result.json``.
 
     Args:
         record: facts and rows of a test.
-        sections: by name, the functions that make the parts of the result beside the accuracies.
+        sections: functions of the parts of the result beside the accuracies, by their names.
     """
     facts = record.facts
     names = {
@@ -89,7 +90,7 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
             for member in members
             if member["note"]
         ],
-        "classes": {task: given["classes"] for task, given in facts["tasks"].items()},
+        "classes": {task: values["classes"] for task, values in facts["tasks"].items()},
         "protocol": record.protocol,
     }
 
@@ -97,74 +98,74 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
 def accuracies(
     rows: Mapping[str, Rows], members: Mapping[str, Mapping[str, Sequence[str]]], bad_samples: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Accuracies of every task without and under attack, with 95 % intervals, and their means over the tasks.
+    """Computes the accuracies of every task with and without attack, with 95 % intervals, and their means.
 
     Args:
-        rows: of every task, by its name.
+        rows: rows of every task, by its name.
         members: task and attack to the names of the attack's members.
         bad_samples: number of a task's images that did not decode.
     """
     tasks: dict[str, dict[str, Any]] = {}
     kinds = [CLEAN, *next(iter(members.values()), {})]
-    for task, found in rows.items():
-        correct = {CLEAN: sum(row["clean"] == row["label"] for row in found)}
-        correct |= {attack: sum(not row[f"{attack}.by"] for row in found) for attack in members[task]}
+    for task, samples in rows.items():
+        correct = {CLEAN: sum(row["clean"] == row["label"] for row in samples)}
+        correct |= {attack: sum(not row[f"{attack}.by"] for row in samples) for attack in members[task]}
         tasks[task] = {
-            "n": len(found),
-            **{kind: _accuracy(count, len(found)) for kind, count in correct.items()},
+            "n": len(samples),
+            **{kind: _accuracy(count, len(samples)) for kind, count in correct.items()},
             "bad_samples": bad_samples.get(task, 0),
-            "seconds": sum(float(row[ledger.TIME_COLUMN]) for row in found),
+            "seconds": sum(float(row[ledger.TIME_COLUMN]) for row in samples),
         }
         for attack, names in members[task].items():
-            by = Counter(row[f"{attack}.by"] for row in found)
+            by = Counter(row[f"{attack}.by"] for row in samples)
             tasks[task][attack]["broken_by"] = {name: by[name] for name in names}
     return {"tasks": tasks, "mean": {kind: _mean(tasks.values(), kind) for kind in kinds} if tasks else {}}
 
 
 def scalars(table: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `accuracies` by the path to be logged under."""
-    found: dict[str, float] = {}
+    """Returns the numbers of `accuracies` by their names for Lightning's log."""
+    numbers: dict[str, float] = {}
     for task, values in table["tasks"].items():
         for key, value in values.items():
             if isinstance(value, dict):
-                found |= {f"{task}/{key}/{name}": float(value[name]) for name in ("correct", "acc1")}
+                numbers |= {f"{task}/{key}/{name}": float(value[name]) for name in ("correct", "acc1")}
             else:
-                found[f"{task}/{key}"] = float(value)
-    return found | {f"mean/{kind}/acc1": values["acc1"] for kind, values in table["mean"].items()}
+                numbers[f"{task}/{key}"] = float(value)
+    return numbers | {f"mean/{kind}/acc1": values["acc1"] for kind, values in table["mean"].items()}
 
 
 def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Add unweighted means over some of the tasks, under ``averages``.
+    """Adds unweighted means over some of the tasks, under ``averages``.
 
     Args:
-        table: of `accuracies`.
+        table: table of `accuracies`.
         averages: name to the names of tasks.
     """
-    found = {}
+    means = {}
     for name, tasks in averages.items():
         chosen = [table["tasks"][task] for task in tasks]
-        found[name] = {"tasks": list(tasks)} | {
+        means[name] = {"tasks": list(tasks)} | {
             kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
             for kind in table["mean"]
         }
-    return table | ({"averages": found} if found else {})
+    return table | ({"averages": means} if means else {})
 
 
 def finite(value: float) -> float | None:
-    """The number, or None in the place of nan and infinity, which JSON does not have."""
+    """Replaces nan and infinity, which JSON does not have, by None."""
     return value if math.isfinite(value) else None
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write a result with its tables.
+    """Writes a result with its tables.
 
     Args:
-        folder: of the test.
+        folder: folder of the test.
         result: content of ``result.json``.
     """
-    ledger.write_aside(folder / "table.csv", csv_table(result))
-    ledger.write_aside(folder / "table.md", markdown_table(result))
-    ledger.write_aside(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    persistence.atomic_write(folder / "table.csv", csv_table(result))
+    persistence.atomic_write(folder / "table.md", markdown_table(result))
+    persistence.atomic_write(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
 def _accuracy(correct: int, n: int) -> dict[str, Any]:

@@ -16,39 +16,39 @@ NOT_A_TASK = "mean"
 CLEAN = "clean"
 DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
-DETECTION_WORDS = 3  # columns of its table before the numbers
+TEXT_COLUMNS = 3  # columns of the table of detection before the numbers
 SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
 
 
 def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
-    """Check that named averages are taken over tasks of the test.
+    """Checks that named averages are taken over tasks of the test.
 
     Args:
         averages: name to the names of tasks.
         tasks: names of the tasks of the test.
 
     Raises:
-        ValueError: a name that is taken or malformed, no task, one twice, or one that the test has not.
+        ValueError: a name is in use or malformed, or a list is empty or has a repeated or unknown task.
     """
-    for name, wanted in averages.items():
+    for name, chosen in averages.items():
         if not TASK_NAME.fullmatch(name) or name in (*tasks, NOT_A_TASK):
             raise ValueError(
                 f"average {name!r} must match [a-z0-9_]+ and be neither a task nor {NOT_A_TASK!r}; rename it"
             )
-        unknown = [task for task in wanted if task not in tasks]
-        if unknown or not wanted or len(set(wanted)) < len(wanted):
+        unknown = [task for task in chosen if task not in tasks]
+        if unknown or not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(
-                f"average {name!r} must list tasks of the test ({', '.join(tasks)}) once each, got {wanted}"
+                f"average {name!r} must list tasks of the test ({', '.join(tasks)}) once each, got {chosen}"
             )
 
 
 def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the averages over some tasks and, last, the mean over all tasks, by their names."""
+    """Returns the averages over some tasks and, last, the mean over all tasks, by their names."""
     return {**result.get("averages", {}), NOT_A_TASK: result["mean"]}
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of the accuracies, with the audit's grade and the detection of unknown classes."""
+    """Renders accuracies, the audit's grade and the detection of unknown classes in Markdown."""
     tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
     if detected := detection_rows(result):
         tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
@@ -56,7 +56,7 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 
 
 def csv_table(result: Mapping[str, Any]) -> str:
-    """A table of accuracies as shares in [0, 1] for a spreadsheet, with columns for the limits of the intervals."""
+    """Renders accuracies in [0, 1] as CSV, with columns for the limits of the intervals."""
     kinds = list(result["mean"])
     limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
@@ -71,7 +71,7 @@ def csv_table(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:
-    """A table of accuracies for a terminal, with intervals in whole percent on a second line."""
+    """Renders accuracies for a terminal, with intervals in whole percent on a second line."""
     rows = readable_rows(result, in_two_lines=True)
     title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
@@ -86,7 +86,7 @@ def rich_table(result: Mapping[str, Any]) -> Table:
 
 
 def rich_detection(result: Mapping[str, Any]) -> Table | None:
-    """A table of the detection of unknown classes for a terminal; None where none was measured."""
+    """Renders the detection of unknown classes for a terminal; None if it was not measured."""
     rows = detection_rows(result)
     if not rows:
         return None
@@ -94,8 +94,8 @@ def rich_detection(result: Mapping[str, Any]) -> Table | None:
     clean = len(rows[0]) - (len(SEPARATION) if has_attack else 0)
     table = Table(title=DETECTION_TITLE + ("; under attack below" if has_attack else ""), box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0][:clean]):
-        is_word = number < DETECTION_WORDS
-        table.add_column(name, justify="left" if is_word else "right", overflow="fold", no_wrap=not is_word)
+        is_text = number < TEXT_COLUMNS
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row in rows[1:]:
         table.add_row(*row[:clean])
         if has_attack:
@@ -104,28 +104,31 @@ def rich_detection(result: Mapping[str, Any]) -> Table | None:
 
 
 def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Header and a row per known task, unknown set, and score that is the headline or attacked; empty without any."""
+    """Lists a header, and a row per known task, unknown set and score; empty if detection was not measured.
+
+    The scores are the headline and the attacked ones.
+    """
     section = result.get(DETECTION)
     if not section or not section["tasks"]:
         return []
     rows = [["known", "unknown", "score", "class acc", "H", *SEPARATION.values()]]
     rows[0] += [f"attacked {title}" for title in SEPARATION.values()] if section["attack"] else []
-    for task, found in section["tasks"].items():
-        for name, each in found["unknown"].items():
+    for task, summary in section["tasks"].items():
+        for name, unknown in summary["unknown"].items():
             for score in dict.fromkeys([section["headline"], *section.get("attacked", [])]):
-                values = each["scores"][score]
-                numbers = [found["class_accuracy"], values["h"], *(values[key] for key in SEPARATION)]
+                values = unknown["scores"][score]
+                numbers = [summary["class_accuracy"], values["h"], *(values[key] for key in SEPARATION)]
                 numbers += [values.get("attacked", {}).get(key) for key in SEPARATION] if section["attack"] else []
                 rows.append([task, name, score, *map(_percent, numbers)])
     return rows
 
 
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
-    """Rows of the table of accuracies: header, tasks and means.
+    """Lists the rows of the table of accuracies: header, tasks and means.
 
     Args:
         result: content of ``result.json``.
-        in_two_lines: put the intervals on a second line.
+        in_two_lines: whether intervals are on a second line.
     """
     percent = percent_in_two_lines if in_two_lines else percent_in_one_line
     kinds = list(result["mean"])
@@ -143,13 +146,13 @@ def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> l
 
 
 def percent_in_one_line(accuracy: Mapping[str, Any]) -> str:
-    """``12.3 (10.1-14.8)``: accuracy and interval in percent."""
+    """Formats accuracy and interval in percent, as in ``12.3 (10.1-14.8)``."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def percent_in_two_lines(accuracy: Mapping[str, Any]) -> str:
-    """Accuracy and, on a second line for narrow columns, the interval in whole percent."""
+    """Formats accuracy and, on a second line for narrow columns, the interval in whole percent."""
     low, high = accuracy["interval"]
     return f"{100 * accuracy['acc1']:.1f}\n{100 * low:.0f}-{100 * high:.0f}"
 
@@ -159,7 +162,7 @@ def _percent(value: float | None) -> str:
 
 
 def _dimmed(cell: str) -> Text:
-    """The second line of a cell is less important than the first."""
+    """Dims the second line of a cell, since it is less important."""
     first, newline, rest = cell.partition("\n")
     return Text.assemble(first, newline, (rest, "dim"))
 
@@ -171,7 +174,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def audit_line(result: Mapping[str, Any]) -> str:
-    """``Audit: B; not measured: baseline``: the grade, and every check that did not pass."""
+    """Formats the grade and the checks that did not pass, as in ``Audit: B; not measured: baseline``."""
     by_status: dict[str, list[str]] = {}
     for check in result["audit"]["checks"]:
         by_status.setdefault(check["status"].replace("_", " "), []).append(check["name"])

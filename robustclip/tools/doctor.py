@@ -1,4 +1,4 @@
-"""``robustclip doctor``: a dry run of a configuration, which finds before a long run what would stop or spoil it."""
+"""Runs a configuration dry for ``robustclip doctor``, to find problems before a long run."""
 
 import importlib.metadata
 import os
@@ -33,13 +33,13 @@ from robustclip.types import Batch
 
 STYLES = {OK: "green", INFO: "cyan", WARNING: "yellow", PROBLEM: "bold red"}
 SHOWN_PACKAGES = ("torch", "lightning", "open_clip_torch")
-LITTLE_SPACE = 2**30  # bytes; results and examples of a test take some megabytes
+ENOUGH_SPACE = 2**30  # bytes; results and adversarial examples of a test take some megabytes
 UNIT_TOLERANCE = 0.02  # features of bf16 towers have norms within 2**-7 of 1
-REPEATS, LONGEST = 5, 3.0  # a pass is timed this often, or for so many seconds
-TYPICAL_CLASSES = 1000  # for the number of targets where no test set opens
+REPEATS, LONGEST = 5, 3.0  # most repetitions and seconds of a timing
+TYPICAL_CLASSES = 1000  # number of classes where no test set opens
 ATTACK_STEPS = 2  # of the attacked batch that is timed
-MOST_PASSES = 100  # of an attack that is tried whole, since its number of steps is not to be changed
-SHORTEST = 1e-9  # factor that leaves one step of any attack
+MOST_PASSES = 100  # of an attack that runs whole, since its number of steps cannot be changed
+SHORTEST = 1e-9  # factor that reduces any attack to one step
 
 
 @dataclass
@@ -80,45 +80,49 @@ def doctor(plan: Plan) -> int:
         Number of problems, each of which would stop the run.
     """
     findings = list(check(plan))
-    shown = Table(title="robustclip doctor")
+    table = Table(title="robustclip doctor")
     for title in ("check", "result", "detail"):
-        shown.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold")
     for finding in findings:
-        shown.add_row(finding.check, Text(finding.mark, style=STYLES[finding.mark]), finding.detail)
+        table.add_row(finding.check, Text(finding.mark, style=STYLES[finding.mark]), finding.detail)
     problems = sum(finding.mark == PROBLEM for finding in findings)
     console = display.console()
-    console.print(shown)
+    console.print(table)
     console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problem found")
     return problems
 
 
 def check(plan: Plan) -> Iterator[Finding]:
-    """All checks, the cheap ones first."""
-    yield from _environment()
+    """Runs all checks, the cheap ones first."""
+    yield _versions()
     yield from _machine(plan)
-    for part, why in plan.failures.items():
-        yield Finding(part, PROBLEM, why)
+    for part, error in plan.failures.items():
+        yield Finding(part, PROBLEM, error)
     model, data, evaluation = plan.model, plan.data, plan.evaluation
     if model is not None:
         model.to(plan.device)
         yield from _model(model, plan.device)
-    tests = trains = list[DataSet]()
     if data is not None:
         tests = yield from examine(data, "test", model, limit=evaluation.max_samples if evaluation else None)
-    if data is not None and model is not None and not isinstance(model, ZeroShot):
-        mark = PROBLEM if plan.ckpt_path is None else WARNING  # a test of trained weights needs no training set
-        limit = evaluation.fit_max_samples if evaluation else None
-        trains = yield from examine(data, "fit", model, limit=limit, mark=mark)
-    if model is not None and data is not None and evaluation is not None:
-        yield from Bench(model, data, evaluation, plan.trainer).findings(tests, trains)
-    yield from _space(plan.results)
+        trains: list[DataSet] = []
+        if model is not None and not isinstance(model, ZeroShot):
+            mark = PROBLEM if plan.ckpt_path is None else WARNING  # a test of trained weights needs no training set
+            limit = evaluation.fit_max_samples if evaluation else None
+            trains = yield from examine(data, "fit", model, limit=limit, mark=mark)
+        if model is not None and evaluation is not None:
+            yield from Bench(model, data, evaluation, plan.trainer).findings(tests, trains)
+    yield _space(plan.results)
 
 
 class _Timer(Callback):
-    """Measures the seconds per image of training steps, and stops the fit when enough are measured."""
+    """Measures the seconds per image of training steps, and stops the fit after enough of them.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    Args:
+        device: device of the fit.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, list[float]()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Starts the clock."""
@@ -128,9 +132,7 @@ class _Timer(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
         """Stops the clock."""
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize(trainer.strategy.root_device)
-        self.seconds.append((perf_counter() - self._start) / len(batch.labels))
+        self.seconds.append(_elapsed(self._start, self.device) / len(batch.labels))
         trainer.should_stop = sum(self.seconds) * len(batch.labels) > LONGEST
 
 
@@ -138,10 +140,10 @@ class Bench:
     """Times a clean batch, an attacked batch and a training step; run times follow by multiplication.
 
     Args:
-        model: on its device.
-        data: of the run; gives batch sizes and loader processes.
-        evaluation: of the run; gives the attacks.
-        trainer: gives precision and devices; None for one device in full precision.
+        model: model on its device.
+        data: data of the run, with batch sizes and loader processes.
+        evaluation: evaluation of the run, with the attacks.
+        trainer: trainer of the run, with precision and devices; None for one device in full precision.
     """
 
     def __init__(
@@ -152,28 +154,28 @@ class Bench:
         self.world_size = 1 if trainer is None else trainer.world_size
 
     def findings(self, tests: Sequence[DataSet], trains: Sequence[DataSet]) -> Iterator[Finding]:
-        """Attacks, batch size and times.
+        """Reports attacks, batch size and times.
 
         Args:
-            tests: that can be read.
-            trains: training and validation sets that can be read.
+            tests: readable test sets.
+            trains: readable training and validation sets, the training set first.
         """
         if not self.evaluation.attacks:
             yield Finding("attacks", WARNING, "`evaluation.attacks` is empty, so only clean accuracy is measured")
-        tests, validation = ([each for each in sets if _has_images(each)] for sets in (tests, trains[1:]))
+        tests, validation = ([data_set for data_set in sets if _has_images(data_set)] for sets in (tests, trains[1:]))
         for name, attack in self.evaluation.attacks.items():
             yield self._attack(name, attack, tests)
         if tests:
-            yield self._tried("time of test", "data.eval_batch_size", partial(self._test, tests))
+            yield self._estimate("time of test", "data.eval_batch_size", partial(self._test, tests))
         if trains and trains[0].kind == "training":
             size, count = self.data.batch_size, 1 if self.trainer is None else self.trainer.accumulate_grad_batches
             detail = f"{size * self.world_size * count:,} images per optimiser step: {size} x {self.world_size} devices"
             yield Finding("effective batch", OK, f"{detail} x {count} accumulated batches")
-            yield self._tried("time of an epoch", "data.batch_size", partial(self._epoch, trains[0], validation))
+            yield self._estimate("time of an epoch", "data.batch_size", partial(self._epoch, trains[0], validation))
 
     def _attack(self, name: str, attack: Attack, tests: Sequence[DataSet]) -> Finding:
-        """Settings and cost of an attack, one step of which runs on two images."""
-        cost = attack.cost(max((len(found.task.label_names) for found in tests), default=TYPICAL_CLASSES))
+        """Reports settings and cost of an attack, and runs one step of it on two images."""
+        cost = attack.cost(max((len(data_set.task.label_names) for data_set in tests), default=TYPICAL_CLASSES))
         passes = cost and f"at most {cost.gradient:,} gradient and {cost.forward:,} forward passes"
         detail = f"{_described(attack)}: {passes or 'unknown number of passes'} per image"
         try:
@@ -184,7 +186,7 @@ class Bench:
             return Finding(f"attack: {name}", PROBLEM, f"{detail}; it fails: {type(error).__name__}: {error}")
         return Finding(f"attack: {name}", OK if cost else INFO, detail)
 
-    def _tried(self, check: str, setting: str, estimate: Callable[[], str]) -> Finding:
+    def _estimate(self, check: str, setting: str, estimate: Callable[[], str]) -> Finding:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
         try:
             detail = estimate()
@@ -192,7 +194,7 @@ class Bench:
             return Finding(check, PROBLEM, f"a batch does not fit into the GPU's memory; reduce {setting}")
         except (ValueError, OSError) as error:
             return Finding(check, PROBLEM, str(error))
-        except Exception as error:  # of a method that needs the preparations of a whole fit, or a defect of the user's
+        except Exception as error:  # the method needs the preparations of a whole fit, or has a defect
             return Finding(check, WARNING, f"not known; it fails here with {type(error).__name__}: {error}")
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
         if self.device.type == "cuda":
@@ -202,21 +204,21 @@ class Bench:
         return Finding(check, INFO, f"{detail}; so far {memory}")
 
     def _test(self, tests: Sequence[DataSet]) -> str:
-        """Time of the whole test."""
+        """Estimates the time of the whole test."""
         seconds, rates = self._evaluation(self.evaluation.attacks, tests)
-        left_out = [name for name, attack in self.evaluation.attacks.items() if attack.cost(2) is None]
-        left_out += [found.task.name for found in tests if found.size is None]
-        missing = f", and {', '.join(left_out)} on top" if left_out else ""
+        unknown = [name for name, attack in self.evaluation.attacks.items() if attack.cost(2) is None]
+        unknown += [data_set.task.name for data_set in tests if data_set.size is None]
+        missing = f", and {', '.join(unknown)} on top" if unknown else ""
         return f"about {_duration(seconds)} without early stopping{missing}; {rates}"
 
     def _epoch(self, training: DataSet, validation: Sequence[DataSet]) -> str:
-        """Time of an epoch of ``fit`` with its validation; trains the model for a few steps."""
+        """Estimates the time of an epoch of ``fit`` with its validation; trains the model for a few steps."""
         after = self._evaluation(self.evaluation.fit_attacks, validation)[0] if validation else 0.0
-        timer = _Timer()
-        place: Any = {"accelerator": "cpu" if self.device.type == "cpu" else "gpu", "devices": 1}
-        place["precision"] = None if self.trainer is None else self.trainer.precision
-        limits: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": REPEATS, "limit_val_batches": 0}
-        fit = Trainer(**place, **limits, barebones=True, callbacks=[timer])
+        timer = _Timer(self.device)
+        options: dict[str, Any] = {"accelerator": "cpu" if self.device.type == "cpu" else "gpu", "devices": 1}
+        options["precision"] = None if self.trainer is None else self.trainer.precision
+        options |= {"max_epochs": 1, "limit_train_batches": REPEATS, "limit_val_batches": 0}
+        fit = Trainer(**options, barebones=True, callbacks=[timer])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*barebones.*")  # it logs nothing, which is intended
             fit.fit(self.model, datamodule=self.data)
@@ -225,34 +227,35 @@ class Bench:
         return f"about {_duration(seconds)} of training and {_duration(after)} of validation; {1 / rate:,.0f} images/s"
 
     def _evaluation(self, attacks: Mapping[str, Attack], sets: Sequence[DataSet]) -> tuple[float, str]:
-        """Seconds of an evaluation, and the measured rates."""
-        largest = max(sets, key=lambda found: found.size or 0)
+        """Estimates the seconds of an evaluation, and describes the measured rates."""
+        largest = max(sets, key=lambda data_set: data_set.size or 0)
         forward, gradient = self._passes(largest)
         query, step = forward, gradient
         if self.evaluation.attack_precision == "bf16":  # images that survive bf16 are attacked once more in fp32
             query, step = (x + y for x, y in zip((query, step), self._passes(largest, in_bfloat16=True), strict=True))
         total = 0.0
-        for found in sets:
-            costs = [attack.cost(len(found.task.label_names)) or Cost(0, 0) for attack in attacks.values()]
+        for data_set in sets:
+            costs = [attack.cost(len(data_set.task.label_names)) or Cost(0, 0) for attack in attacks.values()]
             computing = forward + sum(cost.gradient * step + cost.forward * query + forward for cost in costs)
-            total += (found.size or 0) * self._with_loading(found, computing) / self.world_size + found.head_seconds
+            loaded = (data_set.size or 0) * self._with_loading(data_set, computing)
+            total += loaded / self.world_size + data_set.head_seconds
         return total, f"{1 / forward:,.0f} images/s forward, {1 / gradient:,.0f} with gradient"
 
-    def _passes(self, found: DataSet, *, in_bfloat16: bool = False) -> tuple[float, float]:
-        """Seconds per image of a clean batch, and per image and step of an attacked one."""
-        size, attack = min(self.data.eval_batch_size, found.size or self.data.eval_batch_size), PGD(steps=ATTACK_STEPS)
-        images, forward, labels = self._inputs(found, size)
+    def _passes(self, data_set: DataSet, *, in_bfloat16: bool = False) -> tuple[float, float]:
+        """Times a clean batch per image, and an attacked batch per image and step."""
+        size = min(self.data.eval_batch_size, data_set.size or self.data.eval_batch_size)
+        attack, (images, forward, labels) = PGD(steps=ATTACK_STEPS), self._inputs(data_set, size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16), frozen(self.model):
             with torch.no_grad():
                 clean = self._seconds(lambda: forward(images))
             return clean / size, self._seconds(lambda: attack(images, forward, labels)) / size / ATTACK_STEPS
 
-    def _inputs(self, found: DataSet, size: int) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
-        """Images, model and labels for an attack; images are repeated where fewer were read."""
-        assert found.batch is not None
-        chosen = torch.arange(size) % len(found.batch.labels)
-        images, labels = (values[chosen].to(self.device) for values in found.batch[:2])
-        return images, lambda pixels: self.model.logits(pixels, found.task.name).float(), labels
+    def _inputs(self, data_set: DataSet, size: int) -> tuple[Tensor, Callable[[Tensor], Tensor], Tensor]:
+        """Gives images, model and labels for an attack, and repeats images where fewer were read."""
+        assert data_set.batch is not None
+        chosen = torch.arange(size) % len(data_set.batch.labels)
+        images, labels = (values[chosen].to(self.device) for values in data_set.batch[:2])
+        return images, lambda pixels: self.model.logits(pixels, data_set.task.name).float(), labels
 
     def _seconds(self, action: Callable[[], Any]) -> float:
         """Median time of a few runs after one to warm up, which is the result if it takes long."""
@@ -260,37 +263,39 @@ class Bench:
         while len(times) <= REPEATS and (not times or sum(times) < LONGEST):
             start = perf_counter()
             action()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            times.append(perf_counter() - start)
+            times.append(_elapsed(start, self.device))
         return median(times[1:] or times)
 
-    def _with_loading(self, found: DataSet, computing: float) -> float:
-        """Seconds per image, of which loader processes hide the shorter part."""
+    def _with_loading(self, data_set: DataSet, computing: float) -> float:
+        """Adds the loading time to the seconds per image; with loader processes, the longer of the two counts."""
         workers = self.data.num_workers
-        return max(computing, found.load_seconds / workers) if workers else computing + found.load_seconds
+        return max(computing, data_set.load_seconds / workers) if workers else computing + data_set.load_seconds
 
 
-def _has_images(found: DataSet) -> bool:
-    """Whether a set has images, and not embeddings of ``robustclip cache``, which have no attacks."""
-    return found.batch is not None and found.batch.images.ndim == 4
+def _elapsed(start: float, device: torch.device) -> float:
+    """Seconds since a start, after all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter() - start
 
 
-def _environment() -> Iterator[Finding]:
+def _has_images(data_set: DataSet) -> bool:
+    """Whether a set has images; embeddings of ``robustclip cache`` have no attacks."""
+    return data_set.batch is not None and data_set.batch.images.ndim == 4
+
+
+def _versions() -> Finding:
     wrong = []
-    for text in importlib.metadata.requires("robustclip") or []:
-        needed = Requirement(text)
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+    for requirement in map(Requirement, importlib.metadata.requires("robustclip") or []):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = "none"
-        if version == "none" or not needed.specifier.contains(version, prereleases=True):
-            wrong.append(f"{needed.name} must be {needed.specifier}, found {version}")
+        installed = importlib.metadata.distributions(name=requirement.name)
+        version = next((distribution.version for distribution in installed), None)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} must be {requirement.specifier}, found {version or 'none'}")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN_PACKAGES)
     detail = "; ".join(wrong) or f"Python {platform.python_version()}, {versions}"
-    yield Finding("versions", PROBLEM if wrong else OK, detail)
+    return Finding("versions", PROBLEM if wrong else OK, detail)
 
 
 def _machine(plan: Plan) -> Iterator[Finding]:
@@ -299,52 +304,42 @@ def _machine(plan: Plan) -> Iterator[Finding]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("machine", OK, f"{usable} CPUs, {torch.get_num_threads()} threads; {gpus}")
     if plan.trainer is not None:
-        trainer = plan.trainer
         is_idle = bool(names) and plan.device.type == "cpu"
-        detail = f"{trainer.world_size} x {plan.device}, precision {trainer.precision}"
+        detail = f"{plan.trainer.world_size} x {plan.device}, precision {plan.trainer.precision}"
         yield Finding("trainer", WARNING if is_idle else OK, detail + ("; the GPU stays idle" if is_idle else ""))
 
 
 def _model(model: RobustMethod, device: torch.device) -> Iterator[Finding]:
     model.freeze_the_rest()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    side = model.image_size
-    name = model.clip.arch or model.clip.pretrained
-    yield Finding(
-        "model",
-        OK,
-        f"{type(model).__name__} on {name}: {total:,} parameters, {learning:,} learn; {side} x {side} pixels,"
-        f" logit scale {float(model.clip.logit_scale.detach()):.1f}",
-    )
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, learning = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    clip, side = model.clip, model.image_size
+    name, scale = f"{type(model).__name__} on {clip.arch or clip.pretrained}", float(clip.logit_scale.detach())
+    detail = f"{name}: {total:,} parameters, {learning:,} learn; {side} x {side} pixels, logit scale {scale:.1f}"
+    yield Finding("model", OK, detail)
     with frozen(model), torch.no_grad():
         features = model.image_features(torch.rand(2, 3, side, side, device=device)).float()
+    error = float((features.norm(dim=-1) - 1).abs().max())
     if not bool(features.isfinite().all()):
         yield Finding("forward pass", PROBLEM, "image features are not finite; the weights may be damaged")
-        return
-    off = float((features.norm(dim=-1) - 1).abs().max())
-    if off > UNIT_TOLERANCE:
-        yield Finding("forward pass", PROBLEM, f"image features must have norm 1, found one that is off by {off:.3f}")
-        return
-    yield Finding("forward pass", OK, f"finite, {features.shape[-1]} unit features")
+    elif error > UNIT_TOLERANCE:
+        yield Finding("forward pass", PROBLEM, f"image features must have norm 1, found one that is off by {error:.3f}")
+    else:
+        yield Finding("forward pass", OK, f"finite, {features.shape[-1]} unit features")
 
 
-def _space(folder: Path) -> Iterator[Finding]:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+def _space(folder: Path) -> Finding:
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        yield Finding("results", PROBLEM, f"{place} cannot be written to; set results.folder")
-        return
+        return Finding("results", PROBLEM, f"{place} cannot be written to; set results.folder")
     free = shutil.disk_usage(place).free
-    mark = OK if free >= LITTLE_SPACE else WARNING
-    yield Finding("results", mark, f"{folder}: {free / 2**30:.1f} GiB free")
+    return Finding("results", OK if free >= ENOUGH_SPACE else WARNING, f"{folder}: {free / 2**30:.1f} GiB free")
 
 
 def _described(attack: Attack) -> str:
-    """Radii as a person would write them."""
-    shown = {key: f"{255 * value:.3g}/255" for key, value in attack.settings.items() if key in ("eps", "alpha")}
-    settings = {key: shown.get(key, value) for key, value in attack.settings.items() if value is not None}
+    """Describes an attack with radii in 255ths."""
+    radii = {key: f"{255 * value:.3g}/255" for key, value in attack.settings.items() if key in ("eps", "alpha")}
+    settings = {key: radii.get(key, value) for key, value in attack.settings.items() if value is not None}
     return f"{type(attack).__name__}({', '.join(f'{key}={value}' for key, value in settings.items())})"
 
 

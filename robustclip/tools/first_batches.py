@@ -1,4 +1,4 @@
-"""Sets the data of a run up and reads a batch of every loader, before a long run does."""
+"""Sets up the data of a run and reads a batch of every loader, before a long run does."""
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
@@ -42,16 +42,16 @@ class Finding(NamedTuple):
 
 @dataclass
 class DataSet:
-    """A data set of the run, of which some images were read.
+    """A data set of the run, with its first images.
 
     Args:
         kind: ``test``, ``unknown``, ``training``, ``validation`` or ``hold-out``.
-        task: its classes; of a set of unknown classes its name alone.
-        loader: of the run.
+        task: classes of the set; for unknown classes only the name of the set.
+        loader: loader of the run.
         size: number of samples in the run; None for a stream of unknown length.
-        batch: images that were read.
-        load_seconds: to load one image.
-        head_seconds: to encode the classes.
+        batch: the first images; None if none was read.
+        load_seconds: seconds to load one image.
+        head_seconds: seconds to encode the classes.
     """
 
     kind: str
@@ -64,72 +64,71 @@ class DataSet:
 
     @property
     def title(self) -> str:
-        """Name of its line."""
+        """Name of the data set in the report."""
         return f"{self.kind}: {self.task.name}"
 
 
 def examine(
     data: CLIPDataModule, stage: str, model: RobustMethod | None, *, limit: int | None = None, mark: str = PROBLEM
 ) -> Generator[Finding, None, list[DataSet]]:
-    """Sets the data up for a stage and reads a batch of every loader; a data set that fails hides no other.
+    """Sets up the data of a stage and reads a batch of every loader; a data set that fails hides no other.
 
     Args:
-        data: of the run.
+        data: data of the run.
         stage: ``test`` or ``fit``.
-        model: classifies the images that are read; None for no classification.
+        model: model that classifies the first images; None for no classification.
         limit: samples of an evaluation set in the run; None for all.
-        mark: of a data set that fails.
+        mark: mark of a data set that fails.
 
     Returns:
-        The data sets with labels that can be read.
+        The readable data sets with labels.
     """
     parts = yield from _set_up(data, stage, mark)
     readable = []
     for part, own_stage, kind in parts:
         part.max_samples = limit
-        sizes = [_size(each) for each in _data_sets(part, own_stage, kind)]
+        sizes = [_size(data_set.loader) for data_set in _data_sets(part, own_stage, kind)]
         part.max_samples = min(LOOKED_AT, limit or LOOKED_AT)
-        for each, size in zip(_data_sets(part, own_stage, kind), sizes, strict=True):
-            each.size = size
+        for data_set, size in zip(_data_sets(part, own_stage, kind), sizes, strict=True):
+            data_set.size = size
             try:
-                findings = list(_look_at(each, model))
-                readable += [each] if each.batch is not None and each.kind != "unknown" else []
+                yield from _first_images(data_set, model)
+                readable += [data_set] if data_set.batch is not None and data_set.kind != "unknown" else []
             except (ValueError, OSError) as error:
-                findings = [Finding(each.title, mark, str(error))]
-            yield from findings
+                yield Finding(data_set.title, mark, str(error))
     return readable
 
 
 def _set_up(data: CLIPDataModule, stage: str, mark: str) -> Generator[Finding, None, list[Part]]:
-    """Returns the data, or where it does not open as a whole, a module for each data set that opens alone."""
+    """Returns the data, or a module for each data set that opens alone if the data does not open as a whole."""
     try:
         data.setup(stage)
         return [(data, stage, None)]
     except (ValueError, OSError) as error:
-        whole = Finding("data", mark, str(error))
-    parts, problems = list[Part](), list[Finding]()
-    for kind, sources, changes in _alone(data, stage):
+        problems = [Finding("data", mark, str(error))]
+    parts: list[Part] = []
+    for kind, sources, changes in _single_sets(data, stage):
         part, own_stage = copy.copy(data), "fit" if kind == "training" else "test"
         vars(part).update(changes)
         try:
             part.setup(own_stage)
             parts.append((part, own_stage, kind))
         except (ValueError, OSError) as error:
-            names = ", ".join(each if isinstance(each, str) else each.title for each in sources)
+            names = ", ".join(source if isinstance(source, str) else source.title for source in sources)
             problems.append(Finding(f"{kind}: {names}", mark, str(error)))
-    yield from problems or [whole]
+    yield from problems[1:] or problems  # the error of the whole matters only where every set opens alone
     return parts
 
 
-def _alone(data: CLIPDataModule, stage: str) -> Iterator[tuple[str, Sequence[DataSource | str], dict[str, Any]]]:
-    """Kind and sources of every data set, and the attributes that leave out the others."""
+def _single_sets(data: CLIPDataModule, stage: str) -> Iterator[tuple[str, Sequence[DataSource | str], dict[str, Any]]]:
+    """Gives kind and sources of every data set, and attributes of the data module that leave out the others."""
     if stage == "fit":
         yield "training", data.train_sources, {"val_sources": (), "holdout": 0}
-    for each in data.val_sources if stage == "fit" else data.test_sources:
-        kind = "validation" if stage == "fit" else "test"
-        yield kind, [each], {"test_sources": (each,), "unknown_sources": ()}
-    for each in data.unknown_sources if stage == "test" else ():
-        yield "unknown", [each], {"test_sources": (STAND_IN,), "unknown_sources": (each,)}
+    kind, sources = ("validation", data.val_sources) if stage == "fit" else ("test", data.test_sources)
+    for source in sources:
+        yield kind, [source], {"test_sources": (source,), "unknown_sources": ()}
+    for source in data.unknown_sources if stage == "test" else ():
+        yield "unknown", [source], {"test_sources": (STAND_IN,), "unknown_sources": (source,)}
 
 
 def _data_sets(data: CLIPDataModule, stage: str, kind: str | None) -> Iterator[DataSet]:
@@ -145,52 +144,51 @@ def _data_sets(data: CLIPDataModule, stage: str, kind: str | None) -> Iterator[D
         yield DataSet("unknown", Task(name, ("unknown",)), loader)
 
 
-def _size(found: DataSet) -> int | None:
+def _size(loader: ImageLoader) -> int | None:
     try:
-        return len(found.loader.dataset)  # type: ignore[arg-type]
+        return len(loader.dataset)  # type: ignore[arg-type]
     except TypeError:  # a stream
         return None
 
 
-def _look_at(found: DataSet, model: RobustMethod | None) -> Iterator[Finding]:
+def _first_images(data_set: DataSet, model: RobustMethod | None) -> Iterator[Finding]:
     """Reads the images of an evaluation set, or a batch of a training set, and classifies them."""
-    start, bad = perf_counter(), found.loader.bad_samples
-    batches = list(islice(found.loader, 1 if found.kind == "training" else None))
-    count = sum(len(batch.labels) for batch in batches)
-    found.load_seconds = (perf_counter() - start) / max(1, count + len(bad))
-    size = "uncounted samples" if found.size is None else f"{found.size:,} samples"
-    detail = f"{size}, {len(found.task.label_names)} classes; {count} of {count + len(bad)} images decode"
-    notes = _absent(found)
+    title, task, loader, start = data_set.title, data_set.task, data_set.loader, perf_counter()
+    batches = list(islice(loader, 1 if data_set.kind == "training" else None))
+    count, bad = sum(len(batch.labels) for batch in batches), loader.bad_samples
+    data_set.load_seconds = (perf_counter() - start) / max(1, count + len(bad))
+    size = "uncounted samples" if data_set.size is None else f"{data_set.size:,} samples"
+    detail = f"{size}, {len(task.label_names)} classes; {count} of {count + len(bad)} images decode"
+    notes = list(_missing_classes(data_set))
     if bad:
         line = f"{bad[0].where} does not decode: {bad[0].why}; it is left out and counted"
-        notes.append(Finding(found.title, WARNING, line))
+        notes.append(Finding(title, WARNING, line))
     if batches:
-        images, labels = (torch.cat(each) for each in zip(*(batch[:2] for batch in batches), strict=True))
-        found.batch = batches[0]._replace(images=images, labels=labels, index=torch.arange(count))
+        images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
+        data_set.batch = batches[0]._replace(images=images, labels=labels, index=torch.arange(count))
         detail += f", {images.shape[-1]} x {images.shape[-2]} pixels" if images.ndim == 4 else ""
         if model is not None and images.ndim == 4 and not bool((labels == UNKNOWN).any()):
             start = perf_counter()
-            model.prepare([found.task])
-            found.head_seconds = perf_counter() - start
+            model.prepare([task])
+            data_set.head_seconds = perf_counter() - start
             with frozen(model), torch.no_grad():
                 device = next(model.parameters()).device
-                predicted = model.logits(images.to(device), found.task.name).argmax(-1).cpu()
+                predicted = model.logits(images.to(device), task.name).argmax(-1).cpu()
             detail += f", {int((predicted == labels).sum())} of {count} are classified correctly"
             if len({*predicted.tolist()}) == 1 < len({*labels.tolist()}):  # a wrong model or order of names
-                name = found.task.label_names[int(predicted[0])]
-                line = f"all {count} images that were tried are classified as {name!r}"
-                notes.append(Finding(found.title, INFO, line))
-    yield Finding(found.title, OK if batches else PROBLEM, detail)
+                name = task.label_names[int(predicted[0])]
+                notes.append(Finding(title, INFO, f"all {count} images that were tried are classified as {name!r}"))
+    yield Finding(title, OK if batches else PROBLEM, detail)
     yield from notes
 
 
-def _absent(found: DataSet) -> list[Finding]:
-    """Classes of a whole set without a sample."""
-    images, classes = found.loader.dataset, found.task.label_names
-    if not isinstance(images, Images) or found.kind in ("hold-out", "unknown"):
-        return []
+def _missing_classes(data_set: DataSet) -> Iterator[Finding]:
+    """Names the classes of a whole set without a sample."""
+    images, classes = data_set.loader.dataset, data_set.task.label_names
+    if not isinstance(images, Images) or data_set.kind in ("hold-out", "unknown"):
+        return
     labels = labels_of(images.source)
-    absent = [] if labels is None else [classes[number] for number in sorted({*range(len(classes))} - {*labels})]
-    named = ", ".join(absent[:NAMED]) + (", ..." if len(absent) > NAMED else "")
-    line = f"{len(absent)} of {len(classes)} classes have no sample: {named}"
-    return [Finding(found.title, WARNING, line)] if absent else []
+    missing = [] if labels is None else [classes[number] for number in sorted({*range(len(classes))} - {*labels})]
+    if missing:
+        names = ", ".join(missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+        yield Finding(data_set.title, WARNING, f"{len(missing)} of {len(classes)} classes have no sample: {names}")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
+from helpers import add_member, tiny_clip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,11 +20,6 @@ from robustclip.methods._shared.saved_state import with_digest
 
 SIDE = 32
 CLASSES = ("red", "green", "blue")
-MODEL_CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": SIDE, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 TEST = (
     "test --model ZeroShot --model.pretrained {model} --data.test [wds:set] --data.root {at} --data.batch_size 4"
     " --trainer.accelerator cpu --trainer.logger false --trainer.enable_progress_bar false"
@@ -50,21 +45,6 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def model_folder(folder: Path, **changes: Any) -> Path:
-    """An untrained model in open_clip's "local-dir" layout."""
-    config = {**MODEL_CONFIG, **changes}
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    net = open_clip.model.CLIP(**config)
-    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
-    save_file(
-        {name: tensor.contiguous() for name, tensor in net.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
-    return folder
-
-
 def picture(number: int) -> bytes:
     file = io.BytesIO()
     colour = tuple(torch.randint(256, (3,), generator=torch.Generator().manual_seed(number)).tolist())
@@ -84,9 +64,7 @@ def write_set(folder: Path, members: dict[str, bytes] | None = None) -> Path:
         (folder / split / "nshards.txt").write_text("1\n")
         with tarfile.open(folder / split / "0.tar", "w") as archive:
             for name, data in files.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
+                add_member(archive, name, data)
     (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     (folder / "zeroshot_classification_templates.txt").write_text("a {c} picture\n")
     return folder
@@ -94,7 +72,7 @@ def write_set(folder: Path, members: dict[str, bytes] | None = None) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("models") / "tiny")
+    return tiny_clip(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +136,7 @@ def missing(name: str) -> Callable[[Path], None]:
 
 
 def other_model(at: Path) -> None:
-    model_folder(at / "other", embed_dim=24)
+    tiny_clip(at / "other", embed_dim=24)
 
 
 def weights_without_a_key(at: Path) -> None:

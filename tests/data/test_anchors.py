@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from anchor_cases import encoded, write_pairs, write_table
-from inputs import ShardWriter, add_member
+from helpers import ShardWriter, add_member
 from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch.utils.data import DistributedSampler

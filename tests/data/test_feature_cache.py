@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inputs import ShardWriter
+from helpers import ShardWriter
 from numpy.typing import NDArray
 
 from robustclip.data import CLIPDataModule, DataSource

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inputs import ShardWriter
+from helpers import ShardWriter
 from PIL import Image
 
 from robustclip.data import DataSource

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inputs import add_member
+from helpers import add_member
 from PIL import Image
 from scipy.io import savemat
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import ShardWriter
+from helpers import ShardWriter
 from PIL import Image
 from torch.utils.data import DistributedSampler
 

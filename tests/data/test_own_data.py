@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from helpers import run_test
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from robustclip.cli.build import Assembled
@@ -17,8 +18,6 @@ from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import ZeroShot
 from robustclip.results.run import Run
 from robustclip.types import MEMBERS, Batch, Data, Task, data_of
-
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
 
 class Gradients(Data, LightningDataModule):
@@ -63,8 +62,7 @@ def test_looking_for_the_members_opens_no_data_set() -> None:
 
 def test_a_data_module_of_a_few_lines_is_tested_on(tiny_model: Path) -> None:
     assert len(inspect.getsource(Gradients).splitlines()) <= 15
-    trainer = Trainer(callbacks=[RobustEvaluation()], **QUIET)
-    trainer.test(ZeroShot(pretrained=str(tiny_model)), datamodule=Gradients(), verbose=False)
+    trainer = run_test(ZeroShot(pretrained=str(tiny_model)), Gradients(), RobustEvaluation())
     assert trainer.callback_metrics["test/shades/clean/acc1"] in (0, 0.5, 1)
 
 
@@ -109,13 +107,12 @@ def test_the_seed_of_the_command_line_orders_the_training_data() -> None:
     for given, seed in (("7", 7), ("true", 0), ("false", 0)):
         assembled = start(Assembled, [*words, "--seed_everything", given])
         assert assembled.datamodule.seed == seed
-        assert "seed" not in assembled.given["data"]["init_args"]  # one place for the user to set it
+        assert "seed" not in assembled.run_settings["data"]["init_args"]  # one place for the user to set it
 
 
 def test_a_limit_that_a_data_module_does_not_apply_is_refused(tiny_model: Path) -> None:
-    trainer = Trainer(callbacks=[RobustEvaluation(max_samples=1)], **QUIET)
     with pytest.raises(ValueError, match=r"Gradients has no `connect`.* got 1"):
-        trainer.test(ZeroShot(pretrained=str(tiny_model)), datamodule=Gradients(), verbose=False)
+        run_test(ZeroShot(pretrained=str(tiny_model)), Gradients(), RobustEvaluation(max_samples=1))
 
 
 def test_connect_limits_the_samples_and_leaves_finished_ones_out() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inputs import ShardWriter, add_member
+from helpers import ShardWriter, add_member
 
 from robustclip.data.opened_source import open_source
 from robustclip.data.sources import _remote as remote

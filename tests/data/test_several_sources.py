@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import SHARED
-from inputs import ShardWriter
+from helpers import ShardWriter
 from jsonargparse import ArgumentParser
 
 from robustclip.data import CLIPDataModule, DataSource

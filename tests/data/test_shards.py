@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from inputs import ShardWriter, add_member
+from helpers import ShardWriter, add_member
 from PIL import Image
 
 from robustclip.data.samples import Images

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inputs import ShardWriter
+from helpers import ShardWriter
 from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource

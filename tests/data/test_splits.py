@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from inputs import ShardWriter
+from helpers import ShardWriter
 
 from robustclip.data import CLIPDataModule
 from robustclip.data.splits import choose, draw_known, hold_out

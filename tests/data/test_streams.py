@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from inputs import ShardWriter
+from helpers import ShardWriter
 
 from robustclip.data.loader import ImageLoader
 from robustclip.data.samples import StreamedImages

@@ -12,9 +12,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
+from helpers import ShardWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inputs import ShardWriter
 from PIL import Image
 
 from robustclip.data.anchors import CaptionedImages

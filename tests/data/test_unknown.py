@@ -4,8 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from inputs import ShardWriter
-from lightning.pytorch import Trainer
+from helpers import ShardWriter, quick_trainer
 from PIL import Image
 
 from robustclip.data import CLIPDataModule, DataSource
@@ -182,6 +181,5 @@ def test_unknown_sets_of_one_name_are_refused(root: Path) -> None:
 
 def test_a_method_that_needs_labels_refuses_unknown_images(root: Path, tiny_model: Path) -> None:
     data = opened("fit", root, train=DataSource("wds:set", known=3, shift="open"))
-    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"TeCoA needs images of known classes; set `images` of data.train to null"):
-        trainer.fit(TeCoA(pretrained=str(tiny_model)), datamodule=data)
+        quick_trainer(max_epochs=1).fit(TeCoA(pretrained=str(tiny_model)), datamodule=data)

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from inputs import ShardWriter, write_tiny_model
-from lightning.pytorch import Trainer
+from helpers import ShardWriter, run_test, tiny_clip
 
 from robustclip.attacks import PGD
 from robustclip.data import CLIPDataModule, DataSource
@@ -28,7 +27,7 @@ def write_all(folder: Path, write_shards: ShardWriter) -> Path:
     training images of `mixed` 11 show known classes, of which a hold-out of a quarter leaves 8, and 3 another.
     """
     (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
+    tiny_clip(folder / "model")
     write_shards(folder, "mixed", "train", [9, 8], CLASSES, seed=7)
     for seed, (name, count) in enumerate({"mixed": 15, "lone_known": 1, "lone_unknown": 4}.items()):
         write_shards(folder, name, "test", [count], CLASSES, seed=seed)
@@ -61,11 +60,7 @@ def run(folder: Path, processes: int) -> None:
         RobustEvaluation(),
         ResultsWriter(str(folder / str(processes)), name=NAME),
     ]
-    trainer = Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", callbacks=callbacks,
-        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
     sets = data(folder, test=["mixed", "lone_known"], unknown=["mixed", "lone_unknown"], **TRAIN)
-    trainer.test(method(folder), datamodule=sets, verbose=False)
+    trainer = run_test(method(folder), sets, *callbacks, processes=processes, default_root_dir=folder)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/detection/" in name}
     (folder / str(processes) / f"{NAME}.{trainer.global_rank}.json").write_text(json.dumps(metrics))

@@ -3,9 +3,9 @@
 import warnings
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from rich.progress import Progress
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -22,9 +22,6 @@ from robustclip.training import ChanceLevelWarning, Checkpoints
 from robustclip.types import Batch
 
 TESTS = ["shapes:colours", "shapes:counts"]
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def data(**kwargs: object) -> CLIPDataModule:
@@ -49,8 +46,7 @@ def test_attacked_accuracy_is_that_of_the_attacked_images() -> None:
     attack = PGD(eps="2/255", alpha="1/255", steps=2)
     method, module = ZeroShot(), data()
     evaluation = RobustEvaluation({"pgd": attack}, max_samples=20, seed=5)
-    trainer = Trainer(callbacks=[evaluation], **QUIET)
-    trainer.test(method, datamodule=module, verbose=False)
+    trainer = helpers.run_test(method, module, evaluation)
     for task, loader in zip(module.test_tasks, module.test_dataloader(), strict=True):
         head = method.clip.encode_classes(task)
         correct = {"clean": 0, "pgd": 0}
@@ -71,8 +67,7 @@ def test_attacked_accuracy_is_that_of_the_attacked_images() -> None:
 def test_clean_and_attacked_accuracy_share_their_samples() -> None:
     """An attack that does nothing must reproduce the clean count, on the same number of samples."""
     evaluation = RobustEvaluation({"nothing": PGD(eps=0, alpha=0, steps=1)}, max_samples=13)
-    trainer = Trainer(callbacks=[evaluation], **QUIET)
-    trainer.test(ZeroShot(), datamodule=data(), verbose=False)
+    trainer = helpers.run_test(ZeroShot(), data(), evaluation)
     for task in ("colours", "counts"):
         assert trainer.callback_metrics[f"test/{task}/n"] == 13
         clean, same = (trainer.callback_metrics[f"test/{task}/{kind}/correct"] for kind in ("clean", "nothing"))
@@ -82,8 +77,7 @@ def test_clean_and_attacked_accuracy_share_their_samples() -> None:
 def test_evaluation_leaves_the_model_as_it_was() -> None:
     method = TeCoA()
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    trainer = Trainer(callbacks=[RobustEvaluation({"pgd": PGD()}, max_samples=8)], **QUIET)
-    trainer.test(method, datamodule=data(), verbose=False)
+    helpers.run_test(method, data(), RobustEvaluation({"pgd": PGD()}, max_samples=8))
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     assert all(parameter.grad is None for parameter in method.parameters())
 
@@ -92,7 +86,7 @@ def test_validation_during_fit_runs_its_own_attacks_on_the_hold_out() -> None:
     evaluation = RobustEvaluation(
         {"strong": PGD(steps=9)}, fit_attacks={"cheap": PGD(steps=1)}, fit_max_samples=16, max_samples=4
     )
-    trainer = Trainer(callbacks=[evaluation], max_epochs=1, limit_train_batches=2, enable_checkpointing=False, **QUIET)
+    trainer = helpers.quick_trainer(evaluation, max_epochs=1, limit_train_batches=2)
     trainer.fit(TeCoA(), datamodule=data())
     assert trainer.callback_metrics["val/source/n"] == 16
     assert "val/mean/cheap/acc1" in trainer.callback_metrics
@@ -112,11 +106,8 @@ class Constant(TeCoA):
 def test_a_run_that_stays_at_the_chance_level_says_so(share: float, is_collapsed: bool) -> None:
     method = Constant()
     method.level = share * torch.tensor(144.0).log()
-    callbacks = [ChanceLevelWarning()]
-    trainer = Trainer(
-        callbacks=callbacks, max_epochs=1, limit_train_batches=3, limit_val_batches=0, enable_checkpointing=False,
-        log_every_n_steps=1, **QUIET,
-    )  # fmt: skip
+    limits = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "log_every_n_steps": 1}
+    trainer = helpers.quick_trainer(ChanceLevelWarning(), **limits)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(method, datamodule=data())
@@ -127,7 +118,8 @@ def test_a_run_that_stays_at_the_chance_level_says_so(share: float, is_collapsed
 def test_the_last_checkpoint_is_the_last_even_if_it_is_not_the_best(tmp_path: Path) -> None:
     # The number of samples never improves, so the first epoch stays the best.
     keeper = Checkpoints(tmp_path, monitor="val/source/n", mode="max", save_last=True, filename="best")
-    trainer = Trainer(callbacks=[keeper], max_epochs=3, limit_train_batches=4, limit_val_batches=1, **QUIET)
+    limits = {"max_epochs": 3, "limit_train_batches": 4, "limit_val_batches": 1, "enable_checkpointing": True}
+    trainer = helpers.quick_trainer(keeper, **limits)
     trainer.fit(TeCoA(), datamodule=data())
     steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")}
     assert steps == {"best": 4, "last": 12}
@@ -145,8 +137,7 @@ def test_progress_names_data_set_and_attack(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Progress, "update", record)
     attacks: dict[str, Attack] = {"one": PGD(steps=1), "two": PGD(steps=1)}
     callbacks = [TaskProgress(), RobustEvaluation(attacks, max_samples=4)]
-    trainer = Trainer(callbacks=callbacks, **{**QUIET, "enable_progress_bar": True})
-    trainer.test(ZeroShot(), datamodule=data(), verbose=False)
+    helpers.run_test(ZeroShot(), data(), *callbacks, enable_progress_bar=True)
     assert seen == [f"{task} under {attack}" for task in ("colours", "counts") for attack in ("one", "two")]
 
 
@@ -195,8 +186,7 @@ def test_tables_show_intervals_what_was_left_out_and_the_grade() -> None:
 
 def run_test(folder: Path, *, attacks: dict[str, Attack] | None = None, **options: object) -> ResultsWriter:
     writer = ResultsWriter(str(folder), **options)
-    trainer = Trainer(callbacks=[RobustEvaluation(attacks, max_samples=4), writer], **QUIET)
-    trainer.test(ZeroShot(), datamodule=data(), verbose=False)
+    helpers.run_test(ZeroShot(), data(), RobustEvaluation(attacks, max_samples=4), writer)
     return writer
 
 

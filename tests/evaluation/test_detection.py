@@ -7,8 +7,7 @@ import detection_cases as cases
 import numpy as np
 import pytest
 import torch
-from inputs import ShardWriter
-from lightning.pytorch import Trainer
+from helpers import ShardWriter, run_test
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -21,10 +20,6 @@ from robustclip.methods import ZeroShot
 from robustclip.results.run import Run
 from robustclip.tools.compare import unlike_unknown
 from robustclip.types import UNKNOWN
-
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +106,7 @@ def colours(attack: PGD | None, **options: Any) -> dict[str, float]:
     sets = [DataSource("shapes:colours", classes="0-5")]
     module = CLIPDataModule(test=sets, unknown=sets, image_size=32, batch_size=12)
     callbacks = [OODDetection(attack=attack, **options), RobustEvaluation(max_samples=36)]
-    trainer = Trainer(callbacks=callbacks, **QUIET)
-    trainer.test(ZeroShot(), datamodule=module, verbose=False)
+    trainer = run_test(ZeroShot(), module, *callbacks)
     prefix = "test/colours/detection/"
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
@@ -158,14 +152,9 @@ def test_the_worse_of_clean_and_attacked_counts() -> None:
 
 def test_wrong_answers_are_no_positives_where_only_right_ones_count(folder: Path, one_process: dict[str, Any]) -> None:
     callbacks = [OODDetection(known=["mixed"], unknown={"mixed": ["mixed_unknown"]}, is_correct_only=True)]
-    trainer = Trainer(callbacks=callbacks, **QUIET)
     method = cases.method(folder)
-    trainer.test(
-        method,
-        datamodule=cases.data(folder, test=["mixed", "lone_known"], unknown=["mixed", "lone_unknown"]),
-        verbose=False,
-    )
-    module = trainer.datamodule
+    module = cases.data(folder, test=["mixed", "lone_known"], unknown=["mixed", "lone_unknown"])
+    trainer = run_test(method, module, *callbacks)
     known, labels = images_of(module.test_dataloader()[0])
     unknown, _ = images_of(module.unknown_dataloaders()["mixed_unknown"])
     with torch.no_grad():
@@ -184,8 +173,8 @@ def test_wrong_answers_are_no_positives_where_only_right_ones_count(folder: Path
 def test_a_model_that_diverged_has_no_numbers(folder: Path) -> None:
     method = cases.method(folder)
     torch.nn.init.constant_(next(method.clip.net.visual.parameters()), torch.nan)
-    trainer = Trainer(callbacks=[OODDetection(attack=PGD(steps=1))], **QUIET)
-    trainer.test(method, datamodule=cases.data(folder, test=["lone_known"], unknown=["lone_unknown"]), verbose=False)
+    module = cases.data(folder, test=["lone_known"], unknown=["lone_unknown"])
+    trainer = run_test(method, module, OODDetection(attack=PGD(steps=1)))
     prefix = "test/lone_known/detection/"
     for name in ("ece", "lone_unknown/mcm/auroc", "lone_unknown/mcm/h", "lone_unknown/mcm/attacked/fpr95"):
         assert trainer.callback_metrics[prefix + name].isnan(), name
@@ -215,7 +204,7 @@ def test_a_resumed_test_detects_exactly_as_an_uninterrupted_one(folder: Path, tm
         attack = Cut(eps="8/255", alpha="4/255", steps=3, keep="best")
         callbacks = [OODDetection(attack=attack), RobustEvaluation(), ResultsWriter(str(tmp_path), name=name)]
         module = cases.data(folder, test=["mixed", "lone_known"], unknown=["lone_unknown"])
-        Trainer(callbacks=callbacks, **QUIET).test(cases.method(folder), datamodule=module, verbose=False)
+        run_test(cases.method(folder), module, *callbacks)
         return dict(Run.open(tmp_path / name).result["detection"])
 
     whole = detect("whole")
@@ -235,7 +224,7 @@ def test_the_images_of_an_unknown_set_are_part_of_the_result(folder: Path, write
         module = cases.data(folder, test=["mixed"], unknown=["changing"])
         module.eval_batch_size = batch
         callbacks = [OODDetection(), RobustEvaluation(), ResultsWriter(str(folder / "changing_results"), str(number))]
-        Trainer(callbacks=callbacks, **QUIET).test(cases.method(folder), datamodule=module, verbose=False)
+        run_test(cases.method(folder), module, *callbacks)
         result = Run.open(folder / "changing_results" / str(number)).result
         hashes.append(result["detection"]["tasks"]["mixed"]["unknown"]["changing"]["data"]["pixels"])
     assert hashes[0] == hashes[1] != hashes[2]
@@ -265,6 +254,4 @@ def test_what_cannot_be_detected_is_refused(
     folder: Path, options: dict[str, Any], unknown: list[str], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        Trainer(callbacks=[OODDetection(**options)], **QUIET).test(
-            cases.method(folder), datamodule=cases.data(folder, test=["mixed"], unknown=unknown), verbose=False
-        )
+        run_test(cases.method(folder), cases.data(folder, test=["mixed"], unknown=unknown), OODDetection(**options))

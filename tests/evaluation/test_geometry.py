@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from inputs import ShardWriter, add_member, picture
-from lightning.pytorch import Callback, Trainer
+from helpers import ShardWriter, add_member, picture, quick_trainer, run_test
+from lightning.pytorch import Callback
 from numpy.random import default_rng
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -23,10 +23,6 @@ from robustclip.methods import TeCoA, ZeroShot
 from robustclip.metrics import class_sums, collapse, recalls, similarity
 from robustclip.results.run import Run
 from robustclip.types import Batch
-
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -97,8 +93,7 @@ def write_captioned(folder: Path, captions: list[str]) -> None:
 
 
 def measured(method: Any, data: CLIPDataModule, **options: Any) -> dict[str, float]:
-    trainer = Trainer(callbacks=[RobustEvaluation(), FeatureGeometry(**options)], **QUIET)
-    trainer.test(method, datamodule=data, verbose=False)
+    trainer = run_test(method, data, RobustEvaluation(), FeatureGeometry(**options))
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "/geometry/" in name}
 
 
@@ -159,13 +154,8 @@ def test_the_pretrained_model_is_like_itself_also_where_few_samples_are_compared
 
 def test_validations_of_a_fit_measure_it_too(tiny_model: Path) -> None:
     module = CLIPDataModule(train="shapes:source", val=["shapes:colours"], image_size=32, batch_size=16)
-    trainer = Trainer(
-        callbacks=[RobustEvaluation(max_samples=20), FeatureGeometry()],
-        max_epochs=1,
-        limit_train_batches=1,
-        enable_checkpointing=False,
-        **QUIET,
-    )
+    callbacks = [RobustEvaluation(max_samples=20), FeatureGeometry()]
+    trainer = quick_trainer(*callbacks, max_epochs=1, limit_train_batches=1)
     trainer.fit(TeCoA(pretrained=str(tiny_model), warmup_steps=0), datamodule=module)
     assert trainer.callback_metrics["val/colours/geometry/pearson"] > 0.9
 
@@ -188,7 +178,7 @@ class Cut(Callback):
 def stored(folder: Path, method: TeCoA, data: CLIPDataModule, cut: int | None = None) -> Path:
     """Tests with geometry into a folder; returns the folder of the run."""
     callbacks = [Cut(cut), FeatureGeometry(max_samples=4), RobustEvaluation(), ResultsWriter(str(folder), name="run")]
-    Trainer(callbacks=callbacks, **QUIET).test(method, datamodule=data, verbose=False)
+    run_test(method, data, *callbacks)
     return folder / "run"
 
 

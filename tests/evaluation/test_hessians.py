@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import quick_trainer
-from inputs import ShardWriter
+from helpers import ShardWriter, quick_trainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -6,8 +6,7 @@ from typing import Any
 import detection_cases as cases
 import pytest
 import torch
-from inputs import ShardWriter
-from lightning.pytorch import Trainer
+from helpers import ShardWriter, run_test
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
@@ -28,9 +27,6 @@ from robustclip.results.run import Run
 SINGLE = {"rtol": 0, "atol": 1e-6}
 PAIR: dict[str, Any] = {"test": ["mixed"], "unknown": ["mixed"]}
 RATIO = 0.5
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -86,10 +82,9 @@ def detect(folder: Path, out: Path | None = None, *, sets: dict[str, Any] = case
     options = {"scores": ["mcm", "knn"], "headline": "knn", "neighbours": (1, 4, 8, 9)} | options
     callbacks = [OODDetection(**options), RobustEvaluation()]
     writer = ResultsWriter(str(out), name="run") if out else None
-    trainer = Trainer(callbacks=[*callbacks, *([writer] if writer else [])], **QUIET)
     augmentation = Augmentation((0.2, 0.5), flip=True)
     data = cases.data(folder, **PAIR, augmentation=augmentation, **sets)
-    trainer.test(method(folder), datamodule=data, verbose=False)
+    trainer = run_test(method(folder), data, *callbacks, *([writer] if writer else []))
     return Run.open(out / "run").result["detection"] if out else trainer
 
 

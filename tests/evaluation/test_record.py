@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,10 +19,6 @@ from robustclip.methods import ZeroShot
 from robustclip.results.run import Run
 from robustclip.results.summary import Record
 from robustclip.types import Batch
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 
 
 class PowerCut(Exception):  # noqa: N818  # not ours to catch
@@ -57,7 +54,7 @@ def run_test(folder: Path, *others: Callback, data: CLIPDataModule | None = None
     writer = ResultsWriter(str(folder), name="run")
     callbacks = [*others, RobustEvaluation({"pgd": ATTACK}, max_samples=12), writer]
     data = data or CLIPDataModule(test=["shapes:colours"], image_size=32, batch_size=4)
-    Trainer(callbacks=callbacks, **QUIET, **limits).test(ZeroShot(), datamodule=data, verbose=False)
+    helpers.run_test(ZeroShot(), data, *callbacks, **limits)
     assert writer.path is not None
     return Run.open(writer.path)
 
@@ -142,9 +139,8 @@ def test_finished_samples_with_other_labels_are_refused(tmp_path: Path) -> None:
 def test_a_test_that_ends_without_a_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the test ended without a result"):
         run_test(tmp_path, limit_test_batches=0)
-    trainer = Trainer(callbacks=[ResultsWriter(str(tmp_path))], limit_test_batches=1, **QUIET)
     with pytest.raises(ValueError, match="ResultsWriter needs a RobustEvaluation"):
-        trainer.test(ZeroShot(), datamodule=own_data())
+        helpers.run_test(ZeroShot(), own_data(), ResultsWriter(str(tmp_path)), limit_test_batches=1)
 
 
 def test_a_section_of_a_user_is_a_function_of_the_rows(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from helpers import quick_trainer
+from lightning.pytorch import seed_everything
 from ranks import on_both
 
 from robustclip.data import CLIPDataModule
@@ -37,10 +38,7 @@ def fit(folder: Path, processes: int, name: str) -> None:
         captions="captions.parquet",
         anchors="anchors",
     )
-    trainer = Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto", max_epochs=2, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+    trainer = quick_trainer(processes=processes, max_epochs=2, default_root_dir=folder)
     trainer.fit(method, datamodule=data)
     weights = {key: parameter.detach() for key, parameter in method.named_parameters()}
     logged = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("train/")}

@@ -6,8 +6,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
-from helpers import quick_trainer
-from inputs import ShardWriter
+from helpers import ShardWriter, quick_trainer
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -8,8 +8,7 @@ import method_cases as cases
 import pytest
 import torch
 from anchor_cases import shapes_pairs, write_pairs, write_table
-from helpers import quick_trainer
-from inputs import ShardWriter, write_tiny_model
+from helpers import ShardWriter, quick_trainer, tiny_clip
 from lightning.pytorch import seed_everything
 from ranks import in_background
 from test_flyp import gradients, read, symmetric
@@ -124,7 +123,7 @@ def files(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -
     """A model, eight images, their captions, and four pairs: two copies of each in a batch over all images."""
     folder = tmp_path_factory.mktemp("arf")
     (folder / "model").mkdir()
-    write_tiny_model(folder / "model")
+    tiny_clip(folder / "model")
     write_shards(folder, "even", "train", [arf_processes.IMAGES])
     write_shards(folder, "uneven", "train", [arf_processes.IMAGES], broken=[5])
     write_table(folder / "captions.parquet", "captions", {n: [f"{n} things", f"a {n}"] for n in range(7)})

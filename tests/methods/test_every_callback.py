@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import quick_trainer
-from inputs import ShardWriter
+from helpers import ShardWriter, quick_trainer
 from lightning.pytorch import Callback
 from test_all import CASES
 

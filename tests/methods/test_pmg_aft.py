@@ -8,8 +8,7 @@ from typing import Any
 import method_cases as cases
 import pytest
 import torch
-from helpers import quick_trainer
-from inputs import write_tiny_model
+from helpers import quick_trainer, tiny_clip
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -243,7 +242,7 @@ def test_accumulated_batches_equal_a_large_one(tiny_model: Path) -> None:
 
 def test_a_convolutional_tower_is_guided_by_means_over_its_pixels(tmp_path: Path) -> None:
     method = cases.make(
-        PMGAFT, write_tiny_model(tmp_path, layers=[1, 1, 1, 1], width=8), beta=0.0, alpha=1.0, distance="l2", layer=-1
+        PMGAFT, tiny_clip(tmp_path, layers=[1, 1, 1, 1], width=8), beta=0.0, alpha=1.0, distance="l2", layer=-1
     )
     data, outputs = cases.batch(), []
     for clip in (method.clip, method.teacher.clip):

@@ -1,14 +1,13 @@
 """Tiny models of every kind of tower with random weights, in folders for `pretrained`."""
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import open_clip.model
 import torch
-from safetensors.torch import save_file
+from helpers import save_clip
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
@@ -71,10 +70,7 @@ def write(name: str, folder: Path) -> Path:
         net = cls(**{**arguments, "text_cfg": text_config})
         for parameter in net.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)
-    pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
-    save_file(net.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
+    return save_clip(folder, config, net)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import quick_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import on_both
 from torch import Tensor
@@ -130,19 +131,10 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     method, first = build(name, **options), FirstStep()
     if method.attack is not None:
         method.attack = Watched(method.attack)  # type: ignore[assignment]
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else "ddp_find_unused_parameters_true" if name in IN_TURNS else "ddp",
-        accumulate_grad_batches=pieces,
-        max_steps=2,
-        limit_val_batches=0,
-        callbacks=[first],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    limits: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "accumulate_grad_batches": pieces}
+    if processes > 1 and name in IN_TURNS:
+        limits["strategy"] = "ddp_find_unused_parameters_true"
+    trainer = quick_trainer(first, processes=processes, **limits)
     method.freeze_the_rest()
     before = frozen_tensors(method)
     size = BATCH // processes // pieces

@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from inputs import write_tiny_model
+from helpers import tiny_clip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
-    return write_tiny_model(tmp_path / "model")
+    return tiny_clip(tmp_path / "model")
 
 
 def configured(folder: Path, *path: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers import quick_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,13 +20,11 @@ from robustclip.methods._shared.saved_state import read_checkpoint, with_digest
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.tensor_files import checked_state, digest, is_finite, read_file
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     method = CRoFT(pretrained=str(tiny_model))
-    trainer = Trainer(max_steps=2, limit_val_batches=0, enable_checkpointing=False, enable_model_summary=False, **QUIET)
+    trainer = quick_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(method, datamodule=CLIPDataModule(train="shapes:source", batch_size=4, image_size=32, shots=1))
     path = tmp_path_factory.mktemp("checkpoint") / "a.ckpt"
     trainer.save_checkpoint(path)

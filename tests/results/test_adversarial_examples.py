@@ -88,7 +88,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: st
         (lambda path: rewrite(path, norm=None), "lacks 'norm'"),
         (lambda path: rewrite(path, label="three"), "'three'"),
         (lambda path: rewrite(path, eps="nan"), "eps >= 0"),
-        (lambda path: rewrite(path, id="13"), "says that it is digits/pgd/13.safetensors"),
+        (lambda path: rewrite(path, id="13"), "holds the example digits/pgd/13.safetensors"),
         (lambda path: rewrite(path, task="../../etc"), "named"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+from helpers import run_test
 from report_cases import Reader, make_run
 
 from robustclip.attacks import PGD
@@ -19,9 +19,6 @@ from robustclip.report import report
 from robustclip.results.run import RESULT, Run
 from robustclip.tools.compare import pair
 
-QUIET = {
-    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-}  # fmt: skip
 AVERAGES = {"shift": ["outlines", "colours"], "alone": ["counts"]}
 
 
@@ -32,7 +29,7 @@ def finished(folder: Path, name: str, averages: dict[str, list[str]], *, seed: i
         ResultsWriter(str(folder), name=name, averages=averages),
     ]
     data = CLIPDataModule(test=["shapes:colours", "shapes:counts", "shapes:outlines"], image_size=32, batch_size=12)
-    Trainer(callbacks=callbacks, **QUIET).test(ZeroShot(), datamodule=data, verbose=False)
+    run_test(ZeroShot(), data, *callbacks)
     return folder / name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inputs import add_member
+from helpers import add_member
 from PIL import Image
 from pyarrow import parquet
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cache_cases import content, die_in_write, options
 from checkpoint_cases import one_tokenizer
-from inputs import ShardWriter
+from helpers import ShardWriter
 from resume_cases import finish
 
 from robustclip.cli.lightning import main
