@@ -50,7 +50,8 @@ class Journal:
                 self._ledgers[name] = ledger.Ledger(own, header)
             self.earlier = {name: self.rows(name) for name in headers}
             trainer.strategy.barrier("ledgers are read")
-        self._seen = {name: {int(row["id"]) for row in rows} for name, rows in self.earlier.items()}
+        self._earlier = {name: {int(row["id"]): row for row in rows} for name, rows in self.earlier.items()}
+        self._seen = {name: set(rows) for name, rows in self._earlier.items()}
         self._skipped: set[str] = set()  # tasks whose loaders leave out the finished samples
 
     def done(self, task: str) -> frozenset[int]:
@@ -105,7 +106,7 @@ class Journal:
         Raises:
             ValueError: a finished sample has another image or label now.
         """
-        rows = {int(row["id"]): row for row in self.earlier[task]} if task not in self._skipped else {}
+        rows = {} if task in self._skipped else self._earlier[task]
         known = [_sample(rows[number]) for number in batch.index.tolist() if number in rows]
         changed = len({*known} - {*_samples(batch)})
         if changed:
