@@ -64,7 +64,7 @@ def decoded(image: Image.Image) -> Image.Image:
         elif image.mode.startswith("I"):
             values = np.asarray(image, np.float32) / _largest(image)
         else:
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy the pixels
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
         raise ImageError(f"values must be in [0, 1], found {values.min():.3g} to {values.max():.3g}")
     return Image.fromarray(values)
