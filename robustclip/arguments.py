@@ -111,6 +111,24 @@ def argument(value: Any, hint: Any, name: str) -> Any:
         raise ValueError(f"{name} must be {expected(hint)}, got {_excerpt(value)}{_remedy(value, hint)}") from None
 
 
+def imported(path: str, option: str) -> Any:
+    """Imports an object that an option names by its path.
+
+    Args:
+        path: such as ``my_module.MyClass``.
+        option: name of the option, for the message.
+
+    Raises:
+        ValueError: nothing is found there.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        remedy = f"write module.Class and start where {module or 'the module'} lies"
+        raise ValueError(f"{option}: there is no class {path!r}; {remedy} ({error})") from error
+
+
 def class_at(path: str, base: type, option: str) -> Any:
     """Imports a class that an option names by its path.
 
@@ -122,11 +140,7 @@ def class_at(path: str, base: type, option: str) -> Any:
     Raises:
         ValueError: no class is found there, or one of another kind.
     """
-    module, _, name = path.rpartition(".")
-    try:
-        named = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option}: there is no class {path!r}; write module.Class ({error})") from error
+    named = imported(path, option)
     if not (isinstance(named, type) and issubclass(named, base)):
         raise ValueError(f"{option}: {path!r} must be a subclass of {base.__module__}.{base.__name__}")
     return named

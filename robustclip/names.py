@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 
 # Control characters, line separators, direction marks, and surrogates, which stand for bytes that are not UTF-8.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -29,3 +30,14 @@ def markdown(text: object) -> str:
     return re.sub(
         r"([\\`*|\[\]])", r"\\\1", html.escape(plain(re.sub(r"[ \t\r\n]+", " ", str(text)).strip()), quote=False)
     )
+
+
+def excerpt(names: Sequence[str], count: int = 3) -> str:
+    """Lists the first names and the number of the others, for a message.
+
+    Args:
+        names: names to list.
+        count: number of names that are written.
+    """
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(repr, names[:count])) + more

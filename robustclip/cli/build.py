@@ -29,10 +29,6 @@ class Assembled(RobustCLI):
         """Gives a CPU trainer that nothing is run with."""
         return Trainer(accelerator="cpu", devices=1, barebones=True)
 
-    def configured_trainer(self) -> Trainer:
-        """Gives the trainer of the configuration."""
-        return super().instantiate_trainer()
-
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
@@ -153,7 +149,7 @@ def plan(arguments: Sequence[str]) -> Plan:
     planned.data = assembled.datamodule
     planned.evaluation = assembled.config_init[assembled.subcommand].evaluation
     with _kept(planned.failures, "trainer"):
-        planned.trainer = assembled.configured_trainer()
+        planned.trainer = RobustCLI.instantiate_trainer(assembled)
     if failure is None:
         planned.model = assembled.model
         with _kept(planned.failures, "checkpoint"):

@@ -7,10 +7,10 @@ a dataclass by its fields. Unknown options go to the function's ``*options``, if
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -20,34 +20,6 @@ from robustclip.paths import local_path
 
 HELP = ("-h", "--help")
 Function = Callable[..., Any]
-
-
-class Parameter(NamedTuple):
-    """A parameter of a function or a field of its dataclass.
-
-    Attributes:
-        name: name on the command line.
-        hint: type.
-        default: default value; `inspect.Parameter.empty` for none.
-        text: help.
-        is_positional: it may be given without its name.
-    """
-
-    name: str
-    hint: Any
-    default: Any
-    text: str
-    is_positional: bool
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the parameter takes several values."""
-        return get_origin(self.hint) in (list, Sequence)
-
-    @property
-    def is_path(self) -> bool:
-        """Whether the parameter takes a path, several paths or a path or None."""
-        return Path in (self.hint, *get_args(self.hint))
 
 
 class Parser(AnsweringParser, ArgumentParser):
@@ -85,53 +57,54 @@ def call(function: Function, arguments: Sequence[str], command: str) -> int:
         Exit status: 1 after a function that returns a number of faults above 0, else 0.
     """
     signature, hints = inspect.signature(function), get_type_hints(function)
+    groups: dict[str, Any] = {name: hints[name] for name in signature.parameters if is_dataclass(hints.get(name))}
     names = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
     parameters = [
-        parameter._replace(is_positional=parameter.is_positional and parameter.name not in names)
-        for parameter in _parameters(function)
+        entry.replace(kind=entry.KEYWORD_ONLY) if entry.name in names else entry
+        for entry in _parameters(function, groups)
     ]
     takes_options = any(entry.kind is entry.VAR_POSITIONAL for entry in signature.parameters.values())
     own, options = _split(arguments, parameters) if takes_options else (list(arguments), [])
-    values = vars(_parser(function, parameters, command).parse_args(own))
+    values = vars(_parser([function, *groups.values()], parameters, command).parse_args(own))
     for parameter in parameters:
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_path and value is not None:
-            values[name] = [local_path(path, name) for path in value] if parameter.is_list else local_path(value, name)
-    for name in signature.parameters:
-        group: Any = hints.get(name)
-        if isinstance(group, type) and is_dataclass(group):
-            values[name] = group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
+        if _is_path(parameter) and value is not None:
+            paths = [local_path(path, name) for path in (value if _is_list(parameter) else [value])]
+            values[name] = paths if _is_list(parameter) else paths[0]
+    for name, group in groups.items():
+        values[name] = group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
     bound = signature.bind_partial(**values)
     faults = function(*bound.args, *options, **bound.kwargs)
     return int(isinstance(faults, int) and not isinstance(faults, bool) and faults > 0)
 
 
-def _parameters(function: Function, is_field: bool = False) -> Iterator[Parameter]:
-    hints, documented = get_type_hints(function), docstring_parser.parse(inspect.getdoc(function) or "").params
-    texts = {entry.arg_name: entry.description or "" for entry in documented}
+def _parameters(function: Function, groups: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
+    """Yields the parameters of a command with their types; one that may be given without its name is positional."""
+    hints = get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        hint: Any = hints.get(name, str)
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from _parameters(hint, is_field=True)
+        if name in groups:
+            yield from (field.replace(kind=field.KEYWORD_ONLY) for field in _parameters(groups[name], {}))
         elif parameter.kind is not parameter.VAR_POSITIONAL:
-            is_positional = parameter.default is parameter.empty and not is_field
-            yield Parameter(name, hint, parameter.default, texts.get(name, ""), is_positional)
+            kind = parameter.POSITIONAL_ONLY if parameter.default is parameter.empty else parameter.KEYWORD_ONLY
+            yield parameter.replace(annotation=hints.get(name, str), kind=kind)
 
 
-def _parser(function: Function, parameters: Sequence[Parameter], command: str) -> Parser:
-    doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    text = "\n\n".join(filter(None, (doc.short_description, doc.long_description)))
+def _parser(documented: Sequence[Function], parameters: Sequence[inspect.Parameter], command: str) -> Parser:
+    docs = [docstring_parser.parse(inspect.getdoc(owner) or "") for owner in documented]
+    texts = {entry.arg_name: entry.description or "" for doc in docs for entry in doc.params}
+    text = "\n\n".join(filter(None, (docs[0].short_description, docs[0].long_description)))
     parser = Parser(prog=f"robustclip {command}", description=text, exit_on_error=False)
     for parameter in parameters:
-        name, hint, default, text, is_positional = parameter
+        name, hint, default = parameter.name, parameter.annotation, parameter.default
+        is_positional = parameter.kind is parameter.POSITIONAL_ONLY
         # A path is parsed as text: jsonargparse would take a file for a configuration or a list of paths.
-        kind = str if parameter.is_path else get_args(hint)[0] if parameter.is_list else hint
-        options: dict[str, Any] = {"type": kind, "help": text.replace("%", "%%")}
-        if parameter.is_list:
+        kind = str if _is_path(parameter) else get_args(hint)[0] if _is_list(parameter) else hint
+        options: dict[str, Any] = {"type": kind, "help": texts.get(name, "").replace("%", "%%")}
+        if _is_list(parameter):
             options |= {"nargs": "+"} if is_positional else {"action": "append"}
         if default is not inspect.Parameter.empty:
             options["default"] = (
-                list(default) if parameter.is_list else str(default) if isinstance(default, Path) else default
+                list(default) if _is_list(parameter) else str(default) if isinstance(default, Path) else default
             )
         elif not is_positional:
             options["required"] = True
@@ -139,10 +112,19 @@ def _parser(function: Function, parameters: Sequence[Parameter], command: str) -
     return parser
 
 
-def _split(arguments: Sequence[str], parameters: Sequence[Parameter]) -> tuple[list[str], list[str]]:
+def _is_list(parameter: inspect.Parameter) -> bool:
+    return get_origin(parameter.annotation) in (list, Sequence)
+
+
+def _is_path(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter takes a path, several paths, or a path or None."""
+    return Path in (parameter.annotation, *get_args(parameter.annotation))
+
+
+def _split(arguments: Sequence[str], parameters: Sequence[inspect.Parameter]) -> tuple[list[str], list[str]]:
     """Separates the arguments of a command from the options of ``fit`` or ``test``."""
     rest, options, names = list(arguments), list[str](), {f"--{parameter.name}" for parameter in parameters}
-    count = sum(parameter.is_positional for parameter in parameters)
+    count = sum(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)
     own = [rest.pop(0) for argument in arguments[:count] if not argument.startswith("-")]
     while rest:
         argument = rest.pop(0)

@@ -85,9 +85,7 @@ def _write_open_clip(clip: CLIPModel, folder: Path) -> float:
 
 
 def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:
-    config = open_clip_folder.model_config(clip.arch, clip.pretrained)
-    config["vision_cfg"]["image_size"] = clip.image_size
-    settings = hugging_face.clip_config(config)
+    settings = hugging_face.clip_config(open_clip_folder.config_of(clip))
     settings.architectures = ["CLIPModel"]
     settings.save_pretrained(folder)
     open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(clip.net.state_dict()))

@@ -41,9 +41,18 @@ TRANSPOSED = ("visual.proj", "text_projection")  # matrices in open_clip, linear
 VOCABULARY = 49408  # size of the vocabulary of CLIP's tokenizer
 QKV = "qkv"  # order of the rows of the joint projection
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+# Options of a tower in open_clip, and their names in the library; numbers of heads and widths of MLPs differ in kind.
+VISION = {"image_size": "image_size", "layers": "num_hidden_layers", "width": "hidden_size", "patch_size": "patch_size"}
+TEXT = {
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+}
 # Options that both sides have; for all others, the library's code is fixed to the choice of OpenAI's CLIP.
-VISION_OPTIONS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-TEXT_OPTIONS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "tokenizer_kwargs"}
+VISION_OPTIONS = {*VISION, "head_width", "mlp_ratio"}
+TEXT_OPTIONS = {*TEXT, "mlp_ratio", "tokenizer_kwargs"}
 MODEL_OPTIONS = {"embed_dim", "quick_gelu", "init_logit_scale", "vision_cfg", "text_cfg"}
 
 
@@ -96,23 +105,15 @@ def model_config(config: Any) -> dict[str, Any]:
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": ACTIVATIONS[activation],
-        "vision_cfg": {
-            "image_size": vision.image_size,
-            "layers": vision.num_hidden_layers,
-            "width": vision.hidden_size,
-            "head_width": vision.hidden_size // vision.num_attention_heads,
-            "patch_size": vision.patch_size,
-            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
-        },
-        "text_cfg": {
-            "context_length": text.max_position_embeddings,
-            "vocab_size": text.vocab_size,
-            "width": text.hidden_size,
-            "heads": text.num_attention_heads,
-            "layers": text.num_hidden_layers,
-            "mlp_ratio": text.intermediate_size / text.hidden_size,
-        },
+        "vision_cfg": {**_open_clip(vision, VISION), "head_width": vision.hidden_size // vision.num_attention_heads},
+        "text_cfg": _open_clip(text, TEXT),
     }
+
+
+def _open_clip(tower: Any, names: dict[str, str]) -> dict[str, Any]:
+    """Reads open_clip's options of a tower from the library's configuration of it."""
+    options = {own: getattr(tower, name) for own, name in names.items()}
+    return {**options, "mlp_ratio": tower.intermediate_size / tower.hidden_size}
 
 
 def clip_config(model: dict[str, Any]) -> Any:
@@ -124,33 +125,20 @@ def clip_config(model: dict[str, Any]) -> Any:
     _check_type(model)
     vision, text = CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])
     activation = next(name for name, is_quick in ACTIVATIONS.items() if is_quick == model.get("quick_gelu", False))
-    return library().CLIPConfig(
-        projection_dim=model["embed_dim"],
-        vision_config={
-            "image_size": vision.image_size,
-            "num_hidden_layers": vision.layers,
-            "hidden_size": vision.width,
-            "num_attention_heads": vision.width // vision.head_width,
-            "patch_size": vision.patch_size,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
+    towers = [
+        {
+            **{name: getattr(tower, own) for own, name in names.items()},
+            "intermediate_size": int(tower.width * tower.mlp_ratio),
             "hidden_act": activation,
             "projection_dim": model["embed_dim"],
-        },
-        text_config={
-            "max_position_embeddings": text.context_length,
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.width,
-            "num_attention_heads": text.heads,
-            "num_hidden_layers": text.layers,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "hidden_act": activation,
-            "projection_dim": model["embed_dim"],
-            # The last two entries of CLIP's vocabulary; the library reads features at the first occurrence of the end.
-            "bos_token_id": text.vocab_size - 2,
-            "eos_token_id": text.vocab_size - 1,
-            "pad_token_id": text.vocab_size - 1,
-        },
-    )
+        }
+        for tower, names in ((vision, VISION), (text, TEXT))
+    ]
+    towers[0]["num_attention_heads"] = vision.width // vision.head_width
+    # The last two entries of CLIP's vocabulary; the library reads features at the first occurrence of the end.
+    start, end = text.vocab_size - 2, text.vocab_size - 1
+    towers[1] |= {"bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    return library().CLIPConfig(projection_dim=model["embed_dim"], vision_config=towers[0], text_config=towers[1])
 
 
 def write_tokenizer(clip: CLIPModel, folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from robustclip.convert import hugging_face, open_clip_folder
 from robustclip.models import tensor_files
 from robustclip.models.clip import CLIPModel
+from robustclip.names import excerpt
 from robustclip.persistence import atomic_folder
 from robustclip.textfiles import read_text
 
@@ -82,7 +83,7 @@ def _import_file(source: Path, aside: Path, arch: str | None, pretrained: str | 
             " as in --arch ViT-B-32-quickgelu --pretrained openai"
         )
     base = CLIPModel(arch, pretrained)
-    _check_activation(weights, activation, arch, pretrained)
+    _check_activation(weights, activation, base)
     whole = arch or str(pretrained)
     module, name = (base.net.visual, f"the image tower of {whole}") if weights.is_image_tower else (base.net, whole)
     scale = weights.state.get("logit_scale")
@@ -135,7 +136,7 @@ def _pixels(source: Path) -> dict[str, Any]:
     }
 
 
-def _check_activation(weights: Weights, asked: str | None, arch: str | None, pretrained: str | None) -> None:
+def _check_activation(weights: Weights, asked: str | None, base: CLIPModel) -> None:
     """Refuses weights that would be computed with another activation than they were trained with.
 
     The same weights with QuickGELU and with GELU are two models, one of them useless. Neither names nor sizes show
@@ -143,9 +144,9 @@ def _check_activation(weights: Weights, asked: str | None, arch: str | None, pre
     """
     if asked not in (None, "quickgelu", "gelu"):
         raise ValueError(f"activation must be quickgelu or gelu, got {asked!r}")
-    computed = bool(open_clip_folder.model_config(arch, pretrained).get("quick_gelu", False))
+    computed = bool(base.config.get("quick_gelu", False))
     stated = {weights.is_quick_gelu, None if asked is None else asked == "quickgelu"} - {None}
-    name = arch or str(pretrained)
+    name = base.arch or str(base.pretrained)
     twin = f"{name}-quickgelu" if not computed else name.removesuffix("-quickgelu")
     has_twin = twin != name and twin in open_clip.list_models()
     for trained in stated:
@@ -155,7 +156,9 @@ def _check_activation(weights: Weights, asked: str | None, arch: str | None, pre
                 f"the weights were trained with {ACTIVATIONS[bool(trained)]}, {name} computes {ACTIVATIONS[computed]};"
                 f" {remedy}"
             )
-    is_known_from_base = pretrained is not None and not Path(pretrained).is_file()  # tags and folders were checked
+    is_known_from_base = (
+        base.pretrained is not None and not Path(base.pretrained).is_file()
+    )  # tags and folders were checked
     if not stated and not is_known_from_base and has_twin:
         raise ValueError(
             f"a state dict does not define its activation, and open_clip has both {name} ({ACTIVATIONS[computed]}) and"
@@ -202,7 +205,9 @@ def _check_fits(state: Mapping[str, Tensor], module: torch.nn.Module, of: str) -
     needed = module.state_dict()
     missing, unknown = sorted(needed.keys() - state.keys()), sorted(state.keys() - needed.keys())
     if missing or unknown:
-        problems = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        problems = [
+            f"{word} {excerpt(names, 2)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names
+        ]
         raise ValueError(
             f"the checkpoint does not fit {of}: it {' and '.join(problems)}; is arch the one it was made with?"
         )
@@ -236,7 +241,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
         others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
-        raise ValueError(f"{path} has an unknown format: it holds {_some(others)}, no state dict")
+        raise ValueError(f"{path} has an unknown format: it holds {excerpt(others, 2)}, no state dict")
     return tensor_files.checked_state(content, str(path))
 
 
@@ -245,8 +250,3 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     while wrapper := next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in state)), None):
         state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     return state
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(map(repr, names[:2])) + more

@@ -3,10 +3,10 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import save_file
@@ -15,7 +15,6 @@ from torch import Tensor
 from robustclip.models import tensor_files
 from robustclip.models.clip import SHAPES_MODEL, CLIPModel
 from robustclip.models.layers import frozen
-from robustclip.textfiles import read_text
 from robustclip.types import Task
 
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
@@ -38,18 +37,10 @@ class Logits(NamedTuple):
     scale: float
 
 
-def model_config(arch: str | None, pretrained: str | None) -> dict[str, Any]:
-    """Returns open_clip's ``model_cfg`` of a model that `CLIPModel` loads.
-
-    Args:
-        arch: open_clip architecture; None for a folder.
-        pretrained: as in `CLIPModel`.
-    """
-    folder = _folder(pretrained)
-    if folder is None:
-        config: dict[str, Any] = open_clip.get_model_config(arch)
-    else:
-        config = json.loads(read_text(folder / CONFIG))["model_cfg"]
+def config_of(clip: CLIPModel) -> dict[str, Any]:
+    """Returns a copy of a model's ``model_cfg``, with the image size that it has now."""
+    config = deepcopy(clip.config)
+    config["vision_cfg"]["image_size"] = clip.image_size
     return config
 
 
@@ -60,8 +51,7 @@ def write(clip: CLIPModel, folder: Path) -> None:
         clip: model to write.
         folder: folder to write to.
     """
-    config = model_config(clip.arch, clip.pretrained)
-    config["vision_cfg"]["image_size"] = clip.image_size
+    config = config_of(clip)
     base = _folder(clip.pretrained)
     if base is not None:
         for file in base.iterdir():

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from robustclip.data.catalog import CatalogEntry, plain
+from robustclip.names import excerpt
 from robustclip.textfiles import check_printable
 
 log = logging.getLogger(__name__)
 WORDNET_ID = re.compile(r"n\d{8}")
-EXCERPT = 3  # number of names in a message
 Groups = tuple[tuple[int, ...], ...] | None
 
 
@@ -41,12 +41,6 @@ class NameLists(NamedTuple):
     configured: Sequence[str] | Mapping[Any, str] | None
     shipped: Sequence[str] | None
     entry: CatalogEntry | None
-
-
-def excerpt(names: Sequence[str]) -> str:
-    """Lists the first names and the number of the others, for a message."""
-    more = f" and {len(names) - EXCERPT} more" if len(names) > EXCERPT else ""
-    return ", ".join(map(repr, names[:EXCERPT])) + more
 
 
 def match(keys: Sequence[str], names: Sequence[str], cut: str = "") -> dict[int, int]:

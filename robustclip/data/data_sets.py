@@ -36,7 +36,7 @@ def _joined(sources: Sequence[OpenedSource]) -> OpenedSource:
     first = sources[0]
     for source in sources:
         pair = f"training sets {first.task.name!r} and {source.task.name!r}"
-        if source.dataset is None or labels_of(source.dataset) is None:
+        if labels_of(source.dataset) is None:
             raise ValueError(
                 f"training set {source.task.name!r} is remote or gives no labels without decoding; train on it alone"
             )

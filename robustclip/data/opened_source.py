@@ -12,7 +12,7 @@ from robustclip.data.catalog import CATALOG, CatalogEntry, lookup, named
 from robustclip.data.class_labels import NameLists, check_names, warn_of_missing
 from robustclip.data.data_source import DataSource
 from robustclip.data.sources import KINDS
-from robustclip.data.sources.own import CLASS_PATH, own_source
+from robustclip.data.sources.own import CLASS_PATH, open_own
 from robustclip.data.sources.source import CheckedImages, Relabelled, labels_of, where_of
 from robustclip.data.task_parts import Part, Role, benchmark, narrowed, part_by_ranges, part_by_seed, part_by_shift
 from robustclip.paths import local_path
@@ -59,7 +59,7 @@ class OpenedSource:
     @property
     def has_unknown(self) -> bool:
         """Whether the class of any image is unknown."""
-        return self.is_unknown or (self.dataset is not None and UNKNOWN in (labels_of(self.dataset) or ()))
+        return self.is_unknown or UNKNOWN in (labels_of(self.dataset) or ())
 
 
 def open_source(source: DataSource | str, *, root: str, split: str, role: Role | None = None) -> OpenedSource:
@@ -129,8 +129,10 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     kind, location, entry = _located(source)
     known_set = entry or (CATALOG.get(source.name) if source.name else named(_slug(location)))
     split = source.split or split
-    located = KINDS[kind](location, root, source.split is not None) if kind else own_source(source.source, split, root)
-    opened = located.open(split)
+    if kind:
+        opened = KINDS[kind](location, root, source.split is not None).open(split)
+    else:
+        opened = open_own(source.source, split, root)
     configured = _class_names(source)
     if entry is not None and configured is None and opened.keys is None:
         configured = entry.class_names  # a set that is named in the configuration has the catalogue's class names

@@ -158,11 +158,8 @@ def part_by_shift(shift: Shift, classes: Benchmark, role: Role) -> Part:
         classes: classes of the benchmark.
         role: use of the images.
     """
-    known = range(classes.known)
-    if role == "unknown":
-        return _part((), range(classes.known, classes.count), classes.count)
-    images = parse_ranges(classes.images[shift], classes.count) if role == "train" else known
-    return _part(known, images, classes.count)
+    images = classes.images[shift] if role == "train" else None
+    return part_by_ranges(f"0-{classes.known - 1}", images, classes.count, role)
 
 
 def part_by_ranges(classes: str | None, images: str | None, count: int, role: Role) -> Part:

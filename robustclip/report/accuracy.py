@@ -33,7 +33,7 @@ def summary(views: Sequence[View]) -> list[Block]:
     rows = list(zip((view.label for view in views), zip(*columns, strict=True), strict=True))
     table = Table("Mean accuracy over the tasks", "run", ["audit grade", *kinds], rows)
     lines = [Text(line) for line in [*_findings(views), *_grades(views)]]
-    return [table, Text(_rule(views), "aside"), *lines]
+    return [table, Text(f"{UNITS} {BEST_RULE}" if len(views) > 1 else UNITS, "aside"), *lines]
 
 
 class Accuracy(Section):
@@ -80,11 +80,11 @@ def _findings(views: Sequence[View]) -> list[str]:
     sound = [view for view in views if not view.has_failed]
     lines = []
     for kind in union(views, of="mean") if len(views) > 1 else ():
-        ranked = sorted(
-            (view for view in sound if kind in view.mean), key=lambda view: view.mean[kind].value, reverse=True
-        )
+        having = [view for view in sound if kind in view.mean]
+        ranked = sorted(having, key=lambda view: view.mean[kind].value, reverse=True)
         if len(ranked) > 1:
-            lines.append(f"{_condition(kind)}: {_difference(ranked[0], ranked[1], kind)}")
+            condition = "Without attack" if kind == CLEAN else f"Under {kind}"
+            lines.append(f"{condition}: {_difference(ranked[0], ranked[1], kind)}")
     return lines
 
 
@@ -101,10 +101,6 @@ def _difference(best: View, second: View, kind: str) -> str:
     return f"no run is best: {best.name} differs from {second.name} by {points} {interval}."
 
 
-def _condition(kind: str) -> str:
-    return "Without attack" if kind == CLEAN else f"Under {kind}"
-
-
 def _grades(views: Sequence[View]) -> list[str]:
     """Explains each grade, and names the failed checks."""
     lines = []
@@ -113,33 +109,24 @@ def _grades(views: Sequence[View]) -> list[str]:
         if names:
             lines.append(f"Audit grade {grade} ({', '.join(names)}): {meaning}.")
     for view in views:
-        failed = [
-            f"{check.get('name')}: {check.get('found')}" for check in view.checks if check.get("status") == "fail"
-        ]
+        failed = [f"{c.get('name')}: {c.get('found')}" for c in view.checks if c.get("status") == "fail"]
         lines += [f"{view.name} failed {'; '.join(failed)}"] if failed else []
     return lines
 
 
-def _rule(views: Sequence[View]) -> str:
-    return f"{UNITS} {BEST_RULE}" if len(views) > 1 else UNITS
-
-
 def _tables(views: Sequence[View]) -> list[Table]:
     """Returns a table of all tasks for one run, or a table per attack for several; samples and seconds come last."""
-    accuracies = [_side_by_side(views, kind) for kind in union(views, of="mean")]
-    return [*(accuracies if len(views) > 1 else [_one_run(views[0])]), _effort(views)]
-
-
-def _one_run(view: View) -> Table:
-    rows = [(name, [_cell(scores.get(kind)) for kind in view.mean]) for name, scores in view.named.items()]
-    return Table("Accuracy of every task", "task", list(view.mean), rows, has_total=True)
-
-
-def _side_by_side(views: Sequence[View], kind: str) -> Table:
+    if len(views) == 1:
+        (view,) = views
+        rows = [(name, [_cell(scores.get(kind)) for kind in view.mean]) for name, scores in view.named.items()]
+        return [Table("Accuracy of every task", "task", list(view.mean), rows, has_total=True), _effort(views)]
     names = [*union(views, of="scores"), *union(views, of="averages"), MEAN]
-    rows = [(name, _marked(views, name, kind)) for name in names]
-    caption = "Clean accuracy" if kind == CLEAN else f"Accuracy under {kind}"
-    return Table(caption, "task", [view.label for view in views], rows, has_total=True)
+    tables = []
+    for kind in union(views, of="mean"):
+        caption = "Clean accuracy" if kind == CLEAN else f"Accuracy under {kind}"
+        rows = [(name, _marked(views, name, kind)) for name in names]
+        tables.append(Table(caption, "task", [view.label for view in views], rows, has_total=True))
+    return [*tables, _effort(views)]
 
 
 def _effort(views: Sequence[View]) -> Table:
@@ -161,11 +148,10 @@ def _marked(views: Sequence[View], name: str, kind: str) -> list[Cell]:
     cells = [_cell(score) for score in scores]
     present = [(score, place) for place, score in enumerate(scores) if score is not None]
     sound = [item for item in present if not views[item[1]].has_failed]
-    if len(present) < 2 or not sound or not _is_fair(views, name, kind):
-        return cells
-    best, place = max(sound, key=lambda item: item[0].value)
-    if all(best.low > score.high for score, other in sound if other != place):
-        cells[place] = Cell(best.text, best.interval, is_best=True)
+    if len(present) > 1 and sound and _is_fair(views, name, kind):
+        best, place = max(sound, key=lambda item: item[0].value)
+        is_best = all(best.low > score.high for score, other in sound if other != place)
+        cells[place] = cells[place]._replace(is_best=is_best)
     return cells
 
 

@@ -61,21 +61,18 @@ def _values(views: Sequence[View], name: str, measure: str) -> list[float | None
 def _picture(views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Picture:
     """Draws a line per task, from the run with the least collapse ratio to the run with the greatest."""
 
-    def paint(axes: Axes) -> Mapping[str, str]:
-        titles: dict[str, str] = {}
+    def paint(axes: Axes) -> None:
         for place, (name, values) in enumerate([*rows.items()][::-1]):  # matplotlib counts from below
             present = [(view, value) for view, value in zip(views, values, strict=True) if value is not None]
             ends = [limit(value for _, value in present) for limit in (min, max)]
             axes.plot(ends, [place, place], color=RULE, linewidth=3, zorder=1)
             for view, value in present:
-                gid = f"{view.number}-{place}"
-                titles[gid] = f"{view.label}, {name}: {value:.3g}"
-                axes.scatter([value], [place], s=45, linewidth=0, gid=gid, zorder=2, **run_style(view))
+                title = f"{view.label}, {name}: {value:.3g}"
+                axes.scatter([value], [place], s=45, linewidth=0, gid=title, zorder=2, **run_style(view))
         axes.set_yticks(range(len(rows)), list(rows)[::-1])
         axes.set_xlabel("within classes / between classes")
         axes.set_xlim(left=0)
         axes.grid(axis="x")
-        return titles
 
     labels = [view.label for view in views]
     alt = "; ".join(

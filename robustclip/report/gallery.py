@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -64,14 +65,10 @@ def _chosen(kept: Iterable[Example]) -> list[Example]:
     turns: dict[str, dict[str, list[Example]]] = {}
     for example in kept:
         turns.setdefault(example.task, {}).setdefault(example.attack, []).append(example)
-    chosen = []
+    chosen: list[Example] = []
     for by_attack in turns.values():
-        ranked = [
-            (turn, place, example)
-            for place, of_attack in enumerate(by_attack.values())
-            for turn, example in enumerate(of_attack)
-        ]
-        chosen += [example for _, _, example in sorted(ranked, key=lambda item: item[:2])[:PER_TASK]]
+        in_turn = chain.from_iterable(zip_longest(*by_attack.values()))
+        chosen += islice((example for example in in_turn if example is not None), PER_TASK)
     return chosen
 
 
@@ -83,7 +80,8 @@ def _card(view: View, example: Example) -> Card:
         _shot(view, example, example.attacked, "attacked", example.prediction),
     ]
     by = {"clean": "misclassified without attack", "": "robust"}.get(example.by, f"misclassified by {example.by}")
-    facts = [example.attack, f"{example.norm} {_radius(example)}", by, f"sample {example.number}"]
+    radius = f"{LARGEST_GREY * example.eps:.3g}/255" if example.norm == "linf" else f"{example.eps:.3g}"
+    facts = [example.attack, f"{example.norm} {radius}", by, f"sample {example.number}"]
     return Card(shots, _name(view, example.task, example.label), " · ".join(facts))
 
 
@@ -108,10 +106,6 @@ def _png(image: Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG", optimize=True)
     return file.getvalue()
-
-
-def _radius(example: Example) -> str:
-    return f"{LARGEST_GREY * example.eps:.3g}/255" if example.norm == "linf" else f"{example.eps:.3g}"
 
 
 def _name(view: View, task: str, number: int) -> str:

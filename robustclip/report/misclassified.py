@@ -1,6 +1,6 @@
 """Shows how many samples each member of an attack misclassified, from the ledgers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
@@ -40,35 +40,29 @@ def _bars(view: View, attack: str, members: Sequence[str], name: str) -> Picture
     tasks = [task for task in view.scores if attack in view.successes[task]]
     kinds = [(CLEAN, WRONG), *((member, member_colour(place)) for place, member in enumerate(members)), ("", ROBUST)]
 
-    def paint(axes: Axes) -> Mapping[str, str]:
-        titles: dict[str, str] = {}
+    def paint(axes: Axes) -> None:
         for row, task in enumerate(tasks):
             counts, left = view.successes[task][attack], 0.0
             for kind, colour in kinds:
                 width = 100 * counts[kind] / max(counts.total(), 1)
                 if not width:
                     continue
-                gid = f"bar{len(titles)}"
-                titles[gid] = f"{task}: {_named(kind)} {counts[kind]} of {counts.total()}"
-                axes.barh(row, width, left=left, color=colour, height=0.74, edgecolor=PAPER, linewidth=0.8, gid=gid)
+                title = f"{task}: {_named(kind)} {counts[kind]} of {counts.total()}"
+                axes.barh(row, width, left=left, color=colour, height=0.74, edgecolor=PAPER, linewidth=0.8, gid=title)
                 if width >= ROOM_FOR_TEXT:
-                    _write(axes, left + width / 2, row, f"{width:.0f}", colour)
+                    ink = "#ffffff" if colour == member_colour(MEMBER_COLOURS - 1) else "#000000"
+                    at = left + width / 2, row
+                    axes.text(*at, f"{width:.0f}", ha="center", va="center_baseline", color=ink, fontsize=10)
                 left += width
         axes.set(xlim=(0, 100), ylim=(len(tasks) - 0.5, -0.5), xlabel="% of the samples")
         axes.set_yticks(range(len(tasks)), tasks)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        return titles
 
     alt = "; ".join(f"{task}: {_spoken(view, task, attack)}" for task in tasks)
     size = (5.0, FRAME + ROW * max(len(tasks), 1))
     picture = draw(name, f"Successes of each member of {attack}, {view.label}. {alt}", paint, size=size)
     return Picture(picture, view.label, run_entry(view))
-
-
-def _write(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    is_dark = colour == member_colour(MEMBER_COLOURS - 1)
-    axes.text(x, y, text, ha="center", va="center_baseline", color="#ffffff" if is_dark else "#000000", fontsize=10)
 
 
 def _counts(views: Sequence[View], attack: str, members: Sequence[str]) -> Table:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from robustclip.report.blocks import Block, Legend, Picture, Pictures, Text
 from robustclip.report.section import Section
 from robustclip.report.svg import INK, MARKERS, MUTED, draw, run_colour, run_entry, run_style
-from robustclip.report.view import CLEAN, LEVEL, Score, View, percent, union
+from robustclip.report.view import CLEAN, LEVEL, Score, View, union
 from robustclip.results.protocol import digest
 
 SCALES_WITH_RADIUS = ("alpha", "step_size")  # settings that may differ between radii of the same attack
@@ -92,18 +92,16 @@ def _curves(views: Sequence[View]) -> tuple[list[Picture], list[str]]:
             groups.setdefault(_kind(having, attack), []).append(attack)
     pictures = [_curve(views, attacks, f"curve-{number}") for number, attacks in enumerate(groups.values())]
     lone = [attacks[0] for attacks in groups.values() if len(attacks) == 1]
-    lines = (
-        [f"Measured at one radius only: {', '.join(lone)}. The line joins it to the clean accuracy."] if lone else []
-    )
+    line = f"Measured at one radius only: {', '.join(lone)}. The line joins it to the clean accuracy."
+    lines = [line] if lone else []
     lines += [f"No curve shows {', '.join(without)}: the radius is not known."] if without else []
     return pictures, lines
 
 
 def _curve(views: Sequence[View], attacks: Sequence[str], name: str) -> Picture:
     lines = {view.number: _points(view, attacks) for view in views}
-    norm = next(
-        limit[0] for view in views for attack in attacks if attack in view.attacks if (limit := radius(view, attack))
-    )
+    limits = (radius(view, attack) for view in views for attack in attacks if attack in view.attacks)
+    norm = next(limit[0] for limit in limits if limit)
     scale = GREY_LEVELS if norm == "linf" else 1
 
     def paint(axes: Axes) -> None:
@@ -137,7 +135,7 @@ def _points(view: View, attacks: Sequence[str]) -> list[Point]:
     return sorted(points, key=lambda point: point[0])
 
 
-def _described(points: Sequence[Point], scale: int) -> str:
+def _described(points: Sequence[Point], scale: float = 1) -> str:
     return ", ".join(f"{score.text} % at {scale * eps:.3g}" for eps, score in points)
 
 
@@ -160,30 +158,21 @@ def _without_lengths(given: object) -> object:
 def _scatter(views: Sequence[View], attack: str, name: str) -> Picture:
     having = [view for view in views if attack in view.attacks and CLEAN in view.mean]
 
-    def paint(axes: Axes) -> Mapping[str, str]:
-        titles: dict[str, str] = {}
+    def paint(axes: Axes) -> None:
         axes.plot([0, 100], [0, 100], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         for view in having:
             style = run_style(view)
             for task, scores in view.scores.items():
                 if attack in scores and CLEAN in scores:
-                    gid = f"{view.number}-{len(titles)}"
-                    titles[gid] = _point_title(view, task, scores[CLEAN], scores[attack])
-                    x, y = [100 * scores[CLEAN].value], [100 * scores[attack].value]
-                    pale = {**style, "alpha": 0.75 * style["alpha"]}
-                    axes.scatter(x, y, s=30, linewidth=0, gid=gid, clip_on=False, **pale)
-            gid = f"{view.number}-mean"
-            titles[gid] = _point_title(view, "mean", view.mean[CLEAN], view.mean[attack])
-            at = [100 * view.mean[CLEAN].value], [100 * view.mean[attack].value]
-            axes.scatter(*at, s=130, edgecolor=INK, linewidth=1.2, gid=gid, zorder=4, clip_on=False, **style)
+                    pale = {**style, "alpha": 0.75 * style["alpha"], "s": 30, "linewidth": 0}
+                    _point(axes, f"{view.label}, {task}", scores[CLEAN], scores[attack], **pale)
+            style |= {"s": 130, "edgecolor": INK, "linewidth": 1.2, "zorder": 4}
+            _point(axes, f"{view.label}, mean", view.mean[CLEAN], view.mean[attack], **style)
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="clean accuracy, %", ylabel=f"under {attack}, %")
         axes.grid(axis="both")
-        return titles
 
-    means = "; ".join(
-        f"{view.label}: mean {view.mean[CLEAN].text} % clean, {view.mean[attack].text} %" for view in having
-    )
-    picture = draw(name, f"Clean accuracy against accuracy under {attack}. {means}", paint)
+    means = (f"{view.label}: mean {view.mean[CLEAN].text} % clean, {view.mean[attack].text} %" for view in having)
+    picture = draw(name, f"Clean accuracy against accuracy under {attack}. {'; '.join(means)}", paint)
     return Picture(picture, f"clean against {attack}")
 
 
@@ -211,11 +200,11 @@ def _interpolation(line: Sequence[tuple[float, View]], name: str) -> Picture:
         axes.grid(axis="y")
         axes.legend(frameon=False)
 
-    text = (f"{kind}: " + ", ".join(f"{s.text} % at {a:g}" for a, s in zip(alphas, scores, strict=True))
-            for kind, scores in curves.items())  # fmt: skip
+    described = (f"{kind}: {_described([*zip(alphas, scores, strict=True)])}" for kind, scores in curves.items())
     method = line[0][1].run.result["method"]
-    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(text)}", paint), str(method))
+    return Picture(draw(name, f"Mean accuracy against alpha. {'; '.join(described)}", paint), str(method))
 
 
-def _point_title(view: View, task: str, clean: Score, robust: Score) -> str:
-    return f"{view.label}, {task}: {percent(clean.value)} % clean, {percent(robust.value)} % attacked"
+def _point(axes: Axes, name: str, clean: Score, robust: Score, **style: Any) -> None:
+    title = f"{name}: {clean.text} % clean, {robust.text} % attacked"
+    axes.scatter([100 * clean.value], [100 * robust.value], gid=title, clip_on=False, **style)

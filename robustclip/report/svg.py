@@ -63,22 +63,24 @@ def run_style(view: View) -> dict[str, Any]:
     return {"color": run_colour(view.number), "marker": MARKERS[view.number % len(MARKERS)], "alpha": alpha}
 
 
-def draw(
-    name: str, alt: str, paint: Callable[[Axes], Mapping[str, str] | None], *, size: tuple[float, float] = (5.0, 3.6)
-) -> Markup:
+def draw(name: str, alt: str, paint: Callable[[Axes], None], *, size: tuple[float, float] = (5.0, 3.6)) -> Markup:
     """Draws an inline picture; equal content gives equal bytes.
 
     Args:
         name: unique on the page; letters, digits and ``-``.
         alt: description of the picture, for readers who cannot see it.
-        paint: draws on the axes; may return tooltips by the gid of their artist.
+        paint: draws on the axes; the gid of an artist is its tooltip.
         size: in inches; the page scales it to its column.
     """
     text = io.StringIO()
     settings: Any = {**STYLE, "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
-        titles = paint(figure.add_subplot()) or {}
+        paint(figure.add_subplot())
+        titles = {}
+        for number, artist in enumerate(figure.findobj(lambda artist: artist.get_gid() is not None)):
+            titles[f"mark{number}"] = str(artist.get_gid())
+            artist.set_gid(f"mark{number}")
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     return Markup(_follow_page(text.getvalue(), name, alt, titles))  # every text in it is escaped
 

@@ -109,10 +109,16 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
         raise ValueError(
             "views must be set because trainer.max_epochs is not; give one view per epoch, such as --views 30"
         )
-    encoder = _encoder(clip, data, settings)
+    encoder = Encoder(
+        clip,
+        batch_size=data.eval_batch_size,
+        num_workers=data.num_workers,
+        device=settings.device,
+        precision=settings.precision,
+    )
     origin = _origin(encoder, data, views, seed)
     pieces = [piece for images in data.image_sets for piece in _pieces(images, data.augmentation, views, seed)]
-    own = [piece for number, piece in enumerate(pieces) if number % settings.shards == settings.shard]
+    own = pieces[settings.shard :: settings.shards]
     work = out.with_name(f"{out.name}.work")
     store = Store(work, origin | _identities(data.image_sets))
     label = f"{sum(len(piece.positions) for piece in own):,} images"
@@ -125,22 +131,12 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
     shutil.rmtree(work)
 
 
-def _encoder(clip: CLIPModel, data: CLIPDataModule, settings: Settings) -> Encoder:
-    return Encoder(
-        clip,
-        batch_size=data.eval_batch_size,
-        num_workers=data.num_workers,
-        device=settings.device,
-        precision=settings.precision,
-    )
-
-
 def _origin(encoder: Encoder, data: CLIPDataModule, views: int, seed: int) -> dict[str, Any]:
     """Collects the settings that determine the embeddings."""
     clip, augmentation = encoder.clip, data.augmentation
-    model = {"arch": clip.arch, "pretrained": clip.pretrained, "fingerprint": clip.fingerprint}
+    model = {name: getattr(clip, name) for name in ("arch", "pretrained", "fingerprint", "image_size")}
     return {
-        "model": {**model, "image_size": clip.image_size, "width": encoder.width},
+        "model": {**model, "width": encoder.width},
         "precision": encoder.precision,
         "augmentation": None if augmentation is None else asdict(augmentation),
         "augmentation_seed": seed,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from robustclip import display
 from robustclip.data.decoding import DECODING_ERRORS, decoded, in_eight_bits
 from robustclip.data.opened_source import open_source
+from robustclip.data.sources.source import where_of
 from robustclip.persistence import atomic_write
 from robustclip.tools.captioner import Captioner, Decoding
 from robustclip.tools.progress_log import Journal, Row, read_all
@@ -78,29 +79,18 @@ def caption(
         todo = [number for number in range(count) if number % shards == shard and number not in done]
         loader: Any = DataLoader(batches, batch_size=None, sampler=todo, num_workers=num_workers)
         label = f"captions, shard {shard} of {shards}" if shards > 1 else "captions"
-        for batch in display.progress(loader, label, len(todo)):
-            journal.append(batch.number, _rows(batch, model))
+        for number, is_decoded, pixels in display.progress(loader, label, len(todo)):
+            captions = iter([] if pixels is None else model(pixels, decoding.seed + number))
+            rows = [(index, next(captions) if is_good else []) for index, is_good in is_decoded.items()]
+            journal.append(number, rows)
     return _publish(folder, out, count, settings)
 
 
-class PictureBatch(NamedTuple):
-    """One batch of preprocessed images for the captioner.
-
-    Attributes:
-        number: position of the batch, from 0.
-        index: sample ids.
-        pixels: ``(B, 3, H, W)`` images that could be decoded, in the order of the ids; None if there are none.
-        bad: ids of the images that could not be decoded.
-    """
-
-    number: int
-    index: list[int]  # type: ignore[assignment]  # the field is worth more than tuple.index
-    pixels: Tensor | None
-    bad: list[int]
-
-
-class Batches(Dataset[PictureBatch]):
+class Batches(Dataset[tuple[int, dict[int, bool], Tensor | None]]):
     """Batches of a data set's images, preprocessed for the captioner.
+
+    A batch has its number, whether each sample id could be decoded, and the decoded images ``(B, 3, H, W)`` in the
+    order of the ids, or None if there are none.
 
     Args:
         source: data set of pairs of image and label.
@@ -111,25 +101,18 @@ class Batches(Dataset[PictureBatch]):
     def __init__(self, source: Dataset[Any], processor: Any, batch_size: int) -> None:
         self.source, self.processor, self.batch_size = source, processor, batch_size
 
-    def __getitem__(self, number: int) -> PictureBatch:
+    def __getitem__(self, number: int) -> tuple[int, dict[int, bool], Tensor | None]:
         begin = number * self.batch_size
         index = range(begin, min(begin + self.batch_size, len(self.source)))  # type: ignore[arg-type]
-        images, bad = [], []
+        images: dict[int, Any] = {}
         for position in index:
             try:
-                images.append(in_eight_bits(decoded(self.source[position][0])))
+                images[position] = in_eight_bits(decoded(self.source[position][0]))
             except DECODING_ERRORS as error:
-                where = getattr(self.source, "where", "sample {} of the data set".format)
-                log.warning("%s cannot be decoded and gets no caption: %s", where(position), error)
-                bad.append(position)
-        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
-        return PictureBatch(number, list(index), pixels, bad)
-
-
-def _rows(batch: PictureBatch, model: Captioner) -> list[Row]:
-    captions = [] if batch.pixels is None else model(batch.pixels, model.decoding.seed + batch.number)
-    remaining = iter(captions)
-    return [(index, [] if index in batch.bad else next(remaining)) for index in batch.index]
+                where = where_of(self.source, position)
+                log.warning("%s cannot be decoded and gets no caption: %s", where, error)
+        pixels = self.processor(images=[*images.values()], return_tensors="pt")["pixel_values"] if images else None
+        return number, {position: position in images for position in index}, pixels
 
 
 def _publish(folder: Path, out: Path, count: int, settings: Mapping[str, Any]) -> bool:

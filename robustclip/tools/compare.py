@@ -156,9 +156,8 @@ def unchecked_images(a: Run, b: Run) -> list[str]:
     tasks = [key[0] for key in axes_a if key in axes_b and not protocol.is_checked(axes_a[key], axes_b[key])]
     names = ", ".join(dict.fromkeys(tasks))
     why = "a result has no hashes of the pixels; test again with this version"
-    return (
-        [f"{names}: it is not checked that {a.name} and {b.name} used the same images, because {why}"] if tasks else []
-    )
+    line = f"{names}: it is not checked that {a.name} and {b.name} used the same images, because {why}"
+    return [line] if tasks else []
 
 
 def unlike_unknown(a: Run, b: Run) -> list[str]:
@@ -197,11 +196,8 @@ def _axes(run: Run) -> Protocols:
 def _unpaired(a: Collection[Key], b: Collection[Key]) -> list[str]:
     """Writes one sentence per run with tasks or attacks that the other run lacks."""
     only = {"A": [key for key in a if key not in b], "B": [key for key in b if key not in a]}
-    return [
-        f"only in {name}: {', '.join(f'{task} under {attack}' for task, attack in keys)}"
-        for name, keys in only.items()
-        if keys
-    ]
+    places = {name: ", ".join(f"{task} under {attack}" for task, attack in keys) for name, keys in only.items()}
+    return [f"only in {name}: {listed}" for name, listed in places.items() if listed]
 
 
 def _unlike(
@@ -296,10 +292,8 @@ def _share(is_correct: Sequence[bool]) -> float:
 
 def _averages(a: Run, b: Run) -> dict[str, list[str]]:
     """Collects the averages that both runs take over equal tasks: tasks by the average's name."""
-    tasks_a, tasks_b = (
-        {name: average["tasks"] for name, average in run.result.get("averages", {}).items()} for run in (a, b)
-    )
-    return {name: tasks for name, tasks in tasks_a.items() if tasks_b.get(name) == tasks}
+    of_a, of_b = (run.result.get("averages", {}) for run in (a, b))
+    return {name: of_a[name]["tasks"] for name in of_a if of_b.get(name, {}).get("tasks") == of_a[name]["tasks"]}
 
 
 def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]]) -> list[Mean]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from packaging.requirements import Requirement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
@@ -80,9 +80,7 @@ def doctor(plan: Plan) -> int:
         Number of problems, each of which would stop the run.
     """
     findings = list(check(plan))
-    table = Table(title="robustclip doctor")
-    for title in ("check", "result", "detail"):
-        table.add_column(title, overflow="fold")
+    table = Table(*(Column(name, overflow="fold") for name in ("check", "result", "detail")), title="robustclip doctor")
     for finding in findings:
         table.add_row(finding.check, Text(finding.mark, style=STYLES[finding.mark]), finding.detail)
     problems = sum(finding.mark == PROBLEM for finding in findings)
@@ -162,7 +160,8 @@ class Bench:
         """
         if not self.evaluation.attacks:
             yield Finding("attacks", WARNING, "`evaluation.attacks` is empty, so only clean accuracy is measured")
-        tests, validation = ([data_set for data_set in sets if _has_images(data_set)] for sets in (tests, trains[1:]))
+        # Embeddings of `robustclip cache` have two dimensions and no attacks.
+        tests, validation = ([s for s in sets if s.batch and s.batch.images.ndim == 4] for sets in (tests, trains[1:]))
         for name, attack in self.evaluation.attacks.items():
             yield self._attack(name, attack, tests)
         if tests:
@@ -277,11 +276,6 @@ def _elapsed(start: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter() - start
-
-
-def _has_images(data_set: DataSet) -> bool:
-    """Whether a set has images; embeddings of ``robustclip cache`` have no attacks."""
-    return data_set.batch is not None and data_set.batch.images.ndim == 4
 
 
 def _versions() -> Finding:

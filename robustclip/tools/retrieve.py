@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -112,12 +112,17 @@ def retrieve(settings: Settings, out: Path) -> None:
     data = open_source(settings.data, root=settings.root, split=settings.split)
     guards = _open_guards(settings)
     pool = pool_shards(settings.pool, settings.root)
-    encoder = _encoder(settings)
+    encoder = Encoder(
+        CLIPModel(settings.arch, settings.pretrained, settings.image_size),
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        device=settings.device,
+        precision=settings.precision,
+    )
     work = Path(settings.cache) if settings.cache else out.with_name(f"{out.name}.work")
     store = Store(work, encoder.settings)
     if settings.shard == 0:
-        is_exact = settings.index == "flat"
-        sys.stderr.write(_estimate(pool, encoder, is_exact=is_exact, processes=settings.shards) + "\n")
+        sys.stderr.write(f"{_estimate(pool, encoder, settings)}\n")
     modalities = {"caption": ["text", "image"] if guards else ["text"]}.get(settings.query, ["image"])
     if settings.shards > 1:
         for kind in modalities:
@@ -129,18 +134,19 @@ def retrieve(settings: Settings, out: Path) -> None:
     sets = {name: image_parts(store, encoder, *guard) for name, guard in guards.items()}
     best, counts = _search(settings, queries, parts, sets)
     anchors = np.unique(best[best >= 0])
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "faiss-cpu", "numpy")}
+    report = {"settings": asdict(settings), "features": encoder.settings, "queries": len(queries.features)}
+    report |= {"counts": counts, "versions": versions}
     with atomic_folder(out) as aside:
         write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[modalities[0]]], anchors))
         write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
-        (aside / "retrieval.json").write_text(
-            json.dumps(_report(settings, encoder, queries, counts), indent=2) + "\n", encoding="utf-8"
-        )
+        (aside / "retrieval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if settings.cache is None:
         shutil.rmtree(work)
     sys.stdout.write("".join(f"{name}: {count}\n" for name, count in counts.items()) + f"{out}\n")
 
 
-def _estimate(pool: Sequence[Shard], encoder: Encoder, *, is_exact: bool, processes: int) -> str:
+def _estimate(pool: Sequence[Shard], encoder: Encoder, settings: Settings) -> str:
     """Estimates disk space, memory and hours from the pool's first pairs, in one line."""
     probe = list(islice(pool[0].pairs(), encoder.batch_size))
     if not probe:
@@ -152,11 +158,12 @@ def _estimate(pool: Sequence[Shard], encoder: Encoder, *, is_exact: bool, proces
     encoder.images(pair.open for pair in probe)
     rate = len(probe) / (time.perf_counter() - begin)
     count = round(sum(sizes) / np.mean([pair.stored_bytes for pair in probe]))
+    is_exact = settings.index == "flat"
     searched = min(CHUNK, count) * encoder.width * 4 if is_exact else count * (encoder.width // 8 + 8)
     return (
         f"pool: {len(pool)} shards, about {count:,} pairs of {encoder.width} dimensions:"
         f" {count * (encoder.width * 2 + 8) / GIGA:.3f} GB of features on the disk,"
-        f" {searched / GIGA:.3f} GB of memory to search in, about {count / rate / 3600 / processes:.2f} hours"
+        f" {searched / GIGA:.3f} GB of memory to search in, about {count / rate / 3600 / settings.shards:.2f} hours"
         f" to encode at {rate:.0f} images a second"
     )
 
@@ -177,41 +184,24 @@ def _search(
     return best, counts | {"retrieved": retrieved, "guarded": len(refused), "guarded_by": guard.counts(refused)}
 
 
-def _encoder(settings: Settings) -> Encoder:
-    return Encoder(
-        CLIPModel(settings.arch, settings.pretrained, settings.image_size),
-        batch_size=settings.batch_size,
-        num_workers=settings.num_workers,
-        device=settings.device,
-        precision=settings.precision,
-    )
-
-
 def _pool_parts(store: Store, encoder: Encoder, pool: list[Shard], kind: str, settings: Settings) -> list[Part]:
     """Returns features of the pool's images or texts, for the share of this process."""
-    own = [shard for number, shard in enumerate(pool) if number % settings.shards == settings.shard]
-    label = "pool, images" if kind == "image" else "pool, texts"
-    shards = display.progress(own, label)
+    shards = display.progress(pool[settings.shard :: settings.shards], f"pool, {kind}s")
     return [store.part(f"{kind}-{shard.stem}", partial(_encode, encoder, shard, kind)) for shard in shards]
 
 
 def _encode(encoder: Encoder, shard: Shard, kind: str) -> Part:
     digests: list[int] = []
-    captions: list[list[str]] = []
 
-    def recorded() -> Iterable[Pair]:
+    def recorded() -> Iterator[Pair]:
         for pair in shard.pairs():
             digests.append(pair.digest if pair.captions else 0)
-            if kind == "text":
-                captions.append(pair.captions)
             yield pair
 
     if kind == "image":
         features = encoder.images(pair.open for pair in recorded())
     else:
-        for _ in recorded():  # fills digests and captions
-            pass
-        features = encoder.texts(captions)
+        features = encoder.texts([pair.captions for pair in recorded()])
     return records(digests, features)
 
 
@@ -223,13 +213,8 @@ def _candidates(parts: Mapping[str, list[Part]]) -> tuple[NDArray[np.bool_], dic
     usable = np.flatnonzero(is_usable)
     is_candidate[usable[np.unique(digests[0][usable], return_index=True)[1]]] = True
     count, candidates = len(is_usable), int(is_candidate.sum())
-    duplicates = len(usable) - candidates
-    return is_candidate, {
-        "pool": count,
-        "unusable": count - len(usable),
-        "duplicates": duplicates,
-        "candidates": candidates,
-    }
+    counts = {"pool": count, "unusable": count - len(usable), "duplicates": len(usable) - candidates}
+    return is_candidate, counts | {"candidates": candidates}
 
 
 def _open_guards(settings: Settings) -> dict[str, tuple[OpenedSource, str]]:
@@ -240,14 +225,3 @@ def _open_guards(settings: Settings) -> dict[str, tuple[OpenedSource, str]]:
             raise ValueError(f"two guards are named {source.task.name!r}; give each set once")
         opened[source.task.name] = source, name
     return opened
-
-
-def _report(settings: Settings, encoder: Encoder, queries: Queries, counts: dict[str, Any]) -> dict[str, Any]:
-    packages = ("torch", "open_clip_torch", "faiss-cpu", "numpy")
-    return {
-        "settings": asdict(settings),
-        "features": encoder.settings,
-        "queries": len(queries.features),
-        "counts": counts,
-        "versions": {name: version(name) for name in packages},
-    }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from robustclip import display
@@ -77,11 +77,9 @@ def replay(run: Path, method: RobustMethod) -> None:
         ValueError: the test kept no examples, or a file is damaged.
     """
     opened = Run.open(run)
-    table = Table(title=f"examples of {opened.result['method']} on {type(method).__name__}, percent, 95 % interval")
-    for name in ("task", "attack"):
-        table.add_column(name)
-    for name in ("n", "correct\nclean", "correct\nattacked", "misclassified\nof correct clean"):
-        table.add_column(name, justify="right")
+    headings = ("n", "correct\nclean", "correct\nattacked", "misclassified\nof correct clean")
+    title = f"examples of {opened.result['method']} on {type(method).__name__}, percent, 95 % interval"
+    table = Table("task", "attack", *(Column(name, justify="right") for name in headings), title=title)
     for (task, attack), total in transfers(opened, method).items():
         counts = ((total.clean, total.n), (total.attacked, total.n), (total.misclassified, total.clean))
         table.add_row(task, attack, str(total.n), *(_rate(*count) for count in counts))
@@ -198,16 +196,10 @@ def _batches(folder: Path) -> Iterator[list[Example]]:
 
 
 def _prepared(method: RobustMethod, run: Run) -> RobustMethod:
-    method = method.float()
-    classes = _section(run, "classes")
-    method.prepare([_task(name, texts) for name, texts in classes.items()])
+    classes = _section(run, "classes").items()
+    tasks = [Task(name, texts["class_names"], texts["templates"], texts.get("groups")) for name, texts in classes]
+    method.float().prepare(tasks)
     return method
-
-
-def _task(name: str, texts: Mapping[str, Any]) -> Task:
-    groups = texts.get("groups")
-    in_tuples = None if groups is None else tuple(map(tuple, groups))
-    return Task(name, tuple(texts["class_names"]), tuple(texts["templates"]), in_tuples)
 
 
 def _section(run: Run, name: str) -> dict[str, Any]:
@@ -225,9 +217,8 @@ def _examples(run: Run) -> Path:
 
 
 def _verified(failures: Mapping[Key, Mapping[int, Sequence[str]]]) -> Table:
-    table = Table(title="stored adversarial examples, tested again")
-    for name in ("task", "attack", "n", "agree", "disagree", "because (ids)"):
-        table.add_column(name, justify="right" if name in ("n", "agree", "disagree") else "left")
+    numbers = (Column(name, justify="right") for name in ("n", "agree", "disagree"))
+    table = Table("task", "attack", *numbers, "because (ids)", title="stored adversarial examples, tested again")
     for (task, attack), examples in failures.items():
         wrong = {number: reasons for number, reasons in examples.items() if reasons}
         counts = (len(examples), len(examples) - len(wrong), len(wrong))

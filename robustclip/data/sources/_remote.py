@@ -5,9 +5,8 @@ import re
 import socket
 import ssl
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from http.client import HTTPException, HTTPResponse, InvalidURL
-from types import TracebackType
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
@@ -39,7 +38,7 @@ class Version(NamedTuple):
         return any(a != b for a, b in zip(self, other, strict=True) if a is not None and b is not None)
 
 
-class HttpFile:
+class HttpFile(AbstractContextManager["HttpFile"]):
     """A remote file as `tar.Readable`; reading resumes at the same byte after a broken connection.
 
     Files of fsspec are unsuitable: they neither try again nor detect a change between two requests, and their event
@@ -65,10 +64,7 @@ class HttpFile:
         self._version: Version | None = None
         self._response: HTTPResponse | None = None
 
-    def __enter__(self) -> "HttpFile":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
 
     def read(self, size: int, /) -> bytes:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
-from robustclip.data.class_labels import WORDNET_ID, excerpt
+from robustclip.data.class_labels import WORDNET_ID
 from robustclip.data.decoding import open_file
 from robustclip.data.sources.source import LocatedSource, Opened
 from robustclip.data.sources.wds import texts_beside
+from robustclip.names import excerpt
 from robustclip.textfiles import read_text
 
 log = logging.getLogger(__name__)

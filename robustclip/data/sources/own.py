@@ -1,47 +1,33 @@
 """Own data sets, given as objects or by the path of their class."""
 
-import importlib
 import inspect
 import re
 from typing import Any
 
-from torch.utils.data import Dataset
-
+from robustclip.arguments import imported
 from robustclip.data.sources.source import Opened, Source
 from robustclip.data.sources.torchvision import own_names
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
-class OwnDataset(Source):
-    """An own ``torch.utils.data.Dataset``, whose attribute ``classes`` names its labels if there is one.
+def open_own(source: Any, split: str, root: str) -> Opened:
+    """Opens an own source, which is constructed first if it is given by the path of its class.
 
     Args:
-        dataset: data set that gives ``(image, label)`` by position, as `Opened` describes.
-    """
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def open(self, split: str) -> Opened:
-        """Returns the same data set for every split."""
-        return Opened(self.dataset, keys=own_names(self.dataset))
-
-
-def own_source(source: Any, split: str, root: str) -> Source:
-    """Returns an own source, which is constructed if it is given by the path of its class.
-
-    Args:
-        source: a `Source`, a data set, or the path of a class of one of these.
-        split: passed to a constructor with the parameter ``split``; one with the parameter ``train`` gets true for
-            ``train``.
+        source: a `Source`, a ``torch.utils.data.Dataset`` as `Opened` describes, whose attribute ``classes`` names its
+            labels if there is one, or the path of a class of one of these. A data set is the same for every split.
+        split: split to open; also passed to a constructor with the parameter ``split``. One with the parameter
+            ``train`` gets true for ``train``.
         root: passed to a constructor that requires ``root``.
 
     Raises:
-        ValueError: the class does not exist, is of another kind, or cannot be constructed.
+        ValueError: the class does not exist, is of another kind, or cannot be constructed, or as `Source.open`.
     """
     if isinstance(source, str):
-        cls = _class_at(source)
+        cls = imported(source, "data source")
+        if not (isinstance(cls, type) and (issubclass(cls, Source) or hasattr(cls, "__getitem__"))):
+            raise ValueError(f"data source {source!r} must be a class of Source or torch.utils.data.Dataset")
         parameters = inspect.signature(cls).parameters
         offered = {"split": split, "train": split == "train"}
         if "root" in parameters and parameters["root"].default is inspect.Parameter.empty:
@@ -51,16 +37,4 @@ def own_source(source: Any, split: str, root: str) -> Source:
         except TypeError as error:
             remedy = f"`source: {{class_path: {source}, init_args: {{...}}}}` gives arguments"
             raise ValueError(f"data source {source!r} cannot be made: {error}; {remedy}") from error
-    return source if isinstance(source, Source) else OwnDataset(source)
-
-
-def _class_at(path: str) -> Any:
-    """Imports the class of a `Source` or a data set from a path such as ``my_module.MySet``."""
-    module, _, name = path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data source {path!r} cannot be imported: {error}; start where {module} lies") from error
-    if not (isinstance(cls, type) and (issubclass(cls, Source) or hasattr(cls, "__getitem__"))):
-        raise ValueError(f"data source {path!r} must be a class of Source or torch.utils.data.Dataset")
-    return cls
+    return source.open(split) if isinstance(source, Source) else Opened(source, keys=own_names(source))

@@ -125,12 +125,7 @@ def _polygon(sides: int, radius: float) -> Callable[[Array, Array], Array]:
 
 def _star(u: Array, v: Array) -> Array:
     """Draws a pentagram: points outside of at most one of five half-planes, by the second highest distance."""
-    planes = _planes(u, v, 5, 0.37)
-    highest: Array = np.maximum(planes[0], planes[1])
-    second: Array = np.minimum(planes[0], planes[1])
-    for plane in planes[2:]:
-        second = np.maximum(second, np.minimum(highest, plane))
-        highest = np.maximum(highest, plane)
+    second: Array = np.sort(_planes(u, v, 5, 0.37), axis=0)[-2]
     return second
 
 
@@ -181,27 +176,24 @@ def _spots(x: Array, y: Array, period: float, radius: float) -> Array:
     return _unit(np.float32(radius + 0.5) - distance)
 
 
-def _pattern(name: str, x: Array, y: Array, period: float) -> Array:
-    """Returns the weight of the second colour at each pixel, ``(SIDE, SIDE)`` in [0, 1]."""
-    if name == "striped":
-        return _wave(y, period)
-    if name == "barred":
-        return _wave(x, period)
-    if name == "hatched":
-        return _wave((x + y) * np.float32(0.7071), period)
-    if name == "dotted":
-        return _spots(x, y, period, period * 0.3)
-    if name == "starry":
-        return _spots(x, y, period, 0.6)
-    if name == "graded":
-        return _unit(y / np.float32(period))
-    across, down = _wave(x, 2 * period), _wave(y, 2 * period)
-    if name == "checkered":
-        return _unit(np.abs(across - down))
+def _bricks(x: Array, y: Array, period: float) -> Array:
     shifted = x + np.floor(y / np.float32(period / 2)) * np.float32(period / 2)
     gaps_x, gaps_y = shifted / np.float32(period), y / np.float32(period / 2)
     mortar = np.minimum((gaps_x - np.floor(gaps_x)) * np.float32(period), (gaps_y - np.floor(gaps_y)) * period / 2)
     return _unit(1.5 - mortar)
+
+
+# Weight of the second colour at each pixel, `(SIDE, SIDE)` in [0, 1], by coordinates and period.
+PATTERNS: dict[str, Callable[[Array, Array, float], Array]] = {
+    "striped": lambda x, y, period: _wave(y, period),
+    "barred": lambda x, y, period: _wave(x, period),
+    "hatched": lambda x, y, period: _wave((x + y) * np.float32(0.7071), period),
+    "dotted": lambda x, y, period: _spots(x, y, period, period * 0.3),
+    "starry": lambda x, y, period: _spots(x, y, period, 0.6),
+    "graded": lambda x, y, period: _unit(y / np.float32(period)),
+    "checkered": lambda x, y, period: _unit(np.abs(_wave(x, 2 * period) - _wave(y, 2 * period))),
+    "bricked": _bricks,
+}
 
 
 def _jittered(random: Random, colour: RGB, amount: float) -> Array:
@@ -218,7 +210,7 @@ def _ground(random: Random, scene: Scene) -> Array:
     if scene.background != "plain":
         first, second, pattern, period = BACKGROUNDS[scene.background]
         shift_x, shift_y = _between(random, 0, period), (0.0 if pattern == "graded" else _between(random, 0, period))
-        weight = _pattern(pattern, _X + np.float32(shift_x), _Y + np.float32(shift_y), period)
+        weight = PATTERNS[pattern](_X + np.float32(shift_x), _Y + np.float32(shift_y), period)
         return _mixed(_jittered(random, first, 12), _jittered(random, second, 12), weight)
     brightness = sum(COLOURS[scene.colour]) / 3
     is_light = random.random() < 0.5 if 90 < brightness < 170 else brightness <= 90
@@ -261,7 +253,7 @@ def render(scene: Scene, random: Random) -> npt.NDArray[np.uint8]:
     if scene.texture != "solid":
         other = paint * np.float32(0.3) if sum(COLOURS[scene.colour]) > 330 else paint * np.float32(0.3) + 170
         shift_x, shift_y = np.float32(_between(random, 0, 5)), np.float32(_between(random, 0, 5))
-        weight = _pattern(scene.texture, _X + shift_x, _Y + shift_y, 5.0)
+        weight = PATTERNS[scene.texture](_X + shift_x, _Y + shift_y, 5.0)
         paint = _mixed(paint, other.astype(np.float32), weight)
     image = ground + (paint - ground) * cover[..., None]
     if scene.style == "mosaic":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from random import Random
 from typing import Any, NamedTuple
 
@@ -94,7 +95,8 @@ def random_scene(random: Random, fixed: Fixed) -> Scene:
     count = fixed.get("count") or (1 if is_single or random.random() < 0.7 else pick(random, (2, 3, 4, 5)))
     is_bare = count > 1 or size in SIZES[:2] or style != "filled" or position not in (None, "centre")
     texture = texture or ("solid" if is_bare or random.random() < 0.4 else pick(random, TEXTURES))
-    sizes = SIZES[:2] if position not in (None, "centre") else SIZES[2:] if is_textured(texture, style) else SIZES
+    needs_room = texture != "solid" or style != "filled"  # a small object would hide its texture or its style
+    sizes = SIZES[:2] if position not in (None, "centre") else SIZES[2:] if needs_room else SIZES
     size = size or pick(random, sizes)
     is_loose = size in SIZES[:2] and count == 1
     position = position or (pick(random, tuple(POSITIONS)) if is_loose else "centre")
@@ -106,16 +108,6 @@ def random_scene(random: Random, fixed: Fixed) -> Scene:
         is_chosen = "shape" in fixed and "colour" in fixed
         if is_chosen or ((colour, shape) not in _FORBIDDEN and _is_visible(colour, background)):
             return Scene(shape, colour, texture, count, size, position, background, style)
-
-
-def is_textured(texture: str, style: str) -> bool:
-    """Checks whether an object must be large, since a small one would hide its texture or its style.
-
-    Args:
-        texture: name in `TEXTURES`.
-        style: style of a `Scene`.
-    """
-    return texture != "solid" or style != "filled"
 
 
 def seeded(key: str) -> Random:
@@ -181,11 +173,9 @@ def _colour_shapes(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, Fixed]]:
 
 def _counted(shapes: Sequence[str]) -> list[tuple[str, Fixed]]:
     classes: list[tuple[str, Fixed]] = []
-    for shape in shapes:
-        for count in range(1, 6):
-            fixed: dict[str, Any] = {"count": count, "background": "plain"}
-            fixed |= {} if shape == "shape" else {"shape": shape}
-            classes.append((f"{COUNTS[count - 1]} {plural(shape) if count > 1 else shape}", fixed))
+    for shape, (number, word) in product(shapes, enumerate(COUNTS, start=1)):
+        fixed = {"count": number, "background": "plain"} | ({} if shape == "shape" else {"shape": shape})
+        classes.append((f"{word} {plural(shape) if number > 1 else shape}", fixed))
     return classes
 
 

@@ -4,12 +4,11 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from robustclip.arguments import checked
 from robustclip.data.class_labels import Named, NameLists, by_label, by_list, join
@@ -63,8 +62,7 @@ class Opened:
         labels = named.labels
         if labels is None or (self.keys is not None and labels == {number: number for number in range(len(self.keys))}):
             return self.dataset, named
-        own = None if self.dataset is None else labels_of(self.dataset)
-        if self.dataset is None or own is None:
+        if (own := labels_of(self.dataset)) is None:
             raise ValueError(f"{where} has the classes in another order, and labels that only decoding reveals")
         return Relabelled(self.dataset, own, labels), named
 
@@ -113,8 +111,8 @@ class LocatedSource(Source):
         return located(self.location, self.root, "data source", self.schemes)
 
 
-def labels_of(dataset: Dataset[Any]) -> Sequence[int] | None:
-    """Returns the label of every sample; None if the data set has no labels without decoding."""
+def labels_of(dataset: Dataset[Any] | None) -> Sequence[int] | None:
+    """Returns the label of every sample; None for a remote set, or one that has no labels without decoding."""
     for attribute in ("labels", "targets", "_labels", "y"):
         labels = getattr(dataset, attribute, None)
         if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
@@ -158,7 +156,7 @@ class Relabelled(Dataset[Any]):
         return where_of(self.source, self.positions[index])
 
 
-class Joined(Dataset[Any]):
+class Joined(ConcatDataset[Any]):
     """The concatenation of several data sets.
 
     Args:
@@ -166,26 +164,15 @@ class Joined(Dataset[Any]):
     """
 
     def __init__(self, sources: Sequence[Dataset[Any]]) -> None:
-        self.sources = sources
-        sizes = [len(source) for source in sources]  # type: ignore[arg-type]
-        self._ends = list(accumulate(sizes))
-        self.domains = [number for number, size in enumerate(sizes) for _ in range(size)]
-        self.labels = [label for source in sources for label in labels_of(source) or ()]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Any:
-        source, position = self._place(index)
-        return source[position]
+        super().__init__(sources)
+        labels = [labels_of(source) or () for source in sources]
+        self.domains = [number for number, of_source in enumerate(labels) for _ in of_source]
+        self.labels = [label for of_source in labels for label in of_source]
 
     def where(self, index: int) -> str:
         """Describes the place of a sample in messages."""
-        return where_of(*self._place(index))
-
-    def _place(self, index: int) -> tuple[Dataset[Any], int]:
-        number = bisect_right(self._ends, index)
-        return self.sources[number], index - (self._ends[number - 1] if number else 0)
+        number = bisect_right(self.cumulative_sizes, index)
+        return where_of(self.datasets[number], index - (self.cumulative_sizes[number - 1] if number else 0))
 
 
 class CheckedImages(Dataset[Any]):

@@ -99,18 +99,15 @@ class ShuffledShards(IterableDataset[StreamedImage]):
             generator = random.Random(f"{self.seed}/{self.epoch}/{lap}/{reader}")
             shuffled = shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=generator)
             is_empty = True
-            for sample in shuffled(self._lap(lap, reader, readers)):
+            order = list(range(len(self.urls)))
+            random.Random(f"{self.seed}/{self.epoch}/{lap}").shuffle(order)
+            for sample in shuffled(_share(self.urls, order, reader, readers)):
                 is_empty = False
                 yield sample
             if is_empty and readers == 1:
                 raise ValueError(f"the shards from {self.urls[0]} on hold no sample")
             if is_empty:
                 reader, readers = 0, 1
-
-    def _lap(self, lap: int, reader: int, readers: int) -> Iterator[StreamedImage]:
-        order = list(range(len(self.urls)))
-        random.Random(f"{self.seed}/{self.epoch}/{lap}").shuffle(order)
-        return _share(self.urls, order, reader, readers)
 
 
 def read_shard(url: str, number: int) -> Iterator[StreamedImage]:

@@ -120,6 +120,12 @@ def parse_label(data: bytes, where: str) -> int:
     return int(text)
 
 
+def lines_of(data: bytes) -> list[str]:
+    """Returns the captions in a ``.txt`` file, one a line, stripped and without empty ones."""
+    lines = data.decode(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _sample(key: str, members: dict[str, Member], shard: str, needs: str) -> Sample:
     images = [kind for kind in members if kind in IMAGE_TYPES]
     if len(images) != 1 or needs not in members or any(_is_ambiguous(kind) for kind in members):

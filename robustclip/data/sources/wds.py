@@ -53,17 +53,6 @@ class Place(NamedTuple):
     size: int
     text: tuple[int, int] | None
 
-    @classmethod
-    def of(cls, shard: int, sample: Sample) -> "Place":
-        """Returns the place of a sample.
-
-        Args:
-            shard: number of the shard.
-            sample: sample in the shard.
-        """
-        image, text = sample.image, sample.text
-        return cls(shard, sample.key, image.offset, image.size, None if text is None else (text.offset, text.size))
-
 
 class IndexedShards(Dataset[tuple[Image.Image, int]]):
     """Images of local tar files with labels or captions, read at random by offset.
@@ -83,9 +72,10 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
         self._places: list[Place] = []
         self.labels: list[int] = []
         for number, shard in enumerate(shards):
-            for sample in read_samples(str(shard), needs=needs, loads=(LABEL,)):
-                self._places.append(Place.of(number, sample))
-                self.labels.append(sample.label)
+            for key, image, label, text in read_samples(str(shard), needs=needs, loads=(LABEL,)):
+                captions = None if text is None else (text.offset, text.size)
+                self._places.append(Place(number, key, image.offset, image.size, captions))
+                self.labels.append(label)
         self.has_captions = any(place.text is not None for place in self._places)
 
     def __len__(self) -> int:
@@ -102,10 +92,7 @@ class IndexedShards(Dataset[tuple[Image.Image, int]]):
     def captions(self, index: int) -> list[str]:
         """Returns the captions of one image; empty without a ``.txt``."""
         place = self._places[index]
-        if place.text is None:
-            return []
-        lines = self._read(place.shard, *place.text).decode("utf-8", errors="replace").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return [] if place.text is None else tar.lines_of(self._read(place.shard, *place.text))
 
     def where(self, index: int) -> str:
         """Returns shard and key of a sample, for messages."""

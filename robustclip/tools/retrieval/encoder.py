@@ -90,11 +90,11 @@ class Encoder:
             return self.clip.embed_image(images.to(self.device, non_blocking=True)).float()
 
     def _encode(self, pixels: Sequence[Tensor | None]) -> NDArray[np.float16]:
-        good = [number for number, image in enumerate(pixels) if image is not None]
+        good = {number: image for number, image in enumerate(pixels) if image is not None}
         features = np.zeros((len(pixels), self.width), np.float16)
         if good:
-            embeddings = self.embeddings(torch.stack([image for image in pixels if image is not None]))
-            features[good] = F.normalize(embeddings, dim=-1).half().cpu().numpy()
+            embeddings = self.embeddings(torch.stack([*good.values()]))
+            features[[*good]] = F.normalize(embeddings, dim=-1).half().cpu().numpy()
         return features
 
     def _autocast(self) -> torch.autocast:
@@ -139,10 +139,6 @@ class Store:
         else:
             atomic_write(path, json.dumps(settings, indent=2) + "\n")
 
-    def has(self, name: str) -> bool:
-        """Reports whether a part exists."""
-        return self._path(name).is_file()
-
     def part(self, name: str, make: Callable[[], Part]) -> Part:
         """Returns a part of the features, mapped into memory.
 
@@ -150,7 +146,7 @@ class Store:
             name: name of the part.
             make: computes the part if it does not exist yet.
         """
-        if not self.has(name):
+        if not self._path(name).is_file():
             content = io.BytesIO()
             np.save(content, make(), allow_pickle=False)
             atomic_write(self._path(name), content.getvalue())

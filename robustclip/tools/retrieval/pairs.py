@@ -1,20 +1,21 @@
 """Reads image-text pairs from tar files in order, for pools of any size, and writes the chosen ones."""
 
 import hashlib
-import io
+import math
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from webdataset.shardlists import expand_urls
+from webdataset.writer import ShardWriter
 
 from robustclip.data.decoding import open_image
-from robustclip.data.sources.tar import IMAGE_TYPES, LABEL, TEXT
+from robustclip.data.sources.tar import IMAGE_TYPES, LABEL, TEXT, lines_of
 from robustclip.data.sources.wds import REMOTE, list_shards, read_samples
 from robustclip.paths import located
 
@@ -37,8 +38,7 @@ class Pair(NamedTuple):
     @property
     def captions(self) -> list[str]:
         """Captions, stripped and without empty ones."""
-        lines = self.text.decode(errors="replace").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return lines_of(self.text)
 
     @property
     def stored_bytes(self) -> int:
@@ -95,15 +95,15 @@ def pool_shards(pools: Iterable[str], root: str, split: str = "train") -> list[S
     Raises:
         ValueError: there is no such pool, or a shard is missing.
     """
-    return [_shard(url) for pool in pools for url in _urls(pool, root, split)]
-
-
-def _urls(pool: str, root: str, split: str) -> list[str]:
-    kind, _, location = pool.partition(":")
-    if kind != "wds" or not location:
-        raise ValueError(f"pool {pool!r} must be wds:FOLDER, wds:URL or wds:FOLDER/{{0..N}}.tar")
-    location = located(location, root, "pool", REMOTE)
-    return list(expand_urls(location)) if location.endswith(".tar") else list_shards(location, split)
+    shards = []
+    for pool in pools:
+        kind, _, location = pool.partition(":")
+        if kind != "wds" or not location:
+            raise ValueError(f"pool {pool!r} must be wds:FOLDER, wds:URL or wds:FOLDER/{{0..N}}.tar")
+        location = located(location, root, "pool", REMOTE)
+        urls = expand_urls(location) if location.endswith(".tar") else list_shards(location, split)
+        shards += [_shard(url) for url in urls]
+    return shards
 
 
 def _shard(url: str) -> Shard:
@@ -144,8 +144,8 @@ def read_chosen(
         begin += len(known)
 
 
-def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> int:
-    """Writes numbered shards of pairs, and returns the number of pairs.
+def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> None:
+    """Writes numbered shards of pairs; equal pairs give equal files.
 
     Each key is made from the pair's number. A key of the pool could point outside the folder when shards are unpacked.
 
@@ -154,20 +154,9 @@ def write_pairs(folder: Path, pairs: Iterable[tuple[int, Pair]]) -> int:
         pairs: position in the pool, and pair.
     """
     folder.mkdir()
-    shards, archive = 0, None
-    count = 0
-    for number, pair in pairs:
-        if count % PAIRS_PER_SHARD == 0:
-            if archive is not None:
-                archive.close()
-            archive, shards = tarfile.open(folder / f"{shards}.tar", "w"), shards + 1  # noqa: SIM115
-        assert archive is not None
-        for kind, data in ((pair.kind, pair.image), ("txt", pair.text)):
-            entry = tarfile.TarInfo(f"c{number:09d}.{kind}")
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-        count += 1
-    if archive is not None:
-        archive.close()
-    (folder / "nshards.txt").write_text(f"{shards}\n", encoding="utf-8")
-    return count
+    pattern = f"{folder.absolute()}/".replace("%", "%%") + "%d.tar"
+    plain: dict[str, Any] = {"encoder": False, "mtime": 0, "user": "", "group": "", "mode": 0o644}
+    with ShardWriter(pattern, PAIRS_PER_SHARD, math.inf, verbose=0, **plain) as shards:
+        for number, pair in pairs:
+            shards.write({"__key__": f"c{number:09d}", pair.kind: pair.image, TEXT: pair.text})
+        (folder / "nshards.txt").write_text(f"{shards.shard if shards.total else 0}\n", encoding="utf-8")

@@ -52,7 +52,7 @@ def make_queries(
     """
     size = _size(data, name)
     if query == "class_text":
-        labels = labels_of(data.dataset) if data.dataset is not None else None
+        labels = labels_of(data.dataset)
         if labels is None:
             raise ValueError(f"data source {name!r} gives labels only with decoded images; use --query image")
         with torch.inference_mode():
@@ -82,7 +82,7 @@ def image_parts(store: Store, encoder: Encoder, source: OpenedSource, name: str)
         ValueError: the data set is remote.
     """
     size = _size(source, name)
-    labels = labels_of(source.dataset) if source.dataset is not None else None
+    labels = labels_of(source.dataset)
     identity = f"{name} {source.split} {size} {labels}"
     stem = f"set-{source.task.name}-{hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()}"
     parts = []
