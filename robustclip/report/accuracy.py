@@ -5,17 +5,18 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import product
 
+from robustclip.intervals import Difference
 from robustclip.names import csv_cell
 from robustclip.report.blocks import Block, Cell, Notice, Table, Tables, Text
 from robustclip.report.section import Section
 from robustclip.report.view import CLEAN, LEVEL, MEAN, MISSING, Score, View, union
 from robustclip.results.protocol import differences, with_counts
-from robustclip.tools.compare import by_id, pair, unchecked_images, unlike_unknown
+from robustclip.tools.compare import Comparisons, by_id, pair, unchecked_images, unlike_unknown
 
 UNITS = f"Top-1 accuracy in percent, each with its {LEVEL} interval."
 BEST_RULE = (
-    f"▲ marks the best run only where its {LEVEL} interval lies above those of all other runs, all were measured under "
-    "one protocol, and its audit did not fail."
+    f"▲ marks the best run: the {LEVEL} interval of its paired difference from every other run lies above 0. Runs "
+    "whose audit failed take no part, and runs of unlike protocols are not compared."
 )
 GRADES = {
     "A": "all checks passed",
@@ -28,11 +29,11 @@ PLACES_LISTED = 6
 
 def summary(views: Sequence[View]) -> list[Block]:
     """Summarises which run is better, by how much, and whether its audit passed."""
-    kinds = union(views, of="mean")
-    columns = [[Cell(view.grade) for view in views], *(_marked(views, MEAN, kind) for kind in kinds)]
+    kinds, pairs = union(views, of="mean"), _Pairs()
+    columns = [[Cell(view.grade) for view in views], *(_marked(views, MEAN, kind, pairs) for kind in kinds)]
     rows = list(zip((view.label for view in views), zip(*columns, strict=True), strict=True))
     table = Table("Mean accuracy over the tasks", "run", ["audit grade", *kinds], rows)
-    lines = [Text(line) for line in [*_findings(views), *_grades(views)]]
+    lines = [Text(line) for line in [*_findings(views, pairs), *_grades(views)]]
     return [table, Text(f"{UNITS} {BEST_RULE}" if len(views) > 1 else UNITS, "aside"), *lines]
 
 
@@ -75,30 +76,68 @@ def csv_of(views: Sequence[View]) -> str:
     return text.getvalue()
 
 
-def _findings(views: Sequence[View]) -> list[str]:
-    """Writes one sentence per attack: the best run and its paired difference from the second, or why no run is best."""
-    sound = [view for view in views if not view.has_failed]
-    lines = []
-    for kind in union(views, of="mean") if len(views) > 1 else ():
-        having = [view for view in sound if kind in view.mean]
-        ranked = sorted(having, key=lambda view: view.mean[kind].value, reverse=True)
-        if len(ranked) > 1:
-            condition = "Without attack" if kind == CLEAN else f"Under {kind}"
-            lines.append(f"{condition}: {_difference(ranked[0], ranked[1], kind)}")
-    return lines
+class _Pairs:
+    """Compares runs in pairs, each pair once."""
+
+    def __init__(self) -> None:
+        self._comparisons: dict[tuple[int, int], Comparisons | str] = {}
+
+    def difference(self, best: View, other: View, name: str, kind: str) -> Difference | str:
+        """Returns how much better a run is on a task or mean than another, or the reason why this is not known."""
+        key = (best.number, other.number)
+        if key not in self._comparisons:
+            try:
+                self._comparisons[key] = pair(other.run, best.run)
+            except ValueError as error:
+                self._comparisons[key] = str(error)
+        compared = self._comparisons[key]
+        if isinstance(compared, str):
+            return compared
+        if best.averaged(name) != other.averaged(name):
+            return f"their {name} is over different tasks"
+        numbers = {(row.task, row.attack): row.difference for row in compared.rows}
+        numbers |= {(mean.name, mean.attack): mean.difference for mean in compared.means}
+        return numbers[name, kind]
 
 
-def _difference(best: View, second: View, kind: str) -> str:
-    try:
-        means = pair(second.run, best.run).means
-    except ValueError as error:
-        return f"{best.name} and {second.name} cannot be compared: {error}"
-    difference = next(mean.difference for mean in means if (mean.name, mean.attack) == (MEAN, kind))
+def _ranked(views: Sequence[View], name: str, kind: str) -> list[View]:
+    """Lists the runs that have a number and whose audit did not fail, the highest number first."""
+    sound = [view for view in views if not view.has_failed and kind in view.named.get(name, {})]
+    return sorted(sound, key=lambda view: view.named[name][kind].value, reverse=True)
+
+
+def _undecided(ranked: Sequence[View], name: str, kind: str, pairs: _Pairs) -> str:
+    """Writes why the first of the ranked runs is not better than each of the others; empty if it is."""
+    best, *others = ranked
+    for other in others:
+        difference = pairs.difference(best, other, name, kind)
+        if isinstance(difference, str):
+            return f"{best.name} and {other.name} cannot be compared: {difference}"
+        if difference.low <= 0:
+            return f"{best.name} differs from {other.name} by {_in_words(difference)}"
+    return ""
+
+
+def _in_words(difference: Difference) -> str:
     points, low, high = (f"{100 * value:+.1f}" for value in difference)
-    interval = f"points, {LEVEL} interval of the paired difference {low} to {high}"
-    if difference.low > 0:
-        return f"{best.name} is best, {points} {interval}, compared with {second.name}."
-    return f"no run is best: {best.name} differs from {second.name} by {points} {interval}."
+    return f"{points} points, {LEVEL} interval of the paired difference {low} to {high}"
+
+
+def _findings(views: Sequence[View], pairs: _Pairs) -> list[str]:
+    """Writes one sentence per attack: the best run and its paired difference from the second, or why no run is best."""
+    lines = []
+    for kind in union(views, of="mean"):
+        ranked = _ranked(views, MEAN, kind)
+        if len(ranked) < 2:
+            continue
+        condition = "Without attack" if kind == CLEAN else f"Under {kind}"
+        first, second = ranked[:2]
+        reason, difference = _undecided(ranked, MEAN, kind, pairs), pairs.difference(first, second, MEAN, kind)
+        if reason or isinstance(difference, str):
+            lines.append(f"{condition}: no run is best: {reason}.")
+        else:
+            lines.append(f"{condition}: {first.name} is best, {_in_words(difference)}, compared with {second.name}.")
+    return lines
 
 
 def _grades(views: Sequence[View]) -> list[str]:
@@ -120,11 +159,11 @@ def _tables(views: Sequence[View]) -> list[Table]:
         (view,) = views
         rows = [(name, [_cell(scores.get(kind)) for kind in view.mean]) for name, scores in view.named.items()]
         return [Table("Accuracy of every task", "task", list(view.mean), rows, has_total=True), _effort(views)]
-    names = [*union(views, of="scores"), *union(views, of="averages"), MEAN]
+    names, pairs = [*union(views, of="scores"), *union(views, of="averages"), MEAN], _Pairs()
     tables = []
     for kind in union(views, of="mean"):
         caption = "Clean accuracy" if kind == CLEAN else f"Accuracy under {kind}"
-        rows = [(name, _marked(views, name, kind)) for name in names]
+        rows = [(name, _marked(views, name, kind, pairs)) for name in names]
         tables.append(Table(caption, "task", [view.label for view in views], rows, has_total=True))
     return [*tables, _effort(views)]
 
@@ -142,16 +181,12 @@ def _effort(views: Sequence[View]) -> Table:
     return Table("Samples and seconds", "task", columns, rows)
 
 
-def _marked(views: Sequence[View], name: str, kind: str) -> list[Cell]:
-    """Returns a cell per run for a task, an average or the mean, and marks the best where `BEST_RULE` allows it."""
-    scores = [view.named.get(name, {}).get(kind) for view in views]
-    cells = [_cell(score) for score in scores]
-    present = [(score, place) for place, score in enumerate(scores) if score is not None]
-    sound = [item for item in present if not views[item[1]].has_failed]
-    if len(present) > 1 and sound and _is_fair(views, name, kind):
-        best, place = max(sound, key=lambda item: item[0].value)
-        is_best = all(best.low > score.high for score, other in sound if other != place)
-        cells[place] = cells[place]._replace(is_best=is_best)
+def _marked(views: Sequence[View], name: str, kind: str, pairs: _Pairs) -> list[Cell]:
+    """Returns a cell per run for a task, an average or the mean, and marks the best by `BEST_RULE`."""
+    cells, ranked = [_cell(view.named.get(name, {}).get(kind)) for view in views], _ranked(views, name, kind)
+    if len(ranked) > 1 and not _undecided(ranked, name, kind, pairs):
+        place = views.index(ranked[0])
+        cells[place] = cells[place]._replace(is_best=True)
     return cells
 
 
@@ -165,15 +200,6 @@ def _seconds(value: float | None) -> str:
 
 def _joined(numbers: Sequence[int]) -> str:
     return " / ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
-
-
-def _is_fair(views: Sequence[View], name: str, kind: str) -> bool:
-    """Reports whether all runs measured a number under one protocol, and an average or mean over equal tasks."""
-    if name in union(views, of="scores"):
-        having = _having(views, name, kind)
-        return not any(differences(having[0].axes(name, kind), view.axes(name, kind)) for view in having[1:])
-    tasks = views[0].averaged(name)
-    return all(view.averaged(name) == tasks for view in views) and all(_is_fair(views, task, kind) for task in tasks)
 
 
 def _having(views: Sequence[View], task: str, kind: str) -> list[View]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from markupsafe import escape
 from PIL import Image
-from report_cases import CLASSES, EPS, FEW, MEMBERS, N, Reader, axes, checks, keep_example, make_run
+from report_cases import CLASSES, EPS, FEW, MEMBERS, N, Reader, axes, checks, keep_example, make_run, write_ledger
 
 from robustclip.report import report
 from robustclip.report.blocks import Block, Cell, Table
@@ -72,28 +72,35 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, count: int) -> None:
                 assert found == formatted(values[kind])
 
 
-def test_best_is_marked_only_above_all_intervals(tmp_path: Path) -> None:
-    def marks(*values: float, templates: str = "a photo of a {}") -> int:
-        folder = tmp_path / f"{values}{templates}"
+def test_the_best_run_is_marked_where_every_paired_difference_is_above_zero(tmp_path: Path) -> None:
+    def marks(*robust: int, templates: str = "a photo of a {}") -> int:
+        """Counts the marks of runs with this many robust samples of 200, of which the larger sets hold the smaller."""
+        folder, n = tmp_path / f"{robust}{templates}", 200
         runs = []
-        for number, value in enumerate(values):
+        for number, count in enumerate(robust):
             run = make_run(
                 folder / str(number), tasks=("pcam",), attacks=("pgd10",), templates=(templates,) * (number + 1)
             )
+            by = [""] * count + ["pgd"] * (n - count)
+            write_ledger(run / LEDGERS / "pcam.csv", {"pgd10": by}, n)
             result = json.loads((run / RESULT).read_text())
+            result["tasks"]["pcam"]["n"] = n
             for place in (result["tasks"]["pcam"], result["mean"]):
-                place["pgd10"] |= {"acc1": value, "interval": [value - 0.05, value + 0.05]}
-                place["clean"] |= {"acc1": 0.5, "interval": [0.4, 0.6]}
+                place["pgd10"] |= {"acc1": count / n, "correct": count}
+                place["clean"] |= {"acc1": 1.0, "correct": n}
             if templates == "a photo of a {}":
                 result["protocol"]["pcam"] = {kind: axes("pcam", kind, (templates,)) for kind in ("clean", "pgd10")}
             (run / RESULT).write_text(json.dumps(result))
             runs.append(run)
-        return read_page(runs, folder)[0].count('<abbr title="best">')
+        text, _ = read_page(runs, folder)
+        assert ("no run is best" in text.split("Under pgd10")[1].split(".")[0]) == ('title="best"' not in text)
+        return text.count('<abbr title="best">')
 
-    assert marks(0.2, 0.4) == 3  # the task, the mean, and the mean in the summary
-    assert marks(0.2, 0.29) == 0  # the intervals overlap
-    assert marks(0.2, 0.4, 0.45) == 0
-    assert marks(0.2, 0.4, templates="another {}") == 0  # another protocol
+    assert marks(40, 80) == 3  # the task, the mean, and the mean in the summary
+    assert marks(40, 54) == 3  # the intervals of the accuracies overlap, that of the difference excludes 0
+    assert marks(40, 42) == 0
+    assert marks(40, 80, 82) == 0
+    assert marks(40, 80, templates="another {}") == 0  # another protocol
 
 
 def test_successes_of_members_equal_the_ledger(tmp_path: Path) -> None:
