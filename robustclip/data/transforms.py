@@ -11,8 +11,8 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizont
 
 from robustclip.arguments import PositiveShare, checked
 from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded
+from robustclip.types import RESIZES, Crop
 
-RESIZE_RATIO = 256 / 224  # short side before the centre crop over side of the crop, as in CLIP's and TeCoA's evaluation
 Picture = Image.Image | Tensor
 
 
@@ -28,20 +28,28 @@ def _without_border(image: Picture, border: int) -> Picture:
 
 
 class ToPixels:
-    """Transforms an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
+    """Transforms an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized, centre crop.
 
-    A tensor ``(3, H, W)`` in [0, 1] is accepted as an image and is not rounded to 8 bits.
+    The crop ``clip`` gives the pixels of ``open_clip.image_transform(size, is_train=False)`` before normalisation; an
+    image becomes RGB before it is resized, as torchvision's and webdataset's loaders do. A tensor ``(3, H, W)`` in
+    [0, 1] is accepted as an image and is not rounded to 8 bits.
 
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
         border: number of pixels that are cut off on every side first.
+        crop: ``tecoa`` or ``clip``, which differ in the resize before the centre crop.
     """
 
-    def __init__(self, size: int | None, border: int = 0) -> None:
-        self.size, self.border = size, border
+    def __init__(self, size: int | None, border: int = 0, crop: Crop = "tecoa") -> None:
+        self.size, self.border, self.crop = size, border, crop
         if size is not None:
-            self._resize = Resize(round(size * RESIZE_RATIO), InterpolationMode.BILINEAR)
+            self._resize = Resize(self._short_side, InterpolationMode(RESIZES[crop].interpolation))
             self._crop = CenterCrop(size)
+
+    @property
+    def _short_side(self) -> int:
+        """Short side in pixels after the resize."""
+        return RESIZES[self.crop].short_side(self.size or 0)
 
     @property
     def description(self) -> str:
@@ -49,7 +57,8 @@ class ToPixels:
         start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
             return f"{start}, own size"
-        return f"{start}, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
+        resize = f"short side {self._short_side} {RESIZES[self.crop].interpolation} antialiased"
+        return f"{start}, {resize}, centre crop {self.size}"
 
     def __call__(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
         """Transforms one image.
@@ -76,7 +85,7 @@ class ToPixels:
         short, long = sorted((width - 2 * self.border, height - 2 * self.border))
         if short < 1:
             raise ImageError(f"{width} x {height} pixels leave nothing without a border of {self.border}")
-        if self.size is not None and round(self.size * RESIZE_RATIO) ** 2 * long / short > MAX_PIXELS:
+        if self.size is not None and self._short_side**2 * long / short > MAX_PIXELS:
             raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
@@ -124,6 +133,14 @@ class AugmentedPixels(ToPixels):
         self.augmentation, self.seed = augmentation, seed
         self._flip = RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
 
+    @property
+    def description(self) -> str:
+        """Describes the transform for a reader; only the transform without augmentation is part of a protocol."""
+        least, most = self.augmentation.scale
+        size = "own size" if self.size is None else f"size {self.size}"
+        flip = ", mirrored at random" if self.augmentation.flip else ""
+        return f"RGB, random crop of {least:g} to {most:g} of the area, bicubic antialiased to {size}{flip}"
+
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
         """Crops the image at random and resizes the crop to the final size."""
         size = size_of(image) if self.size is None else (self.size, self.size)
@@ -135,12 +152,13 @@ class AugmentedPixels(ToPixels):
         return result
 
 
-def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int) -> ToPixels:
+def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int, crop: Crop) -> ToPixels:
     """Returns the transform of training images.
 
     Args:
         size: side of the result in pixels; None keeps the image's own size.
         augmentation: random crops; None for none.
         seed: seed of the run.
+        crop: resize before the centre crop of images without augmentation.
     """
-    return ToPixels(size) if augmentation is None else AugmentedPixels(size, augmentation, seed)
+    return ToPixels(size, crop=crop) if augmentation is None else AugmentedPixels(size, augmentation, seed)
