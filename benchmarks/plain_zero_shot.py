@@ -128,11 +128,14 @@ def read_samples(split: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def read_batches(
-    folder: Path, size: int, batch_size: int, limit: int | None
+    folder: Path, size: int, batch_size: int, limit: int | None, crop: str
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
     """Yield images (B, 3, H, W) in [0, 1], labels (B,) and ids of the test split of one set."""
-    crop = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
-    prepare = transforms.Compose([*([] if folder.name in NATIVE_SIZE_SETS else crop), transforms.ToTensor()])
+    resize = transforms.Resize(round(size * 256 / 224))
+    if crop == "clip":
+        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
+    whole = [] if folder.name in NATIVE_SIZE_SETS else [resize, transforms.CenterCrop(size)]
+    prepare = transforms.Compose([*whole, transforms.ToTensor()])
     samples = list(read_samples(folder / "test"))
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = iter(range(len(samples)) if limit is None else sorted(order[:limit]))
@@ -148,7 +151,8 @@ def evaluate(model: ZeroShotClassifier, folder: Path, options: argparse.Namespac
     model.set_classes(class_names, (folder / "zeroshot_classification_templates.txt").read_text().splitlines())
     eps = float(options.eps)
     total = clean = robust = 0
-    for images, labels, ids in read_batches(folder, options.image_size, options.batch_size, options.limit):
+    size, crop = options.image_size, options.crop
+    for images, labels, ids in read_batches(folder, size, options.batch_size, options.limit, crop):
         attacked = pgd(model, images, labels, ids, eps=eps, alpha=eps * options.alpha_over_eps, steps=options.steps)
         with torch.no_grad():
             clean += int((model(images).argmax(dim=-1) == labels).sum())
@@ -164,6 +168,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of sets in the clip_benchmark layout")
     parser.add_argument("--sets", nargs="+", required=True, help="names of folders in --data")
     parser.add_argument("--image-size", type=int, default=128, help="side of the tower's input")
+    parser.add_argument("--crop", choices=("tecoa", "clip"), default="tecoa", help="as data.crop of the package")
     parser.add_argument("--eps", type=Fraction, default=Fraction(1, 255), help="radius, such as 1/255")
     parser.add_argument("--alpha-over-eps", type=float, default=0.25, help="step size as a share of the radius")
     parser.add_argument("--steps", type=int, default=10)

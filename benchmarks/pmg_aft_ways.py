@@ -29,7 +29,7 @@ def teacher_of(problem: Problem) -> CLIP:
     teacher = problem.model()
     generator = torch.Generator().manual_seed(1)
     for parameter in teacher.visual.parameters():
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return teacher
 
 

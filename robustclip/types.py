@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,6 +15,31 @@ from robustclip.arguments import checked
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 UNKNOWN = -1
 """Label of an image whose class is not among the task's class names."""
+
+
+Crop = Literal["tecoa", "clip"]
+"""Name of the resize before a centre crop: that of TeCoA's and PMG-AFT's code, or that of CLIP's own evaluation."""
+
+
+class Resize(NamedTuple):
+    """The antialiased resize before a centre crop.
+
+    Attributes:
+        ratio: short side after the resize over the side of the crop.
+        interpolation: ``bilinear`` or ``bicubic``.
+    """
+
+    ratio: float
+    interpolation: Literal["bilinear", "bicubic"]
+
+    def short_side(self, size: int) -> int:
+        """Returns the short side in pixels before a crop of ``size`` pixels."""
+        return round(size * self.ratio)
+
+
+RESIZES: Mapping[Crop, Resize] = MappingProxyType(
+    {"tecoa": Resize(256 / 224, "bilinear"), "clip": Resize(1.0, "bicubic")}
+)
 
 
 class Pairs(NamedTuple):

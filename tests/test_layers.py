@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"evaluation", "methods", "results"},
     "convert": {"methods", "models", "results"},
     "tools": {"attacks", "data", "display", "evaluation", "intervals", "methods", "models", "results", "convert"},
-    "report": {"results", "tools"},
+    "report": {"intervals", "results", "tools"},
     "cli": {"attacks", "convert", "data", "evaluation", "methods", "report", "results", "tools", "training"},
     "__main__": {"cli"},
 }

@@ -16,6 +16,9 @@ from robustclip.persistence import atomic_folder
 from robustclip.results.protocol import digest
 from robustclip.results.run import Run
 from robustclip.results.tables import markdown_table
+from robustclip.types import RESIZES, Crop
+
+DATA_MODULE = "CLIPDataModule"
 
 LOADING = {
     "open_clip": 'model = open_clip.create_model("local-dir:THIS_FOLDER")',
@@ -51,11 +54,14 @@ def export(
     if run is not None and run.result.get("model", {}).get("weights") != fingerprint(method):
         raise ValueError(f"{results} is a test of other weights, which the model card must not claim; test this model")
     _check_is_towers_alone(method)
+    crop = _crop(training, run)
     with atomic_folder(out) as aside:
-        difference = _write_open_clip(clip, aside) if to == "open_clip" else _write_hugging_face(clip, aside)
+        difference = (_write_open_clip if to == "open_clip" else _write_hugging_face)(clip, aside, crop)
         base = str(clip.arch or Path(str(clip.pretrained)).name)
         source = f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
-        card = _model_card(type(method).__name__, to=to, base=f"{base}{source}", training=training, run=run)
+        pixels = _pixels(to, clip, crop)
+        name = type(method).__name__
+        card = _model_card(name, to=to, base=f"{base}{source}", pixels=pixels, training=training, run=run)
         (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
@@ -79,24 +85,59 @@ def _check_is_towers_alone(method: RobustMethod) -> None:
         raise ValueError(f"{type(method).__name__} has {added[0]!r} beside the towers; neither format supports it")
 
 
-def _write_open_clip(clip: CLIPModel, folder: Path) -> float:
-    open_clip_folder.write(clip, folder)
+def _crop(training: Mapping[str, Any] | None, run: Run | None) -> Crop | None:
+    """Returns the crop of the test, or else of the training; None if an own data module prepared the images."""
+    config = (None if run is None else run.result.get("config")) or training
+    data = dict((config or {}).get("data") or {})
+    if not data or not str(data.get("class_path", DATA_MODULE)).endswith(DATA_MODULE):
+        return None
+    crop = (data.get("init_args") or data).get("crop", "tecoa")  # older settings lack the key, and had this crop
+    return "clip" if crop == "clip" else "tecoa"
+
+
+def _pixels(to: str, clip: CLIPModel, crop: Crop | None) -> str:
+    """Describes in the model card how images are prepared, with code where the folder's configuration cannot."""
+    rest = "Images of another size are resized by the model in robustclip (bicubic, without antialiasing)."
+    if crop is None:
+        return f"How images were prepared is not recorded. {rest}"
+    size, resize = clip.image_size, RESIZES[crop]
+    side = resize.short_side(size)
+    how = f"short side {side} ({resize.interpolation}, antialiased), centre crop {size}"
+    start = f"Images were prepared by `crop: {crop}`: {how}. {rest}"
+    if to == "hf" or crop == "clip":
+        return f"{start} The folder's own preprocessing does the same crop."
+    mean, std = (tuple(round(value, 8) for value in tensor.flatten().tolist()) for tensor in (clip.mean, clip.std))
+    return f"""{start} open_clip's configuration cannot state this short side, so use this transform instead of
+open_clip's:
+
+```python
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+preprocess = Compose([
+    Resize({side}, InterpolationMode.{resize.interpolation.upper()}), CenterCrop({size}), ToTensor(),
+    Normalize({mean}, {std}),
+])
+```"""
+
+
+def _write_open_clip(clip: CLIPModel, folder: Path, crop: Crop | None) -> float:
+    open_clip_folder.write(clip, folder, crop)
     return open_clip_folder.check_folder(folder, clip)
 
 
-def _write_hugging_face(clip: CLIPModel, folder: Path) -> float:
+def _write_hugging_face(clip: CLIPModel, folder: Path, crop: Crop | None) -> float:
     settings = hugging_face.clip_config(open_clip_folder.config_of(clip))
     settings.architectures = ["CLIPModel"]
     settings.save_pretrained(folder)
     open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(clip.net.state_dict()))
-    hugging_face.write_tokenizer(clip, folder)
+    hugging_face.write_tokenizer(clip, folder, crop or "clip")
     return open_clip_folder.check_parity(
         open_clip_folder.similarities(clip), hugging_face.library_similarities(folder, clip)
     )
 
 
 def _model_card(
-    method: str, *, to: str, base: str, training: Mapping[str, Any] | None = None, run: Run | None = None
+    method: str, *, to: str, base: str, pixels: str, training: Mapping[str, Any] | None = None, run: Run | None = None
 ) -> str:
     """Writes the README.md of an exported model: its method, training and measured accuracy."""
     facts = {"method": method, "base model": base, **_facts(training)}
@@ -112,7 +153,7 @@ Fine-tuned and exported by robustclip.
 {LOADING[to]}
 ```
 
-Images are resized to the tower's input (bicubic, without antialiasing) and normalised as the configuration says.
+{pixels}
 
 ## Results
 
@@ -151,7 +192,11 @@ def _results(run: Run | None) -> str:
         task: {attack: protocol["hash"] for attack, protocol in attacks.items()}
         for task, attacks in run.result["protocol"].items()
     }
+    tasks: dict[str, list[str]] = {}
+    for task, attacks in run.result["protocol"].items():
+        tasks.setdefault(str(attacks["clean"]["axes"].get("preprocessing")), []).append(markdown(task))
+    lines = "".join(f"- {markdown(text)}: {', '.join(names)}\n" for text, names in tasks.items())
     return (
         f"Top-1 accuracy in percent with 95 % intervals. Protocol {digest(protocols)}: numbers of another protocol must"
-        f" not be compared with these.\n\n{markdown_table(run.result)}"
+        f" not be compared with these.\n\n{markdown_table(run.result)}\nPreprocessing of the test:\n\n{lines}"
     )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
 from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
+from robustclip.types import RESIZES, Crop
 
 # Prefixes of names in the library and in open_clip; a longer prefix precedes those that it contains.
 BEGINNINGS = (
@@ -141,12 +142,13 @@ def clip_config(model: dict[str, Any]) -> Any:
     return library().CLIPConfig(projection_dim=model["embed_dim"], vision_config=towers[0], text_config=towers[1])
 
 
-def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
+def write_tokenizer(clip: CLIPModel, folder: Path, crop: Crop) -> None:
     """Writes CLIP's byte-pair tokenizer and the image preprocessing, so that the folder can be used offline.
 
     Args:
         clip: model with CLIP's own tokenizer.
         folder: folder to write to.
+        crop: crop of the images.
     """
     start, end = "<|startoftext|>", "<|endoftext|>"
     own = {"<start_of_text>": start, "<end_of_text>": end}
@@ -158,14 +160,14 @@ def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
     length = clip.tokenizer.context_length
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
-    size = clip.image_size
+    size, resize = clip.image_size, RESIZES[crop]
     images = {
         "image_processor_type": "CLIPImageProcessor",
         "image_mean": clip.mean.flatten().tolist(),
         "image_std": clip.std.flatten().tolist(),
-        "size": {"shortest_edge": size},
+        "size": {"shortest_edge": resize.short_side(size)},
         "crop_size": {"height": size, "width": size},
-        "resample": 3,  # PIL's number for bicubic
+        "resample": {"bilinear": 2, "bicubic": 3}[resize.interpolation],  # Pillow's numbers
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from robustclip.models import tensor_files
 from robustclip.models.clip import SHAPES_MODEL, CLIPModel
 from robustclip.models.layers import frozen
-from robustclip.types import Task
+from robustclip.types import RESIZES, Crop, Task
 
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -44,12 +44,14 @@ def config_of(clip: CLIPModel) -> dict[str, Any]:
     return config
 
 
-def write(clip: CLIPModel, folder: Path) -> None:
+def write(clip: CLIPModel, folder: Path, crop: Crop | None = None) -> None:
     """Writes weights, configuration and tokenizer, which `CLIPModel` and open_clip's ``local-dir:`` load.
 
     Args:
         clip: model to write.
         folder: folder to write to.
+        crop: crop of the images in training and test; None keeps the base model's preprocessing. The configuration
+            states its interpolation, but has no place for the short side of ``tecoa``.
     """
     config = config_of(clip)
     base = _folder(clip.pretrained)
@@ -64,6 +66,8 @@ def write(clip: CLIPModel, folder: Path) -> None:
         clip.net.text.config.save_pretrained(folder)
     preprocessing = clip.net.visual.preprocess_cfg
     kept = {name: preprocessing[name] for name in ("interpolation", "resize_mode")}
+    if crop is not None:
+        kept = {"interpolation": RESIZES[crop].interpolation, "resize_mode": "shortest"}
     # The pixel statistics are those of the model, which a method may have changed.
     kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
     write_config(folder, config, kept)

@@ -42,8 +42,8 @@ def _joined(sources: Sequence[OpenedSource]) -> OpenedSource:
             )
         if source.task.class_names != first.task.class_names or source.task.templates != first.task.templates:
             raise ValueError(f"{pair} must have the same class names and templates; give `class_names` and `templates`")
-        if (source.native_size, source.border) != (first.native_size, first.border):
-            raise ValueError(f"{pair} must agree in `native_size` and `border`; give both")
+        if (source.native_size, source.border, source.crop) != (first.native_size, first.border, first.crop):
+            raise ValueError(f"{pair} must agree in `native_size`, `border` and `crop`; give all three")
     name = "_".join(dict.fromkeys(source.task.name for source in sources))
     return replace(
         first,

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.data.sources.source import Source
 from robustclip.data.task_parts import Shift
+from robustclip.types import Crop
 
 
 @checked
@@ -28,6 +29,7 @@ class DataSource:
         templates: one or several prompts with ``{}``, such as ``a photo of {}``; null takes the templates that come
             with the data, else the catalogue's; ``openai`` for OpenAI's 80 templates.
         native_size: attack images at their own size instead of a crop of the model's size; null uses the catalogue.
+        crop: resize before the centre crop, ``tecoa`` or ``clip``; null uses ``data.crop``.
         border: number of pixels that are cut off on every side of an image first; null uses the catalogue.
         length: number of samples; only needed to train from a remote source.
         classes: labels of the classes that are kept and renumbered, such as ``0-14,25-27``; null for all.
@@ -45,6 +47,7 @@ class DataSource:
     class_names: list[str] | dict[str | int, str] | Literal["openai"] | None = None
     templates: str | Sequence[str] | None = None
     native_size: bool | None = None
+    crop: Crop | None = None
     border: CountOrZero | None = None
     length: Count | None = None
     classes: str | None = None

@@ -4,9 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+Decoder = Literal["pillow", "torchvision"]
+"""Library that decodes JPEG files and resizes images of all formats."""
 
 MAX_PIXELS = 89_478_485  # Pillow's MAX_IMAGE_PIXELS, beyond which it suspects a decompression bomb
 BITS_PER_SAMPLE = 258  # TIFF tag
@@ -54,9 +61,7 @@ def decoded(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: damaged data, more than `MAX_PIXELS` pixels, or a mode or value that is refused.
     """
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"image has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
+    _check_pixels(image)
     with _decoder():
         image.load()
         if image.mode == "F":
@@ -68,6 +73,32 @@ def decoded(image: Image.Image) -> Image.Image:
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
         raise ImageError(f"values must be in [0, 1], found {values.min():.3g} to {values.max():.3g}")
     return Image.fromarray(values)
+
+
+def decoded_to_tensor(image: Image.Image) -> Tensor:
+    """Decodes an image to ``(3, H, W)`` uint8, or float32 in [0, 1] if it has more than 8 bits a channel.
+
+    torchvision decodes JPEG in colour or greyscale, to the pixels of Pillow in less time; Pillow decodes all the rest.
+
+    Raises:
+        ImageError: as for `decoded`.
+    """
+    content = getattr(image, "fp", None)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and isinstance(content, BytesIO):
+        _check_pixels(image)
+        with _decoder():
+            encoded = torch.frombuffer(bytearray(content.getvalue()), dtype=torch.uint8)
+            pixels: Tensor = decode_image(encoded, ImageReadMode.RGB)
+            return pixels
+    image = decoded(image)
+    values = torch.from_numpy(np.array(image))
+    return values.repeat(3, 1, 1) if image.mode == "F" else values.permute(2, 0, 1)
+
+
+def _check_pixels(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"image has {width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller")
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:

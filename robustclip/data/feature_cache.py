@@ -22,7 +22,8 @@ from robustclip.textfiles import read_text
 from robustclip.types import Batch
 
 MANIFEST, IDS, LABELS = "manifest.json", "ids.npy", "labels.npy"
-IRRELEVANT = ("name", "class_names", "templates", "length")  # fields of a source on which no embedding depends
+# Fields of a source on which no embedding depends; the crop is part of the preprocessing.
+IRRELEVANT = ("name", "class_names", "templates", "length", "crop")
 
 
 @dataclass(frozen=True)

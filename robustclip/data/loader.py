@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from robustclip.data.anchors import AnchoredSample
 from robustclip.data.feature_cache import FeatureImages
 from robustclip.data.samples import BadSample, Images, Loaded, StreamedImages, digest_of
+from robustclip.data.transforms import in_unit_range
 from robustclip.types import Batch, Pairs
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,13 @@ def unchanged(batch: tuple[Batch | None, list[BadSample]]) -> tuple[Batch | None
     return batch
 
 
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Stacks images of either type to ``(B, 3, H, W)`` float32 in [0, 1]; 8-bit images are converted all at once."""
+    if any(image.is_floating_point() for image in images):
+        return torch.stack([in_unit_range(image) for image in images])
+    return in_unit_range(torch.stack(tuple(images)))
+
+
 def collate(
     samples: Sequence[Loaded | AnchoredSample], *, name: str = "data", has_digests: bool = False
 ) -> tuple[Batch | None, list[BadSample]]:
@@ -153,7 +162,7 @@ def collate(
             " set `native_size: false` for this set"
         )
     digests = tuple(map(digest_of, images)) if has_digests else None
-    batch = Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index), digests=digests)
+    batch = Batch(_stacked(images), torch.tensor(labels), torch.tensor(index), digests=digests)
     anchored = [sample for sample in good if isinstance(sample, AnchoredSample)]
     captions = tuple(sample.caption for sample in anchored if sample.caption is not None)
     batch = batch._replace(captions=captions or None)

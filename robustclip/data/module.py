@@ -12,6 +12,7 @@ from robustclip.data._resume import ResumableDataModule
 from robustclip.data.anchors import AuxiliaryData, CaptionedImages, Choice
 from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
 from robustclip.data.data_source import SetLike, listed
+from robustclip.data.decoding import Decoder
 from robustclip.data.feature_cache import FeatureCache, ImageSet
 from robustclip.data.loader import ImageLoader
 from robustclip.data.opened_source import OpenedSource
@@ -19,7 +20,7 @@ from robustclip.data.process_share import Process, Samples, exact_samples, shuff
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
-from robustclip.types import Done, Task
+from robustclip.types import Crop, Done, Task
 
 
 @checked
@@ -37,6 +38,10 @@ class CLIPDataModule(ResumableDataModule):
         unknown: one or several sets of images whose classes belong to no test set.
         root: folder that relative paths start at.
         image_size: side in pixels of the crop to which larger images are reduced before an attack.
+        crop: resize before the centre crop of larger images: ``tecoa`` (short side 256/224 of ``image_size``, bilinear)
+            or ``clip``, which is open_clip's own (short side ``image_size``, bicubic).
+        decoder: library that decodes and resizes: ``pillow``, as in the papers, or ``torchvision``, which is faster and
+            rounds resized pixels differently.
         attack_resolution: ``native`` leaves sets of small images (CIFAR, STL-10) at their own size, so that an attack
             changes only these pixels and the model enlarges them; ``model`` enlarges them first.
         batch_size: images per process and training step.
@@ -81,6 +86,8 @@ class CLIPDataModule(ResumableDataModule):
         unknown: SetLike | Sequence[SetLike] = (),
         root: str = ".",
         image_size: Count = 224,
+        crop: Crop = "tecoa",
+        decoder: Decoder = "pillow",
         attack_resolution: Literal["native", "model"] = "native",
         batch_size: Count = 64,
         eval_batch_size: Count | None = None,
@@ -105,6 +112,7 @@ class CLIPDataModule(ResumableDataModule):
         self.train_sources, self.val_sources = listed(train), listed(val)
         self.test_sources, self.unknown_sources = listed(test), listed(unknown)
         self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
+        self.crop, self.decoder = crop, decoder
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
         self.shots = None if shots is None else Shots(shots, shots_seed, shots_rule)
@@ -205,8 +213,8 @@ class CLIPDataModule(ResumableDataModule):
     def train_dataloader(self) -> ImageLoader:
         """Loads the training images, shuffled anew each epoch; seed and epoch determine the order."""
         source = self._opened_train()
-        sizes = self._pixels(source).size, self.image_size
-        own, anchors = (training_pixels(size, self.augmentation, self.seed) for size in sizes)
+        plain = self._pixels(source), ToPixels(self.image_size, crop=self.crop, decoder=self.decoder)
+        own, anchors = (training_pixels(view, self.augmentation, self.seed) for view in plain)
         options: dict[str, Any] = {"positions": self.train_positions, "auxiliary": self.auxiliary, "seed": self.seed}
         samples = shuffled_samples(source, (own, anchors), self._process(), **options)
         epoch = self.trainer.current_epoch if self.trainer else 0
@@ -253,7 +261,8 @@ class CLIPDataModule(ResumableDataModule):
         if self.captioned is None:
             return None
         folder = Path(self.root).expanduser() / self.captioned
-        return CaptionedImages(folder, ToPixels(self.image_size), batch_size=self.eval_batch_size)
+        pixels = ToPixels(self.image_size, crop=self.crop, decoder=self.decoder)
+        return CaptionedImages(folder, pixels, batch_size=self.eval_batch_size)
 
     def _eval_loader(
         self, source: OpenedSource, *, done: frozenset[int] = frozenset(), only: frozenset[int] | None = None
@@ -288,7 +297,8 @@ class CLIPDataModule(ResumableDataModule):
     def _pixels(self, source: OpenedSource) -> ToPixels:
         """Returns the transform of a set without augmentation."""
         keeps_size = source.native_size and self.attack_resolution == "native"
-        return ToPixels(None if keeps_size else self.image_size, source.border)
+        size = None if keeps_size else self.image_size
+        return ToPixels(size, source.border, source.crop or self.crop, self.decoder)
 
     def _process(self) -> Process:
         return Process(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Process(0, 1)

@@ -16,7 +16,7 @@ from robustclip.data.sources.own import CLASS_PATH, open_own
 from robustclip.data.sources.source import CheckedImages, Relabelled, labels_of, where_of
 from robustclip.data.task_parts import Part, Role, benchmark, narrowed, part_by_ranges, part_by_seed, part_by_shift
 from robustclip.paths import local_path
-from robustclip.types import UNKNOWN, Task
+from robustclip.types import UNKNOWN, Crop, Task
 
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
@@ -31,6 +31,7 @@ class OpenedSource:
         split: name of the split.
         native_size: whether images keep their size.
         border: number of pixels that are cut off on every side.
+        crop: resize before the centre crop; None for that of the data module.
         dataset: gives image and label by position; None for remote shards.
         urls: addresses of remote shards.
         length: number of samples if known.
@@ -44,6 +45,7 @@ class OpenedSource:
     split: str
     native_size: bool
     border: int
+    crop: Crop | None
     dataset: Dataset[tuple[Any, int]] | None
     urls: tuple[str, ...] = ()
     length: int | None = None
@@ -152,7 +154,8 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     native_size = is_small if source.native_size is None else source.native_size
     border = (known_set.border if known_set else 0) if source.border is None else source.border
     keys = known_set.keys if known_set else ()
-    return OpenedSource((source,), task, split, native_size, border, dataset, opened.urls, source.length, keys)
+    pixels = native_size, border, source.crop
+    return OpenedSource((source,), task, split, *pixels, dataset, opened.urls, source.length, keys)
 
 
 def _located(source: DataSource) -> tuple[str, str, CatalogEntry | None]:

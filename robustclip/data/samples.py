@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from robustclip.data.decoding import DECODING_ERRORS, open_image
 from robustclip.data.sources.source import where_of
 from robustclip.data.sources.streams import ShuffledShards, StreamedImage, StreamedShards
-from robustclip.data.transforms import ToPixels
+from robustclip.data.transforms import ToPixels, in_unit_range
 from robustclip.types import UNKNOWN
 
 
@@ -28,7 +29,7 @@ class BadSample(NamedTuple):
 
 
 Loaded = tuple[Tensor, int, int] | BadSample
-"""Image ``(3, H, W)`` in [0, 1], label and sample id; or the record of a sample that does not decode."""
+"""Image ``(3, H, W)`` of `ToPixels.stored`, label and sample id; or the record of a sample that does not decode."""
 
 
 class Images(Dataset[Loaded]):
@@ -56,7 +57,7 @@ class Images(Dataset[Loaded]):
         position = self.positions[number]
         try:
             image, label = self.source[position]
-            return self.transform(image, (self.epoch, position)), int(label), position
+            return self.transform.stored(image, (self.epoch, position)), int(label), position
         except DECODING_ERRORS as error:
             return BadSample(where_of(self.source, position), str(error))
 
@@ -110,13 +111,21 @@ class StreamedImages(IterableDataset[Loaded]):
 
     def _decode(self, sample: StreamedImage) -> Loaded:
         try:
-            return self.transform(open_image(sample.data), (self.epoch, sample.index)), sample.label, sample.index
+            pixels = self.transform.stored(open_image(sample.data), (self.epoch, sample.index))
+            return pixels, sample.label, sample.index
         except DECODING_ERRORS as error:
             return BadSample(sample.where, str(error))
 
 
 def digest_of(image: Tensor) -> str:
-    """Hashes the pixels of one image ``(3, H, W)`` to 16 hexadecimal digits."""
-    digest = hashlib.sha256(repr(tuple(image.shape)).encode())
-    digest.update(image.contiguous().numpy().data)
+    """Hashes the pixels of one image to 16 hexadecimal digits, which are equal for equal pixels of either type.
+
+    Args:
+        image: ``(3, H, W)`` uint8, or float32 in [0, 1].
+    """
+    if image.is_floating_point():
+        eight_bits = (image * 255).round().to(torch.uint8)
+        image = eight_bits if torch.equal(in_unit_range(eight_bits), image) else image
+    digest = hashlib.sha256(repr((tuple(image.shape), str(image.dtype))).encode())
+    digest.update(image.permute(1, 2, 0).contiguous().numpy().data)  # the order in which images are decoded
     return digest.hexdigest()[:16]

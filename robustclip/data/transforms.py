@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms.v2 import Resize  # keeps 8 bits while it resizes tensors
 
 from robustclip.arguments import PositiveShare, checked
-from robustclip.data.decoding import MAX_PIXELS, ImageError, decoded
+from robustclip.data.decoding import MAX_PIXELS, Decoder, ImageError, decoded, decoded_to_tensor
+from robustclip.types import RESIZES, Crop
 
-RESIZE_RATIO = 256 / 224  # short side before the centre crop over side of the crop, as in CLIP's and TeCoA's evaluation
 Picture = Image.Image | Tensor
 
 
@@ -27,21 +28,37 @@ def _without_border(image: Picture, border: int) -> Picture:
     return ImageOps.crop(image, border)
 
 
-class ToPixels:
-    """Transforms an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized (bilinear), centre crop.
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """Converts uint8 pixels to contiguous float32 in [0, 1], and leaves floating-point pixels as they are."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
-    A tensor ``(3, H, W)`` in [0, 1] is accepted as an image and is not rounded to 8 bits.
+
+class ToPixels:
+    """Transforms an image to ``(3, H, W)`` float32 in [0, 1]: RGB, short side resized, centre crop.
+
+    The crop ``clip`` gives the pixels of ``open_clip.image_transform(size, is_train=False)`` before normalisation; an
+    image becomes RGB before it is resized, as torchvision's and webdataset's loaders do. A tensor ``(3, H, W)`` in
+    [0, 1] is accepted as an image and is not rounded to 8 bits.
 
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
         border: number of pixels that are cut off on every side first.
+        crop: ``tecoa`` or ``clip``, which differ in the resize before the centre crop.
+        decoder: ``pillow``, or ``torchvision``, which is faster and resizes with another rounding.
     """
 
-    def __init__(self, size: int | None, border: int = 0) -> None:
-        self.size, self.border = size, border
+    def __init__(self, size: int | None, border: int = 0, crop: Crop = "tecoa", decoder: Decoder = "pillow") -> None:
+        self.size, self.border, self.crop, self.decoder = size, border, crop, decoder
         if size is not None:
-            self._resize = Resize(round(size * RESIZE_RATIO), InterpolationMode.BILINEAR)
+            self._resize = Resize(self._short_side, InterpolationMode(RESIZES[crop].interpolation))
             self._crop = CenterCrop(size)
+
+    @property
+    def _short_side(self) -> int:
+        """Short side in pixels after the resize."""
+        return RESIZES[self.crop].short_side(self.size or 0)
 
     @property
     def description(self) -> str:
@@ -49,10 +66,12 @@ class ToPixels:
         start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
             return f"{start}, own size"
-        return f"{start}, short side {round(self.size * RESIZE_RATIO)} bilinear antialiased, centre crop {self.size}"
+        resize = f"short side {self._short_side} {RESIZES[self.crop].interpolation} antialiased"
+        resize += " by torchvision" if self.decoder == "torchvision" else ""
+        return f"{start}, {resize}, centre crop {self.size}"
 
     def __call__(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
-        """Transforms one image.
+        """Transforms one image to ``(3, H, W)`` float32 in [0, 1].
 
         Args:
             image: PIL image, or tensor ``(3, H, W)`` in [0, 1].
@@ -61,22 +80,37 @@ class ToPixels:
         Raises:
             ImageError: the image is damaged, too small or too large.
         """
-        image = image.float() if isinstance(image, Tensor) else decoded(image)
+        return in_unit_range(self.stored(image, key))
+
+    def stored(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
+        """Transforms one image to ``(3, H, W)`` uint8, or to float32 in [0, 1] if it has more than 8 bits a channel.
+
+        Args:
+            image: as for a call.
+            key: as for a call.
+
+        Raises:
+            ImageError: as for a call.
+        """
+        if isinstance(image, Tensor):
+            image = image.float()
+        else:
+            image = decoded_to_tensor(image) if self.decoder == "torchvision" else decoded(image)
         self._check_size(*size_of(image))
         image = self.fitted(_without_border(image, self.border), key)
         if isinstance(image, Tensor):
-            return image.clamp(0, 1).contiguous()
+            return image.clamp(0, 1).contiguous() if image.is_floating_point() else image
         values = torch.from_numpy(np.array(image))
         if image.mode == "F":
             return values.clamp(0, 1).repeat(3, 1, 1)  # bicubic resizing overshoots
-        return values.permute(2, 0, 1).contiguous().float() / 255
+        return values.permute(2, 0, 1)
 
     def _check_size(self, height: int, width: int) -> None:
         """Refuses images without pixels inside the border, or with more pixels after resizing than `MAX_PIXELS`."""
         short, long = sorted((width - 2 * self.border, height - 2 * self.border))
         if short < 1:
             raise ImageError(f"{width} x {height} pixels leave nothing without a border of {self.border}")
-        if self.size is not None and round(self.size * RESIZE_RATIO) ** 2 * long / short > MAX_PIXELS:
+        if self.size is not None and self._short_side**2 * long / short > MAX_PIXELS:
             raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
@@ -117,12 +151,21 @@ class AugmentedPixels(ToPixels):
         size: side of the result in pixels; None keeps the image's own size.
         augmentation: range of the random crops.
         seed: seed of the run.
+        decoder: see `ToPixels`.
     """
 
-    def __init__(self, size: int | None, augmentation: Augmentation, seed: int) -> None:
-        super().__init__(size)
+    def __init__(self, size: int | None, augmentation: Augmentation, seed: int, decoder: Decoder = "pillow") -> None:
+        super().__init__(size, decoder=decoder)
         self.augmentation, self.seed = augmentation, seed
         self._flip = RandomHorizontalFlip(0.5 if augmentation.flip else 0.0)
+
+    @property
+    def description(self) -> str:
+        """Describes the transform for a reader; only the transform without augmentation is part of a protocol."""
+        least, most = self.augmentation.scale
+        size = "own size" if self.size is None else f"size {self.size}"
+        flip = ", mirrored at random" if self.augmentation.flip else ""
+        return f"RGB, random crop of {least:g} to {most:g} of the area, bicubic antialiased to {size}{flip}"
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:
         """Crops the image at random and resizes the crop to the final size."""
@@ -135,12 +178,14 @@ class AugmentedPixels(ToPixels):
         return result
 
 
-def training_pixels(size: int | None, augmentation: Augmentation | None, seed: int) -> ToPixels:
+def training_pixels(plain: ToPixels, augmentation: Augmentation | None, seed: int) -> ToPixels:
     """Returns the transform of training images.
 
     Args:
-        size: side of the result in pixels; None keeps the image's own size.
+        plain: transform of images without augmentation.
         augmentation: random crops; None for none.
         seed: seed of the run.
     """
-    return ToPixels(size) if augmentation is None else AugmentedPixels(size, augmentation, seed)
+    if augmentation is None:
+        return ToPixels(plain.size, crop=plain.crop, decoder=plain.decoder)
+    return AugmentedPixels(plain.size, augmentation, seed, plain.decoder)

@@ -155,7 +155,8 @@ def _pieces(images: ImageSet, augmentation: Augmentation | None, views: int, see
     positions = images.positions
     for view in (None, *range(views if images.name == "train" else 0)):
         is_plain = view is None
-        pixels = images.transform if is_plain else training_pixels(images.transform.size, augmentation, seed)
+        plain = images.transform
+        pixels = plain if is_plain else training_pixels(plain, augmentation, seed)
         for begin in range(0, len(positions), IMAGES_PER_PART):
             yield Piece(images, view, begin, positions[begin : begin + IMAGES_PER_PART], pixels)
 

@@ -166,7 +166,8 @@ def _first_images(data_set: DataSet, model: RobustMethod | None) -> Iterator[Fin
     if batches:
         images, labels = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
         data_set.batch = batches[0]._replace(images=images, labels=labels, index=torch.arange(count))
-        detail += f", {images.shape[-1]} x {images.shape[-2]} pixels" if images.ndim == 4 else ""
+        pixels = getattr(getattr(loader.dataset, "transform", None), "description", "own preprocessing")
+        detail += f", {images.shape[-1]} x {images.shape[-2]} pixels ({pixels})" if images.ndim == 4 else ""
         if model is not None and images.ndim == 4 and not bool((labels == UNKNOWN).any()):
             start = perf_counter()
             model.prepare([task])

@@ -79,7 +79,7 @@ def test_a_command_line_lists_sources() -> None:
     [
         (DataSource("wds:photo", class_names=["a", "b", "c"]), "must have the same class names and templates"),
         (DataSource("wds:photo", templates=["{}"]), "must have the same class names and templates"),
-        (DataSource("wds:photo", border=2), "must agree in `native_size` and `border`"),
+        (DataSource("wds:photo", border=2), "must agree in `native_size`, `border` and `crop`"),
     ],
 )
 def test_sets_that_do_not_go_together_are_refused(root: Path, second: DataSource, words: str) -> None:

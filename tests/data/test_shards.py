@@ -14,7 +14,7 @@ from PIL import Image
 from robustclip.data.samples import Images
 from robustclip.data.sources.tar import parse_label
 from robustclip.data.sources.wds import IndexedShards, list_shards
-from robustclip.data.transforms import ToPixels
+from robustclip.data.transforms import ToPixels, in_unit_range
 
 
 def opened(base: Path, split: str = "test") -> IndexedShards:
@@ -68,7 +68,8 @@ def test_ids_are_positions_over_all_shards(tmp_path: Path, write_shards: ShardWr
 def test_greyscale_becomes_three_equal_channels(tmp_path: Path, write_shards: ShardWriter) -> None:
     shards = opened(write_shards(tmp_path, "set", "test", [1], mode="L"))
     assert shards[0][0].mode == "L"
-    image, _, _ = Images(shards, ToPixels(None))[0]
+    pixels, _, _ = Images(shards, ToPixels(None))[0]
+    image = in_unit_range(pixels)
     assert image.shape == (3, 32, 32)
     assert image.dtype == torch.float32
     assert torch.equal(image[0], image[1])
