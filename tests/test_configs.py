@@ -16,9 +16,9 @@ SMALL = [
     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32", "--trainer.logger", "false",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1",
     "--trainer.limit_train_batches", "2", "--evaluation.max_samples", "2", "--evaluation.fit_max_samples", "2",
-    "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null", "--data.batch_size", "2",
-    "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1",
-    "--data.test", "[shapes:colours,shapes:counts]", "--results.averages", "null",
+    "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null",
+    "--data.global_batch_size", "2", "--data.num_workers", "0", "--data.holdout", "0.1", "--results.averages", "null",
+    "--data.train", "shapes:source", "--data.test", "[shapes:colours,shapes:counts]",
 ]  # fmt: skip
 UNKNOWN = [
     "--data.train", "{source: 'shapes:source', name: null, classes: 0-4, images: 2-6, shift: null, known: null}",
