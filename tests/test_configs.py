@@ -32,14 +32,14 @@ OVERVIEW = [
     *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02", "--trainer.callbacks", EVERY_TASK,
 ]  # fmt: skip
 OWN = {
-    **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
+    **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "croft_rn50.yaml", "croft_vlcs.yaml"), FEW),
+    **dict.fromkeys(("clip_adapter.yaml", "tip_adapter.yaml"), FEW),
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
     "croft_imagenet.yaml": [*SHAPES_UNKNOWN, "--data.shots", "1", "--trainer.callbacks", EVERY_TASK],
     "fare.yaml": ["--evaluation.attacks.apgd_ce.steps", "5", "--evaluation.attacks.apgd_t.steps", "5"],
     "overview.yaml": OVERVIEW,
     "tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"],  # a small convolutional tower
-    "ueo.yaml": UNKNOWN,
-    "ueo_photographs.yaml": UNKNOWN,
+    **dict.fromkeys(("ueo.yaml", "ueo_domainnet.yaml", "ueo_visda.yaml", "ueo_photographs.yaml"), UNKNOWN),
 }
 
 
