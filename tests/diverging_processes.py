@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from helpers import quick_trainer
-from ranks import on_both
+from ranks import on_all
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,4 +37,4 @@ def fit(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    on_both(partial(fit, Path(sys.argv[1])))
+    on_all(partial(fit, Path(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Two ranks on this machine: a script in the background of a test, and its fork into both."""
+"""Several ranks on this machine: a script in the background of a test, and its fork into all of them."""
 
 import contextlib
 import os
@@ -33,20 +33,26 @@ def in_background(script: Path, folder: Path, *words: str) -> Iterator[None]:
     assert status == 0, log.read_text()[-3000:]
 
 
-def meeting_place() -> dict[str, str]:
-    """What Lightning's launcher would tell two ranks, but for ``LOCAL_RANK``."""
+def meeting_place(count: int = 2) -> dict[str, str]:
+    """What Lightning's launcher would tell the ranks, but for ``LOCAL_RANK``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
 
 
-def on_both(action: Callable[[], None]) -> None:
-    """Runs it on two ranks that share the imports made so far; the process ends with the status of the other rank."""
-    os.environ |= meeting_place()
-    other = os.fork()
-    os.environ["LOCAL_RANK"] = "0" if other else "1"
+def on_all(action: Callable[[], None], count: int = 2) -> None:
+    """Runs it on ranks that share the imports made so far; the process ends with the first status that is not 0."""
+    os.environ |= meeting_place(count)
+    others: list[int] = []
+    rank = 0
+    for number in range(1, count):
+        if not (child := os.fork()):
+            rank, others = number, []
+            break
+        others.append(child)
+    os.environ["LOCAL_RANK"] = str(rank)
     action()
-    if other:
-        _, status = os.waitpid(other, 0)
-        raise SystemExit(os.waitstatus_to_exitcode(status))
+    if rank == 0:
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in others]
+        raise SystemExit(next(filter(None, statuses), 0))

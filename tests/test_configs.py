@@ -16,9 +16,9 @@ SMALL = [
     "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32", "--trainer.logger", "false",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.max_epochs", "1",
     "--trainer.limit_train_batches", "2", "--evaluation.max_samples", "2", "--evaluation.fit_max_samples", "2",
-    "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null", "--data.batch_size", "2",
-    "--data.num_workers", "0", "--data.train", "shapes:source", "--data.holdout", "0.1",
-    "--data.test", "[shapes:colours,shapes:counts]", "--results.averages", "null",
+    "--model.arch", "null", "--model.pretrained", "shapes", "--model.image_size", "null",
+    "--data.global_batch_size", "2", "--data.num_workers", "0", "--data.holdout", "0.1", "--results.averages", "null",
+    "--data.train", "shapes:source", "--data.test", "[shapes:colours,shapes:counts]",
 ]  # fmt: skip
 UNKNOWN = [
     "--data.train", "{source: 'shapes:source', name: null, classes: 0-4, images: 2-6, shift: null, known: null}",
@@ -32,14 +32,14 @@ OVERVIEW = [
     *SHAPES_UNKNOWN, "--evaluation.attacks.cascade.budget", "0.02", "--trainer.callbacks", EVERY_TASK,
 ]  # fmt: skip
 OWN = {
-    **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "clip_adapter.yaml", "tip_adapter.yaml"), FEW),
+    **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "croft_rn50.yaml", "croft_vlcs.yaml"), FEW),
+    **dict.fromkeys(("clip_adapter.yaml", "tip_adapter.yaml"), FEW),
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
     "croft_imagenet.yaml": [*SHAPES_UNKNOWN, "--data.shots", "1", "--trainer.callbacks", EVERY_TASK],
     "fare.yaml": ["--evaluation.attacks.apgd_ce.steps", "5", "--evaluation.attacks.apgd_t.steps", "5"],
     "overview.yaml": OVERVIEW,
     "tecoa_prompts.yaml": ["--model.prompt_size", "4", "--model.prompt_tokens", "0"],  # a small convolutional tower
-    "ueo.yaml": UNKNOWN,
-    "ueo_photographs.yaml": UNKNOWN,
+    **dict.fromkeys(("ueo.yaml", "ueo_domainnet.yaml", "ueo_visda.yaml", "ueo_photographs.yaml"), UNKNOWN),
 }
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset
 from robustclip.data.loader import ImageLoader
 
 log = logging.getLogger(__name__)
+SIZE, PROCESSES = "data.batch_size", "number of processes"
 
 
 class ResumableDataModule(LightningDataModule):
@@ -63,9 +64,15 @@ class ResumableDataModule(LightningDataModule):
     def _check_order(self, loader: ImageLoader, state: dict[str, Any]) -> None:
         """Refuses another order inside an epoch, which would skip or repeat samples; warns at the end of an epoch."""
         own, saved = self._order(loader), state.get("order", {})
-        changes = [f"{key} {saved[key]} (here {own[key]})" for key in own if key in saved and saved[key] != own[key]]
+        keys = [key for key in own if key in saved and saved[key] != own[key]]
+        if set(keys) == {SIZE, PROCESSES} and self._has_same_steps(loader, state, own):
+            log.warning(
+                "the images of each step are shared by %s processes, before by %s", own[PROCESSES], saved[PROCESSES]
+            )
+            return
+        changes = [f"{key} {saved[key]} (here {own[key]})" for key in keys]
         if changes and state["batches"]:
-            done = state["batches"] * saved["data.batch_size"] * saved["number of processes"]
+            done = state["batches"] * saved[SIZE] * saved[PROCESSES]
             raise ValueError(
                 f"ckpt_path stands after {done} of {saved['number of training samples']} samples of an epoch with"
                 f" {', '.join(changes)}; give the same settings, or a checkpoint from the end of an epoch"
@@ -73,13 +80,20 @@ class ResumableDataModule(LightningDataModule):
         if changes:
             log.warning("from the next epoch on, settings differ from the checkpoint's: %s", ", ".join(changes))
 
+    def _has_same_steps(self, loader: ImageLoader, state: dict[str, Any], own: dict[str, Any]) -> bool:
+        """Says whether another number of processes sees the same images in each step that remains of the epoch."""
+        saved = state["order"]
+        is_same_size = saved[SIZE] * saved[PROCESSES] == own[SIZE] * own[PROCESSES]
+        has_no_open_step = state["batches"] % own["trainer.accumulate_grad_batches"] == 0
+        return is_same_size and has_no_open_step and not isinstance(loader.dataset, IterableDataset)
+
     def _order(self, loader: ImageLoader) -> dict[str, int | str | None]:
         """Collects the settings that determine the order of samples and the batches of an epoch."""
         is_stream = isinstance(loader.dataset, IterableDataset)
         chosen = hashlib.sha256(repr(self.train_positions).encode()).hexdigest()[:8]
         return {
-            "data.batch_size": loader.batch_size,
-            "number of processes": self.trainer.world_size if self.trainer else 1,
+            SIZE: loader.batch_size,
+            PROCESSES: self.trainer.world_size if self.trainer else 1,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches if self.trainer else 1,
             "number of training samples": len(loader.dataset),  # type: ignore[arg-type]
             "choice of training samples (by data.shots, data.shots_seed and data.holdout)": chosen,

@@ -17,6 +17,8 @@ clip_benchmark and TensorFlow Datasets.
 - FGVC Aircraft: variants; "boeing " stands before a name that starts with 7. "-" and "/" stay.
 - EuroSAT: TeCoA's phrases, in folder order.
 - PCam: TeCoA's two prompts are whole sentences, with "Tthis" corrected to "This".
+- UCF101: the actions of the published `classInd.txt` in its order; one frame of each video of the first test split, as
+  in CoOp (https://github.com/KaiyangZhou/CoOp). Folders may be written "ApplyEyeMakeup" or "Apply_Eye_Makeup".
 - Hateful Memes: CLIP's classes and template, as TeCoA published no loader.
 - ImageNet-V2, -Sketch, -R, -A and ObjectNet have ImageNet's names, and so ImageNet's head. R and A choose among the
   200 classes that they have (the lists of their authors' code); a class of ObjectNet has the highest logit of its
@@ -68,6 +70,7 @@ def _folders() -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         "imagenet_v2": {str(number): (number,) for number in range(len(whole))},
         "objectnet": {folder: tuple(numbers) for folder, numbers in classes["objectnet"].items()},
         "eurosat": {folder: (number,) for number, folder in enumerate(EUROSAT)},
+        "ucf101": {name.replace(" ", ""): (number,) for number, name in enumerate(_assets()["ucf101"])},
         **{name: {wnids[number]: (number,) for number in classes[name]} for name in PARTS_OF_IMAGENET},
     }
 
@@ -211,6 +214,7 @@ _ENTRIES = (
     CatalogEntry("eurosat", "EuroSAT", ("A centered satellite photo of {}.",), "all", 27_000, "torchvision:EuroSAT"),
     CatalogEntry("pcam", "PatchCamelyon", ("{}",), "test", 32_768, "wds:pcam"),
     CatalogEntry("hateful_memes", "Hateful Memes", ("a {}.",), "test", 3_000, "wds:hateful_memes"),
+    CatalogEntry("ucf101", "UCF101", ("a photo of a person doing {}.",), "test", 3_783, "wds:ucf101"),
     CatalogEntry("imagenet_v2", "ImageNet-V2", (PHOTO,), "test", 10_000, "wds:imagenetv2", words="imagenet"),
     CatalogEntry(
         "imagenet_sketch", "ImageNet-Sketch", (PHOTO,), "test", 50_889, "wds:imagenet_sketch", words="imagenet"
@@ -250,6 +254,7 @@ _OTHER_NAMES = {
     "food101": "food_101",
     "flowers102": "flowers flowers_102",
     "fgvc_aircraft": "fgvcaircraft",
+    "ucf101": "ucf_101 ucf_101_midframes",
 }
 ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
 """Names by other names: those of clip_benchmark's folders, torchvision's classes and publishers' archives."""

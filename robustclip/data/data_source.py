@@ -27,7 +27,8 @@ class DataSource:
         class_names: names in label order, or a mapping from folders to names; null takes the names that come with the
             data, else the catalogue's; ``openai`` for OpenAI's names of the classes of ImageNet.
         templates: one or several prompts with ``{}``, such as ``a photo of {}``; null takes the templates that come
-            with the data, else the catalogue's; ``openai`` for OpenAI's 80 templates.
+            with the data, else the catalogue's; ``openai`` for OpenAI's 80 templates, ``clip_benchmark`` for those
+            of clip_benchmark for this set.
         native_size: attack images at their own size instead of a crop of the model's size; null uses the catalogue.
         crop: resize before the centre crop, ``tecoa`` or ``clip``; null uses ``data.crop``.
         border: number of pixels that are cut off on every side of an image first; null uses the catalogue.

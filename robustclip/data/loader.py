@@ -66,7 +66,8 @@ class ImageLoader(DataLoader[Loaded]):
         workers = max(1, self.num_workers)
         length = len(self.dataset)  # type: ignore[arg-type]  # raises a TypeError for a stream of unknown length
         shares = [length // workers + (worker < length % workers) for worker in range(workers)]
-        return max(1, sum(-(-share // cast(int, self.batch_size)) for share in shares))
+        size = cast(int, self.batch_size)
+        return max(1, sum(share // size if self.drop_last else -(-share // size) for share in shares))
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self._has_begun:

@@ -6,10 +6,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.data._resume import ResumableDataModule
 from robustclip.data.anchors import AuxiliaryData, CaptionedImages, Choice
+from robustclip.data.batch_sizes import BatchSizes, Pieces
 from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
 from robustclip.data.data_source import SetLike, listed
 from robustclip.data.decoding import Decoder
@@ -44,8 +46,12 @@ class CLIPDataModule(ResumableDataModule):
             rounds resized pixels differently.
         attack_resolution: ``native`` leaves sets of small images (CIFAR, STL-10) at their own size, so that an attack
             changes only these pixels and the model enlarges them; ``model`` enlarges them first.
-        batch_size: images per process and training step.
-        eval_batch_size: images per process and evaluation step; null for ``batch_size``.
+        batch_size: images per process and training step; null for 64, or for the share of ``global_batch_size``.
+        global_batch_size: images per optimiser step, over all devices, nodes and accumulated batches
+            (``trainer.accumulate_grad_batches``), which must divide it; null to give ``batch_size`` instead. If the
+            number of training images is not divisible by that of processes, the last step of an epoch repeats some.
+        eval_batch_size: images per process and evaluation step; null for the size in training.
+        drop_last: leave out the last batch of a training epoch if it is smaller than the others.
         num_workers: loader processes per process; 0 decodes in the main process.
         holdout: share of the training set, per class, that is kept for validation if ``val`` is empty; 0 for none.
         shots: training images per class, taken equally from several sets after the hold-out; null for all.
@@ -71,6 +77,7 @@ class CLIPDataModule(ResumableDataModule):
     max_samples: int | None = None
     val_positions: list[int] | None = None
     _done: Done | None = None
+    _planned: Pieces | None = None
     _train: OpenedSource | None = None
     _val: Sequence[OpenedSource] = ()
     _test: Sequence[OpenedSource] = ()
@@ -89,8 +96,10 @@ class CLIPDataModule(ResumableDataModule):
         crop: Crop = "tecoa",
         decoder: Decoder = "pillow",
         attack_resolution: Literal["native", "model"] = "native",
-        batch_size: Count = 64,
+        batch_size: Count | None = None,
+        global_batch_size: Count | None = None,
         eval_batch_size: Count | None = None,
+        drop_last: bool = False,
         num_workers: CountOrZero = 0,
         holdout: Annotated[float, Interval(0, 1, excludes=(1,))] = 0.1,
         shots: Count | None = None,
@@ -113,7 +122,7 @@ class CLIPDataModule(ResumableDataModule):
         self.test_sources, self.unknown_sources = listed(test), listed(unknown)
         self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
         self.crop, self.decoder = crop, decoder
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.batch_sizes, self.drop_last = BatchSizes(batch_size, global_batch_size, eval_batch_size), drop_last
         self.num_workers, self.holdout, self.bad_samples = num_workers, holdout, bad_samples
         self.shots = None if shots is None else Shots(shots, shots_seed, shots_rule)
         self.augmentation, self.captioned, self.features_in_test = augmentation, captioned, features_in_test
@@ -133,6 +142,31 @@ class CLIPDataModule(ResumableDataModule):
     def done_samples(self, task: str) -> frozenset[int]:
         """Returns the ids of the samples of a task that an earlier start of the test has finished."""
         return frozenset() if self._done is None else self._done(task)
+
+    def share_out(self, pieces: Pieces) -> None:
+        """Takes the pieces of an optimiser step in a planned run, in place of those of the attached trainer."""
+        self._planned = pieces
+
+    @property
+    def pieces(self) -> Pieces:
+        """Pieces of an optimiser step: processes and accumulated batches of the trainer."""
+        if self._planned is not None or self.trainer is None:
+            return self._planned or Pieces()
+        return Pieces(self.trainer.world_size, self.trainer.accumulate_grad_batches)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per process and training step.
+
+        Raises:
+            ValueError: ``global_batch_size`` is not divisible by the number of processes and accumulated batches.
+        """
+        return self.batch_sizes.training(self.pieces)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per process and evaluation step."""
+        return self.batch_sizes.evaluation(self.pieces)
 
     @property
     def train_task(self) -> Task:
@@ -205,8 +239,12 @@ class CLIPDataModule(ResumableDataModule):
             self._unknown = open_unknown(self.unknown_sources, root=self.root, taken=[t.name for t in self.test_tasks])
             return
         self._val = open_tests(self.val_sources, root=self.root)
+        if stage == "fit":
+            self._check_batch_size()
         if stage == "fit" or not self._val:
             train = self._opened_train()
+            if stage == "fit" and self.drop_last:
+                self._check_last_batch(train)
             if self.val_positions is not None:
                 self._val = [train]
 
@@ -216,9 +254,11 @@ class CLIPDataModule(ResumableDataModule):
         plain = self._pixels(source), ToPixels(self.image_size, crop=self.crop, decoder=self.decoder)
         own, anchors = (training_pixels(view, self.augmentation, self.seed) for view in plain)
         options: dict[str, Any] = {"positions": self.train_positions, "auxiliary": self.auxiliary, "seed": self.seed}
+        options["drop_last"] = self.drop_last
         samples = shuffled_samples(source, (own, anchors), self._process(), **options)
         epoch = self.trainer.current_epoch if self.trainer else 0
         options = {"skips_bad_samples": True, "first_epoch": epoch, "name": source.task.name}
+        options["drop_last"] = self.drop_last
         return self.resumed(self._loader(samples, self.batch_size, **options))
 
     def plain_train_dataloader(self) -> ImageLoader:
@@ -283,6 +323,29 @@ class CLIPDataModule(ResumableDataModule):
             dataset = self._cache.instead_of(dataset, self.image_sets)
         options |= {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         return ImageLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
+
+    def _check_batch_size(self) -> None:
+        """Refuses, before anything is read, batch sizes that do not fit the trainer."""
+        callbacks = getattr(self.trainer, "callbacks", [])
+        is_scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+        if is_scheduled and self.batch_sizes.per_step is not None:
+            raise ValueError(
+                "data.global_batch_size is one number for the whole run, which GradientAccumulationScheduler changes;"
+                " give data.batch_size instead"
+            )
+        self.batch_sizes.training(self.pieces)
+
+    def _check_last_batch(self, train: OpenedSource) -> None:
+        """Refuses to drop the last batch of an epoch if it is the only one."""
+        chosen = train.dataset if self.train_positions is None else self.train_positions
+        count = (train.length or 0) if chosen is None else len(chosen)  # type: ignore[arg-type]
+        readers = self.pieces.processes * (max(1, self.num_workers) if train.dataset is None else 1)
+        if count // readers < self.batch_size:
+            raise ValueError(
+                f"training set {train.task.name!r} has {count} samples, of which {readers} readers make no batch of"
+                f" {self.batch_size}, and data.drop_last leaves out smaller ones; set it to false, or reduce"
+                " data.batch_size or data.global_batch_size"
+            )
 
     def _opened_train(self) -> OpenedSource:
         if self._train is None:  # a test opens the training set at its first use

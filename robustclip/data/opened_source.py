@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip import IMAGENET_CLASSNAMES
 from torch.utils.data import Dataset
 
 from robustclip.data.catalog import CATALOG, CatalogEntry, lookup, named
@@ -15,6 +15,7 @@ from robustclip.data.sources import KINDS
 from robustclip.data.sources.own import CLASS_PATH, open_own
 from robustclip.data.sources.source import CheckedImages, Relabelled, labels_of, where_of
 from robustclip.data.task_parts import Part, Role, benchmark, narrowed, part_by_ranges, part_by_seed, part_by_shift
+from robustclip.data.template_sets import OPENAI, clip_benchmark_templates
 from robustclip.paths import local_path
 from robustclip.types import UNKNOWN, Crop, Task
 
@@ -143,7 +144,8 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     )
     dataset, names = opened.named(NameLists(configured, None, known_set), source.where, is_same_copy=is_same_copy)
     own_templates = opened.templates if entry is None else None  # as for class names
-    templates = _templates(source) or own_templates or (known_set.templates if known_set else DEFAULT_TEMPLATES)
+    templates = _templates(source, known_set, names.names)
+    templates = templates or own_templates or (known_set.templates if known_set else DEFAULT_TEMPLATES)
     name = source.name or (known_set.name if known_set else _slug(location))
     task = Task(name, names.names, tuple(templates), names.groups)
     if dataset is not None:
@@ -190,10 +192,12 @@ def _class_names(source: DataSource) -> Sequence[str] | Mapping[Any, str] | None
     return list(IMAGENET_CLASSNAMES) if names == "openai" else names
 
 
-def _templates(source: DataSource) -> Sequence[str] | None:
+def _templates(source: DataSource, entry: CatalogEntry | None, names: tuple[str, ...]) -> Sequence[str] | None:
     """Returns the templates of the configuration."""
     if source.templates == "openai":
-        return [fill("{}") for fill in OPENAI_IMAGENET_TEMPLATES]
+        return OPENAI
+    if source.templates == "clip_benchmark":
+        return clip_benchmark_templates(entry, names, source.where)
     return [source.templates] if isinstance(source.templates, str) else source.templates
 
 

@@ -91,6 +91,7 @@ def shuffled_samples(
     positions: Sequence[int] | None,
     auxiliary: AuxiliaryData,
     seed: int,
+    drop_last: bool = False,
 ) -> Samples:
     """Returns this process's share of a training set, shuffled anew each epoch; all shares have the same size.
 
@@ -101,6 +102,7 @@ def shuffled_samples(
         positions: positions of the training samples; None for all.
         auxiliary: captions and anchors.
         seed: seed of the run.
+        drop_last: leave out samples at the end of an epoch, instead of repeating some, to make shares equal.
 
     Raises:
         ValueError: a remote set has no ``length``, or the set cannot have captions or anchors.
@@ -117,4 +119,5 @@ def shuffled_samples(
     if auxiliary.is_given and isinstance(source.dataset, Joined):
         raise ValueError(f"training set {name!r} is joined from several: captions and anchors must be null")
     images = auxiliary.added_to(Images(source.dataset, transforms[0], positions), transforms[1], seed)
-    return images, DistributedSampler(images, process.world_size, process.rank, shuffle=True, seed=seed)
+    share = {"num_replicas": process.world_size, "rank": process.rank}
+    return images, DistributedSampler(images, **share, shuffle=True, seed=seed, drop_last=drop_last)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
 from robustclip.arguments import CountOrZero, NonNegative, Share
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.methods._shared.frozen_towers import FrozenFeatures
 from robustclip.objectives.energy import Branch, Reduction, adapted, batch_penalty, sample_penalty
 from robustclip.types import Batch, Task
@@ -50,8 +51,8 @@ class CRoFT(FrozenFeatures):
     gradient is taken at the adapters, not 1e-4 away from them.
 
     The weight decay of 0.1 shrinks the adapters; since scale does not matter, it pulls them to the zero-shot model.
-    Losses are not means over samples, so the parts of a batch do not add up to the whole batch. Several processes need
-    the strategy ``ddp_find_unused_parameters_true``. ``max_steps`` counts the steps of both optimisers.
+    Losses are not means over samples, so all processes compute those of the whole batch. Several processes need the
+    strategy ``ddp_find_unused_parameters_true``. ``max_steps`` counts the steps of both optimisers.
 
     Args:
         mode: ``clean``, ``official`` or ``official_vlcs``, as above.
@@ -200,6 +201,7 @@ class CRoFT(FrozenFeatures):
     def step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Updates the generator one or more times, then the adapters once."""
         adapters, generator = cast(list[LightningOptimizer], self.optimizers())
+        batch = self._of_all_processes(batch)
         view, is_clean = self.view(batch), self.mode == "clean"
         fixed = View(*(branch._replace(unit=branch.unit.detach()) for branch in view))
         for _ in range(self.generator_steps):
@@ -212,6 +214,12 @@ class CRoFT(FrozenFeatures):
             for scheduler in cast(list[LRScheduler], self.lr_schedulers()):
                 scheduler.step()
         return loss.detach()
+
+    def _of_all_processes(self, batch: Batch) -> Batch:
+        """Returns the batch of all processes, as embeddings: its losses are no means over samples."""
+        parts = self.embeddings(batch.images), batch.labels, batch.index
+        images, labels, index = (all_gather_rows(self, rows) for rows in parts)
+        return batch._replace(images=images, labels=labels, index=index)
 
     def _minimise(self, loss: Tensor, optimizers: list[LightningOptimizer]) -> None:
         """Takes one optimiser step; the graph is kept, since several steps share the features of the batch."""

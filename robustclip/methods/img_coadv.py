@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import Positive
+from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
 from robustclip.types import Batch
 
@@ -16,8 +17,8 @@ class ImgCoAdv(TeCoARecipe):
 
     Minimises InfoNCE between adversarial images and their clean copies, with the batch's other clean images as
     negatives: ``-log exp(cos(f(x'_i), f(x_i)) / tau) / sum_k exp(cos(f(x'_i), f(x_k)) / tau)``. ``x'_i`` maximises the
-    same loss in the perturbation set (PGD, last iterate) against fixed clean features. Labels are not used. Over
-    several processes, each uses its own negatives.
+    same loss in the perturbation set (PGD, last iterate) against fixed clean features. Labels are not used. The clean
+    images of all processes are negatives.
 
     The authors' code does not contain it. That clean copies are not augmented, that both sides get gradients, and the
     temperature are this project's interpretation.
@@ -42,8 +43,9 @@ class ImgCoAdv(TeCoARecipe):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns InfoNCE of the adversarial images among the clean ones."""
-        clean = self.image_features(batch.images)
-        own = torch.arange(len(clean), device=clean.device)
+        clean = all_gather_rows(self, self.image_features(batch.images))
+        ranks = all_gather_rows(self, torch.full_like(batch.labels, self.global_rank))
+        own = (ranks == self.global_rank).nonzero().flatten()  # places of this process's images among all
         attacked = self.perturb(batch, forward=lambda images: self.similarities(images, clean.detach()), targets=own)
         return {"adversarial_infonce": F.cross_entropy(self.similarities(attacked, clean).float(), own)}
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from robustclip import display
 from robustclip.attacks import PGD, Attack, Cost
 from robustclip.data import CLIPDataModule
+from robustclip.data.batch_sizes import Pieces
 from robustclip.evaluation import RobustEvaluation
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.models.layers import frozen
@@ -101,6 +102,8 @@ def check(plan: Plan) -> Iterator[Finding]:
         model.to(plan.device)
         yield from _model(model, plan.device)
     if data is not None:
+        if (trainer := plan.trainer) is not None:
+            data.share_out(Pieces(trainer.world_size, trainer.accumulate_grad_batches))
         tests = yield from examine(data, "test", model, limit=evaluation.max_samples if evaluation else None)
         trains: list[DataSet] = []
         if model is not None and not isinstance(model, ZeroShot):
@@ -149,6 +152,7 @@ class Bench:
     ) -> None:
         self.model, self.data, self.evaluation, self.trainer = model, data, evaluation, trainer
         self.device = next(model.parameters()).device
+        self.learning_rates: list[float] = []  # of the parameter groups, known after a fit of a few steps
         self.world_size = 1 if trainer is None else trainer.world_size
 
     def findings(self, tests: Sequence[DataSet], trains: Sequence[DataSet]) -> Iterator[Finding]:
@@ -167,10 +171,12 @@ class Bench:
         if tests:
             yield self._estimate("time of test", "data.eval_batch_size", partial(self._test, tests))
         if trains and trains[0].kind == "training":
-            size, count = self.data.batch_size, 1 if self.trainer is None else self.trainer.accumulate_grad_batches
-            detail = f"{size * self.world_size * count:,} images per optimiser step: {size} x {self.world_size} devices"
-            yield Finding("effective batch", OK, f"{detail} x {count} accumulated batches")
-            yield self._estimate("time of an epoch", "data.batch_size", partial(self._epoch, trains[0], validation))
+            size, (processes, accumulated) = self.data.batch_size, self.data.pieces
+            detail = f"{size * processes * accumulated:,} images per optimiser step: {size} x {processes} devices"
+            yield Finding("effective batch", OK, f"{detail} x {accumulated} accumulated batches")
+            setting = "data.batch_size or raise trainer.accumulate_grad_batches"
+            yield self._estimate("time of an epoch", setting, partial(self._epoch, trains[0], validation))
+            yield self._schedule(trains[0], size * processes * accumulated)
 
     def _attack(self, name: str, attack: Attack, tests: Sequence[DataSet]) -> Finding:
         """Reports settings and cost of an attack, and runs one step of it on two images."""
@@ -221,9 +227,25 @@ class Bench:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*barebones.*")  # it logs nothing, which is intended
             fit.fit(self.model, datamodule=self.data)
+        groups = [group for optimizer in fit.optimizers for group in optimizer.param_groups]
+        self.learning_rates = sorted({float(group.get("initial_lr", group["lr"])) for group in groups})
         rate = median(timer.seconds[1:] or timer.seconds)
         seconds = (training.size or 0) * self._with_loading(training, rate) / self.world_size
         return f"about {_duration(seconds)} of training and {_duration(after)} of validation; {1 / rate:,.0f} images/s"
+
+    def _schedule(self, training: DataSet, images: int) -> Finding:
+        """Reports the steps of the run, and the learning rate that results."""
+        size, warmup, trainer = training.size or 0, self.model.warmup_steps, self.trainer
+        steps = size // images if self.data.drop_last else -(-size // images)
+        limits = [] if trainer is None else [steps * (trainer.max_epochs or -1), trainer.max_steps]
+        total = min((limit for limit in limits if limit > 0), default=None)
+        run = "no number of steps in the run" if total is None else f"{total:,} in the run"
+        rates = " and ".join(f"{rate:.3g}" for rate in self.learning_rates) or "not known"
+        detail = f"{steps:,} steps per epoch, {run}; learning rate {rates}"
+        detail += f" after {warmup:,} steps of warm-up" if warmup else ""
+        if total is not None and warmup >= total:
+            return Finding("schedule", WARNING, f"{detail}, more than the run has; change model.warmup_steps")
+        return Finding("schedule", OK, detail)
 
     def _evaluation(self, attacks: Mapping[str, Attack], sets: Sequence[DataSet]) -> tuple[float, str]:
         """Estimates the seconds of an evaluation, and describes the measured rates."""

@@ -41,6 +41,7 @@ CLASSES = {
     "eurosat": 10,
     "pcam": 2,
     "hateful_memes": 2,
+    "ucf101": 101,
     **dict.fromkeys(SHIFTS_OF_IMAGENET, 1000),
     **{name: {"office": 31, "visda": 12, "vlcs": 5}.get(name.partition("_")[0], 0) for name in DOMAIN_SETS},
     **{name: 65 for name in DOMAIN_SETS if name.startswith("office_home")},
@@ -77,6 +78,9 @@ PROMPTS = [
     ("eurosat", 9, "A centered satellite photo of a sea or a lake."),
     ("pcam", 0, "This is a photo of healthy lymph node tissue."),
     ("hateful_memes", 1, "a hatespeech meme."),
+    ("ucf101", 0, "a photo of a person doing apply eye makeup."),
+    ("ucf101", 15, "a photo of a person doing bowling."),
+    ("ucf101", 100, "a photo of a person doing yo yo."),
     ("office_amazon", 24, "a photo of a ring binder."),  # the last known class
     ("office_amazon", 30, "a photo of a trash can."),
     ("office_home_art", 49, "a photo of a ruler."),  # the last known class
@@ -96,7 +100,9 @@ def _plain(name: str) -> str:
 
 def test_catalog_holds_the_published_protocols() -> None:
     assert (
-        set(CATALOG) == set(TECOA_SETS) | set(PMG_AFT_SETS) | set(SHIFTS_OF_IMAGENET) | set(DOMAIN_SETS) == set(CLASSES)
+        set(CATALOG)
+        == set(TECOA_SETS) | set(PMG_AFT_SETS) | set(SHIFTS_OF_IMAGENET) | set(DOMAIN_SETS) | {"ucf101"}
+        == set(CLASSES)
     )
 
 
@@ -193,7 +199,7 @@ def test_lookup_finds_every_set() -> None:
 
 
 def test_unknown_name_is_answered_with_close_ones_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"got 'cifar_10'; did you mean cifar10 or cifar100\?") as error:
+    with pytest.raises(ValueError, match=r"got 'cifar_10'; did you mean cifar10 or cifar100\b") as error:
         lookup("cifar_10")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"got '!'; .*folder:/my/photos.*; known are imagenet, .*vlcs_sun$"):

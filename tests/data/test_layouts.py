@@ -384,6 +384,22 @@ def test_class_folders_of_an_archive_are_those_of_the_catalogue(
     assert opened.task.class_names == CATALOG[name].class_names
 
 
+@pytest.mark.parametrize("folder", ["UCF-101", "UCF-101-midframes"])
+def test_frames_of_ucf101_have_the_catalogues_names_in_both_spellings(folder: str, tmp_path: Path) -> None:
+    names = CATALOG["ucf101"].class_names
+    for number, name in enumerate(names):
+        words = [word.capitalize() for word in name.split()]
+        picture(tmp_path / folder / ("_" if "mid" in folder else "").join(words) / "v_g01_c01.jpg", number)
+    opened = open_source(DataSource(f"folder:{folder}", name="ucf101"), root=str(tmp_path), split="test")
+    check(opened, dict(enumerate(names)))
+    assert (opened.task.class_names[37], opened.task.class_names[90]) == ("handstand walking", "tai chi")
+
+
+def test_an_export_of_ucf101_is_read_by_name(tmp_path: Path) -> None:
+    expected = write_export(tmp_path / "ucf101", CATALOG["ucf101"].class_names)
+    check(open_source("ucf101", root=str(tmp_path), split="test"), expected)
+
+
 # The layout of clip_benchmark: labels are numbers of lines of classnames.txt.
 
 EXPORTS = {

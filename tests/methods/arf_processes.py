@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from helpers import quick_trainer
 from lightning.pytorch import seed_everything
-from ranks import on_both
+from ranks import on_all
 
 from robustclip.data import CLIPDataModule
 from robustclip.methods import ARF
@@ -33,7 +33,7 @@ def fit(folder: Path, processes: int, name: str) -> None:
         "wds:uneven" if name == "uneven" else "wds:even",
         root=str(folder),
         image_size=32,
-        batch_size=IMAGES // processes,
+        global_batch_size=IMAGES,
         holdout=0,
         captions="captions.parquet",
         anchors="anchors",
@@ -52,4 +52,4 @@ def main(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    on_both(partial(main, Path(sys.argv[1]), 2))
+    on_all(partial(main, Path(sys.argv[1]), 2))

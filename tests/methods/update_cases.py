@@ -1,6 +1,6 @@
-"""One optimiser step of every method, on one process, or on two as a script: see test_big_batch.py.
+"""Optimiser steps of every method, on one process, or on several as a script: see test_big_batch.py.
 
-usage: python update_cases.py FOLDER; writes FOLDER/CASE.RANK.pt.
+usage: python update_cases.py FOLDER PROCESSES; writes FOLDER/CASE.PROCESSES.RANK.pt.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from helpers import quick_trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
-from ranks import on_both
+from ranks import on_all
 from torch import Tensor
 
 from robustclip.attacks import APGD, PGD, Attack, Square
@@ -19,18 +19,23 @@ from robustclip.data import CLIPDataModule
 from robustclip.methods import (
     DANCE,
     FARE,
+    FLYP,
+    FLYPCE,
     PMGAFT,
     POUF,
     TRADES,
     UEO,
+    UPL,
     AdversarialTraining,
     CleanFineTuning,
     CLIPAdapter,
     CoOp,
     CRoFT,
+    FineTuning,
     ImgCoAdv,
     RobustMethod,
     TeCoA,
+    TipAdapter,
 )
 from robustclip.types import Batch
 
@@ -52,21 +57,28 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "fare": (FARE, {"attack": BOX, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 1000)}),
     "clip_adapter": (CLIPAdapter, BEHIND_THE_TOWER),
     "coop": (CoOp, {"tokens": 4, **BEHIND_THE_TOWER}),
+    "fine_tuning": (FineTuning, {}),
+    "flyp_ce": (FLYPCE, {}),
+    "tip_adapter": (TipAdapter, BEHIND_THE_TOWER),
     "pmg_aft": (PMGAFT, {"attack": BOX}),
     "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),
 }
-OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
+OF_THE_WHOLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "img_coadv": (ImgCoAdv, {"attack": BOX}),
     "ueo": (UEO, {"weight_temperature": "msp", "context_lr": RATE}),
     "pouf": (POUF, {"context_lr": RATE}),
     "dance": (DANCE, {"context_lr": RATE, "weight": 5.0}),
+    "upl": (UPL, {"context_lr": RATE}),
+    "flyp": (FLYP, {}),
+    "croft": (CRoFT, BEHIND_THE_TOWER),
+    "croft-official": (CRoFT, {"mode": "official", **BEHIND_THE_TOWER}),
+}
+OTHER: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "pmg_aft-sum": (PMGAFT, {"attack": BOX, "reduction": "sum", **SMALLER}),
     "pmg_aft-sum-weighted": (PMGAFT, {"attack": BOX, "reduction": "sum", "alpha": PIECES, "beta": PIECES, **SMALLER}),
 }
-CASES = DECOMPOSABLE | OTHER
-IN_TURNS: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
-    "croft": (CRoFT, BEHIND_THE_TOWER),
-}
+CASES = DECOMPOSABLE | OF_THE_WHOLE | OTHER
+IN_TURNS = ("croft", "croft-official")  # these have an optimiser for each turn, and do not accumulate
 
 
 class Watched:
@@ -112,7 +124,7 @@ def frozen_tensors(method: RobustMethod) -> dict[str, Tensor]:
 
 def build(name: str, **options: Any) -> RobustMethod:
     """The method of a case, with an image tower that has left its teacher; a random head is drawn from a fixed seed."""
-    cls, kwargs = (CASES | IN_TURNS)[name]
+    cls, kwargs = CASES[name]
     defaults = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE)}
     torch.manual_seed(1)
     method = cls(pretrained="shapes", **{**defaults, **kwargs, **options})
@@ -126,6 +138,8 @@ def build(name: str, **options: Any) -> RobustMethod:
 def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> dict[str, Any]:
     """Two steps of `BATCH` images each, seen ``BATCH / processes / pieces`` at a time; the first is looked at.
 
+    The configuration of the data is the same for any number of processes and pieces.
+
     The second is there because DistributedDataParallel complains in it of parameters without gradient.
     """
     method, first = build(name, **options), FirstStep()
@@ -137,8 +151,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     trainer = quick_trainer(first, processes=processes, **limits)
     method.freeze_the_rest()
     before = frozen_tensors(method)
-    size = BATCH // processes // pieces
-    data = CLIPDataModule("shapes:source", shots=1, batch_size=size, eval_batch_size=256, image_size=32)
+    data = CLIPDataModule("shapes:source", shots=1, global_batch_size=BATCH, eval_batch_size=256, image_size=32)
     trainer.fit(method, datamodule=data)
     after = frozen_tensors(method)
     return {
@@ -152,13 +165,14 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     }
 
 
-def main(folder: Path) -> None:
-    for name in CASES | IN_TURNS:
-        result = fit(name, processes=PIECES)
+def main(folder: Path, processes: int) -> None:
+    for name in CASES:
+        result = fit(name, processes=processes)
         result["batches"] = [tuple(batch) for batch in result["batches"]]
-        torch.save(result, folder / f"{name}.{result['rank']}.pt")
+        torch.save(result, folder / f"{name}.{processes}.{result['rank']}.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    on_both(partial(main, Path(sys.argv[1])))
+    count = int(sys.argv[2])
+    on_all(partial(main, Path(sys.argv[1]), count), count)

@@ -104,7 +104,23 @@ def test_training_data_is_checked_for_methods_that_learn(doctor: Doctor, tmp_pat
     assert "3 samples" in details["hold-out: train"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert details["effective batch"].startswith("12 images")
+    assert details["schedule"].startswith("3 steps per epoch, no number of steps in the run; learning rate 1e-05")
     assert "of training and" in details["time of an epoch"]
+
+
+def test_one_step_is_shared_out_over_the_planned_devices(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+    write_shards(tmp_path, "train", "train", [30])
+    words = ["--model", "TeCoA", "--data.train", "wds:train", "--data.holdout", "0", "--data.drop_last", "true"]
+    words += ["--trainer.devices", "2", "--trainer.max_epochs", "5", "--model.warmup_steps", "20"]
+    status, rows, _ = doctor(*words, "--data.global_batch_size", "8")
+    assert status == 0
+    details = {check: detail for check, _, detail in rows}
+    assert details["effective batch"] == "8 images per optimiser step: 4 x 2 devices x 1 accumulated batches"
+    assert details["schedule"].startswith("3 steps per epoch, 15 in the run; learning rate 1e-05 after 20 steps")
+    assert any("model.warmup_steps" in line for line in found(rows, "warning")), "the rate is never reached"
+    status, rows, _ = doctor(*words, "--data.global_batch_size", "9")
+    assert status == 1
+    assert any("data.global_batch_size is 9, which 2 processes" in line for line in found(rows, "problem"))
 
 
 @pytest.mark.parametrize(
