@@ -18,6 +18,7 @@ from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.methods._shared import saved_state
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
+from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
 from robustclip.methods._shared.step_checks import (
     DivergenceWatch,
@@ -28,9 +29,12 @@ from robustclip.methods._shared.step_checks import (
 )
 from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
-from robustclip.models.heads import encode_heads, head_logits
+from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
 from robustclip.types import Batch, Task, data_of
+
+TRAIN = "train"  # name of the task of the training classes
+IMAGE_TOWER = "clip.net.visual."  # prefix of the names of its parameters
 
 
 class RobustMethod(Checked, LightningModule, ABC):
@@ -82,6 +86,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
         self.heads: dict[str, Tensor] = {}
+        self.train_task: Task | None = None  # the training classes, where their head learns
+        self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
@@ -113,6 +119,16 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Returns unit features ``(C, D)``, one row per class of the task."""
         return self.clip.encode_classes(task)
 
+    def head(self, task: str = TRAIN) -> Tensor:
+        """Returns the classifier weights of a task, ``(C, D)``, or ``(C, G, D)`` for labels of up to G class names.
+
+        The head of the training classes is encoded anew at every call, with gradients, if `class_features` depends on a
+        trained parameter. All other heads are constants that `prepare` has encoded.
+        """
+        if task == TRAIN and self.train_task is not None:
+            return encode_head(self.class_features, self.train_task)
+        return self.heads[task]
+
     # Members that a method may use
 
     @property
@@ -133,19 +149,28 @@ class RobustMethod(Checked, LightningModule, ABC):
         assigned = saved_state.plain_values({name: vars(self)[name] for name in names if name in vars(self)})
         return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
 
-    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+    def logits(self, images: Tensor, task: str = TRAIN) -> Tensor:
         """Computes the zero-shot logits ``(B, C)`` of images.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             task: name of the task, whose classifier `prepare` has built.
         """
-        return head_logits(self.image_features(images), self.heads[task], self.clip.logit_scale)
+        return head_logits(self.image_features(images), self._present_head(task), self.clip.logit_scale)
+
+    def _present_head(self, task: str) -> Tensor:
+        """Returns `head`; an attack, during which no parameter changes, calls it once."""
+        if self._attacked_heads is None:
+            return self.head(task)
+        if task not in self._attacked_heads:
+            with torch.no_grad():
+                self._attacked_heads[task] = self.head(task)
+        return self._attacked_heads[task]
 
     def perturb(
         self,
         batch: Batch,
-        task: str = "train",
+        task: str = TRAIN,
         loss: Loss = cross_entropy,
         *,
         forward: Forward | None = None,
@@ -153,8 +178,8 @@ class RobustMethod(Checked, LightningModule, ABC):
     ) -> Tensor:
         """Runs the training attack on a batch; returns adversarial images ``(B, 3, H, W)`` in [0, 1], without gradient.
 
-        During the attack the model is frozen and in eval mode; every flag is restored afterwards. The random start
-        depends on the sample ids and the step alone.
+        During the attack the model is frozen and in eval mode; every flag is restored afterwards. `logits` encodes the
+        present `head` once per attack. The random start depends on the sample ids and the step alone.
 
         Args:
             batch: clean images with their labels and sample ids.
@@ -170,8 +195,12 @@ class RobustMethod(Checked, LightningModule, ABC):
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
         forward = forward or partial(self.logits, task=task)
         targets = batch.labels if targets is None else targets
-        with frozen(self):
-            return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
+        self._attacked_heads = {}
+        try:
+            with frozen(self):
+                return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
+        finally:
+            self._attacked_heads = None
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Encodes each task's classes as zero-shot classifier weights, once and without gradients."""
@@ -180,8 +209,12 @@ class RobustMethod(Checked, LightningModule, ABC):
             self.heads |= encode_heads(self.class_features, tasks)
 
     def prepare_training(self, task: Task) -> None:
-        """Encodes the training classes, as the task ``train``, for `training_loss`."""
-        self.prepare([replace(task, name="train")])
+        """Encodes the training classes, as the task ``train``, for `training_loss`, unless their head learns."""
+        task = replace(task, name=TRAIN)
+        is_text_fixed = all(name.startswith(IMAGE_TOWER) for name in self.learning_names)
+        self.train_task = None if is_text_fixed or not has_gradient(self.class_features, task) else task
+        if self.train_task is None:
+            self.prepare([task])
 
     @property
     def learning_names(self) -> set[str]:
@@ -216,6 +249,12 @@ class RobustMethod(Checked, LightningModule, ABC):
         return loss
 
     # Lightning
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a module or parameter that has the name of a method, by which it could not be read."""
+        if isinstance(value, nn.Module | nn.Parameter) and callable(getattr(type(self), name, None)):
+            raise ValueError(f"{name!r} is a method of {type(self).__name__}; give this part another name")
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode, except for frozen towers."""
@@ -355,29 +394,3 @@ class RobustMethod(Checked, LightningModule, ABC):
         self._random_states = checkpoint.get("random_states", [])
         self._pending_gradients = checkpoint.get("pending_gradients", [])
         self.interpolation = checkpoint.get("interpolation")
-
-
-def check_data(method: RobustMethod, data: Any, stage: str) -> None:
-    """Refuses data of a stage that the method does not accept.
-
-    Args:
-        method: method with its model.
-        data: data module, after its setup.
-        stage: ``fit``, ``validate`` or ``test``.
-
-    Raises:
-        ValueError: the method accepts no images of unknown classes, or no features, or not those of another tower.
-    """
-    name = type(method).__name__
-    if stage == "fit" and data.train_has_unknown and not method.takes_unknown:
-        raise ValueError(f"{name} needs images of known classes; set `images` of data.train to null")
-    if data.feature_model is None:
-        return
-    if not method.takes_features:
-        raise ValueError(f"{name} needs images, data.features gives embeddings; set data.features to null")
-    for key, own in (("fingerprint", method.clip.fingerprint), ("image_size", method.clip.image_size)):
-        if data.feature_model[key] != own:
-            raise ValueError(
-                f"data.features has embeddings of a tower with {key} {data.feature_model[key]!r}, this run has {own!r};"
-                " give the model settings that the cache was made with"
-            )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from robustclip.arguments import NonNegative, Positive
 from robustclip.methods.tecoa import TeCoA
 from robustclip.models.clip import CLIPModel
+from robustclip.models.heads import head_logits
 from robustclip.models.teacher import ImageTeacher
 from robustclip.objectives.losses import cosine, kl, l1, l2, reverse_kl
 from robustclip.types import Batch
@@ -91,25 +92,25 @@ class PMGAFT(TeCoA):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns TeCoA's term, the guidance by the teacher, and the pull towards clean predictions."""
-        attacked = self.perturb(batch)
-        logits, outputs = self._forward(self.clip, attacked)
+        attacked, head = self.perturb(batch), self.head()
+        logits, outputs = self._forward(self.clip, attacked, head)
         terms = {"adversarial_ce": F.cross_entropy(logits.float(), batch.labels)}
         if self.alpha > 0:
             with torch.no_grad():
-                _, reference = self._forward(self.teacher.clip, attacked)
+                _, reference = self._forward(self.teacher.clip, attacked, head)
             terms["guidance"] = self.alpha * self.reduce(self.distance(outputs, reference))
         if self.beta > 0:
             # The clean pass comes after the pass with gradients: autocast caches its cast weights and their graph.
             with torch.set_grad_enabled(not self.detach_clean):
-                clean = self.logits(batch.images)
+                clean = head_logits(self.image_features(batch.images), head, self.clip.logit_scale)
             terms["clean_pull"] = self.beta * self.reduce(self.kl(logits, clean))
         return terms
 
-    def _forward(self, clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, clip: CLIPModel, images: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``(B, C)`` of student or teacher, and the outputs ``(B, K)`` that the guidance compares."""
         with _recorded(clip, self.layer) as outputs:
             features = self.image_features(images) if clip is self.clip else clip.encode_image(images)
-        logits = self.clip.logit_scale * features @ self.heads["train"].T
+        logits = head_logits(features, head, self.clip.logit_scale)
         if self.layer == "logits":
             return logits, logits
         if self.layer == "features":

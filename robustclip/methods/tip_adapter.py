@@ -56,7 +56,7 @@ class TipAdapter(FrozenFeatures):
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         """Computes logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], or of embeddings ``(B, D)``."""
         features = self.image_features(images)
-        zero_shot = head_logits(features, self.heads[task], self.clip.logit_scale)
+        zero_shot = head_logits(features, self.head(task), self.clip.logit_scale)
         if self.keys is None or self.key_labels is None or task not in self.cached_tasks:
             return zero_shot
         # Column 0 of the one-hot labels belongs to UNKNOWN, the label of keys without an image, and is dropped.

@@ -58,7 +58,6 @@ class ContextAndNorms(RobustMethod):
         self.context = LearnableContext(self.clip, phrase)
         self.norms = [] if learns == "context" else norm_parameters(self.clip.net.visual, norm_filter)
         self.start = [parameter.detach().clone() for parameter in self.learning()]
-        self.prompts = torch.empty(0)
         self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -78,19 +77,12 @@ class ContextAndNorms(RobustMethod):
         tokens = self.context.tokenize(self.clip, task.class_names)
         return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
 
-    def prepare_training(self, task: Task) -> None:
-        """Encodes the training classes and stores the tokens of their prompts."""
-        super().prepare_training(task)
-        self.prompts = self.context.tokenize(self.clip, task.class_names)
-
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images ``(B, 3, H, W)`` and the training classes as unit features ``(B, D)`` and ``(C, D)``, in fp32.
 
         Both have gradients.
         """
-        features = self.image_features(images)
-        classes = self.context.encode(self.clip, self.prompts, per_pass=self.classes_per_pass)
-        return features.float(), classes.float()
+        return self.image_features(images).float(), self.head().float()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
