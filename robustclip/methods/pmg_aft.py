@@ -94,7 +94,7 @@ class PMGAFT(TeCoA):
         """Returns TeCoA's term, the guidance by the teacher, and the pull towards clean predictions."""
         attacked, head = self.perturb(batch), self.head()
         logits, outputs = self._forward(self.clip, attacked, head)
-        terms = {"adversarial_ce": F.cross_entropy(logits.float(), batch.labels)}
+        terms = {"adversarial_ce": F.cross_entropy(logits, batch.labels)}
         if self.alpha > 0:
             with torch.no_grad():
                 _, reference = self._forward(self.teacher.clip, attacked, head)

@@ -112,4 +112,4 @@ class TeCoA(TeCoARecipe):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy over the class prompts, on adversarial images."""
-        return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)).float(), batch.labels)}
+        return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)), batch.labels)}

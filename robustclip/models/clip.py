@@ -78,8 +78,9 @@ class CLIPModel(nn.Module):
         self.train()  # Lightning does not set modes at the start, so BatchNorm must be fixed here
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
-        return F.normalize(self.embed_image(images), dim=-1)
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``, in fp32 at least."""
+        embeddings = self.embed_image(images)
+        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
     def embed_image(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""

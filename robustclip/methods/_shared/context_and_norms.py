@@ -12,7 +12,6 @@ from robustclip.arguments import Count, NonNegative
 from robustclip.methods._shared.distributed import of_training_images
 from robustclip.methods.base import RobustMethod
 from robustclip.models.context import LearnableContext
-from robustclip.models.heads import head_logits
 from robustclip.models.layers import NormFilter, frozen, norm_parameters
 from robustclip.types import Task, data_of
 
@@ -86,9 +85,7 @@ class ContextAndNorms(RobustMethod):
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
-        features, classes = self.features(images)
-        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision merges close logits
-            return head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(-1)
+        return self.logits(images).log_softmax(-1)
 
     def of_every_image(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Applies a function to the pre-trained features of every training image, under the test transform, in fp32.
