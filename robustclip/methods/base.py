@@ -16,21 +16,16 @@ from torch import Tensor, nn
 from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
-from robustclip.methods._shared import saved_state
+from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
-from robustclip.methods._shared.step_checks import (
-    DivergenceWatch,
-    check_gradients,
-    check_manual_step,
-    check_terms,
-    check_weights,
-)
 from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
+from robustclip.models.compilation import compile_towers
 from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
+from robustclip.models.tf32 import tf32
 from robustclip.types import Batch, Task, data_of
 
 TRAIN = "train"  # name of the task of the training classes
@@ -49,6 +44,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         image_size: side of the image tower's input in pixels; null takes the model's own.
         has_fixed_batch_norm: keep the pre-trained BatchNorm statistics during training.
         has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
+        compile: compile the blocks of both towers by `torch.compile`; checkpoints stay as they are.
         attack: training attack; null for methods that train on clean images.
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
@@ -62,7 +58,7 @@ class RobustMethod(Checked, LightningModule, ABC):
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
-        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing"),
+        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile"),
         *("attack", "optimizer", "warmup_steps", "schedule"),
     )
 
@@ -73,6 +69,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         image_size: Count | None = None,
         has_fixed_batch_norm: bool = True,
         has_activation_checkpointing: bool = False,
+        compile: bool = False,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: CountOrZero = 0,
@@ -85,6 +82,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
+        if compile:
+            compile_towers(self.clip)
         self.heads: dict[str, Tensor] = {}
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
@@ -92,7 +91,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
         self._random_states: list[dict[str, Any]] = []
-        self._watch = DivergenceWatch()
+        self._watch = step_checks.DivergenceWatch()
         self._stepped: set[int] = set()  # ids of the optimisers whose first step was checked
         self._pending_gradients: list[dict[str, Tensor]] = []
         self._before_validation: dict[str, Any] = {}  # random state when validation began
@@ -203,9 +202,9 @@ class RobustMethod(Checked, LightningModule, ABC):
             self._attacked_heads = None
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Encodes each task's classes as zero-shot classifier weights, once and without gradients."""
+        """Encodes each task's classes as zero-shot classifier weights, once, in fp32 and without gradients."""
         # Inference mode is left first: its tensors could not take part in an attack's graph.
-        with torch.inference_mode(False), torch.no_grad(), frozen(self):
+        with torch.inference_mode(False), torch.no_grad(), frozen(self), tf32(is_allowed=False):
             self.heads |= encode_heads(self.class_features, tasks)
 
     def prepare_training(self, task: Task) -> None:
@@ -238,7 +237,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         Raises:
             ValueError: a term is no scalar tensor, or is not finite (noticed some steps later on an accelerator).
         """
-        check_terms(terms, self)
+        step_checks.check_terms(terms, self)
         values = torch.stack(list(terms.values()))
         loss = values.sum()
         values_and_sum = torch.cat([values.detach(), loss.detach()[None]])
@@ -290,16 +289,16 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters have a gradient."""
-        if id(optimizer) not in self._stepped and check_gradients(self, optimizer, self.idle_parameters()):
+        if id(optimizer) not in self._stepped and step_checks.check_gradients(self, optimizer, self.idle_parameters()):
             self._stepped.add(id(optimizer))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Checks that a method with manual optimisation steps its optimiser."""
-        check_manual_step(self, is_epoch_over=False)
+        step_checks.check_manual_step(self, is_epoch_over=False)
 
     def on_train_epoch_end(self) -> None:
         """Checks at the epoch's end that a method with manual optimisation has stepped its optimiser."""
-        check_manual_step(self, is_epoch_over=True)
+        step_checks.check_manual_step(self, is_epoch_over=True)
 
     def on_train_end(self) -> None:
         """Checks the loss and weights of the last steps, which no checkpoint may have followed."""
@@ -307,7 +306,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def _check_is_finite(self) -> None:
         self._watch.check(self.trainer)
-        check_weights(self, self.parameter_groups())
+        step_checks.check_weights(self, self.parameter_groups())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the terms of `training_loss`, and logs them."""
@@ -335,7 +334,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # evaluation is fp32, in any precision of the trainer
+        # Evaluation is in fp32, in any precision of the trainer.
+        with torch.autocast(self.device.type, enabled=False), tf32(is_allowed=False):
             logits = self.logits(batch.images, task.name)
         if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
             cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)

@@ -57,7 +57,8 @@ class PMGAFT(TeCoA):
         kwargs: arguments of `TeCoA`.
 
     Raises:
-        ValueError: a weight is negative, the scale is not positive, or the tower has no such block.
+        ValueError: a weight is negative, the scale is not positive, the tower has no such block, or the block is
+            compiled.
     """
 
     of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
@@ -79,6 +80,8 @@ class PMGAFT(TeCoA):
         super().__init__(optimizer=optimizer, **kwargs)
         if isinstance(layer, int) and not -(blocks := len(self.clip.image_blocks())) <= layer < blocks:
             raise ValueError(f"layer must be a block in [{-blocks}, {blocks - 1}], got {layer}; -1 is the last")
+        if isinstance(layer, int) and self.clip.compiled_by is not None:  # a block that is observed compiles every pass
+            raise ValueError(f"layer must be logits or features where compile is true, got {layer}; unset one of them")
         self.alpha, self.beta, self.layer, self.detach_clean = alpha, beta, layer, detach_clean
         self.kl = {"forward": kl, "reverse": reverse_kl}[kl_direction]
         self.distance = {"kl": self.kl, "l1": l1, "l2": l2, "cosine": cosine}[distance]

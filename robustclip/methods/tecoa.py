@@ -22,7 +22,8 @@ class TeCoA(TeCoARecipe):
     ``f`` is trained, a visual prompt before it, or both; attacks pass through the prompt.
 
     Departures from the authors' code (the paper asks for none of these details): the attack leaves no gradient behind
-    and maximises the summed loss, and the text tower runs once instead of at every step. `RandomPatch` documents
+    and maximises the summed loss, and the text tower runs once instead of at every step. The code trains in fp16 with
+    loss scaling, ``--trainer.precision 16-mixed``, and has fp16 logits; here they are fp32. `RandomPatch` documents
     another departure.
 
     Args:

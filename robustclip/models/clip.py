@@ -61,6 +61,7 @@ class CLIPModel(nn.Module):
         self.net, self.tokenizer, self.config = _load(arch, pretrained, image_size)
         self.arch, self.pretrained = arch, pretrained
         self._tokens: dict[tuple[str, ...], Tensor] = {}
+        self.compiled_by: str | None = None  # backend of a compiled image tower, see `compile_towers`
         visual = self.net.visual
         native_size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
         self.image_size = int(image_size or native_size)
