@@ -24,6 +24,7 @@ DEAD_GRADIENTS = (0.001, 0.01)  # a dead gradient is a step that the attack did 
 FALLING_LOSS = (0.01, 0.1)  # noise and wrong labels lower the loss of a third of the samples and more
 NEAR_CLEAN = (0.01, 0.1)  # a sample near its clean image counts as robust against a radius that was not tried
 PROBES_RESISTED = (0.02, 0.25)  # 1 sample of 1 is a warning, 2 of 2 a failure
+NOT_IN_FP32 = (0.001, 0.01)  # every sample is either attacked in fp32 or misclassified in fp32
 BLACK_BOX_WINS = (0.002, 0.02)  # random search finds next to nothing after a sound gradient search
 BASELINE_ROBUST = (0.1, 0.3)  # limits of the mean over tasks; CLIP keeps a few per cent at 1/255 (arXiv:2212.07016)
 # An 8-bit image cannot show less than half a grey level. A quarter of the range (l2: in every pixel of 32 x 32) is
@@ -239,6 +240,18 @@ class _Finite(AuditCheck):
         return self.answer("fail" if clean + count else "pass", measurement)
 
 
+class _Fp32Verdict(AuditCheck):
+    name = "fp32_verdict"
+    why = "an attack or a prediction in lower precision decides other samples than the model in fp32 would"
+
+    def grade(self, evidence: Evidence) -> Check:
+        exact, change, loss = (evidence.total(column) for column in ("exact", "again", "loss"))
+        probed = np.isfinite(change) & np.isfinite(loss)
+        if (change[probed] > REPEAT_TOLERANCE * np.maximum(1, loss[probed])).any():
+            return self.answer("fail", f"in fp32, an attacked image's loss differs by {change[probed].max():.2g}")
+        return self.of_count(int((exact == 0).sum()), exact.size, NOT_IN_FP32, "attacked samples decided without fp32")
+
+
 class _Repeatable(AuditCheck):
     name = "repeatable"
     why = "a model whose answer depends on chance or on the rest of the batch (dropout, BatchNorm) blinds the attack"
@@ -367,6 +380,7 @@ CHECKS: Sequence[AuditCheck] = (
     _UsesRadius(),
     _InsideSet(),
     _Finite(),
+    _Fp32Verdict(),
     _Repeatable(),
     _StrongerAttack(
         "larger_radius", "wider", False, "a larger radius must not help the model; if it does, gradients mislead"

@@ -1,10 +1,11 @@
 """Robustness of each sample: its worst case over a list of attacks and over all images that they try."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ ROBUST, WRONG = -1, -2  # values of `by` without a successful member: robust, an
 SIZES = 8  # number of batch sizes, so that compiled models and CUDA graphs have few shapes
 
 StopRule = Literal["worst", "last"]
+
+
+class Rung(NamedTuple):
+    """The tested model in one precision.
+
+    Attributes:
+        forward: function from images to logits ``(B, C)`` in that precision.
+        context: makes a context for the whole attack, for flags that its backward passes need too.
+    """
+
+    forward: Forward
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -33,6 +46,8 @@ class Verdict:
         nans: ``(B,)`` number of evaluations with a logit or a gradient that is not finite.
         excess: ``(B,)`` largest distance of any image from the perturbation set and the valid pixel range; images
             outside do not count as misclassified.
+        exact: ``(B,)`` number of evaluations in fp32 on which the verdict rests: those of an attack in fp32, and those
+            that confirmed a success.
     """
 
     by: Tensor
@@ -43,6 +58,7 @@ class Verdict:
     dead: Tensor
     nans: Tensor
     excess: Tensor
+    exact: Tensor
 
     @classmethod
     def before(cls, images: Tensor, labels: Tensor, logits: Tensor) -> "Verdict":
@@ -57,7 +73,8 @@ class Verdict:
         by = torch.where(prediction == labels, ROBUST, WRONG)
         loss = cross_entropy(logits, labels)
         faults = _faults(logits).long()
-        return cls(by, images.clone(), prediction, loss, zeros, zeros.clone(), faults, torch.zeros_like(loss))
+        excess, exact = torch.zeros_like(loss), zeros.clone()
+        return cls(by, images.clone(), prediction, loss, zeros, zeros.clone(), faults, excess, exact)
 
     def take(self, rows: Tensor) -> "Verdict":
         """Returns the verdict on the samples of the given rows."""
@@ -83,7 +100,7 @@ def examine(
     index: Tensor | None = None,
     seed: int = 0,
     stop: StopRule = "worst",
-    cheap_forward: Forward | None = None,
+    cheaper: Sequence[Rung] = (),
     clean_logits: Tensor | None = None,
     check_every: int = 1,
 ) -> Verdict:
@@ -101,8 +118,8 @@ def examine(
         index: ``(B,)`` sample ids, see `Attack`.
         seed: see `Attack`.
         stop: ``worst`` or ``last``.
-        cheap_forward: the same model in lower precision. Attacks then use it first, `forward` confirms their successes,
-            and samples that are still correct are attacked again with `forward`.
+        cheaper: the same model in lower precisions, from the lowest. Attacks use these first, `forward` confirms every
+            success, and samples that are still correct are attacked again, in the end with `forward`.
         clean_logits: ``forward(images)`` if it is known.
         check_every: number of evaluations between two checks for misclassified samples; each waits for the device.
     """
@@ -112,15 +129,15 @@ def examine(
         with torch.no_grad():
             logits = forward(images) if clean_logits is None else clean_logits.detach().clone()
         verdict = Verdict.before(images, labels, logits.float())
-        passes = [forward] if cheap_forward is None else [cheap_forward, forward]
+        passes = [*cheaper, Rung(forward)]
         for number, member in enumerate(members):
             # Samples that are robust in low precision are attacked again in fp32; `last` has only one pass.
-            for attacked in passes if stop == "worst" else passes[:1]:
+            for rung in passes if stop == "worst" else passes[:1]:
                 is_open = verdict.by == ROBUST if stop == "worst" or number else verdict.by <= ROBUST
                 rows = is_open.nonzero()[:, 0]
                 if not len(rows):
                     return verdict
-                watch = _Watch(images[rows], labels[rows], verdict.take(rows), attacked, forward, member.attack)
+                watch = _Watch(images[rows], labels[rows], verdict.take(rows), rung, forward, member.attack)
                 watch.number, watch.stop, watch.check_every, watch.capacity = number, stop, check_every, len(images)
                 watch.run(None if index is None else index[rows], seed)
                 verdict.put(rows, watch.verdict)
@@ -144,17 +161,19 @@ class _Watch(SkipsMisclassified):
     capacity: int
 
     def __init__(
-        self, images: Tensor, labels: Tensor, verdict: Verdict, attacked: Forward, forward: Forward, attack: Attack
+        self, images: Tensor, labels: Tensor, verdict: Verdict, rung: Rung, forward: Forward, attack: Attack
     ) -> None:
         self.images, self.labels, self.verdict = images, labels, verdict
-        self.attacked, self.forward, self.attack = attacked, forward, attack
+        self.rung, self.forward, self.attack = rung, forward, attack
+        self.is_exact = rung.forward is forward
         self.rows = torch.arange(len(images), device=images.device)
         self.calls = 0
 
     def run(self, index: Tensor | None, seed: int) -> None:
         """Runs the attack and completes the verdict with the images that it returns."""
         try:
-            returned = self.attack(self.images, self, self.labels, index=index, seed=seed)
+            with self.rung.context():
+                returned = self.attack(self.images, self, self.labels, index=index, seed=seed)
         except _AllMisclassified:
             return
         with torch.no_grad():
@@ -163,7 +182,8 @@ class _Watch(SkipsMisclassified):
 
     def __call__(self, images: Tensor) -> Tensor:
         if len(images) != len(self.images):  # the attack has selected samples itself
-            return self.attacked(images)
+            self.verdict.exact += int(self.is_exact)
+            return self.rung.forward(images)
         counts = self.stop == "worst" and self.attack.is_anytime
         if counts and self.calls and self.calls % self.check_every == 0:
             self.rows = (self.verdict.by == ROBUST).nonzero()[:, 0]
@@ -173,7 +193,8 @@ class _Watch(SkipsMisclassified):
         seen = images[self.rows]
         if seen.requires_grad:
             seen.register_hook(partial(self._record_gradient, self.rows))  # type: ignore[no-untyped-call]
-        logits = self.attacked(self._pad(seen))[: len(seen)].float()
+        logits = self.rung.forward(self._pad(seen))[: len(seen)].float()
+        self.verdict.exact[self.rows] += int(self.is_exact)
         if seen.requires_grad and not logits.requires_grad:
             logits = logits + 0 * seen.sum()  # a model that does not depend on its pixels has zero gradients
         self.verdict.nans[self.rows] += _faults(logits.detach())
@@ -191,9 +212,11 @@ class _Watch(SkipsMisclassified):
         verdict.excess[rows] = torch.maximum(verdict.excess[rows], excess)
         is_open = verdict.by[rows] <= ROBUST
         is_misclassified = is_open & (logits.argmax(-1) != self.labels[rows]) & (excess <= BOX_TOLERANCE)
-        if self.attacked is not self.forward and not is_final:
-            logits = logits.clone()
-            is_misclassified = self._confirm(seen, is_misclassified, logits)
+        if not self.is_exact:
+            if not is_final:  # `forward` has computed the final logits
+                logits = logits.clone()
+                is_misclassified = self._confirm(seen, is_misclassified, logits)
+            verdict.exact[rows] += is_misclassified
         loss = cross_entropy(logits, self.labels[rows])
         is_first_or_worse = (loss > verdict.loss[rows]) | (self.number == 0)
         is_kept = is_misclassified | (is_open & is_first_or_worse if is_final else is_misclassified)

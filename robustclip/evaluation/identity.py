@@ -38,7 +38,7 @@ def describe(
         data: data module of the test.
         tasks: tasks of the test.
         members: task and attack to the members of the attack.
-        precision: ``fp32`` or ``bf16``, the precision of the attacks.
+        precision: description of the precisions of attack and verdict.
         stop: stop rule of the evaluation.
         seed: seed of the attacks.
         save_examples: number of attacked images to keep per task and attack.
@@ -54,7 +54,7 @@ def describe(
                 {
                     "templates": listing(task.templates),
                     "class_names": _labels(task),
-                    "precision": f"attack {precision}, verdict fp32",
+                    "precision": precision,
                     "stop_rule": stop,
                     "model_preprocessing": _preprocessing(method),
                     **data.protocol(task.name),

@@ -16,7 +16,7 @@ from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.detection_summary import JOINT
 from robustclip.evaluation.engine import ROBUST, WRONG, Verdict
-from robustclip.evaluation.probes import probe_outcomes, probed, repeat, stronger
+from robustclip.evaluation.probes import losses, probe_outcomes, probed, repeat, stronger
 from robustclip.results import ledger
 from robustclip.results.adversarial_examples import SUFFIX, Example, save
 from robustclip.results.run import LEDGERS, PARTS
@@ -303,6 +303,9 @@ def sample_rows(
     for attack, verdict in verdicts.items():
         columns = _attack_columns(batch, verdict, members[task, attack])
         _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in columns.items()})
+        if len(again):
+            change = (losses(verdict.attacked[again], batch.labels[again], forward) - verdict.loss[again]).abs()
+            _fill(rows, again.tolist(), {f"{attack}.again": change})
         first = members[task, attack][0].attack
         for name, chosen, probe in _probes(first, verdict, attacked, batch):
             images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
@@ -331,6 +334,7 @@ def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -
         "distance": distance(verdict.attacked, batch.images, norm),
         "excess": verdict.excess.where(verdict.excess > BOX_TOLERANCE, 0),
         "nans": verdict.nans,
+        "exact": verdict.exact,
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustclip.attacks import Attack, Member, noise
 from robustclip.attacks.attack import Forward
+from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.engine import ROBUST, examine
 from robustclip.models.clip import CLIPModel
 from robustclip.results.protocol import differences, is_checked, with_counts
@@ -155,6 +156,18 @@ def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel)
     return columns
 
 
+def losses(images: Tensor, labels: Tensor, forward: Forward) -> Tensor:
+    """Computes the cross-entropy ``(B,)`` of images, without gradients.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        forward: function from images to logits.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return cross_entropy(forward(images.clone()), labels.clone())
+
+
 def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tensor, Attack | None]]:
     """Lists the probes by an attack that is stronger than the first member.
 
@@ -209,7 +222,7 @@ def attack_columns(rows: Rows, attack: str) -> Columns:
         attack: name of the attack.
     """
     attacked = [row for row in rows if row[f"{attack}.by"] != "clean"]
-    names = ("loss", "steps", "dead", "distance", "excess", "nans", "wider", "longer")
+    names = ("loss", "steps", "dead", "distance", "excess", "nans", "exact", "again", "wider", "longer")
     numbers = {name: _floats(attacked, f"{attack}.{name}") for name in names}
     by = np.array([row[f"{attack}.by"] for row in attacked], dtype=object)
     return numbers | {"by": by, "clean_loss": _floats(attacked, "clean_loss")}

@@ -2,7 +2,7 @@
 
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +15,7 @@ from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Examples, Journal, sample_rows
+from robustclip.evaluation.precision_ladder import AttackPrecision, description, exact, ladder, rungs
 from robustclip.evaluation.task_callback import (
     TaskCallback,
     announce,
@@ -51,7 +52,9 @@ class RobustEvaluation(TaskCallback):
         stop: ``worst``: a sample is robust if it is classified correctly without attack and on every image that the
             attack evaluates; misclassified samples are not attacked further. ``last``: only the attack's last image
             counts, as in the papers.
-        attack_precision: ``bf16`` attacks in bfloat16 first, then robust samples again in fp32. Every verdict is fp32.
+        attack_precision: lowest precision of the attacks. ``bf16`` attacks in bfloat16 first, then robust samples again
+            in TF32, then in fp32; ``tf32`` leaves out the first. TF32 is skipped on other devices than GPUs. Every
+            verdict is fp32. Under ``stop`` ``last``, attacks run in the lowest precision alone.
         check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
         save_examples: number of misclassified attacked images to keep per task and attack.
 
@@ -67,7 +70,7 @@ class RobustEvaluation(TaskCallback):
         fit_max_samples: Count | None = None,
         seed: int = 0,
         stop: StopRule = "worst",
-        attack_precision: Literal["fp32", "bf16"] = "fp32",
+        attack_precision: AttackPrecision = "fp32",
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
     ) -> None:
@@ -150,13 +153,14 @@ class RobustEvaluation(TaskCallback):
     def _examine(
         self, trainer: Trainer, method: RobustMethod, journal: Journal, batch: Batch, logits: Tensor, task: Task
     ) -> None:
-        forward = partial(method.logits, task=task.name)
+        logits_of: Forward = partial(method.logits, task=task.name)
+        forward, device = exact(logits_of), method.device.type
         options: dict[str, Any] = {
             "index": batch.index,
             "seed": self.seed,
             "stop": self.stop,
             "check_every": self.check_every,
-            "cheap_forward": self._cheap(forward, method.device.type),
+            "cheaper": ladder(logits_of, rungs(self.attack_precision, device, self.stop), device),
         }
         verdicts = {}
         for name in self._running:
@@ -174,16 +178,6 @@ class RobustEvaluation(TaskCallback):
         share = (perf_counter() - self._start) / max(1, len(rows)) / trainer.world_size
         journal.append(task.name, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
 
-    def _cheap(self, forward: Forward, device: str) -> Forward | None:
-        if self.attack_precision == "fp32":
-            return None
-
-        def cheap_forward(images: Tensor) -> Tensor:
-            with torch.autocast(device, torch.bfloat16):
-                return forward(images)
-
-        return cheap_forward
-
     def _opened(self, trainer: Trainer, module: LightningModule) -> Journal:
         """Opens the ledgers of the running test or validation at the first call; all processes must call it."""
         if self._journal is None:
@@ -199,7 +193,7 @@ class RobustEvaluation(TaskCallback):
                 data_of(trainer),
                 tasks,
                 self._members,
-                precision=self.attack_precision,
+                precision=description(self.attack_precision, module.device.type, self.stop),
                 stop=self.stop,
                 seed=self.seed,
                 save_examples=self.save_examples,

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from robustclip.evaluation.progress import TaskProgress
 from robustclip.evaluation.writer import writer_of
 from robustclip.methods import RobustMethod
+from robustclip.models.tf32 import tf32
 from robustclip.types import Batch, Task, data_of
 
 
@@ -55,7 +56,8 @@ class TaskCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Calls `see` with the task of the batch."""
-        self.see(trainer, method_of(pl_module), stage_of(trainer)[1][dataloader_idx], batch, outputs)
+        with tf32(is_allowed=False):  # a prediction that counts is computed in fp32
+            self.see(trainer, method_of(pl_module), stage_of(trainer)[1][dataloader_idx], batch, outputs)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `end` after the last batch."""

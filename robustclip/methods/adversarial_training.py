@@ -46,7 +46,7 @@ class AdversarialTraining(TeCoARecipe):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.head, self.head_lr = head, head_lr
+        self.kind, self.head_lr = head, head_lr
         self.classifier: nn.Module = nn.Identity()  # until a fit defines the number of classes
 
     def setup(self, stage: str) -> None:
@@ -60,7 +60,7 @@ class AdversarialTraining(TeCoARecipe):
         with torch.no_grad(), frozen(self):
             image = torch.zeros(1, 3, self.image_size, self.image_size, device=self.clip.mean.device)
             width = self.clip.embed_image(image).shape[1]
-        self.classifier = nn.Linear(width, classes, bias=self.head == "linear", device=image.device)
+        self.classifier = nn.Linear(width, classes, bias=self.kind == "linear", device=image.device)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the image tower and the classifier."""
@@ -68,13 +68,15 @@ class AdversarialTraining(TeCoARecipe):
 
     def training_logits(self, images: Tensor) -> Tensor:
         """Computes the classifier's logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1]."""
-        outputs: Tensor = self.classifier(self.clip.embed_image(images))
-        return outputs if self.head == "linear" else self.clip.logit_scale * F.normalize(outputs, dim=-1)
+        embeddings = self.clip.embed_image(images)
+        with torch.autocast(images.device.type, enabled=False):  # see `head_logits`
+            outputs: Tensor = self.classifier(embeddings.to(self.clip.mean.dtype))
+            return outputs if self.kind == "linear" else self.clip.logit_scale * F.normalize(outputs, dim=-1)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy of the classifier, on images that are attacked through it."""
         attacked = self.perturb(batch, forward=self.training_logits)
-        return {"adversarial_ce": F.cross_entropy(self.training_logits(attacked).float(), batch.labels)}
+        return {"adversarial_ce": F.cross_entropy(self.training_logits(attacked), batch.labels)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Discards the checkpoint's classifier, unless training is resumed."""

@@ -16,21 +16,20 @@ from torch import Tensor, nn
 from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
-from robustclip.methods._shared import saved_state
+from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
+from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
-from robustclip.methods._shared.step_checks import (
-    DivergenceWatch,
-    check_gradients,
-    check_manual_step,
-    check_terms,
-    check_weights,
-)
 from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
-from robustclip.models.heads import encode_heads, head_logits
+from robustclip.models.compilation import compile_towers
+from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
+from robustclip.models.tf32 import tf32
 from robustclip.types import Batch, Task, data_of
+
+TRAIN = "train"  # name of the task of the training classes
+IMAGE_TOWER = "clip.net.visual."  # prefix of the names of its parameters
 
 
 class RobustMethod(Checked, LightningModule, ABC):
@@ -45,6 +44,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         image_size: side of the image tower's input in pixels; null takes the model's own.
         has_fixed_batch_norm: keep the pre-trained BatchNorm statistics during training.
         has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
+        compile: compile the blocks of both towers by `torch.compile`; checkpoints stay as they are.
         attack: training attack; null for methods that train on clean images.
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
@@ -58,7 +58,7 @@ class RobustMethod(Checked, LightningModule, ABC):
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
-        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing"),
+        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile"),
         *("attack", "optimizer", "warmup_steps", "schedule"),
     )
 
@@ -69,6 +69,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         image_size: Count | None = None,
         has_fixed_batch_norm: bool = True,
         has_activation_checkpointing: bool = False,
+        compile: bool = False,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: CountOrZero = 0,
@@ -81,12 +82,16 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
+        if compile:
+            compile_towers(self.clip)
         self.heads: dict[str, Tensor] = {}
+        self.train_task: Task | None = None  # the training classes, where their head learns
+        self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
         self._random_states: list[dict[str, Any]] = []
-        self._watch = DivergenceWatch()
+        self._watch = step_checks.DivergenceWatch()
         self._stepped: set[int] = set()  # ids of the optimisers whose first step was checked
         self._pending_gradients: list[dict[str, Tensor]] = []
         self._before_validation: dict[str, Any] = {}  # random state when validation began
@@ -113,6 +118,16 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Returns unit features ``(C, D)``, one row per class of the task."""
         return self.clip.encode_classes(task)
 
+    def head(self, task: str = TRAIN) -> Tensor:
+        """Returns the classifier weights of a task, ``(C, D)``, or ``(C, G, D)`` for labels of up to G class names.
+
+        The head of the training classes is encoded anew at every call, with gradients, if `class_features` depends on a
+        trained parameter. All other heads are constants that `prepare` has encoded.
+        """
+        if task == TRAIN and self.train_task is not None:
+            return encode_head(self.class_features, self.train_task)
+        return self.heads[task]
+
     # Members that a method may use
 
     @property
@@ -133,19 +148,28 @@ class RobustMethod(Checked, LightningModule, ABC):
         assigned = saved_state.plain_values({name: vars(self)[name] for name in names if name in vars(self)})
         return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
 
-    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+    def logits(self, images: Tensor, task: str = TRAIN) -> Tensor:
         """Computes the zero-shot logits ``(B, C)`` of images.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             task: name of the task, whose classifier `prepare` has built.
         """
-        return head_logits(self.image_features(images), self.heads[task], self.clip.logit_scale)
+        return head_logits(self.image_features(images), self._present_head(task), self.clip.logit_scale)
+
+    def _present_head(self, task: str) -> Tensor:
+        """Returns `head`; an attack, during which no parameter changes, calls it once."""
+        if self._attacked_heads is None:
+            return self.head(task)
+        if task not in self._attacked_heads:
+            with torch.no_grad():
+                self._attacked_heads[task] = self.head(task)
+        return self._attacked_heads[task]
 
     def perturb(
         self,
         batch: Batch,
-        task: str = "train",
+        task: str = TRAIN,
         loss: Loss = cross_entropy,
         *,
         forward: Forward | None = None,
@@ -153,8 +177,8 @@ class RobustMethod(Checked, LightningModule, ABC):
     ) -> Tensor:
         """Runs the training attack on a batch; returns adversarial images ``(B, 3, H, W)`` in [0, 1], without gradient.
 
-        During the attack the model is frozen and in eval mode; every flag is restored afterwards. The random start
-        depends on the sample ids and the step alone.
+        During the attack the model is frozen and in eval mode; every flag is restored afterwards. `logits` encodes the
+        present `head` once per attack. The random start depends on the sample ids and the step alone.
 
         Args:
             batch: clean images with their labels and sample ids.
@@ -170,18 +194,26 @@ class RobustMethod(Checked, LightningModule, ABC):
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
         forward = forward or partial(self.logits, task=task)
         targets = batch.labels if targets is None else targets
-        with frozen(self):
-            return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
+        self._attacked_heads = {}
+        try:
+            with frozen(self):
+                return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
+        finally:
+            self._attacked_heads = None
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Encodes each task's classes as zero-shot classifier weights, once and without gradients."""
+        """Encodes each task's classes as zero-shot classifier weights, once, in fp32 and without gradients."""
         # Inference mode is left first: its tensors could not take part in an attack's graph.
-        with torch.inference_mode(False), torch.no_grad(), frozen(self):
+        with torch.inference_mode(False), torch.no_grad(), frozen(self), tf32(is_allowed=False):
             self.heads |= encode_heads(self.class_features, tasks)
 
     def prepare_training(self, task: Task) -> None:
-        """Encodes the training classes, as the task ``train``, for `training_loss`."""
-        self.prepare([replace(task, name="train")])
+        """Encodes the training classes, as the task ``train``, for `training_loss`, unless their head learns."""
+        task = replace(task, name=TRAIN)
+        is_text_fixed = all(name.startswith(IMAGE_TOWER) for name in self.learning_names)
+        self.train_task = None if is_text_fixed or not has_gradient(self.class_features, task) else task
+        if self.train_task is None:
+            self.prepare([task])
 
     @property
     def learning_names(self) -> set[str]:
@@ -205,7 +237,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         Raises:
             ValueError: a term is no scalar tensor, or is not finite (noticed some steps later on an accelerator).
         """
-        check_terms(terms, self)
+        step_checks.check_terms(terms, self)
         values = torch.stack(list(terms.values()))
         loss = values.sum()
         values_and_sum = torch.cat([values.detach(), loss.detach()[None]])
@@ -216,6 +248,12 @@ class RobustMethod(Checked, LightningModule, ABC):
         return loss
 
     # Lightning
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses a module or parameter that has the name of a method, by which it could not be read."""
+        if isinstance(value, nn.Module | nn.Parameter) and callable(getattr(type(self), name, None)):
+            raise ValueError(f"{name!r} is a method of {type(self).__name__}; give this part another name")
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the training mode, except for frozen towers."""
@@ -251,16 +289,16 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters have a gradient."""
-        if id(optimizer) not in self._stepped and check_gradients(self, optimizer, self.idle_parameters()):
+        if id(optimizer) not in self._stepped and step_checks.check_gradients(self, optimizer, self.idle_parameters()):
             self._stepped.add(id(optimizer))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Checks that a method with manual optimisation steps its optimiser."""
-        check_manual_step(self, is_epoch_over=False)
+        step_checks.check_manual_step(self, is_epoch_over=False)
 
     def on_train_epoch_end(self) -> None:
         """Checks at the epoch's end that a method with manual optimisation has stepped its optimiser."""
-        check_manual_step(self, is_epoch_over=True)
+        step_checks.check_manual_step(self, is_epoch_over=True)
 
     def on_train_end(self) -> None:
         """Checks the loss and weights of the last steps, which no checkpoint may have followed."""
@@ -268,7 +306,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def _check_is_finite(self) -> None:
         self._watch.check(self.trainer)
-        check_weights(self, self.parameter_groups())
+        step_checks.check_weights(self, self.parameter_groups())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the terms of `training_loss`, and logs them."""
@@ -296,7 +334,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):  # evaluation is fp32, in any precision of the trainer
+        # Evaluation is in fp32, in any precision of the trainer.
+        with torch.autocast(self.device.type, enabled=False), tf32(is_allowed=False):
             logits = self.logits(batch.images, task.name)
         if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
             cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)
@@ -355,29 +394,3 @@ class RobustMethod(Checked, LightningModule, ABC):
         self._random_states = checkpoint.get("random_states", [])
         self._pending_gradients = checkpoint.get("pending_gradients", [])
         self.interpolation = checkpoint.get("interpolation")
-
-
-def check_data(method: RobustMethod, data: Any, stage: str) -> None:
-    """Refuses data of a stage that the method does not accept.
-
-    Args:
-        method: method with its model.
-        data: data module, after its setup.
-        stage: ``fit``, ``validate`` or ``test``.
-
-    Raises:
-        ValueError: the method accepts no images of unknown classes, or no features, or not those of another tower.
-    """
-    name = type(method).__name__
-    if stage == "fit" and data.train_has_unknown and not method.takes_unknown:
-        raise ValueError(f"{name} needs images of known classes; set `images` of data.train to null")
-    if data.feature_model is None:
-        return
-    if not method.takes_features:
-        raise ValueError(f"{name} needs images, data.features gives embeddings; set data.features to null")
-    for key, own in (("fingerprint", method.clip.fingerprint), ("image_size", method.clip.image_size)):
-        if data.feature_model[key] != own:
-            raise ValueError(
-                f"data.features has embeddings of a tower with {key} {data.feature_model[key]!r}, this run has {own!r};"
-                " give the model settings that the cache was made with"
-            )

@@ -34,4 +34,4 @@ class CleanFineTuning(RobustMethod):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy over the class prompts, on clean images."""
-        return {"clean_ce": F.cross_entropy(self.logits(batch.images).float(), batch.labels)}
+        return {"clean_ce": F.cross_entropy(self.logits(batch.images), batch.labels)}

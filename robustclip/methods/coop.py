@@ -3,12 +3,10 @@
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from robustclip.arguments import Count
 from robustclip.methods._shared.frozen_towers import FrozenFeatures
 from robustclip.models.context import LearnableContext
-from robustclip.models.heads import head_logits
 from robustclip.types import Batch, Task
 
 
@@ -41,21 +39,8 @@ class CoOp(FrozenFeatures):
 
     def class_features(self, task: Task) -> Tensor:
         """Encodes the task's class names behind the trained context as unit features ``(C, D)``."""
-        return self.encode(self.context.tokenize(self.clip, task.class_names))
-
-    def encode(self, prompts: Tensor) -> Tensor:
-        """Encodes tokens ``(C, L)`` behind the trained context as unit features ``(C, D)``."""
-        return self.context.encode(self.clip, prompts, per_pass=self.classes_per_pass)
-
-    def prepare_training(self, task: Task) -> None:
-        """Encodes the training classes and stores the tokens of their prompts."""
-        super().prepare_training(task)
-        self.prompts = self.context.tokenize(self.clip, task.class_names)
-
-    def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the cross-entropy on clean images."""
-        logits = head_logits(self.image_features(batch.images), self.encode(self.prompts), self.clip.logit_scale)
-        return {"clean_ce": F.cross_entropy(logits.float(), batch.labels)}
+        tokens = self.context.tokenize(self.clip, task.class_names)
+        return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Runs the whole step in the trainer's precision, since the text tower dominates its cost."""

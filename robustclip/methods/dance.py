@@ -60,7 +60,7 @@ class DANCE(ContextAndNorms):
         features, classes = self.features(batch.images)
         features, index = all_gather_rows(self, features), all_gather_rows(self, batch.index)
         with torch.autocast(features.device.type, enabled=False):
-            log_p = head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(1)
+            log_p = head_logits(features, classes, self.clip.logit_scale).log_softmax(1)
             terms = {
                 "clustering": self.weight * entropy(self.log_neighbours(features, classes, index)).mean(),
                 "separation": -self.weight * self.separation(log_p),

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from robustclip.arguments import CountOrZero, NonNegative
 from robustclip.methods._shared.saved_state import saved_classes
 from robustclip.methods.base import RobustMethod
+from robustclip.models.heads import head_logits
 from robustclip.models.layers import frozen
 from robustclip.models.teacher import ImageTeacher
 from robustclip.objectives.losses import kl
@@ -55,8 +56,8 @@ class FineTuning(RobustMethod):
     """
 
     of_training: tuple[str, ...] = ("probe_epochs", "l2_sp", "lwf", "head_lr")
-    of_original = ("clip.net.", "head", "zero_shot_head")
-    head: nn.Parameter | None
+    of_original = ("clip.net.", "classifier", "zero_shot_head")
+    classifier: nn.Parameter | None
     zero_shot_head: Tensor | None
 
     def __init__(
@@ -76,9 +77,9 @@ class FineTuning(RobustMethod):
         self.start = ImageTeacher(self.clip) if l2_sp or lwf else None
         self.takes_features = probe_epochs is None and not lwf
         self.class_names: tuple[str, ...] = ()
-        self.register_parameter("head", None)  # until a fit or a checkpoint defines the classes
+        self.register_parameter("classifier", None)  # until a fit or a checkpoint defines the classes
         self.register_buffer("zero_shot_head", None)
-        self._is_head_empty = False
+        self._is_empty = False
 
     @property
     def is_probing(self) -> bool:
@@ -88,8 +89,8 @@ class FineTuning(RobustMethod):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the image tower, unless it only extracts features, and the classifier."""
         groups = [] if self.probe_epochs is None else super().parameter_groups()
-        if self.head is not None:
-            groups.append({"params": [self.head]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
+        if self.classifier is not None:
+            groups.append({"params": [self.classifier]} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
 
     def idle_parameters(self) -> list[nn.Parameter]:
@@ -102,9 +103,9 @@ class FineTuning(RobustMethod):
 
     def class_features(self, task: Task) -> Tensor:
         """Returns ``W / s`` ``(C, D)``, not of unit length, for the training classes; unit text features for others."""
-        if self.head is None or task.class_names != self.class_names:
+        if self.classifier is None or task.class_names != self.class_names:
             return super().class_features(task)
-        return self.head / self.clip.logit_scale
+        return self.classifier / self.clip.logit_scale
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy of the classifier and the regularisers L2-SP and LwF."""
@@ -114,7 +115,7 @@ class FineTuning(RobustMethod):
             pairs = zip(self.clip.net.visual.parameters(), self.start.clip.net.visual.parameters(), strict=True)
             terms["l2_sp"] = self.l2_sp / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
         if self.start is not None and self.zero_shot_head is not None and self.lwf:
-            predictions = _classified(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
+            predictions = head_logits(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
             terms["lwf"] = self.lwf * kl(logits, predictions).mean()
         return terms
 
@@ -124,13 +125,13 @@ class FineTuning(RobustMethod):
         Raises:
             ValueError: there is no classifier yet.
         """
-        if self.head is None:
+        if self.classifier is None:
             raise ValueError("FineTuning has no classifier before its first fit; load a checkpoint")
         with frozen(self.clip) if self.is_probing else nullcontext():
             features = self.image_features(images)
-        return _classified(features, self.head)
+        return head_logits(features, self.classifier)
 
-    def add_head(self, class_names: tuple[str, ...], zero_shot_head: Tensor) -> None:
+    def add_classifier(self, class_names: tuple[str, ...], zero_shot_head: Tensor) -> None:
         """Creates a classifier that starts as the zero-shot classifier.
 
         Args:
@@ -138,28 +139,28 @@ class FineTuning(RobustMethod):
             zero_shot_head: ``s t``, ``(C, D)``.
         """
         self.class_names = class_names
-        self.head, self.zero_shot_head = nn.Parameter(zero_shot_head.clone()), zero_shot_head
+        self.classifier, self.zero_shot_head = nn.Parameter(zero_shot_head.clone()), zero_shot_head
 
     # Lightning
 
     def setup(self, stage: str) -> None:
         """Allocates a classifier for the training classes; `on_fit_start` fills it, when the text tower is in place."""
-        if stage == "fit" and self.head is None:
+        if stage == "fit" and self.classifier is None:
             task = data_of(self.trainer).train_task
             with torch.no_grad(), frozen(self):
                 feature = self.clip.encode_text(task.prompts[0])
-            self.add_head(task.class_names, feature.new_zeros(len(task.class_names), feature.shape[1]))
-            self._is_head_empty = True
+            self.add_classifier(task.class_names, feature.new_zeros(len(task.class_names), feature.shape[1]))
+            self._is_empty = True
         super().setup(stage)
 
     def on_fit_start(self) -> None:
         """Sets a new classifier to the zero-shot classifier."""
-        if self._is_head_empty and self.head is not None and self.zero_shot_head is not None:
+        if self._is_empty and self.classifier is not None and self.zero_shot_head is not None:
             with torch.no_grad(), frozen(self):
                 features = self.clip.encode_classes(data_of(self.trainer).train_task)
-                self.head.copy_(self.clip.logit_scale * features)
-                self.zero_shot_head.copy_(self.head)
-            self._is_head_empty = False
+                self.classifier.copy_(self.clip.logit_scale * features)
+                self.zero_shot_head.copy_(self.classifier)
+            self._is_empty = False
         super().on_fit_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -173,14 +174,8 @@ class FineTuning(RobustMethod):
         Raises:
             ValueError: the checkpoint's classes differ from those of this run's training set.
         """
-        classes = saved_classes(checkpoint, "head", None if self.head is None else self.class_names)
-        if classes and self.head is None:
-            self.add_head(classes, checkpoint["state_dict"]["zero_shot_head"].to(self.clip.mean.device))
-        self._is_head_empty = False
+        classes = saved_classes(checkpoint, "head", None if self.classifier is None else self.class_names)
+        if classes and self.classifier is None:
+            self.add_classifier(classes, checkpoint["state_dict"]["zero_shot_head"].to(self.clip.mean.device))
+        self._is_empty = False
         super().on_load_checkpoint(checkpoint)
-
-
-def _classified(features: Tensor, head: Tensor) -> Tensor:
-    """Computes logits ``(B, C)`` in the precision of the classifier, also under autocast."""
-    with torch.autocast(features.device.type, enabled=False):
-        return features.to(head.dtype) @ head.T

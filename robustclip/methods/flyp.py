@@ -80,7 +80,8 @@ class FLYP(RobustMethod):
         return [{"params": rest}, {"params": of_norms, "weight_decay": 0.0}]
 
     def prepare_training(self, task: Task) -> None:
-        """Stores the tokens ``(C, T, L)`` of the training prompts; classifier weights would be outdated every step."""
+        """Stores the tokens ``(C, T, L)`` of the training prompts."""
+        super().prepare_training(task)
         tokens = self.clip.tokenize([prompt for prompts in task.prompts for prompt in prompts])
         self.prompts = tokens.view(len(task.class_names), len(task.templates), -1).to(self.device)
 
@@ -139,6 +140,5 @@ class FLYPCE(FLYP):
         classes = torch.arange(len(self.prompts), device=self.device)
         prompts = self.class_prompts(Batch(batch.images, classes, classes))
         features, head = self.encode_images(batch.images), self.encode_tokens(prompts)
-        with torch.autocast(features.device.type, enabled=False):
-            logits = head_logits(features.float(), head.float(), self.clip.logit_scale)
+        logits = head_logits(features, head, self.clip.logit_scale)
         return {"prompt_ce": F.cross_entropy(logits, batch.labels)}

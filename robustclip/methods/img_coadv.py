@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from robustclip.arguments import Positive
 from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
+from robustclip.models.heads import head_logits
 from robustclip.types import Batch
 
 
@@ -47,7 +48,7 @@ class ImgCoAdv(TeCoARecipe):
         ranks = all_gather_rows(self, torch.full_like(batch.labels, self.global_rank))
         own = (ranks == self.global_rank).nonzero().flatten()  # places of this process's images among all
         attacked = self.perturb(batch, forward=lambda images: self.similarities(images, clean.detach()), targets=own)
-        return {"adversarial_infonce": F.cross_entropy(self.similarities(attacked, clean).float(), own)}
+        return {"adversarial_infonce": F.cross_entropy(self.similarities(attacked, clean), own)}
 
     def similarities(self, images: Tensor, keys: Tensor) -> Tensor:
         """Computes the cosine similarities ``(B, K)`` of images and keys, divided by the temperature.
@@ -56,4 +57,4 @@ class ImgCoAdv(TeCoARecipe):
             images: ``(B, 3, H, W)`` in [0, 1].
             keys: unit features ``(K, D)``.
         """
-        return self.image_features(images) @ keys.T / self.temperature
+        return head_logits(self.image_features(images), keys, 1 / self.temperature)

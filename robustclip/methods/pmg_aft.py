@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from robustclip.arguments import NonNegative, Positive
 from robustclip.methods.tecoa import TeCoA
 from robustclip.models.clip import CLIPModel
+from robustclip.models.heads import head_logits
 from robustclip.models.teacher import ImageTeacher
 from robustclip.objectives.losses import cosine, kl, l1, l2, reverse_kl
 from robustclip.types import Batch
@@ -56,7 +57,8 @@ class PMGAFT(TeCoA):
         kwargs: arguments of `TeCoA`.
 
     Raises:
-        ValueError: a weight is negative, the scale is not positive, or the tower has no such block.
+        ValueError: a weight is negative, the scale is not positive, the tower has no such block, or the block is
+            compiled.
     """
 
     of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
@@ -78,6 +80,8 @@ class PMGAFT(TeCoA):
         super().__init__(optimizer=optimizer, **kwargs)
         if isinstance(layer, int) and not -(blocks := len(self.clip.image_blocks())) <= layer < blocks:
             raise ValueError(f"layer must be a block in [{-blocks}, {blocks - 1}], got {layer}; -1 is the last")
+        if isinstance(layer, int) and self.clip.compiled_by is not None:  # a block that is observed compiles every pass
+            raise ValueError(f"layer must be logits or features where compile is true, got {layer}; unset one of them")
         self.alpha, self.beta, self.layer, self.detach_clean = alpha, beta, layer, detach_clean
         self.kl = {"forward": kl, "reverse": reverse_kl}[kl_direction]
         self.distance = {"kl": self.kl, "l1": l1, "l2": l2, "cosine": cosine}[distance]
@@ -91,25 +95,25 @@ class PMGAFT(TeCoA):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns TeCoA's term, the guidance by the teacher, and the pull towards clean predictions."""
-        attacked = self.perturb(batch)
-        logits, outputs = self._forward(self.clip, attacked)
-        terms = {"adversarial_ce": F.cross_entropy(logits.float(), batch.labels)}
+        attacked, head = self.perturb(batch), self.head()
+        logits, outputs = self._forward(self.clip, attacked, head)
+        terms = {"adversarial_ce": F.cross_entropy(logits, batch.labels)}
         if self.alpha > 0:
             with torch.no_grad():
-                _, reference = self._forward(self.teacher.clip, attacked)
+                _, reference = self._forward(self.teacher.clip, attacked, head)
             terms["guidance"] = self.alpha * self.reduce(self.distance(outputs, reference))
         if self.beta > 0:
             # The clean pass comes after the pass with gradients: autocast caches its cast weights and their graph.
             with torch.set_grad_enabled(not self.detach_clean):
-                clean = self.logits(batch.images)
+                clean = head_logits(self.image_features(batch.images), head, self.clip.logit_scale)
             terms["clean_pull"] = self.beta * self.reduce(self.kl(logits, clean))
         return terms
 
-    def _forward(self, clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, clip: CLIPModel, images: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits ``(B, C)`` of student or teacher, and the outputs ``(B, K)`` that the guidance compares."""
         with _recorded(clip, self.layer) as outputs:
             features = self.image_features(images) if clip is self.clip else clip.encode_image(images)
-        logits = self.clip.logit_scale * features @ self.heads["train"].T
+        logits = head_logits(features, head, self.clip.logit_scale)
         if self.layer == "logits":
             return logits, logits
         if self.layer == "features":

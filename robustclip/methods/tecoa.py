@@ -7,9 +7,11 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Count, CountOrZero, NonNegative
 from robustclip.methods._shared.tecoa_recipe import TeCoARecipe
+from robustclip.methods.base import TRAIN
+from robustclip.models.heads import head_logits
 from robustclip.models.prompts import PromptKind, VisualPrompt
 from robustclip.models.teacher import ImageTeacher
-from robustclip.types import Batch
+from robustclip.types import Batch, Task
 
 
 class TeCoA(TeCoARecipe):
@@ -20,7 +22,8 @@ class TeCoA(TeCoARecipe):
     ``f`` is trained, a visual prompt before it, or both; attacks pass through the prompt.
 
     Departures from the authors' code (the paper asks for none of these details): the attack leaves no gradient behind
-    and maximises the summed loss, and the text tower runs once instead of at every step. `RandomPatch` documents
+    and maximises the summed loss, and the text tower runs once instead of at every step. The code trains in fp16 with
+    loss scaling, ``--trainer.precision 16-mixed``, and has fp16 logits; here they are fp32. `RandomPatch` documents
     another departure.
 
     Args:
@@ -91,12 +94,23 @@ class TeCoA(TeCoARecipe):
         with self.prompt.moving():
             return super().perturb(*args, **kwargs)
 
+    def prepare_training(self, task: Task) -> None:
+        """Encodes the training classes.
+
+        Raises:
+            ValueError: there are pseudo-labels, but the head that predicts them learns.
+        """
+        super().prepare_training(task)
+        if self.labeller is not None and self.train_task is not None:
+            raise ValueError("pseudo_labels must be false where parameter_groups() has parameters of the text side")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Replaces the labels by pseudo-labels if these are on, and trains."""
         if self.labeller is not None:
-            batch = batch._replace(labels=(self.labeller(batch.images) @ self.heads["train"].T).argmax(-1))
+            embeddings = self.labeller(batch.images)
+            batch = batch._replace(labels=head_logits(embeddings, self.heads[TRAIN], self.clip.logit_scale).argmax(-1))
         return super().training_step(batch, batch_idx)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy over the class prompts, on adversarial images."""
-        return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)).float(), batch.labels)}
+        return {"adversarial_ce": F.cross_entropy(self.logits(self.perturb(batch)), batch.labels)}

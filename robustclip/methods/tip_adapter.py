@@ -56,12 +56,13 @@ class TipAdapter(FrozenFeatures):
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         """Computes logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], or of embeddings ``(B, D)``."""
         features = self.image_features(images)
-        zero_shot = head_logits(features, self.heads[task], self.clip.logit_scale)
+        zero_shot = head_logits(features, self.head(task), self.clip.logit_scale)
         if self.keys is None or self.key_labels is None or task not in self.cached_tasks:
             return zero_shot
         # Column 0 of the one-hot labels belongs to UNKNOWN, the label of keys without an image, and is dropped.
-        values = F.one_hot(self.key_labels - UNKNOWN, len(self.class_names) + 1)[:, 1:].to(features.dtype)
-        return zero_shot + self.alpha * (-self.beta * (1 - features @ self.keys.T)).exp() @ values
+        values = F.one_hot(self.key_labels - UNKNOWN, len(self.class_names) + 1)[:, 1:].to(zero_shot.dtype)
+        affinity = (self.beta * (head_logits(features, self.keys) - 1)).exp()
+        return zero_shot + self.alpha * head_logits(affinity, values.T)
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Encodes the tasks' classes and records the tasks with the training classes."""

@@ -45,6 +45,6 @@ class TRADES(TeCoARecipe):
         clean = self.logits(batch.images)
         attacked = self.perturb(batch, loss=kl, targets=clean)
         return {
-            "clean_ce": F.cross_entropy(clean.float(), batch.labels),
+            "clean_ce": F.cross_entropy(clean, batch.labels),
             "adversarial_kl": self.beta * kl(self.logits(attacked), clean).mean(),
         }

@@ -22,6 +22,7 @@ from robustclip.types import Task
 SHAPES_MODEL = Path(__file__).parents[1] / "data" / "assets" / "shapes"
 INTERPOLATION = "bicubic"  # of the resize inside the model, without antialiasing
 PROMPTS_PER_CHUNK = 256  # bounds the memory of the text tower's activations for long class lists
+REMEMBERED_CALLS = 8  # 2,048 prompts at most
 # Texts whose tokens identify a tokenizer: cases, digits, punctuation, accents, another script, and a long text.
 TOKENIZER_PROBE = ("a photo of a Cat.", "it's 3,141 km/h; [x] {y}_z", "café naïve Zürich", "猫 и собака", "word " * 99)
 WEIGHT_FILES = (".safetensors", ".bin", ".pth")  # suffixes that open_clip searches for in a folder
@@ -59,6 +60,8 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.net, self.tokenizer, self.config = _load(arch, pretrained, image_size)
         self.arch, self.pretrained = arch, pretrained
+        self._tokens: dict[tuple[str, ...], Tensor] = {}
+        self.compiled_by: str | None = None  # backend of a compiled image tower, see `compile_towers`
         visual = self.net.visual
         native_size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
         self.image_size = int(image_size or native_size)
@@ -76,8 +79,9 @@ class CLIPModel(nn.Module):
         self.train()  # Lightning does not set modes at the start, so BatchNorm must be fixed here
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
-        return F.normalize(self.embed_image(images), dim=-1)
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``, in fp32 at least."""
+        embeddings = self.embed_image(images)
+        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
     def embed_image(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""
@@ -95,9 +99,15 @@ class CLIPModel(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Tokenises ``N`` prompts as ``(N, L)`` on the CPU, cut behind the longest where that changes no feature.
 
-        Prompts longer than the context are truncated, but keep the end token.
+        Prompts longer than the context are truncated, but keep the end token. The tokens of the latest calls are kept,
+        for heads that learn and thus are encoded in every step; they must not be changed.
         """
-        return text_tower.cut(self.net, self.tokenizer(prompts))
+        key = tuple(prompts)
+        if key not in self._tokens:
+            if len(self._tokens) == REMEMBERED_CALLS:
+                del self._tokens[next(iter(self._tokens))]
+            self._tokens[key] = text_tower.cut(self.net, self.tokenizer(prompts))
+        return self._tokens[key]
 
     def join_tokens(self, *tokens: Tensor) -> Tensor:
         """Concatenates tokens ``(N_i, L_i)`` of `tokenize` as one ``(sum N_i, L)`` on the model's device."""

@@ -1,15 +1,17 @@
 """Zero-shot classifier weights ("heads"), computed once per task by the text tower, and their logits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from robustclip.types import Task
 
 
 def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dict[str, Tensor]:
-    """Encodes the classes of every task as zero-shot classifier weights.
+    """Encodes the classes of every task as constant zero-shot classifier weights.
 
     Args:
         encode: function that returns the features ``(C, D)`` of a task's class names.
@@ -24,21 +26,51 @@ def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dic
         texts = task.class_names, task.templates
         if texts not in by_texts:
             by_texts[texts] = encode(task).detach()
-        features = by_texts[texts]
-        heads[task.name] = features if task.groups is None else features[torch.tensor(_rows(task.groups))]
+        heads[task.name] = _grouped(by_texts[texts], task)
     return heads
 
 
-def head_logits(features: Tensor, head: Tensor, scale: Tensor) -> Tensor:
+def encode_head(encode: Callable[[Task], Tensor], task: Task) -> Tensor:
+    """Encodes the classes of one task as classifier weights ``(C, D)`` or ``(C, G, D)``, with gradients.
+
+    Args:
+        encode: function that returns the features ``(C, D)`` of a task's class names.
+        task: task to encode.
+    """
+    return _grouped(encode(task), task)
+
+
+def has_gradient(encode: Callable[[Task], Tensor], task: Task) -> bool:
+    """Checks whether the features of a task's classes have a gradient, by encoding them with one template.
+
+    Args:
+        encode: function that returns the features ``(C, D)`` of a task's class names.
+        task: task to encode.
+    """
+    # The graph is not used, so that it need not keep any activation.
+    with torch.enable_grad(), saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0)):
+        return encode(replace(task, templates=task.templates[:1])).requires_grad
+
+
+def head_logits(features: Tensor, head: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """Computes the logits ``(B, C)`` of image features; a grouped label has the highest logit of its members.
+
+    The precision is at least fp32, also under autocast: in bf16, logits between 16 and 32 have steps of 0.125.
 
     Args:
         features: ``(B, D)``, of the images.
         head: classifier weights ``(C, D)`` or ``(C, G, D)``.
         scale: inverse temperature, a scalar.
     """
-    logits = scale * features @ head.flatten(0, -2).T
+    with torch.autocast(features.device.type, enabled=False):
+        precision = torch.promote_types(features.dtype, torch.float32)
+        logits = scale * features.to(precision) @ head.to(precision).flatten(0, -2).T
     return logits if head.ndim == 2 else logits.view(-1, *head.shape[:2]).amax(-1)
+
+
+def _grouped(features: Tensor, task: Task) -> Tensor:
+    """Arranges features ``(C, D)`` of class names by the labels of a task that has groups."""
+    return features if task.groups is None else features[torch.tensor(_rows(task.groups))]
 
 
 def _rows(groups: tuple[tuple[int, ...], ...]) -> list[list[int]]:

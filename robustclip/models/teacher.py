@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustclip.models.clip import CLIPModel
+from robustclip.models.compilation import compile_image_tower
 
 
 class ImageTeacher(nn.Module):
@@ -27,6 +28,8 @@ class ImageTeacher(nn.Module):
         of_text = [clip.tokenizer, *(part for name, part in parts if name != "visual")]
         # A deep copy whose memo maps the text tower's parts to None, so that they are left out.
         self.clip = copy.deepcopy(clip, {id(part): None for part in of_text}).requires_grad_(False).eval()
+        if clip.compiled_by is not None:  # a copy is not compiled
+            compile_image_tower(self.clip, backend=clip.compiled_by)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""

@@ -26,6 +26,8 @@ ATTACK_COLUMNS = {
     "distance": "distance of the attacked image from the clean one, in the attack's norm",
     "excess": "distance of the attacked image from the perturbation set and the valid pixel range",
     "nans": "number of evaluations with a logit or gradient that is not finite",
+    "exact": "number of evaluations in fp32 on which the verdict rests: those of an attack in fp32, or of a success",
+    "again": "difference of the attacked image's loss when it is computed again in fp32; empty: not probed",
     "wider": "1 if the attack succeeds with a larger radius, for robust samples half the pixel range, else 0; "
     "empty: not probed",
     "longer": "1 if the attack succeeds with more steps, else 0; empty: not probed",

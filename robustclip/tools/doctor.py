@@ -27,8 +27,10 @@ from robustclip.attacks import PGD, Attack, Cost
 from robustclip.data import CLIPDataModule
 from robustclip.data.batch_sizes import Pieces
 from robustclip.evaluation import RobustEvaluation
+from robustclip.evaluation.precision_ladder import rungs
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.models.layers import frozen
+from robustclip.models.tf32 import tf32
 from robustclip.tools.first_batches import INFO, OK, PROBLEM, WARNING, DataSet, Finding, examine
 from robustclip.types import Batch
 
@@ -252,8 +254,10 @@ class Bench:
         largest = max(sets, key=lambda data_set: data_set.size or 0)
         forward, gradient = self._passes(largest)
         query, step = forward, gradient
-        if self.evaluation.attack_precision == "bf16":  # images that survive bf16 are attacked once more in fp32
-            query, step = (x + y for x, y in zip((query, step), self._passes(largest, in_bfloat16=True), strict=True))
+        for precision in rungs(self.evaluation.attack_precision, self.device.type):  # survivors are attacked in each
+            with tf32(is_allowed=precision == "tf32"):
+                cheaper = self._passes(largest, in_bfloat16=precision == "bf16")
+            query, step = query + cheaper[0], step + cheaper[1]
         total = 0.0
         for data_set in sets:
             costs = [attack.cost(len(data_set.task.label_names)) or Cost(0, 0) for attack in attacks.values()]

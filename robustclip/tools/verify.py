@@ -16,6 +16,7 @@ from robustclip.attacks import pixels
 from robustclip.intervals import wilson
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
+from robustclip.models.tf32 import tf32
 from robustclip.results.adversarial_examples import Example, load_all
 from robustclip.results.run import EXAMPLES, Run
 from robustclip.types import Task
@@ -184,7 +185,7 @@ def _predictions(method: RobustMethod, batch: Sequence[Example]) -> tuple[list[i
         raise ValueError(
             f"result.json has no classes of {batch[0].task}, although there are examples of it; test again"
         )
-    with torch.no_grad(), frozen(method):
+    with torch.no_grad(), frozen(method), tf32(is_allowed=False):
         return predicted([example.clean for example in batch]), predicted([example.attacked for example in batch])
 
 

@@ -19,9 +19,10 @@ from robustclip.attacks import PGD, Attack, Recipe, Square, TorchAttack
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.cli.main import run as main
 from robustclip.data import CLIPDataModule
-from robustclip.evaluation import ResultsWriter, RobustEvaluation, robust
+from robustclip.evaluation import ResultsWriter, RobustEvaluation, engine, robust
 from robustclip.evaluation.audit import CHECKS, GRADES, AuditCheck, Check, audit, checks_at
-from robustclip.evaluation.engine import _Watch
+from robustclip.evaluation.engine import Verdict, _Watch
+from robustclip.evaluation.precision_ladder import ladder
 from robustclip.evaluation.probes import Evidence
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.results.run import Run
@@ -268,6 +269,27 @@ def judged_clean(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_Watch, "_judge", on_clean)
 
 
+def without_last_rung(patch: pytest.MonkeyPatch) -> None:
+    """Takes robust in bf16 for robust."""
+    run = _Watch.run
+    patch.setattr(_Watch, "run", lambda self, *args: None if self.is_exact else run(self, *args))
+
+
+def without_confirmation(patch: pytest.MonkeyPatch) -> None:
+    """Takes misclassified in bf16 for misclassified."""
+    patch.setattr(_Watch, "_confirm", lambda self, seen, is_misclassified, logits: is_misclassified)
+
+
+def everything_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """Gives the engine the model in bf16 as the one that decides."""
+
+    def examine(images: Tensor, labels: Tensor, forward: Forward, *args: Any, **options: Any) -> Verdict:
+        rung = ladder(forward, ["bf16"], "cpu")[0]
+        return engine.examine(images, labels, rung.forward, *args, **options)
+
+    patch.setattr(robust, "examine", examine)
+
+
 @dataclass(frozen=True)
 class Breakage:
     """What is broken, and the check that must notice it."""
@@ -314,6 +336,17 @@ BREAKAGES = {
     "masked gradients, by random search": Breakage(
         "black_box", "fail", Masked, small_cascade, options=(("tasks", ("outlines",)),)
     ),
+    "no attack in fp32": Breakage(
+        "fp32_verdict",
+        "fail",
+        attack=lambda: PGD("1/255", "0.5/255", 10),
+        patch=without_last_rung,
+        options=(("attack_precision", "bf16"),),
+    ),
+    "successes in bf16 count": Breakage(
+        "fp32_verdict", "fail", patch=without_confirmation, options=(("attack_precision", "bf16"),)
+    ),
+    "verdicts in bf16": Breakage("fp32_verdict", "fail", patch=everything_in_bfloat16),
     "collapsed model": Breakage("predictions_vary", "warn", Collapsed),
     "classes in another order": Breakage("better_than_chance", "warn", OtherOrder),
 }
@@ -521,7 +554,8 @@ def make_evidence(
         "largest_logit": np.full(n, 20.0), "outside": np.where(is_probed, 0.05, np.nan),
         "repeat": np.where(is_probed, 1e-5, np.nan), "by": np.where(is_survivor, "", members[0].name).astype(object),
         "loss": np.full(n, 2.0), "steps": np.full(n, 10.0), "dead": np.zeros(n), "distance": np.full(n, 5 / 255),
-        "excess": np.zeros(n), "nans": np.zeros(n), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
+        "excess": np.zeros(n), "nans": np.zeros(n), "exact": np.full(n, 10.0),
+        "again": np.where(is_probed, 1e-5, np.nan), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
     }  # fmt: skip
     for name, values in columns.items():
         listed = values if isinstance(values, list) else [values] * n
@@ -584,6 +618,11 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("finite", "fail", {"largest_logit": [np.nan]}),
     ("finite", "fail", {"largest_logit": [np.inf]}),
     ("finite", "fail", {"distance": [np.nan]}),
+    ("fp32_verdict", "pass", {"again": [1.9e-3]}),  # of losses of 2
+    ("fp32_verdict", "fail", {"again": [2.1e-3]}),
+    ("fp32_verdict", "warn", {"exact": [0.0] * 3}),
+    ("fp32_verdict", "fail", {"exact": [0.0] * 10}),
+    ("fp32_verdict", "not_measured", {"n": 0}),
     ("repeatable", "pass", {"repeat": [0.0199]}),
     ("repeatable", "fail", {"repeat": [0.0201]}),
     ("repeatable", "fail", {"repeat": [0.0011], "largest_logit": 0.5}),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustclip.attacks import APGD, PGD, Attack, Member, Recipe, Square, TorchAttack, cross_entropy
 from robustclip.attacks.perturbation_set import distance, start
-from robustclip.evaluation.engine import ROBUST, SIZES, WRONG, Verdict, examine
+from robustclip.evaluation.engine import ROBUST, SIZES, WRONG, Rung, Verdict, examine
 
 SHAPE = (3, 6, 6)
 CLASSES = 4
@@ -243,7 +243,7 @@ def test_low_precision_attacks_first_and_fp32_decides(seed: int) -> None:
     net, images, labels, index = case(seed)
     members = PGD(eps=0.05, alpha=0.01, steps=8).members(CLASSES)
     fp32 = examine(images, labels, net, members, index=index)
-    mixed = examine(images, labels, net, members, index=index, cheap_forward=in_bfloat16(net))
+    mixed = examine(images, labels, net, members, index=index, cheaper=[Rung(in_bfloat16(net))])
     assert not ((mixed.by == ROBUST) & (fp32.by != ROBUST)).any(), "what survives was attacked in fp32 as well"
     is_broken = mixed.by >= 0
     assert (net(mixed.attacked).argmax(1)[is_broken] != labels[is_broken]).all()
@@ -254,7 +254,7 @@ def test_a_useless_cheap_model_changes_no_verdict() -> None:
     members = PGD(eps=0.05, alpha=0.01, steps=8).members(CLASSES)
     fp32 = examine(images, labels, net, members, index=index)
     other = network(77)
-    verdict = examine(images, labels, net, members, index=index, cheap_forward=lambda x: other(x) - 100 * net(x))
+    verdict = examine(images, labels, net, members, index=index, cheaper=[Rung(lambda x: other(x) - 100 * net(x))])
     assert not ((verdict.by == ROBUST) & (fp32.by != ROBUST)).any()
     is_broken = verdict.by >= 0
     assert (net(verdict.attacked).argmax(1)[is_broken] != labels[is_broken]).all()

@@ -43,7 +43,7 @@ def make(cls: type[RobustMethod], model: Path, **kwargs: Any) -> Any:
         method.add_classifier(len(TASK.class_names))
     if isinstance(method, FineTuning):
         head = torch.randn(len(TASK.class_names), 16, generator=torch.Generator().manual_seed(5))
-        method.add_head(TASK.class_names, head)
+        method.add_classifier(TASK.class_names, head)
     if isinstance(method, UEO):
         method.sample_weights = torch.rand(100, generator=torch.Generator().manual_seed(6)) * 0.6 + 0.4
     if isinstance(method, TipAdapter):

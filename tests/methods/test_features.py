@@ -11,8 +11,8 @@ from helpers import quick_trainer
 from lightning.pytorch import Callback, Trainer
 
 from robustclip.methods import CLIPAdapter, CRoFT, FineTuning, RobustMethod, TeCoA, TipAdapter
+from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import constant_warmup_cosine
-from robustclip.methods.base import check_data
 
 each_method = pytest.mark.parametrize("cls", [CLIPAdapter, CRoFT, TipAdapter])
 

@@ -20,13 +20,13 @@ BOLD = {"warmup_steps": 0, "schedule": "constant", "optimizer": lambda params: t
 
 def loss_by_hand(twin: Any, images: Tensor, labels: Tensor) -> Tensor:
     """``-log softmax(W f(x))_y`` from the raw tower."""
-    return cases.cross_entropy(cases.unit(cases.embed(twin, images)) @ twin.head.T, labels).mean()
+    return cases.cross_entropy(cases.unit(cases.embed(twin, images)) @ twin.classifier.T, labels).mean()
 
 
 def test_the_loss_is_cross_entropy_of_the_classifier_on_unit_features(tiny_model: Path) -> None:
     method, data = cases.make(FineTuning, tiny_model), cases.batch()
     cases.assert_the_loss_is(method, data, lambda twin, clean, _: loss_by_hand(twin, clean, data.labels))
-    assert method.head.grad is not None
+    assert method.classifier.grad is not None
 
 
 def test_l2_sp_pulls_the_tower_to_the_pretrained_one(tiny_model: Path) -> None:
@@ -44,12 +44,12 @@ def test_lwf_pulls_the_answers_to_those_of_the_zero_shot_model(tiny_model: Path)
     """``KL(q || p) = sum_c q_c (log q_c - log p_c)``, ``q`` of the pre-trained tower and the zero-shot head."""
     method, data = cases.make(FineTuning, tiny_model, lwf=0.7), cases.batch()
     with torch.no_grad():
-        method.head += torch.randn(method.head.shape, generator=torch.Generator().manual_seed(6))
+        method.classifier += torch.randn(method.classifier.shape, generator=torch.Generator().manual_seed(6))
     original = FineTuning(pretrained=str(tiny_model)).double()
 
     def expected(twin: Any, clean: Tensor, _: Tensor) -> Tensor:
         q = (cases.unit(cases.embed(original, clean)) @ twin.zero_shot_head.T).softmax(1).detach()
-        p = (cases.unit(cases.embed(twin, clean)) @ twin.head.T).softmax(1)
+        p = (cases.unit(cases.embed(twin, clean)) @ twin.classifier.T).softmax(1)
         return loss_by_hand(twin, clean, data.labels) + 0.7 * (q * (q.log() - p.log())).sum(1).mean()
 
     cases.assert_the_loss_is(method, data, expected)
@@ -59,11 +59,11 @@ def test_lwf_pulls_the_answers_to_those_of_the_zero_shot_model(tiny_model: Path)
 def test_a_probe_leaves_the_tower_without_gradients(kwargs: dict[str, Any], tiny_model: Path) -> None:
     method, data = cases.make(FineTuning, tiny_model, **kwargs), cases.batch()
     torch.stack(list(method.training_loss(data).values())).sum().backward()
-    assert [name for name, each in method.named_parameters() if each.grad is not None] == ["head"]
+    assert [name for name, each in method.named_parameters() if each.grad is not None] == ["classifier"]
     features = cases.unit(cases.embed(cases.in_fp64(method), data.images.double()))
-    z = features @ method.head.double().T
+    z = features @ method.classifier.double().T
     gradient = (z.softmax(1) - torch.eye(3)[data.labels]).T @ features / len(data.labels)
-    torch.testing.assert_close(method.head.grad.double(), gradient, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(method.classifier.grad.double(), gradient, rtol=1e-4, atol=1e-6)
 
 
 def fitted(method: FineTuning, *callbacks: Callback, epochs: int = 1, **options: Any) -> Trainer:
@@ -82,7 +82,7 @@ class Watcher(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         tower = torch.cat([p.detach().flatten() for p in pl_module.clip.net.visual.parameters()])
-        self.seen.append((tower.clone(), pl_module.head.detach().clone()))
+        self.seen.append((tower.clone(), pl_module.classifier.detach().clone()))
 
     on_train_end = on_train_epoch_start
 
@@ -118,7 +118,7 @@ def test_the_classifier_answers_for_its_classes_and_the_text_for_others(tiny_mod
     with torch.no_grad():
         method.prepare([same, other])
         features = cases.unit(cases.embed(method, images))
-        torch.testing.assert_close(method.logits(images, "another_domain"), features @ method.head.T)
+        torch.testing.assert_close(method.logits(images, "another_domain"), features @ method.classifier.T)
         torch.testing.assert_close(method.logits(images, "other"), cases.logits(method, images).flip(1))
 
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_gives_the_answers_of_the_fit(tiny_model: Path, tmp_path: P
         found.append((dict(trainer.callback_metrics), {name: head.clone() for name, head in method.heads.items()}))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1]["source"], found[1][1]["source"])
-    assert torch.equal(found[1][1]["source"], first.head.detach() / first.clip.logit_scale)
+    assert torch.equal(found[1][1]["source"], first.classifier.detach() / first.clip.logit_scale)
 
 
 def test_a_resumed_fit_keeps_the_classifier_and_refuses_other_classes(tiny_model: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_resumed_fit_keeps_the_classifier_and_refuses_other_classes(tiny_model
     fitted(first).save_checkpoint(tmp_path / "a.ckpt")
     resumed = FineTuning(pretrained=str(tiny_model), **BOLD)
     fitted(resumed, ckpt_path=str(tmp_path / "a.ckpt"))  # nothing is left to do: the weights are the saved ones
-    assert torch.equal(resumed.head, first.head)
+    assert torch.equal(resumed.classifier, first.classifier)
     assert torch.equal(resumed.zero_shot_head, first.zero_shot_head)
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     with pytest.raises(ValueError, match="a head of 2 classes, this run trains"):
@@ -153,7 +153,7 @@ def test_interpolation_goes_from_the_zero_shot_head_to_the_classifier(tiny_model
     original = FineTuning(pretrained=str(tiny_model))
     (half,) = interpolate(original, tmp_path / "a.ckpt", tmp_path / "out", alphas=(0.5,))
     found = torch.load(half, weights_only=True)["state_dict"]
-    torch.testing.assert_close(found["head"], (tuned.zero_shot_head + tuned.head.detach()) / 2)
+    torch.testing.assert_close(found["classifier"], (tuned.zero_shot_head + tuned.classifier.detach()) / 2)
     name = "clip.net.visual.proj"
     start = FineTuning(pretrained=str(tiny_model)).state_dict()[name]
     torch.testing.assert_close(found[name], (start + tuned.state_dict()[name]) / 2)

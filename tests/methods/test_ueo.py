@@ -120,6 +120,7 @@ def test_the_step_is_that_of_the_definition(
     method = ueo(tiny_model, **options)
     with torch.no_grad():
         method.context.vectors += 0.1 * torch.randn_like(method.context.vectors)
+    method.prepare_training(cases.TASK)  # a context that does not learn is encoded once
     data = cases.batch()._replace(labels=torch.tensor([0, UNKNOWN, 2, UNKNOWN]))
     given = {
         "stored": method.sample_weights[data.index].double(),

@@ -75,7 +75,7 @@ def test_a_trained_classifier_answers_for_parts_of_its_classes(tiny_model: Path)
     method, images = cases.make(FineTuning, tiny_model), cases.batch().images
     method.prepare([Task("part", cases.TASK.class_names, ("a sketch of a {}",), ((2,), (0,)))])
     with torch.no_grad():
-        z = cases.unit(cases.embed(method, images)) @ method.head.T
+        z = cases.unit(cases.embed(method, images)) @ method.classifier.T
         torch.testing.assert_close(method.logits(images, "part"), z[:, [2, 0]])
 
 

@@ -79,10 +79,10 @@ class WithHead(TeCoA):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.head = torch.nn.Linear(2, 2)
+        self.probe = torch.nn.Linear(2, 2)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [*super().parameter_groups(), {"params": list(self.head.parameters())}]
+        return [*super().parameter_groups(), {"params": list(self.probe.parameters())}]
 
 
 def test_what_the_original_does_not_have_is_not_interpolated(
@@ -90,10 +90,10 @@ def test_what_the_original_does_not_have_is_not_interpolated(
 ) -> None:
     method = WithHead(pretrained=str(tiny_model))
     content = torch.load(pair[1], weights_only=True)
-    content["state_dict"] |= {f"head.{name}": tensor for name, tensor in method.head.state_dict().items()}
+    content["state_dict"] |= {f"probe.{name}": tensor for name, tensor in method.probe.state_dict().items()}
     content["inference_settings"]["method"] = "WithHead"
     torch.save(with_digest(content), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"WithHead.*'head.*the original model does not have"):
+    with pytest.raises(ValueError, match=r"WithHead.*'probe.*the original model does not have"):
         interpolate(method, tmp_path / "a.ckpt", tmp_path / "out", alphas=(0.5,))
 
 

@@ -12,7 +12,6 @@ from robustclip.arguments import Count, NonNegative
 from robustclip.methods._shared.distributed import of_training_images
 from robustclip.methods.base import RobustMethod
 from robustclip.models.context import LearnableContext
-from robustclip.models.heads import head_logits
 from robustclip.models.layers import NormFilter, frozen, norm_parameters
 from robustclip.types import Task, data_of
 
@@ -58,7 +57,6 @@ class ContextAndNorms(RobustMethod):
         self.context = LearnableContext(self.clip, phrase)
         self.norms = [] if learns == "context" else norm_parameters(self.clip.net.visual, norm_filter)
         self.start = [parameter.detach().clone() for parameter in self.learning()]
-        self.prompts = torch.empty(0)
         self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -78,25 +76,16 @@ class ContextAndNorms(RobustMethod):
         tokens = self.context.tokenize(self.clip, task.class_names)
         return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
 
-    def prepare_training(self, task: Task) -> None:
-        """Encodes the training classes and stores the tokens of their prompts."""
-        super().prepare_training(task)
-        self.prompts = self.context.tokenize(self.clip, task.class_names)
-
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes images ``(B, 3, H, W)`` and the training classes as unit features ``(B, D)`` and ``(C, D)``, in fp32.
 
         Both have gradients.
         """
-        features = self.image_features(images)
-        classes = self.context.encode(self.clip, self.prompts, per_pass=self.classes_per_pass)
-        return features.float(), classes.float()
+        return self.image_features(images).float(), self.head().float()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
-        features, classes = self.features(images)
-        with torch.autocast(images.device.type, enabled=False):  # at scale 100, half precision merges close logits
-            return head_logits(features, classes, self.clip.logit_scale.float()).log_softmax(-1)
+        return self.logits(images).log_softmax(-1)
 
     def of_every_image(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Applies a function to the pre-trained features of every training image, under the test transform, in fp32.

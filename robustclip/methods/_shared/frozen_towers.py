@@ -73,7 +73,7 @@ class FrozenFeatures(RobustMethod):
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns the cross-entropy on clean images."""
-        return {"clean_ce": F.cross_entropy(self.logits(batch.images).float(), batch.labels)}
+        return {"clean_ce": F.cross_entropy(self.logits(batch.images), batch.labels)}
 
     def embedded(self, batch: Batch) -> Batch:
         """Replaces the images of a batch by their embeddings ``(B, D)``."""

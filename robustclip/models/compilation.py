@@ -1,0 +1,56 @@
+"""Compilation of the towers by `torch.compile`, in place."""
+
+import os
+import shutil
+from typing import Any
+
+from open_clip import CLIP, CustomTextCLIP
+from torch import nn
+
+from robustclip.models.clip import CLIPModel
+
+VARIANTS = 64  # of one block: with and without gradients, frozen, in each precision, of fixed and of any batch size
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def compile_towers(clip: CLIPModel, *, backend: str = "inductor") -> None:
+    """Compiles the blocks of both towers in place; names of parameters, and thus checkpoints, stay as they are.
+
+    A block is compiled at its first pass, and again for other modes, shapes and precisions. Blocks of one kind share
+    their code. Everything between blocks, such as visual prompts, text contexts and activation checkpointing, runs as
+    without compilation. Text towers of Hugging Face are not compiled.
+
+    Args:
+        clip: model to compile.
+        backend: backend of `torch.compile`.
+
+    Raises:
+        ValueError: there is no C++ compiler, or the blocks of the image tower are not known.
+    """
+    if backend == "inductor" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        raise ValueError(
+            f"compile needs a C++ compiler, found none of {', '.join(COMPILERS)}; install one, or unset it"
+        )
+    compile_image_tower(clip, backend=backend)
+    for block in _text_blocks(clip.net):
+        block.compile(backend=backend, recompile_limit=VARIANTS)
+
+
+def compile_image_tower(clip: CLIPModel, *, backend: str = "inductor") -> None:
+    """Compiles the blocks of the image tower in place, see `compile_towers`.
+
+    Args:
+        clip: model to compile.
+        backend: backend of `torch.compile`.
+    """
+    for block in clip.image_blocks():
+        block = (
+            block[0] if isinstance(block, nn.ModuleList) else block
+        )  # the last block is listed with the closing norm
+        block.compile(backend=backend, recompile_limit=VARIANTS)
+    clip.compiled_by = backend
+
+
+def _text_blocks(net: Any) -> list[nn.Module]:
+    tower = net if isinstance(net, CLIP) else net.text if isinstance(net, CustomTextCLIP) else None
+    return list(getattr(getattr(tower, "transformer", None), "resblocks", ()))
