@@ -68,6 +68,10 @@ DESCRIPTIONS = {
     "validate": "Evaluate a model on the validation data.",
     "test": "Evaluate a model on the test data sets, clean and under attack.",
 }
+SHARES = (
+    ("shard", 0, "number of the part of all test samples that this test evaluates, from 0"),
+    ("shards", 1, "number of parts; `robustclip merge` joins them to one result"),
+)
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
@@ -102,6 +106,15 @@ class RobustCLI(LightningCLI):
         )
         parser.link_arguments("model.image_size", "data.init_args.image_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Adds the options by which several machines share a test."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            for name, default, text in SHARES:
+                parser.add_argument(f"--{name}", type=int, default=default, help=text)
+                parser.link_arguments(name, f"results.{name}")
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint before anything is built, and takes no settings from it.
@@ -344,7 +357,8 @@ def known_keys() -> list[str]:
     keys = [f"{section}.{name}" for section in names for name in names[section]]
     wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
     below = [f"model.{name}" for name in parameters_below(("attack", "optimizer"))]
-    return ["config", "ckpt_path", "seed_everything", "verbose", *sections, *wholes, *keys, *below]
+    shares = [name for name, *_ in SHARES]
+    return ["config", "ckpt_path", "seed_everything", "verbose", *shares, *sections, *wholes, *keys, *below]
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
