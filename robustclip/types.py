@@ -127,6 +127,18 @@ class Task:
         return [[template.replace("{}", name) for template in self.templates] for name in self.class_names]
 
 
+class Share(NamedTuple):
+    """One of several parts of every test set, which runs on several machines evaluate apart.
+
+    Attributes:
+        number: number of the part, from 0.
+        count: number of parts.
+    """
+
+    number: int
+    count: int  # type: ignore[assignment]  # the field is worth more than tuple.count
+
+
 class Data(Protocol):
     """The members of a data module that methods, callbacks and tools use.
 
@@ -159,19 +171,23 @@ class Data(Protocol):
         """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
         return {"split": task, "sample_ids": "all", "preprocessing": type(self).__name__, "attack_space": "native"}
 
-    def connect(self, *, limit: int | None = None, done: "Done | None" = None) -> None:
+    def connect(self, *, limit: int | None = None, done: "Done | None" = None, share: Share | None = None) -> None:
         """Takes the settings of an evaluation, before loaders are made.
 
         Args:
             limit: evaluate a fixed choice of this many samples of each task; None for all.
             done: returns the sample ids that an earlier start of the test has finished, by task; test loaders leave
                 them out. It is called when test loaders are made. None for no ids.
+            share: part of every test and unknown set that the loaders of a test yield, the same samples for any number
+                of processes; None for all samples.
 
         Raises:
-            ValueError: a limit that the data module does not apply.
+            ValueError: a limit or a share that the data module does not apply.
         """
         if limit is not None:
             raise ValueError(f"{type(self).__name__} has no `connect`, so that max_samples must be null, got {limit}")
+        if share is not None:
+            raise ValueError(f"{type(self).__name__} has no `connect`, so that shards must be 1, got {share.count}")
 
     def done_dataloader(self, task: str) -> DataLoader[Any] | None:
         """Loads the samples of a test task that ``done`` lists, in order and with digests; None for no sample."""

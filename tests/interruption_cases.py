@@ -6,6 +6,7 @@ Every process is forked after the slow imports. Some run the command line as `py
 what it would build, since reading the command line takes longer than the test.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -161,13 +162,11 @@ def is_running(child: int) -> bool:
 
 def written(folder: Path) -> int:
     """Bytes in the ledgers of a test that is not finished."""
-    sizes = []
-    for part in folder.glob("results/*/ledger/parts/*.csv"):
-        try:
-            sizes.append(part.stat().st_size)
-        except FileNotFoundError:  # published meanwhile
-            continue
-    return sum(sizes)
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # published meanwhile
+        for part in folder.glob("results/*/ledger/parts/*.csv"):
+            total += part.stat().st_size
+    return total
 
 
 def wait_for_rows(child: int, folder: Path) -> None:
@@ -189,7 +188,8 @@ def kill_outside(children: list[int], folder: Path, seconds: float) -> None:
 
 def is_finished(folder: Path) -> bool:
     found = list((folder / "results").iterdir()) if (folder / "results").is_dir() else []
-    return any((each / "result.json").exists() and not each.name.startswith("unfinished") for each in found)
+    published = [each for each in found if not each.name.startswith("unfinished")]
+    return any((each / "facts.json").exists() and not (each / "protocol.json").exists() for each in published)
 
 
 def run_case(case: dict[str, Any], folder: Path, seconds: dict[int, float]) -> tuple[int, float]:

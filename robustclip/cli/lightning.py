@@ -3,7 +3,6 @@
 import errno
 import inspect
 import logging
-import os
 import pickle
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -36,11 +34,12 @@ from robustclip.cli.settings import (
     read_config,
 )
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.evaluation import ResultsWriter, RobustEvaluation, TaskProgress
+from robustclip.evaluation import ProgressLines, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint
-from robustclip.training import ChanceLevelWarning, Checkpoints, Interruption
+from robustclip.training import ChanceLevelWarning, Checkpoints, ConnectedProcesses, Interruption
 from robustclip.training.interruption import check_no_stray, check_same_run, preempted_checkpoint, run_identity
+from robustclip.training.processes import check_processes, report_process
 
 EXPECTED_ERRORS = (
     ArgumentError,
@@ -68,6 +67,10 @@ DESCRIPTIONS = {
     "validate": "Evaluate a model on the validation data.",
     "test": "Evaluate a model on the test data sets, clean and under attack.",
 }
+SHARES = (
+    ("shard", 0, "number of the part of all test samples that this test evaluates, from 0"),
+    ("shards", 1, "number of parts; `robustclip merge` joins them to one result"),
+)
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
@@ -103,6 +106,15 @@ class RobustCLI(LightningCLI):
         parser.link_arguments("model.image_size", "data.init_args.image_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_data_seed)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Adds the options by which several machines share a test."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            for name, default, text in SHARES:
+                parser.add_argument(f"--{name}", type=int, default=default, help=text)
+                parser.link_arguments(name, f"results.{name}")
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Checks the checkpoint before anything is built, and takes no settings from it.
 
@@ -128,22 +140,24 @@ class RobustCLI(LightningCLI):
             trainer.logger.init_args.save_dir = trainer.default_root_dir or "."
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Removes our progress bar if progress bars are off, since Lightning would refuse the contradiction.
+        """Removes our progress displays if progress bars are off, since Lightning would refuse the contradiction.
 
         Raises:
-            ValueError: the trainer refuses its settings, or a launcher started more processes than it uses.
+            ValueError: the trainer refuses its settings, or a launcher has started another number of processes.
         """
         settings = self._get(self.config_init, "trainer")
-        if str(settings["devices"]) == str(settings["num_nodes"]) == "1":
-            check_processes(1)  # before Lightning, which refuses some of SLURM's variables with another reason
+        devices, nodes = str(settings["devices"]), str(settings["num_nodes"])
+        if devices.isdecimal() and nodes.isdecimal():
+            # Before Lightning, which refuses some variables of SLURM with another reason.
+            check_processes(int(devices), int(nodes))
         if settings["enable_progress_bar"] is False:
-            defaults = self.trainer_defaults
-            defaults["callbacks"] = [call for call in defaults["callbacks"] if not isinstance(call, ProgressBar)]
+            defaults, bars = self.trainer_defaults, (ProgressBar, ProgressLines)
+            defaults["callbacks"] = [call for call in defaults["callbacks"] if not isinstance(call, bars)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (LookupError, MisconfigurationException, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error
-        check_processes(trainer.world_size)
+        check_processes(trainer.num_devices, trainer.num_nodes)
         return trainer
 
     def _set_seed(self) -> None:
@@ -203,6 +217,8 @@ class RobustCLI(LightningCLI):
         self.trainer.validate(**kwargs)
 
     def _check_start(self, kwargs: dict[str, Any]) -> None:
+        """Refuses checkpoints that Lightning would load unasked, and reports this process before it waits."""
+        report_process(self.trainer)
         if kwargs.get("ckpt_path") is None:
             check_no_stray(Path(self.trainer.default_root_dir))
 
@@ -233,6 +249,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     if isinstance(arguments, list):
         args = joined(arguments)
         check_arguments(args)
+    callbacks = (ConnectedProcesses(), ChanceLevelWarning(), Interruption())
     return interface(
         RobustMethod,
         LightningDataModule,
@@ -241,7 +258,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         auto_configure_optimizers=False,
         save_config_callback=None,  # checkpoints and results hold the settings
         seed_everything_default=0,
-        trainer_defaults={"callbacks": [TaskProgress(), ChanceLevelWarning(), Interruption()]},
+        trainer_defaults={"callbacks": [TaskProgress(), ProgressLines(), *callbacks]},
         parser_kwargs={
             "prog": "robustclip",
             "version": __version__,
@@ -307,29 +324,6 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
             raise ArgumentError(None, text.replace("required: entry", f"required: {name}")) from error
 
 
-def check_processes(world_size: int) -> None:
-    """Refuses a run of one process that a launcher has started several times.
-
-    Args:
-        world_size: number of processes that the trainer uses.
-
-    Raises:
-        ValueError: every process of the launcher would train the same model alone, into one folder.
-    """
-    counts = {
-        # Launchers with torchrun's variables set RANK; Lightning's own launcher does not.
-        "torchrun": os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else "",
-        "srun": os.environ.get("SLURM_NTASKS", "") if SLURMEnvironment.detect() else "",
-    }
-    for launcher, count in counts.items():
-        if count.isdecimal() and int(count) > 1 and world_size == 1:
-            raise ValueError(
-                f"{launcher} starts {count} processes, but trainer.devices and trainer.num_nodes make 1: each process"
-                f" would run alone, all in one folder; set --trainer.devices {count} (per node, with"
-                " --trainer.num_nodes), or start one process"
-            )
-
-
 def known_keys() -> list[str]:
     """Lists the dotted keys of a configuration, but for the options of chosen classes."""
     sections = {
@@ -344,7 +338,8 @@ def known_keys() -> list[str]:
     keys = [f"{section}.{name}" for section in names for name in names[section]]
     wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
     below = [f"model.{name}" for name in parameters_below(("attack", "optimizer"))]
-    return ["config", "ckpt_path", "seed_everything", "verbose", *sections, *wholes, *keys, *below]
+    shares = [name for name, *_ in SHARES]
+    return ["config", "ckpt_path", "seed_everything", "verbose", *shares, *sections, *wholes, *keys, *below]
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:

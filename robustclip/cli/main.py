@@ -18,6 +18,7 @@ commands:
   table RUN...                                     print one table of several results
   compare RUN RUN                                  compare two results, with confidence intervals
   report RUN... --images DIR --sections CLASS      write an HTML page about several results
+  merge RUN... --out RUN                           join the shards of a test, of --shard I --shards N, to one result
   score RUN                                        compute a result again from its ledgers, without a model
   verify RUN                                       check that a result's adversarial examples still fool its model
   replay RUN --model.pretrained DIR                evaluate another model on a result's adversarial examples
@@ -45,6 +46,7 @@ TOOLS = {
     "table": "robustclip.tools.table:table",
     "compare": "robustclip.tools.compare:compare",
     "report": "robustclip.report:report",
+    "merge": "robustclip.tools.merge:merge",
     "score": "robustclip.tools.score:score",
     "verify": "robustclip.cli.commands:verify",
     "replay": "robustclip.cli.commands:replay",

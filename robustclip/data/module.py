@@ -22,7 +22,7 @@ from robustclip.data.process_share import Process, Samples, exact_samples, shuff
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
 from robustclip.paths import local_path
-from robustclip.types import Crop, Done, Task
+from robustclip.types import Crop, Done, Share, Task
 
 
 @checked
@@ -78,6 +78,7 @@ class CLIPDataModule(ResumableDataModule):
     val_positions: list[int] | None = None
     _done: Done | None = None
     _planned: Pieces | None = None
+    _share: Share | None = None
     _train: OpenedSource | None = None
     _val: Sequence[OpenedSource] = ()
     _test: Sequence[OpenedSource] = ()
@@ -129,15 +130,16 @@ class CLIPDataModule(ResumableDataModule):
         self.features = None if features is None else Path(root).expanduser() / features
         self.auxiliary = AuxiliaryData(captions, anchors, anchor_choice, root)
 
-    def connect(self, *, limit: int | None = None, done: Done | None = None) -> None:
+    def connect(self, *, limit: int | None = None, done: Done | None = None, share: Share | None = None) -> None:
         """Takes the settings of an evaluation, before loaders are made.
 
         Args:
             limit: number of samples of each task that are evaluated, a fixed choice; None for all.
             done: returns the sample ids that an earlier start of the test has finished, by task; the loaders of
                 ``test`` call it and leave these samples out. None for no ids.
+            share: part of every test and unknown set that a test evaluates; None for all samples.
         """
-        self.max_samples, self._done = limit, done
+        self.max_samples, self._done, self._share = limit, done, share
 
     def done_samples(self, task: str) -> frozenset[int]:
         """Returns the ids of the samples of a task that an earlier start of the test has finished."""
@@ -310,7 +312,7 @@ class CLIPDataModule(ResumableDataModule):
         positions = self.val_positions if source is self._train else None
         limits: dict[str, Any] = {"positions": positions, "max_samples": self.max_samples, "done": done, "only": only}
         return self._loader(
-            exact_samples(source, self._pixels(source), self._process(), **limits),
+            exact_samples(source, self._pixels(source), self._process(), share=self._share, **limits),
             self.eval_batch_size,
             skips_bad_samples=only is not None or self.bad_samples == "skip",
             has_digests=all(source is not other for other in self._val),

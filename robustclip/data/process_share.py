@@ -12,6 +12,7 @@ from robustclip.data.sources.source import Joined
 from robustclip.data.sources.streams import ShuffledShards, StreamedShards
 from robustclip.data.splits import choose
 from robustclip.data.transforms import ToPixels
+from robustclip.types import Share
 
 Samples = tuple[Dataset[Loaded], DistributedSampler[Loaded] | None]
 """Samples and their order; None for a stream, which has an order of its own."""
@@ -62,6 +63,7 @@ def exact_samples(
     max_samples: int | None = None,
     done: frozenset[int] = frozenset(),
     only: frozenset[int] | None = None,
+    share: Share | None = None,
 ) -> Samples:
     """Returns this process's share of a set for evaluation, in order.
 
@@ -73,12 +75,17 @@ def exact_samples(
         max_samples: number of samples over all processes; None for all.
         done: sample ids to leave out.
         only: sample ids to keep; None for all.
+        share: part of the set that the processes of this run share; None for the whole set.
     """
     rank, world_size = process
     if source.dataset is None:
-        shards = StreamedShards(source.urls, max_samples=max_samples, rank=rank, world_size=world_size, done=done)
+        options: dict[str, Any] = {"rank": rank, "world_size": world_size, "done": done, "share": share}
+        shards = StreamedShards(source.urls, max_samples=max_samples, **options)
         return StreamedImages(shards, transform, source.class_count, only), None
-    chosen = choose(source.dataset, positions, max_samples) if only is None else sorted(only)
+    chosen: Sequence[int] | None = choose(source.dataset, positions, max_samples) if only is None else sorted(only)
+    if share is not None and only is None:
+        everything = range(len(source.dataset)) if chosen is None else chosen  # type: ignore[arg-type]
+        chosen = everything[share.number :: share.count]
     images = Images(source.dataset, transform, chosen)
     return images, ExactSampler(images, rank=rank, world_size=world_size, done=done)
 

@@ -4,6 +4,7 @@ from robustclip.evaluation.detection import OODDetection
 from robustclip.evaluation.geometry import FeatureGeometry
 from robustclip.evaluation.hessians import HessianDifference
 from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.progress_lines import ProgressLines
 from robustclip.evaluation.robust import RobustEvaluation
 from robustclip.evaluation.writer import ResultsWriter
 
@@ -11,6 +12,7 @@ __all__ = [
     "FeatureGeometry",
     "HessianDifference",
     "OODDetection",
+    "ProgressLines",
     "ResultsWriter",
     "RobustEvaluation",
     "TaskProgress",

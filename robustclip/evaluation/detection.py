@@ -15,7 +15,7 @@ from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, det
 from robustclip.evaluation.journal import Journal, labelled_rows
 from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
 from robustclip.evaluation.task_callback import announce, check_has_images, log_outputs, method_of, stage_of
-from robustclip.evaluation.writer import Section, writer_of
+from robustclip.evaluation.writer import Section, share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
@@ -145,7 +145,7 @@ class OODDetection(Callback):
             self._add(method_of(pl_module), task, task, batch)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scores the unknown sets, and logs the numbers of the section."""
+        """Scores the unknown sets, and logs the numbers of the section; a shard has none."""
         method = method_of(pl_module)
         for name, loader in data_of(trainer).unknown_dataloaders().items():
             tasks = [task for task, sets in self._pairs.items() if name in sets]
@@ -154,6 +154,8 @@ class OODDetection(Callback):
                 for task in tasks:
                     announce(trainer, f"{name}, unknown to {task}")
                     self._add(method, task, name, moved)
+        if share_of(trainer) is not None:
+            return
         numbers = {
             f"test/{task}/{DETECTION}/{name}": value
             for task, summary in self._section.summary(DETECTION, self._ledgers)["tasks"].items()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Interval, checked
 from robustclip.evaluation.geometry_summary import (
+    CAPTIONED,
     COLUMNS,
     GEOMETRY,
     ORIGINAL,
@@ -25,7 +26,7 @@ from robustclip.evaluation.geometry_summary import (
 )
 from robustclip.evaluation.journal import Journal, labelled_rows
 from robustclip.evaluation.task_callback import TaskCallback, check_has_images, log_outputs, method_of, stage_of
-from robustclip.evaluation.writer import Section, writer_of
+from robustclip.evaluation.writer import Section, share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.metrics import recalls
 from robustclip.models.clip import CLIPModel
@@ -74,7 +75,7 @@ class FeatureGeometry(TaskCallback):
             measured,
             tables={features_table(task.name): COLUMNS for task in tasks},
             settings={"max_samples": self.max_samples},
-            facts={"captioned": {}},
+            facts={CAPTIONED: {}},
             tidy=partial(without_spare_features, count=self.max_samples),
         )
         if stage == "test" and (writer := writer_of(trainer)) is not None:
@@ -103,12 +104,13 @@ class FeatureGeometry(TaskCallback):
         self._journal.append(table, labelled_rows(batch, {TUNED: tuned, ORIGINAL: original}))
 
     def end(self, trainer: Trainer, method: RobustMethod) -> None:
-        """Computes the section from the ledgers, and logs it."""
-        captioned = data_of(trainer).captioned_images()
+        """Computes the section from the ledgers, and logs it; of several shards, the first measures retrieval."""
+        share = share_of(trainer) if trainer.testing else None
+        captioned = data_of(trainer).captioned_images() if share is None or share.number == 0 else None
         if captioned is not None and not trainer.sanity_checking:
             numbers = {name: finite(float(value)) for name, value in retrieval(method, captioned).items()}
-            self._section.facts["captioned"][captioned.name] = numbers
-        if self._journal is not None:
+            self._section.facts[CAPTIONED][captioned.name] = numbers
+        if self._journal is not None and share is None:
             values = {
                 f"{stage_of(trainer)[0]}/{name}/{GEOMETRY}/{key}": math.nan if value is None else value
                 for name, numbers in self._section.summary(GEOMETRY, self._journal).items()

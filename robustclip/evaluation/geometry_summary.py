@@ -1,7 +1,8 @@
 """Computes the geometry section of a result from the stored features of the samples."""
 
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from robustclip.attacks import noise
 from robustclip.evaluation.detection_summary import JOINT
 from robustclip.metrics import class_sums, collapse, similarity
+from robustclip.results.ledger import Tidy
 from robustclip.results.summary import Record, Rows, finite
 
 GEOMETRY = "geometry"
+CAPTIONED = "captioned"  # key of the numbers of retrieval, which come from no ledger
 # Features are cells of a ledger, which survive a kill as its rows do: base64 of little-endian float32, 137 MB for
 # 50,000 samples of 512 numbers. The original features are kept for the compared samples alone.
 TUNED, ORIGINAL = "tuned", "original"
@@ -70,6 +73,17 @@ def without_spare_features(rows: Rows, count: int) -> list[dict[str, str]]:
     return [{**row, ORIGINAL: row[ORIGINAL] if place in kept else ""} for place, row in enumerate(rows)]
 
 
+def tidied_tables(names: Iterable[str], settings: Mapping[str, Any]) -> dict[str, Tidy]:
+    """Returns the function from all rows to the rows to keep, for every ledger of features.
+
+    Args:
+        names: names of all ledgers of a test.
+        settings: settings of `FeatureGeometry`.
+    """
+    tidy = partial(without_spare_features, count=settings["max_samples"])
+    return dict.fromkeys((name for name in names if name.startswith(features_table(""))), tidy)
+
+
 def measured(record: Record) -> dict[str, Any]:
     """Computes the section of a test with `FeatureGeometry`."""
     settings, prefix = record.settings(GEOMETRY), features_table("")
@@ -78,7 +92,7 @@ def measured(record: Record) -> dict[str, Any]:
         for name, rows in record.rows.items()
         if name.startswith(prefix)
     }
-    captioned: dict[str, Any] = settings["captioned"]
+    captioned: dict[str, Any] = settings[CAPTIONED]
     return values | captioned
 
 

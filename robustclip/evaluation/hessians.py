@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustclip.arguments import Count, checked
 from robustclip.evaluation.task_callback import TaskCallback, finished_batches, method_of, stage_of
+from robustclip.evaluation.writer import share_of
 from robustclip.methods import RobustMethod
 from robustclip.types import Batch, Task, data_of
 
@@ -45,8 +46,10 @@ class HessianDifference(TaskCallback):
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}  # images and labels by task
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses data without two tasks of the same classes."""
+        """Refuses data without two tasks of the same classes, and a part of the samples."""
         data = data_of(trainer)
+        if stage == "test" and share_of(trainer) is not None:
+            raise ValueError("HessianDifference compares images of whole sets; leave it out, or set shards to 1")
         if not pairs(data.test_tasks if stage == "test" else data.val_tasks):
             where = "data.test" if stage == "test" else "data.val"
             raise ValueError(f"HessianDifference needs two tasks of the same classes in {where}; give their domains")

@@ -7,7 +7,10 @@ from robustclip.attacks import Attack, Member
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import INTERPOLATION, fingerprint
 from robustclip.results.protocol import CLEAN_AXES, attack_axes, differences, digest, listing
+from robustclip.results.run import SHARD
 from robustclip.types import Task
+
+GENERAL = ("method", "weights", "seed", "save_examples", SHARD)
 
 
 def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[str, str], list[Member]]:
@@ -73,7 +76,7 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         a: identity of one test.
         b: identity of the other.
     """
-    general = [{key: test[key] for key in ("method", "weights", "seed", "save_examples")} for test in (a, b)]
+    general = [{key: test.get(key) for key in GENERAL} for test in (a, b)]
     lines = _different(*general)
     for part in ("settings", "sections"):
         lines += _different(a.get(part, {}), b.get(part, {}))

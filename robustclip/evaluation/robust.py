@@ -16,6 +16,7 @@ from robustclip.evaluation.engine import StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Examples, Journal, sample_rows
 from robustclip.evaluation.precision_ladder import AttackPrecision, description, exact, ladder, rungs
+from robustclip.evaluation.shards import check_share
 from robustclip.evaluation.task_callback import (
     TaskCallback,
     announce,
@@ -24,7 +25,7 @@ from robustclip.evaluation.task_callback import (
     method_of,
     stage_of,
 )
-from robustclip.evaluation.writer import writer_of
+from robustclip.evaluation.writer import share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.results import ledger
@@ -101,7 +102,9 @@ class RobustEvaluation(TaskCallback):
         self._journal = self._examples = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
-        data_of(trainer).connect(limit=limit, done=done)
+        share = share_of(trainer) if stage == "test" else None
+        options = {} if share is None else {"share": check_share(trainer, share)}
+        data_of(trainer).connect(limit=limit, done=done, **options)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the ledgers, if the data module has not done so when it made its loaders."""
@@ -131,13 +134,21 @@ class RobustEvaluation(TaskCallback):
                 self._examine(trainer, method, journal, batch, logits, task)
 
     def end(self, trainer: Trainer, method: RobustMethod) -> None:
-        """Logs accuracies and seconds from the ledgers, and the number of images that did not decode."""
+        """Logs accuracies and seconds from the ledgers, and the number of images that did not decode.
+
+        A shard logs nothing, since its numbers are not those of the test.
+        """
         stage, tasks = stage_of(trainer)
         journal, strategy, left_out = self._opened(trainer, method), trainer.strategy, {}
         for task in tasks:
             here = data_of(trainer).bad_sample_counts.get(task.name, 0)
             total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
             left_out[task.name] = int(total)
+        writer = writer_of(trainer) if trainer.testing else None
+        if writer is not None:
+            writer.bad_samples = left_out
+            if writer.share is not None:
+                return
         names = {
             task.name: {name: [member.name for member in self._members[task.name, name]] for name in self._running}
             for task in tasks
@@ -146,8 +157,7 @@ class RobustEvaluation(TaskCallback):
         for name, value in scalars(table).items():
             is_shown = stage == "val" and name.endswith("/acc1") and not name.startswith(f"{NOT_A_TASK}/")
             method.log(f"{stage}/{name}", value, prog_bar=is_shown)
-        if (writer := writer_of(trainer)) is not None and trainer.testing:
-            writer.bad_samples = left_out
+        if writer is not None:
             writer.outputs |= {f"test/{name}" for name in scalars(table)}
 
     def _examine(

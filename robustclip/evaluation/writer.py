@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,13 +12,15 @@ from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from robustclip import display, persistence
-from robustclip.arguments import checked
+from robustclip import persistence
+from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.evaluation.audit import checks_at
 from robustclip.evaluation.identity import unlike, words
 from robustclip.evaluation.journal import Journal, Members, keep_examples
 from robustclip.evaluation.progress import TaskProgress
+from robustclip.evaluation.result_display import print_result
 from robustclip.evaluation.sections import audited, stored_members
+from robustclip.evaluation.shards import check_sections
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import fingerprint
 from robustclip.paths import local_path
@@ -25,11 +28,11 @@ from robustclip.results import ledger
 from robustclip.results.ledger import Tidy
 from robustclip.results.protocol import digest
 from robustclip.results.provenance import commit, versions
-from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PARTS, PROTOCOL, RESULT, Run
+from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PARTS, PROTOCOL, RESULT, SHARD, Run
 from robustclip.results.summary import Record, Summarise, finite, summarise, write_result
-from robustclip.results.tables import check_averages, rich_detection, rich_table
+from robustclip.results.tables import check_averages
 from robustclip.textfiles import read_text
-from robustclip.types import data_of
+from robustclip.types import Share, data_of
 
 LOCK = "lock"
 
@@ -87,6 +90,8 @@ class ResultsWriter(Callback):
         averages: name to the tasks of a further unweighted mean.
         config: settings of the run, stored with the result.
         checks: class paths of your own audit checks, see `AuditCheck`.
+        shard: number of the part of the samples that this test evaluates, from 0.
+        shards: number of parts; `robustclip merge` joins their folders to one result.
 
     Raises:
         ValueError: before the test starts, if an average has no task, an unknown task or a name in use, or if the
@@ -102,6 +107,8 @@ class ResultsWriter(Callback):
         averages: dict[str, list[str]] | None = None,
         config: dict[str, Any] | None = None,
         checks: list[str] | None = None,
+        shard: CountOrZero = 0,
+        shards: Count = 1,
     ) -> None:
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         if folder is not None:
@@ -110,6 +117,9 @@ class ResultsWriter(Callback):
         self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
         self.checks = list(checks or ())
         checks_at(self.checks)  # refuses class paths that are no checks
+        if shard >= shards:
+            raise ValueError(f"shard must be in [0, {shards}), got {shard}; shards are numbered from 0")
+        self.share = None if shards == 1 else Share(shard, shards)
         self.path: Path | None = None
         self.sections: dict[str, Section] = {}  # added by other callbacks, by their names in the result
         self.outputs: set[str] = set()  # names of logged metrics that are computed from the ledgers
@@ -119,11 +129,13 @@ class ResultsWriter(Callback):
         self._identity: dict[str, Any] = {}
         self._members: Members = {}
         self._lock: IO[str] | None = None
+        self._is_published = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses averages over unknown tasks, and a baseline of another model."""
         if stage == "test":
             self.path, self.journal, self.outputs, self.bad_samples = None, None, set(), {}
+            self._is_published = False
             tasks = [task.name for task in data_of(trainer).test_tasks]
             check_averages(self.averages, tasks)
             if self.baseline is not None and isinstance(pl_module, RobustMethod):
@@ -152,9 +164,13 @@ class ResultsWriter(Callback):
             ValueError: a finished test, or an unfinished one of another protocol, has this name.
         """
         identity |= {"sections": {name: section.settings for name, section in self.sections.items()}}
+        if self.share is not None:
+            check_sections(self.sections)
+            identity[SHARD] = {"number": self.share.number, "count": self.share.count}
         root = Path(self.folder or local_path(trainer.default_root_dir, "trainer.default_root_dir") / "results")
         unfinished = f"unfinished-{identity['method'].lower()}-{digest(identity)[:8]}"
-        self.path, self._identity, self._members = root / (self.name or unfinished), identity, members
+        name = f"{self.name}{self._suffix}" if self.name else unfinished
+        self.path, self._identity, self._members = root / name, identity, members
         if trainer.is_global_zero:
             self._check_unfinished(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -178,11 +194,16 @@ class ResultsWriter(Callback):
         return self.journal
 
     @property
+    def _suffix(self) -> str:
+        """End of the folder's name that distinguishes the shards of a test."""
+        return "" if self.share is None else f"-shard-{self.share.number}-of-{self.share.count}"
+
+    @property
     def _tables(self) -> dict[str, Sequence[str]]:
         return {name: columns for section in self.sections.values() for name, columns in section.tables.items()}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Joins the ledgers, computes the result from them, and publishes the folder."""
+        """Joins the ledgers, computes the result from them unless they are of a shard, and publishes the folder."""
         trainer.strategy.barrier("ledgers are complete")
         path, journal = self.opened, self.journal
         if not trainer.is_global_zero or not isinstance(pl_module, RobustMethod) or journal is None:
@@ -191,7 +212,7 @@ class ResultsWriter(Callback):
         rows, facts = journal.merge(tidy), self._facts(trainer, pl_module)
         persistence.atomic_write(path / FACTS, json.dumps(facts, indent=1) + "\n")
         functions = {name: section.summarise for name, section in self.sections.items()} | {"audit": audited}
-        self._result = summarise(Record(facts, rows), functions)
+        self._result = summarise(Record(facts, rows), functions) if self.share is None else {}
         for task, attack in self._members:
             keep_examples(path / EXAMPLES / task / attack, rows[task], attack, facts["save_examples"])
         self._publish(path)
@@ -232,20 +253,18 @@ class ResultsWriter(Callback):
             ValueError: the test ended without a result.
         """
         self._unlock()
-        if stage == "test" and trainer.is_global_zero and not self._result:
+        if stage != "test" or not trainer.is_global_zero:
+            return
+        if not self._is_published:
             raise ValueError("the test ended without a result: no sample was evaluated; check the trainer's limits")
-        if self._result:
-            if isinstance(trainer.progress_bar_callback, TaskProgress):
-                trainer.progress_bar_callback.close()
-            console = display.console()
-            console.print(rich_table(self._result))
-            if (detected := rich_detection(self._result)) is not None:
-                console.print(detected)
-            for check in self._result["audit"]["checks"]:
-                if check["status"] != "pass":
-                    console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
-            console.print(f"Table, ledgers and protocol are in\n{self.path}", soft_wrap=True)
-            self._result = {}
+        if isinstance(trainer.progress_bar_callback, TaskProgress):
+            trainer.progress_bar_callback.close()
+        if self.share is None:
+            print_result(self._result, self.opened)
+        else:
+            place = f"shard {self.share.number} of {self.share.count}, numbered from 0"
+            sys.stdout.write(f"Ledgers of {place}, are in\n{self.opened}\n")
+        self._result, self._is_published = {}, False
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -253,7 +272,8 @@ class ResultsWriter(Callback):
             self._lock = None
 
     def _check_unfinished(self, path: Path) -> None:
-        if self.name and (path / RESULT).exists() and not (path / PROTOCOL).exists():
+        is_finished = (path / RESULT).exists() or (path / FACTS).exists()
+        if self.name and is_finished and not (path / PROTOCOL).exists():
             raise ValueError(f"{path} is a finished test; choose another results.name")
 
     def _check_protocol(self, path: Path, identity: dict[str, Any]) -> None:
@@ -280,13 +300,15 @@ class ResultsWriter(Callback):
 
     def _publish(self, folder: Path) -> None:
         """Writes the result, then renames the folder; after a kill, the next start repeats the remaining steps."""
-        write_result(folder, self._result)
+        if self.share is None:
+            write_result(folder, self._result)
         shutil.rmtree(folder / PARTS)
         (folder / PROTOCOL).unlink()
         if not self.name:
-            folder = _rename_new(folder, f"{self._result['method'].lower()}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+            stem = f"{self._identity['method'].lower()}{self._suffix}"
+            folder = _rename_new(folder, f"{stem}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         (folder / LOCK).unlink()  # last, since it keeps other starts out
-        self.path = folder
+        self.path, self._is_published = folder, True
 
 
 def _is_pretrained(method: RobustMethod) -> bool:
@@ -336,3 +358,9 @@ def _rename_new(folder: Path, stem: str) -> Path:
 def writer_of(trainer: Trainer) -> ResultsWriter | None:
     """Returns the writer among the callbacks of a trainer, or None."""
     return next((callback for callback in trainer.callbacks if isinstance(callback, ResultsWriter)), None)  # type: ignore[attr-defined]
+
+
+def share_of(trainer: Trainer) -> Share | None:
+    """Returns the part of the samples that a test evaluates; None for a test of all."""
+    writer = writer_of(trainer)
+    return None if writer is None else writer.share

@@ -95,6 +95,19 @@ def read(path: Path, header: Sequence[str] | None = None) -> list[dict[str, str]
     return [dict(zip(columns_read, line, strict=True)) for line in lines if line]
 
 
+def header(path: Path) -> list[str]:
+    """Reads the names of the columns of a ledger.
+
+    Raises:
+        ValueError: no such file, or an empty one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file))
+    except (OSError, ValueError, csv.Error, StopIteration) as error:
+        raise ValueError(f"{path} is no ledger of `robustclip test`: {error}") from error
+
+
 def gather(parts: Iterable[Path], target: Path, header: Sequence[str]) -> list[dict[str, str]]:
     """Reads the rows of all processes in the order of the ids, once each.
 
@@ -119,8 +132,19 @@ def merge(parts: Iterable[Path], target: Path, header: Sequence[str], tidy: Tidy
     """
     ordered = gather(parts, target, header)
     ordered = ordered if tidy is None else tidy(ordered)
-    persistence.atomic_write(target, _lines([list(header), *([row[name] for name in header] for row in ordered)]))
+    write(target, header, ordered)
     return ordered
+
+
+def write(path: Path, header: Sequence[str], rows: Iterable[Row]) -> None:
+    """Writes a whole ledger.
+
+    Args:
+        path: CSV file.
+        header: names of the columns.
+        rows: rows in the order of the ids.
+    """
+    persistence.atomic_write(path, _lines([list(header), *([row[name] for name in header] for row in rows)]))
 
 
 def _lines(rows: Iterable[Sequence[object]]) -> bytes:

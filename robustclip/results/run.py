@@ -1,6 +1,7 @@
 """Layout and reading of the folder that a test leaves."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ RESULT, LEDGERS, EXAMPLES = "result.json", "ledger", "examples"
 FACTS = "facts.json"  # all that a result is computed from beside the ledgers
 PARTS = "ledger/parts"  # of each process, until the test is finished
 PROTOCOL = "protocol.json"  # of a run that is not finished
+SHARD = "shard"  # key of the facts of a test of a part of the samples
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Run:
         path = self.folder / RESULT
         if (self.folder / PROTOCOL).is_file() and not path.is_file():
             raise ValueError(f"{self.folder} is a test that has not finished; start the same command again")
+        if (self.folder / FACTS).is_file() and not path.is_file():
+            check_is_whole(self.folder, read_facts(self.folder))
         try:
             result = json.loads(read_text(path))
         except (OSError, ValueError) as error:
@@ -64,3 +68,33 @@ class Run:
     def rows(self, task: str) -> list[dict[str, str]]:
         """The task's ledger, in the order of the sample ids."""
         return ledger.read(self.folder / LEDGERS / f"{task}.csv")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Reads ``facts.json`` of a finished test, or of a shard of one.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        facts = json.loads(read_text(folder / FACTS))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no {FACTS} of `robustclip test`: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{folder / FACTS} is no {FACTS} of `robustclip test`: expected a mapping")
+    return facts
+
+
+def check_is_whole(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Refuses a shard in the place of a whole test.
+
+    Args:
+        folder: folder of the test.
+        facts: content of its ``facts.json``.
+
+    Raises:
+        ValueError: the test is a shard.
+    """
+    if shard := facts.get(SHARD):
+        place = f"shard {shard['number']} of {shard['count']}, numbered from 0"
+        raise ValueError(f"{folder} is {place}, and no whole test; join all with `robustclip merge SHARD... --out RUN`")

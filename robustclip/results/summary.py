@@ -16,9 +16,8 @@ from robustclip import persistence
 from robustclip.intervals import mean_interval, wilson
 from robustclip.results import ledger
 from robustclip.results.protocol import with_samples
-from robustclip.results.run import FACTS, LEDGERS, RESULT
+from robustclip.results.run import FACTS, LEDGERS, RESULT, check_is_whole, read_facts
 from robustclip.results.tables import CLEAN, csv_table, markdown_table
-from robustclip.textfiles import read_text
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -40,14 +39,11 @@ class Record:
         """Reads the record of a finished test.
 
         Raises:
-            ValueError: a file is missing or damaged, or an older version wrote the folder.
+            ValueError: a file is missing or damaged, an older version wrote the folder, or the test is a shard.
         """
-        try:
-            facts = json.loads(read_text(folder / FACTS))
-            names = [*facts["tasks"], *facts["tables"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} has no {FACTS} of `robustclip test`: {error}") from error
-        return cls(facts, {name: ledger.read(folder / LEDGERS / f"{name}.csv") for name in names})
+        facts = read_facts(folder)
+        check_is_whole(folder, facts)
+        return cls(facts, {name: ledger.read(folder / LEDGERS / f"{name}.csv") for name in ledger_names(folder, facts)})
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -58,6 +54,22 @@ class Record:
         """Returns the settings and facts of a section."""
         settings: dict[str, Any] = self.facts["sections"][section]
         return settings
+
+
+def ledger_names(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Lists the ledgers of a test.
+
+    Args:
+        folder: folder of the test, for the message.
+        facts: content of its ``facts.json``.
+
+    Raises:
+        ValueError: the facts are incomplete.
+    """
+    try:
+        return [*facts["tasks"], *facts["tables"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder} has no {FACTS} of `robustclip test`: {error}") from error
 
 
 Summarise = Callable[[Record], Any]

@@ -10,7 +10,9 @@ from webdataset.filters import shuffle
 
 from robustclip.data.sources.tar import IMAGE_TYPES, LABEL
 from robustclip.data.sources.wds import read_samples
+from robustclip.types import Share
 
+WHOLE = Share(0, 1)
 SHUFFLE_BUFFER = 4096  # number of encoded images in the memory of each loader worker while training
 
 
@@ -41,6 +43,8 @@ class StreamedShards(IterableDataset[StreamedImage]):
         rank: rank of this process.
         world_size: number of processes.
         done: sample ids to leave out.
+        share: part of the samples that the processes share; None for all. It holds whole shards if there are as many
+            as parts, single samples otherwise.
     """
 
     def __init__(
@@ -51,12 +55,16 @@ class StreamedShards(IterableDataset[StreamedImage]):
         rank: int = 0,
         world_size: int = 1,
         done: frozenset[int] = frozenset(),
+        share: Share | None = None,
     ) -> None:
         self.urls, self.max_samples, self.rank, self.world_size = urls, max_samples, rank, world_size
-        self.done = done
+        self.done, self.share = done, share or WHOLE
 
     def __iter__(self) -> Iterator[StreamedImage]:
-        share = _share(self.urls, range(len(self.urls)), *_reader(self.rank, self.world_size), quota=self._quota)
+        order, part = range(len(self.urls)), self.share
+        if len(order) >= part.count:
+            order, part = order[part.number :: part.count], WHOLE
+        share = _share(self.urls, order, *_reader(self.rank, self.world_size), quota=self._quota, part=part)
         yield from (sample for sample in share if sample.index not in self.done)
 
     def _quota(self, number: int) -> int | None:
@@ -131,13 +139,15 @@ def _share(
     reader: int,
     readers: int,
     quota: Callable[[int], int | None] = lambda number: None,
+    part: Share = WHOLE,
 ) -> Iterator[StreamedImage]:
-    """Yields one reader's share: whole shards if there are enough of them, else single samples of all shards."""
+    """Yields one reader's share of a part: whole shards if there are enough of them, else single samples of all."""
     has_shards = len(order) >= readers
     for number in order[reader::readers] if has_shards else order:
         for sample in itertools.islice(read_shard(urls[number], number), quota(number)):
-            # The sum also spreads many shards that hold one sample each.
-            if has_shards or ((sample.index >> 32) + sample.index) % readers == reader:
+            place = (sample.index >> 32) + sample.index  # the sum also spreads many shards that hold one sample each
+            is_own = has_shards or place // part.count % readers == reader
+            if is_own and place % part.count == part.number:
                 yield sample
 
 

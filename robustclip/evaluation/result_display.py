@@ -1,0 +1,25 @@
+"""Prints a result to the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robustclip import display
+from robustclip.results.tables import rich_detection, rich_table
+
+
+def print_result(result: Mapping[str, Any], folder: Path) -> None:
+    """Prints the tables of a result, the checks that did not pass and, last, its folder.
+
+    Args:
+        result: content of ``result.json``.
+        folder: folder of the test.
+    """
+    console = display.console()
+    console.print(rich_table(result))
+    if (detected := rich_detection(result)) is not None:
+        console.print(detected)
+    for check in result["audit"]["checks"]:
+        if check["status"] != "pass":
+            console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
+    console.print(f"Table, ledgers and protocol are in\n{folder}", soft_wrap=True)
