@@ -31,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from robustclip.attacks import PGD
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation.engine import examine
+from robustclip.evaluation.precision_ladder import exact, ladder, rungs
 from robustclip.methods import RobustMethod, ZeroShot
+from robustclip.models.compilation import compile_towers
 from robustclip.results.provenance import commit, versions
 from robustclip.types import Batch
 
@@ -122,16 +124,19 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measured(step: Callable[[], object], images: int, device: str, seconds: float) -> dict[str, float]:
-    """Measures the rate of a step in bfloat16 after two warm-ups, its share of the peak, and its largest memory.
+def measured(
+    step: Callable[[], object], images: int, device: str, seconds: float, *, is_mixed: bool = True
+) -> dict[str, float]:
+    """Measures the rate of a step after two warm-ups, its share of the peak, and its largest memory.
 
     Args:
         step: the step to repeat.
         images: number of images per step.
         device: device of the step.
         seconds: duration of the measurement; at least two steps are timed.
+        is_mixed: run the whole step in bfloat16.
     """
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=is_mixed):
         step()
         with FlopCounterMode(display=False) as counter:
             step()
@@ -156,8 +161,8 @@ def measured(step: Callable[[], object], images: int, device: str, seconds: floa
 
 
 def compiled(way: Any) -> Any:
-    """Compiles the image tower of a way in place."""
-    way.method.clip.net.visual.compile()
+    """Compiles the towers of a way's method in place."""
+    compile_towers(way.method.clip)
     return way
 
 
@@ -186,19 +191,12 @@ def testing(options: argparse.Namespace, arch: str) -> Iterator[tuple[str, dict[
     for name in ("PGD-10", *(() if options.no_compile else ("PGD-10 compiled",))):
         way = TeCoA(problem) if name == "PGD-10" else compiled(TeCoA(problem))
         method = way.method.eval().requires_grad_(False)
-
-        def cheap(images: Tensor, method: RobustMethod = method) -> Tensor:
-            with torch.autocast(options.device, torch.bfloat16):
-                return method.logits(images)
-
-        def exact(images: Tensor, method: RobustMethod = method) -> Tensor:
-            with torch.autocast(options.device, enabled=False):
-                return method.logits(images)
-
+        cheaper = ladder(method.logits, rungs("bf16", options.device, "last"), options.device)
         step = partial(
-            examine, problem.images, problem.labels, exact, members, index=index, stop="last", cheap_forward=cheap
-        )
-        yield name, measured(step, options.batch_size, options.device, options.seconds)
+            examine, problem.images, problem.labels, exact(method.logits), members, index=index, stop="last",
+            cheaper=cheaper,
+        )  # fmt: skip
+        yield name, measured(step, options.batch_size, options.device, options.seconds, is_mixed=False)
 
 
 def verdicts(method: RobustMethod, device: str, samples: int, *, is_cheap: bool = False) -> Tensor:
@@ -209,15 +207,11 @@ def verdicts(method: RobustMethod, device: str, samples: int, *, is_cheap: bool 
     method = method.to(device).eval().requires_grad_(False)
     method.prepare(data.test_tasks)
     batch = next(iter(data.test_dataloader()[0]))
-    forward = partial(method.logits, task="colours")
-
-    def cheap(images: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return forward(images)
-
+    forward = exact(partial(method.logits, task="colours"))
+    cheaper = ladder(forward, rungs("bf16" if is_cheap else "fp32", device), device)
     members = PGD(eps="2/255", alpha="0.5/255", steps=TEST_STEPS).members(len(data.test_tasks[0].label_names))
     images, labels, index = (tensor.to(device) for tensor in (batch.images, batch.labels, batch.index))
-    return examine(images, labels, forward, members, index=index, cheap_forward=cheap if is_cheap else None).by.cpu()
+    return examine(images, labels, forward, members, index=index, cheaper=cheaper).by.cpu()
 
 
 def equality(options: argparse.Namespace) -> dict[str, int]:
@@ -228,9 +222,7 @@ def equality(options: argparse.Namespace) -> dict[str, int]:
         "bfloat16 first": verdicts(ZeroShot(), options.device, options.samples, is_cheap=True),
     }
     if not options.no_compile:
-        method = ZeroShot()
-        method.clip.net.visual.compile()
-        others["compiled"] = verdicts(method, options.device, options.samples)
+        others["compiled"] = verdicts(ZeroShot(compile=True), options.device, options.samples)
     return {"samples": len(expected), **{name: int((by != expected).sum()) for name, by in others.items()}}
 
 
