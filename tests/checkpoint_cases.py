@@ -49,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
-DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
+DEMO = Path(__file__).parents[1] / "robustclip" / "configs" / "demo.yaml"
 SMALL = [
     "--config", str(DEMO), "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
     "--trainer.enable_model_summary", "false", "--data.batch_size", "4", "--data.test", "[shapes:colours]",

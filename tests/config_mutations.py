@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "robustclip" / "configs"
 # Values that no scalar key takes, and values that some keys take.
 NEVER: tuple[Any, ...] = ({"nonesuch": 1}, [[{"nonesuch": 1}]])
 PERHAPS: tuple[Any, ...] = ("many", None, True, -1, 10**30, float("nan"), float("inf"), 0.5, "", [], {}, ["x"], "-")

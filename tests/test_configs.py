@@ -9,7 +9,7 @@ from anchor_cases import shapes_anchors
 from robustclip.cli.lightning import main
 from robustclip.results.run import Run
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "robustclip" / "configs"
 RUNS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 PARTS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/*.yaml"))
 SMALL = [

@@ -24,7 +24,7 @@ from robustclip.methods._shared import step_checks
 from robustclip.methods._shared.step_checks import DivergenceWatch
 from robustclip.types import Batch
 
-DEMO = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+DEMO = str(Path(__file__).parents[1] / "robustclip" / "configs" / "demo.yaml")
 COMMON = [
     "--config", DEMO, "--data.batch_size", "4", "--trainer.enable_progress_bar", "false",
     "--trainer.enable_model_summary", "false", "--trainer.limit_val_batches", "0",

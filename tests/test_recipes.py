@@ -36,7 +36,7 @@ def tables() -> dict[str, list[tuple[str, str, str, str]]]:
 
 def configured(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     """The configuration with all defaults, as the command line resolves it."""
-    assert run(["fit", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--print_config"]) == 0
+    assert run(["fit", "--config", str(ROOT / "robustclip" / "configs" / f"{name}.yaml"), "--print_config"]) == 0
     tree: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     return tree
 
@@ -86,7 +86,7 @@ def test_a_configuration_has_the_values_of_its_table(name: str, capsys: pytest.C
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_table_misses_no_value_that_its_configuration_states(name: str) -> None:
-    folder = ROOT / "configs"
+    folder = ROOT / "robustclip" / "configs"
     tree = yaml.safe_load((folder / f"{name}.yaml").read_text())
     parts = {key: yaml.safe_load((folder / value).read_text()) for key, value in tree.items() if _is_file(value)}
     keys = {key for _, key, _, _ in tables()[name]}

@@ -29,6 +29,7 @@ from robustclip.cli.settings import (
     check_order,
     get,
     joined,
+    located,
     options,
     parse,
     read_config,
@@ -247,7 +248,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list):
-        args = joined(arguments)
+        args = joined(located(arguments))
         check_arguments(args)
     callbacks = (ConnectedProcesses(), ChanceLevelWarning(), Interruption())
     return interface(

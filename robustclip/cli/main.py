@@ -28,8 +28,9 @@ commands:
   caption --data D --captioner MODEL --out FILE    caption the images of a training set by an image-to-text model
   retrieve --data D --pool wds:URL --out DIR       find the image-text pairs of a pool nearest to a training set
   cache --config FILE --data.features DIR          store embeddings by the frozen model, to train without decoding
+  configs --copy DIR                               list or copy the configurations of the package
 
-FILE is a configuration or a checkpoint, RUN a folder that `robustclip test` wrote.
+FILE is a configuration, one of the package by its name, or a checkpoint; RUN is a folder that `robustclip test` wrote.
 `robustclip COMMAND --help` lists all options; for fit, validate and test this takes some seconds.
 Any key of a config is an option: --model.attack.eps 2/255 --data.batch_size 64 --trainer.max_epochs 3.
 Give --config first: later options override it.
@@ -56,6 +57,7 @@ TOOLS = {
     "caption": "robustclip.tools.caption:caption",
     "retrieve": "robustclip.tools.retrieve:retrieve",
     "cache": "robustclip.cli.caching:cache",
+    "configs": "robustclip.tools.configs:configs",
 }
 INTERRUPTED, UNREAD, TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM, as in a shell
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)
@@ -104,8 +106,9 @@ def _answer(arguments: list[str]) -> int:
         sys.stderr.write(f"error: no command {command!r}; the commands are {', '.join(COMMANDS)}\n")
         return 2
     if command in TRAINER_COMMANDS or TOOLS.get(command, "").startswith(REBUILDING):
-        from robustclip.cli.settings import check_files
+        from robustclip.cli.settings import check_files, located
 
+        rest = located(rest)
         check_files(rest, needs_results=command in TRAINER_COMMANDS)
     if command not in TRAINER_COMMANDS:
         from robustclip.cli.functions import call, find
@@ -113,7 +116,7 @@ def _answer(arguments: list[str]) -> int:
         return call(find(command, ".") if is_own else find(TOOLS[command]), rest, command)
     from robustclip.cli.lightning import main  # slow: loads torch and lightning
 
-    main(arguments)
+    main([command, *rest])
     return 0
 
 

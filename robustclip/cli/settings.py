@@ -2,6 +2,7 @@
 
 import codecs
 import locale
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
@@ -13,6 +14,7 @@ import yaml
 from robustclip.cli.messages import unknown_key
 from robustclip.results.run import Run
 from robustclip.textfiles import read_text
+from robustclip.tools.configs import packaged
 
 SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -66,6 +68,25 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, sign, value = argument.partition("=")
         if key.startswith("--") or key == "-c":
             yield "config" if key == "-c" else key[2:], value if sign else following
+
+
+def located(arguments: Sequence[str]) -> list[str]:
+    """Replaces names of packaged configurations by their paths, and reports each replacement on stderr.
+
+    Args:
+        arguments: arguments of the command line.
+    """
+    written = list(arguments)
+    for place, argument in enumerate(arguments):
+        key, sign, value = argument.partition("=")
+        option = "config" if key == "-c" else key.removeprefix("--")
+        if not sign:
+            value = next(iter(arguments[place + 1 : place + 2]), "")
+        path = packaged(option, value) if key.startswith("-") else None
+        if path is not None:
+            sys.stderr.write(f"{option}: {value} of the package, {path}\n")
+            written[place if sign else place + 1] = f"{key}={path}" if sign else str(path)
+    return written
 
 
 def joined(arguments: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from robustclip.cli.main import COMMANDS, HELP, TOOLS, run
 from robustclip.evaluation import ResultsWriter
 from robustclip.methods import TeCoA, ZeroShot
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "robustclip" / "configs"
 QUICK = [
     "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
     "--trainer.enable_model_summary", "false", "--data.batch_size", "4", "--data.test", "[shapes:colours]",

@@ -10,7 +10,7 @@ import pytest
 
 from robustclip.cli.main import run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "robustclip" / "configs"
 QUICK = (
     "--config", str(CONFIGS / "demo.yaml"), "--trainer.accelerator", "cpu", "--trainer.logger", "false",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--data.batch_size", "4",

@@ -16,7 +16,7 @@ from robustclip.data.splits import Shots, few_shots
 from robustclip.data.transforms import Augmentation
 
 DOMAINS = ["wds:art", "wds:cartoon", "wds:photo"]
-LEAVE_ONE_OUT = Path(__file__).parents[2] / "configs" / "data" / "pacs_leave_one_out.yaml"
+LEAVE_ONE_OUT = Path(__file__).parents[2] / "robustclip" / "configs" / "data" / "pacs_leave_one_out.yaml"
 
 
 class Labelled(list[int]):
