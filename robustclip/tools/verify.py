@@ -205,9 +205,9 @@ def _prepared(method: RobustMethod, run: Run) -> RobustMethod:
 
 
 def _task(name: str, texts: Mapping[str, Any]) -> Task:
-    groups = texts.get("groups")
-    in_tuples = None if groups is None else tuple(map(tuple, groups))
-    return Task(name, tuple(texts["class_names"]), tuple(texts["templates"]), in_tuples)
+    lists = (texts.get(key) for key in ("groups", "descriptions"))
+    groups, descriptions = (None if values is None else tuple(map(tuple, values)) for values in lists)
+    return Task(name, tuple(texts["class_names"]), tuple(texts["templates"]), groups, descriptions)
 
 
 def _section(run: Run, name: str) -> dict[str, Any]:
