@@ -88,15 +88,18 @@ class Task:
         templates: prompts, each with ``{}`` in place of the class name.
         groups: per label the positions of its class names, for labels of several names; a label's logit is the highest
             of its names. None if every name is a label.
+        descriptions: ``C`` lists of sentences in place of prompts from templates; None for templates.
 
     Raises:
-        ValueError: a name or template is malformed, there are no classes, or a group has an unknown position.
+        ValueError: a name or template is malformed, there are no classes, a group has an unknown position, or
+            descriptions are not of all classes.
     """
 
     name: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = ("This is a photo of a {}",)
     groups: tuple[tuple[int, ...], ...] | None = None
+    descriptions: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if not TASK_NAME.fullmatch(self.name):
@@ -109,6 +112,10 @@ class Task:
             if template.count("{}") != 1:
                 example = "such as 'a photo of {}'"
                 raise ValueError(f"a template of task {self.name!r} must hold '{{}}' once, {example}, got {template!r}")
+        if self.descriptions is not None and (
+            len(self.descriptions) != len(self.class_names) or not all(self.descriptions)
+        ):
+            raise ValueError(f"descriptions of task {self.name!r} must be sentences of each class name")
         for group in () if self.groups is None else self.groups:
             if not group or not all(0 <= member < len(self.class_names) for member in group):
                 names = f"positions among the {len(self.class_names)} class names"
@@ -123,7 +130,9 @@ class Task:
 
     @property
     def prompts(self) -> list[list[str]]:
-        """The ``C`` lists of ``T`` prompts, one list per class name."""
+        """The ``C`` lists of ``T`` prompts, one list per class name; descriptions may be of different numbers."""
+        if self.descriptions is not None:
+            return [list(sentences) for sentences in self.descriptions]
         return [[template.replace("{}", name) for template in self.templates] for name in self.class_names]
 
 

@@ -40,7 +40,7 @@ def _joined(sources: Sequence[OpenedSource]) -> OpenedSource:
             raise ValueError(
                 f"training set {source.task.name!r} is remote or gives no labels without decoding; train on it alone"
             )
-        if source.task.class_names != first.task.class_names or source.task.templates != first.task.templates:
+        if (source.task.class_names, source.task.prompts) != (first.task.class_names, first.task.prompts):
             raise ValueError(f"{pair} must have the same class names and templates; give `class_names` and `templates`")
         if (source.native_size, source.border, source.crop) != (first.native_size, first.border, first.crop):
             raise ValueError(f"{pair} must agree in `native_size`, `border` and `crop`; give all three")

@@ -29,6 +29,7 @@ class DataSource:
         templates: one or several prompts with ``{}``, such as ``a photo of {}``; null takes the templates that come
             with the data, else the catalogue's; ``openai`` for OpenAI's 80 templates, ``clip_benchmark`` for those
             of clip_benchmark for this set.
+        descriptions: JSON file of class name to list of sentences, as CuPL publishes them; it replaces the templates.
         native_size: attack images at their own size instead of a crop of the model's size; null uses the catalogue.
         crop: resize before the centre crop, ``tecoa`` or ``clip``; null uses ``data.crop``.
         border: number of pixels that are cut off on every side of an image first; null uses the catalogue.
@@ -47,6 +48,7 @@ class DataSource:
     split: str | None = None
     class_names: list[str] | dict[str | int, str] | Literal["openai"] | None = None
     templates: str | Sequence[str] | None = None
+    descriptions: str | None = None
     native_size: bool | None = None
     crop: Crop | None = None
     border: CountOrZero | None = None

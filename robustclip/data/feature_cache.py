@@ -23,7 +23,7 @@ from robustclip.types import Batch
 
 MANIFEST, IDS, LABELS = "manifest.json", "ids.npy", "labels.npy"
 # Fields of a source on which no embedding depends; the crop is part of the preprocessing.
-IRRELEVANT = ("name", "class_names", "templates", "length", "crop")
+IRRELEVANT = ("name", "class_names", "templates", "descriptions", "length", "crop")
 
 
 @dataclass(frozen=True)

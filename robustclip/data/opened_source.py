@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from open_clip import IMAGENET_CLASSNAMES
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from robustclip.data.catalog import CATALOG, CatalogEntry, lookup, named
 from robustclip.data.class_labels import NameLists, check_names, warn_of_missing
 from robustclip.data.data_source import DataSource
+from robustclip.data.descriptions import read_descriptions
 from robustclip.data.sources import KINDS
 from robustclip.data.sources.own import CLASS_PATH, open_own
 from robustclip.data.sources.source import CheckedImages, Relabelled, labels_of, where_of
@@ -147,7 +149,7 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     templates = _templates(source, known_set, names.names)
     templates = templates or own_templates or (known_set.templates if known_set else DEFAULT_TEMPLATES)
     name = source.name or (known_set.name if known_set else _slug(location))
-    task = Task(name, names.names, tuple(templates), names.groups)
+    task = Task(name, names.names, tuple(templates), names.groups, _descriptions(source, names.names, root))
     if dataset is not None:
         dataset = _checked_dataset(source, dataset, task, is_own=not kind)
         if names.labels is not None:
@@ -190,6 +192,15 @@ def _class_names(source: DataSource) -> Sequence[str] | Mapping[Any, str] | None
     if isinstance(names, Mapping):
         return {str(folder): name for folder, name in names.items()}  # YAML reads 0 as a number
     return list(IMAGENET_CLASSNAMES) if names == "openai" else names
+
+
+def _descriptions(source: DataSource, names: tuple[str, ...], root: str) -> tuple[tuple[str, ...], ...] | None:
+    """Returns the sentences of each class in the configured file; None without such a file."""
+    if source.descriptions is None:
+        return None
+    if source.templates is not None:
+        raise ValueError(f"{source.where} has `templates` and `descriptions`, which replace them; give one of both")
+    return read_descriptions(Path(root).expanduser() / source.descriptions, names, source.where)
 
 
 def _templates(source: DataSource, entry: CatalogEntry | None, names: tuple[str, ...]) -> Sequence[str] | None:

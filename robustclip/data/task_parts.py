@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
@@ -50,12 +50,19 @@ def narrowed(task: Task, labels: Sequence[int]) -> Task:
         labels: labels to keep; their order gives the new numbers.
     """
     if task.groups is None:
-        return Task(task.name, tuple(task.class_names[label] for label in labels), task.templates)
+        return _of_names(task, labels)
     groups = [task.groups[label] for label in labels]
     members = sorted({member for group in groups for member in group})
     numbers = {member: number for number, member in enumerate(members)}
-    names = tuple(task.class_names[member] for member in members)
-    return Task(task.name, names, task.templates, tuple(tuple(numbers[member] for member in group) for group in groups))
+    of_members = tuple(tuple(numbers[member] for member in group) for group in groups)
+    return replace(_of_names(task, members), groups=of_members)
+
+
+def _of_names(task: Task, places: Sequence[int]) -> Task:
+    """Keeps the class names at some places, without groups."""
+    names = tuple(task.class_names[place] for place in places)
+    sentences = None if task.descriptions is None else tuple(task.descriptions[place] for place in places)
+    return replace(task, class_names=names, groups=None, descriptions=sentences)
 
 
 Role = Literal["train", "test", "unknown"]

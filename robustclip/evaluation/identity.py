@@ -55,7 +55,7 @@ def describe(
         "protocol": {
             task.name: _protocol(
                 {
-                    "templates": listing(task.templates),
+                    "templates": _prompts(task),
                     "class_names": _labels(task),
                     "precision": precision,
                     "stop_rule": stop,
@@ -109,7 +109,16 @@ def _protocol(shared: dict[str, Any], attacks: Mapping[str, list[Member]]) -> di
 def words(task: Task) -> dict[str, Any]:
     """Returns class names and templates of a task in JSON's types, from which the task can be made again."""
     names: dict[str, Any] = {"class_names": task.class_names, "templates": task.templates}
+    if task.descriptions is not None:
+        names["descriptions"] = task.descriptions
     return names if task.groups is None else {**names, "groups": task.groups, "label_names": task.label_names}
+
+
+def _prompts(task: Task) -> Any:
+    """Lists the templates of a task, or describes its descriptions by their digest."""
+    if task.descriptions is None:
+        return listing(task.templates)
+    return f"descriptions of {len(task.descriptions)} classes, digest {digest(task.descriptions)}"
 
 
 def _labels(task: Task) -> Any:

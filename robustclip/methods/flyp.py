@@ -81,6 +81,10 @@ class FLYP(RobustMethod):
 
     def prepare_training(self, task: Task) -> None:
         """Stores the tokens ``(C, T, L)`` of the training prompts."""
+        if task.descriptions is not None:
+            raise ValueError(
+                f"{type(self).__name__} draws a template for each image: descriptions of {task.name!r} must be null"
+            )
         super().prepare_training(task)
         tokens = self.clip.tokenize([prompt for prompts in task.prompts for prompt in prompts])
         self.prompts = tokens.view(len(task.class_names), len(task.templates), -1).to(self.device)

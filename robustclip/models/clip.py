@@ -136,8 +136,11 @@ class CLIPModel(nn.Module):
         return text_tower.embedding(self.net)
 
     def encode_classes(self, task: Task) -> Tensor:
-        """Encodes a task's classes as unit features ``(C, D)``: the mean of unit prompt features over the templates."""
+        """Encodes a task's classes as unit features ``(C, D)``: the mean of unit prompt features of each class."""
         prompts = [prompt for prompts in task.prompts for prompt in prompts]
+        if task.descriptions is not None:
+            parts = torch.split(self.encode_text(prompts), [len(sentences) for sentences in task.descriptions])
+            return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
         features = self.encode_text(prompts).view(len(task.class_names), len(task.templates), -1)
         return F.normalize(features.mean(1), dim=-1)
 

@@ -15,15 +15,15 @@ def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dic
 
     Args:
         encode: function that returns the features ``(C, D)`` of a task's class names.
-        tasks: tasks to encode; those with the same class names and templates are encoded once.
+        tasks: tasks to encode; those with the same class names and prompts are encoded once.
 
     Returns:
         Weights by task name: ``(C, D)``, or ``(C, G, D)`` if each label is a group of up to G class names.
     """
-    by_texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+    by_texts: dict[tuple[object, ...], Tensor] = {}
     heads = {}
     for task in tasks:
-        texts = task.class_names, task.templates
+        texts = task.class_names, task.templates, task.descriptions
         if texts not in by_texts:
             by_texts[texts] = encode(task).detach()
         heads[task.name] = _grouped(by_texts[texts], task)

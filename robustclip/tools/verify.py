@@ -198,7 +198,8 @@ def _batches(folder: Path) -> Iterator[list[Example]]:
 
 def _prepared(method: RobustMethod, run: Run) -> RobustMethod:
     classes = _section(run, "classes").items()
-    tasks = [Task(name, texts["class_names"], texts["templates"], texts.get("groups")) for name, texts in classes]
+    keys = ("class_names", "templates", "groups", "descriptions")
+    tasks = [Task(name, *map(texts.get, keys)) for name, texts in classes]
     method.float().prepare(tasks)
     return method
 

@@ -75,6 +75,59 @@ def test_a_key_is_the_feature_of_a_training_image(tiny_model: Path, write_shards
     assert method.key_labels.tolist() == [*labels.tolist(), -1] == [0, 1, 2, 0, 2, 0, 1, 2, 0, 1, 2, 0, -1]
 
 
+def few_shots(folder: Path, write_shards: ShardWriter) -> CLIPDataModule:
+    write_shards(folder, "few", "train", [24])
+    return CLIPDataModule(train="wds:few", root=str(folder), image_size=32, batch_size=5, holdout=0.5)
+
+
+def test_without_training_the_keys_stay_and_the_best_pair_of_the_grid_is_kept(
+    tiny_model: Path, write_shards: ShardWriter, tmp_path: Path
+) -> None:
+    data = few_shots(tmp_path, write_shards)
+    options: dict[str, Any] = {"learns": False, "searches": True, "most": (8.1, 5.1), "steps": (4, 5)}
+    method = TipAdapter(pretrained=str(tiny_model), **options)
+    trainer = quick_trainer(max_epochs=1)
+    trainer.fit(method, datamodule=data)
+    train, (held,) = list(data.plain_train_dataloader()), data.val_dataloader()
+    images, labels = (torch.cat([batch[part] for batch in train]) for part in (0, 1))
+    with torch.no_grad():
+        keys = cases.unit(cases.embed(method, images))
+        queries = cases.unit(cases.embed(method, torch.cat([batch.images for batch in held])))
+        expected = torch.cat([batch.labels for batch in held])
+        zero_shot = method.clip.logit_scale * queries @ method.clip.encode_classes(data.train_task).T
+        best: tuple[int, float, float] = (0, 0.0, 0.0)
+        for beta in (0.1, 1.1, 2.1, 3.1, 4.1):
+            affinity = (-beta * (1 - queries @ keys.T)).exp()
+            votes = torch.stack([affinity[:, labels == label].sum(1) for label in range(3)], dim=1)
+            for alpha in (0.1, 2.1, 4.1, 6.1):
+                right = int(((zero_shot + alpha * votes).argmax(1) == expected).sum())
+                best = (right, alpha, beta) if right > best[0] else best
+    assert method.keys is not None
+    assert method.chosen is not None
+    torch.testing.assert_close(method.keys.detach(), keys)
+    assert method.chosen.tolist() == pytest.approx(best[1:])
+    assert float(trainer.callback_metrics["val/few/clean/acc1"]) == pytest.approx(best[0] / len(expected))
+    trainer.save_checkpoint(tmp_path / "tip.ckpt")
+    again = TipAdapter(pretrained=str(tiny_model))  # the checkpoint keeps the pair
+    loaded = quick_trainer()
+    loaded.validate(again, datamodule=data, ckpt_path=str(tmp_path / "tip.ckpt"), weights_only=True, verbose=False)
+    assert again.chosen is not None
+    assert torch.equal(again.chosen, method.chosen)
+    assert loaded.callback_metrics["val/few/clean/acc1"] == trainer.callback_metrics["val/few/clean/acc1"]
+
+
+def test_a_search_needs_held_out_images(tiny_model: Path, write_shards: ShardWriter, tmp_path: Path) -> None:
+    data = few_shots(tmp_path, write_shards)
+    data.holdout = 0
+    with pytest.raises(ValueError, match=r"searches needs held-out images.*data\.holdout"):
+        quick_trainer(max_epochs=1).fit(TipAdapter(pretrained=str(tiny_model), searches=True), datamodule=data)
+    trainer = quick_trainer(max_epochs=1, limit_val_batches=0)
+    method = TipAdapter(pretrained=str(tiny_model), searches=True)
+    trainer.fit(method, datamodule=few_shots(tmp_path, write_shards))
+    with pytest.raises(ValueError, match="none has run"):
+        trainer.save_checkpoint(tmp_path / "tip.ckpt")
+
+
 def test_the_cache_of_other_classes_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     method = cases.make(TipAdapter, tiny_model)
     checkpoint: dict[str, Any] = {"cache_classes": ["a cat"], "state_dict": {}}

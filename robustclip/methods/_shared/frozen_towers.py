@@ -45,7 +45,7 @@ class FrozenFeatures(RobustMethod):
             name = type(self).__name__
             raise ValueError(f"warmup_steps must be 0 for {name}, got {self.warmup_steps}; set warmup_epochs")
         self.warmup_epochs = warmup_epochs
-        self._texts: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+        self._texts: dict[tuple[object, ...], Tensor] = {}
         self.width = self.clip.encode_text([""]).shape[1]  # width D of the embeddings
         self.train()
 
@@ -65,7 +65,7 @@ class FrozenFeatures(RobustMethod):
 
     def class_features(self, task: Task) -> Tensor:
         """Encodes the task's classes as unit features ``(C, D)``, once for the same class names and templates."""
-        texts = task.class_names, task.templates
+        texts = task.class_names, task.templates, task.descriptions
         if texts not in self._texts:
             with torch.no_grad():
                 self._texts[texts] = super().class_features(task)
