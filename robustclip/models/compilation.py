@@ -2,14 +2,20 @@
 
 import os
 import shutil
+from inspect import signature
 from typing import Any
 
+import torch
 from open_clip import CLIP, CustomTextCLIP
 from torch import nn
 
 from robustclip.models.clip import CLIPModel
 
 VARIANTS = 64  # of one block: with and without gradients, frozen, in each precision, of fixed and of any batch size
+# Older versions of PyTorch have one limit for all code, and run further variants without compilation.
+LIMIT: dict[str, Any] = (
+    {"recompile_limit": VARIANTS} if "recompile_limit" in signature(torch.compile).parameters else {}
+)
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -33,7 +39,7 @@ def compile_towers(clip: CLIPModel, *, backend: str = "inductor") -> None:
         )
     compile_image_tower(clip, backend=backend)
     for block in _text_blocks(clip.net):
-        block.compile(backend=backend, recompile_limit=VARIANTS)
+        block.compile(backend=backend, **LIMIT)
 
 
 def compile_image_tower(clip: CLIPModel, *, backend: str = "inductor") -> None:
@@ -44,10 +50,9 @@ def compile_image_tower(clip: CLIPModel, *, backend: str = "inductor") -> None:
         backend: backend of `torch.compile`.
     """
     for block in clip.image_blocks():
-        block = (
-            block[0] if isinstance(block, nn.ModuleList) else block
-        )  # the last block is listed with the closing norm
-        block.compile(backend=backend, recompile_limit=VARIANTS)
+        # The last block is listed with the closing norm.
+        alone = block[0] if isinstance(block, nn.ModuleList) else block
+        alone.compile(backend=backend, **LIMIT)
     clip.compiled_by = backend
 
 

@@ -2,14 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from operator import attrgetter
 
 import torch
 
-_BACKENDS: tuple[Any, ...] = (
-    *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
-    *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),  # type: ignore[attr-defined]
-)
+OF_GPU, OF_CPU = ("cuda.matmul", "cudnn.conv", "cudnn.rnn"), ("mkldnn.matmul", "mkldnn.conv")
+
+
+def _with_precision(name: str) -> bool:
+    """Checks whether a backend has the attribute ``fp32_precision``, which PyTorch 2.6 lacks."""
+    try:
+        return hasattr(attrgetter(name)(torch.backends), "fp32_precision")
+    except AttributeError:
+        return False
+
+
+_BACKENDS = {name: attrgetter(name)(torch.backends) for name in (*OF_GPU, *OF_CPU) if _with_precision(name)}
 
 
 @contextmanager
@@ -18,7 +26,8 @@ def tf32(is_allowed: bool) -> Iterator[None]:
 
     PyTorch allows it in convolutions by default. The flags also hold for backward passes inside the context.
     """
-    saved, legacy = [backend.fp32_precision for backend in _BACKENDS], _legacy_flags()
+    saved = {name: backend.fp32_precision for name, backend in _BACKENDS.items()}
+    legacy = _legacy_flags()
     _set(is_allowed)
     try:
         yield
@@ -26,17 +35,16 @@ def tf32(is_allowed: bool) -> Iterator[None]:
         if legacy is not None:
             torch.set_float32_matmul_precision(legacy[0])
             torch.backends.cudnn.allow_tf32 = legacy[1]
-        for backend, precision in zip(_BACKENDS, saved, strict=True):
-            backend.fp32_precision = precision
+        for name, precision in saved.items():
+            _BACKENDS[name].fp32_precision = precision
 
 
 def _set(is_allowed: bool) -> None:
     """Sets both of PyTorch's interfaces, since it refuses to read one that contradicts the other."""
     torch.set_float32_matmul_precision("high" if is_allowed else "highest")
     torch.backends.cudnn.allow_tf32 = is_allowed
-    for backend in _BACKENDS:
-        is_of_cpu = backend in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
-        backend.fp32_precision = "tf32" if is_allowed and not is_of_cpu else "ieee"
+    for name, backend in _BACKENDS.items():
+        backend.fp32_precision = "tf32" if is_allowed and name in OF_GPU else "ieee"
 
 
 def _legacy_flags() -> tuple[str, bool] | None:

@@ -16,6 +16,7 @@ from robustclip.evaluation import ResultsWriter, RobustEvaluation
 from robustclip.evaluation.engine import ROBUST, Rung, examine
 from robustclip.evaluation.precision_ladder import description, exact, ladder, rungs
 from robustclip.methods import ZeroShot
+from robustclip.models import tf32 as tf32_flags
 from robustclip.models.tf32 import tf32
 from robustclip.results.run import Run
 
@@ -55,6 +56,19 @@ def test_flags_hold_inside_and_are_restored(start: list[Any]) -> None:
     with pytest.raises(KeyError), tf32(is_allowed=False):
         raise KeyError
     assert flags() == start
+
+
+def test_older_versions_of_pytorch_have_the_older_flags_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = flags()
+    with monkeypatch.context() as patch:
+        patch.setattr(tf32_flags, "_BACKENDS", {})
+        with tf32(is_allowed=True):
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+            with tf32(is_allowed=False):
+                assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+        assert flags()[-2:] == before[-2:]
+    for backend, value in zip(BACKENDS, before, strict=False):
+        backend.fp32_precision = value
 
 
 def test_rungs_of_every_precision() -> None:

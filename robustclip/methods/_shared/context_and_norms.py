@@ -81,7 +81,7 @@ class ContextAndNorms(RobustMethod):
 
         Both have gradients.
         """
-        return self.image_features(images).float(), self.head().float()
+        return self.image_features(images).float(), self.head().flatten(0, -2).float()
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
