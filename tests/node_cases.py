@@ -3,7 +3,7 @@
 usage: torchrun ... node_cases.py COMMANDS, a JSON file with a list of command lines.
 
 The variable STRIKE, such as ``fit 5`` or ``test 0.2``, tells when the second node dies: in a step of the fit, or in a
-batch of a test set.
+batch of a test set. ``signal 5`` sends SLURM's signal to every process in that step.
 """
 
 import json
@@ -24,6 +24,8 @@ class Strike(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._strike(f"fit {trainer.global_step}")
+        if os.environ.get("STRIKE") == f"signal {trainer.global_step}":  # the queue sends it to all tasks
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     def on_test_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -13,7 +13,7 @@ from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import ProgressLines, RobustEvaluation, progress_lines
 from robustclip.methods import TeCoA
-from robustclip.training.processes import check_processes, report_process
+from robustclip.training.processes import check_processes, check_strategy, report_process
 
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "9"}
 SRUN = {"SLURM_JOB_NAME": "fit", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -75,6 +75,13 @@ def test_the_check_comes_before_training_and_is_one_line(
     assert len(lines) == 1
     assert "torchrun starts 4 processes, 4 on this node" in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "FSDPStrategy", "deepspeed_stage_2", "lightning.x.ModelParallelStrategy"])
+def test_strategies_that_divide_the_weights_are_refused(strategy: str) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.strategy .*{strategy}.* is not supported.*use ddp"):
+        check_strategy(strategy)
+    check_strategy("ddp_find_unused_parameters_true")
 
 
 def test_each_of_several_processes_reports_rank_node_device_and_the_address(capsys: pytest.CaptureFixture[str]) -> None:

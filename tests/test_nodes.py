@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import ShardWriter, tiny_clip
+from test_resume import SLURM
 
 from robustclip.cli.main import run
 from robustclip.results.run import Run
@@ -49,23 +50,42 @@ def commands(root: Path, place: str, nodes: int, checkpoint: Path | None = None)
     return [fit, ["test", *common, "--ckpt_path", str(last), "--results.name", "tested"]]
 
 
-def on_two_nodes(root: Path, name: str, lines: list[list[str]], strike: str = "") -> End:
-    """Starts an agent of torchrun per node; if one is lost, the other ends by itself or as the queue would end it."""
-    (root / f"{name}.json").write_text(json.dumps(lines))
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+        return str(free.getsockname()[1])
+
+
+def on_two_nodes(root: Path, name: str, lines: list[list[str]], strike: str = "") -> End:
+    """Starts an agent of torchrun per node; if one is lost, the other ends by itself or as the queue would end it."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-    logs = [root / f"{name}.{node}.log" for node in (0, 1)]
-    agents = []
-    for log in logs:
+    words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", name]
+    return started(root, name, lines, words, [{"STRIKE": strike}, {"STRIKE": strike}])
+
+
+def on_two_tasks(root: Path, name: str, lines: list[list[str]], strike: str = "") -> End:
+    """Starts two tasks with the variables of `srun`, and an `scontrol` that writes down its arguments."""
+    (root / "bin").mkdir(exist_ok=True)
+    (root / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {root}/requeued_jobs\n')
+    (root / "bin/scontrol").chmod(0o755)
+    shared = SLURM | {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "PATH": f"{root}/bin{os.pathsep}{os.environ['PATH']}"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "STRIKE": strike}
+    places = [{"SLURM_PROCID": node, "SLURM_NODEID": node, "SLURM_LOCALID": "0"} for node in ("0", "1")]
+    return started(root, name, lines, [sys.executable], [shared | place for place in places])
+
+
+def started(root: Path, name: str, lines: list[list[str]], words: list[str], environments: list[dict[str, str]]) -> End:
+    """Starts a process per node, and waits for the end of all."""
+    (root / f"{name}.json").write_text(json.dumps(lines))
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    logs = [root / f"{name}.{node}.log" for node in range(len(environments))]
+    nodes = []
+    for log, environment in zip(logs, environments, strict=True):
         with log.open("w") as file:
-            agents.append(
+            nodes.append(
                 subprocess.Popen(
                     [*words, str(SCRIPT), str(root / f"{name}.json")],
-                    env=os.environ | environment | {"STRIKE": strike, "ROBUSTCLIP_TRACEBACK": "1"},
+                    env=os.environ | common | environment,
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
@@ -73,13 +93,13 @@ def on_two_nodes(root: Path, name: str, lines: list[list[str]], strike: str = ""
             )
     try:
         end = time.monotonic() + PATIENCE_SECONDS
-        while any(agent.poll() is None for agent in agents) and time.monotonic() < end:
+        while any(node.poll() is None for node in nodes) and time.monotonic() < end:
             time.sleep(0.1)
     finally:
-        for agent in agents:
-            if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
-    return End([agent.wait() for agent in agents], [log.read_text() for log in logs])
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    return End([node.wait() for node in nodes], [log.read_text() for log in logs])
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +181,15 @@ def test_a_lost_node_ends_the_other_and_both_requeued_are_as_the_uninterrupted(
         for each in runs
     ]
     assert results[0] == results[1]
+
+
+def test_a_preempted_job_of_two_tasks_is_requeued_once_and_resumes(root: Path, ends: dict[str, End]) -> None:
+    fit = commands(root, "job", 2)[:1]
+    preempted = on_two_tasks(root, "preempted", fit, strike="signal 5")
+    assert preempted.statuses == [138, 138], preempted.texts[0][-3000:]
+    assert (root / "requeued_jobs").read_text() == "requeue 9\n"
+    resumed = on_two_tasks(root, "job_again", fit)
+    assert resumed.statuses == [0, 0], resumed.texts[0][-3000:]
+    assert "hpc_ckpt_9.ckpt (step 6)" in resumed.texts[0]
+    whole, requeued = weights(root, "two"), weights(root, "job")
+    assert all(torch.equal(whole[name], requeued[name]) for name in whole)

@@ -40,7 +40,7 @@ from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint
 from robustclip.training import ChanceLevelWarning, Checkpoints, ConnectedProcesses, Interruption
 from robustclip.training.interruption import check_no_stray, check_same_run, preempted_checkpoint, run_identity
-from robustclip.training.processes import check_processes, report_process
+from robustclip.training.processes import check_processes, check_strategy, report_process
 
 EXPECTED_ERRORS = (
     ArgumentError,
@@ -147,6 +147,7 @@ class RobustCLI(LightningCLI):
             ValueError: the trainer refuses its settings, or a launcher has started another number of processes.
         """
         settings = self._get(self.config_init, "trainer")
+        check_strategy(settings["strategy"])
         devices, nodes = str(settings["devices"]), str(settings["num_nodes"])
         if devices.isdecimal() and nodes.isdecimal():
             # Before Lightning, which refuses some variables of SLURM with another reason.

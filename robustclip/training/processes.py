@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+SHARDING = ("fsdp", "deepspeed", "modelparallel", "model_parallel")  # parts of the names of strategies and classes
+
 
 class Launch(NamedTuple):
     """The processes that a launcher has started.
@@ -79,6 +81,23 @@ def check_processes(devices: int, nodes: int) -> None:
             f"{launch.launcher} starts {launch.processes} process{plural}{here}, but trainer.devices and"
             f" trainer.num_nodes make {devices} x {nodes}: processes would run alone or wait for ever; set {remedy},"
             " or start as many processes"
+        )
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuses strategies that divide the weights among the processes.
+
+    Args:
+        strategy: name of a strategy, or an object or settings whose text names its class.
+
+    Raises:
+        ValueError: the strategy is one of FSDP, DeepSpeed or model parallelism.
+    """
+    text = str(strategy)
+    if any(name in text.lower() for name in SHARDING):
+        raise ValueError(
+            f"trainer.strategy {text[:60]!r} is not supported: checkpoints and digests of weights need whole weights"
+            " in every process; use ddp, and save memory by model.has_activation_checkpointing"
         )
 
 

@@ -122,6 +122,40 @@ def test_joined_shards_are_the_whole_test(root: Path, tmp_path: Path, capsys: py
     assert (tmp_path / "joined" / "result.json").read_bytes() == before
 
 
+class PowerCut(Exception):  # noqa: N818  # not ours to catch
+    """Ends a test."""
+
+
+class Cut(Callback):
+    """Ends a test in its n-th batch, before the rows of this batch are written."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self.batches -= 1
+        if self.batches == 0:
+            raise PowerCut
+
+
+@pytest.mark.parametrize("cuts", [[[4], []], pytest.param([[1], [], [3, 1, 2], [2]], marks=pytest.mark.slow)], ids=str)
+def test_a_split_with_interrupted_shards_is_the_whole_test(cuts: list[list[int]], root: Path, tmp_path: Path) -> None:
+    """The random schedules of test_shards.py kill processes; here errors end tests in this process."""
+    name = f"cut_{len(cuts)}"
+    for shard, batches in enumerate(cuts):
+        place = {"shard": shard, "shards": len(cuts)}
+        for number in batches:
+            with pytest.raises(PowerCut):
+                evaluated(root, name, Cut(number), *sections(), **place)
+        evaluated(root, name, *sections(), **place)
+    shards = [root / "results" / f"{name}-shard-{number}-of-{len(cuts)}" for number in range(len(cuts))]
+    merge(shards, tmp_path / "joined")
+    ours, theirs = comparable(tmp_path / "joined"), comparable(root / "results" / "whole")
+    assert ours.keys() == theirs.keys()
+    for each in theirs:
+        assert ours[each] == theirs[each], each
+
+
 def test_every_sample_is_in_one_shard(root: Path) -> None:
     for task, size in (SIZES | {"first": 10, "first@others": 5}).items():
         texts = [(shard / "ledger" / f"{task}.csv").read_text().splitlines()[1:] for shard in shards_of(root)]
