@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustclip.attacks import Attack, Member
+from robustclip.evaluation.ways import Ways
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import INTERPOLATION, fingerprint
 from robustclip.results.protocol import CLEAN_AXES, attack_axes, differences, digest, listing
@@ -30,6 +31,7 @@ def describe(
     stop: str,
     seed: int,
     save_examples: int,
+    ways: Ways,
 ) -> dict[str, Any]:
     """Returns the identity of a test in JSON's types; two starts of a test have equal identities.
 
@@ -42,9 +44,12 @@ def describe(
         stop: stop rule of the evaluation.
         seed: seed of the attacks.
         save_examples: number of attacked images to keep per task and attack.
+        ways: ways through a test-time defence.
     """
+    defence = method.defence
     return {
         "method": type(method).__name__,
+        **({} if defence is None else {"defence": defence.description, "ways": ways.settings}),
         "weights": fingerprint(method),
         "settings": method.inference_settings,
         "seed": seed,
@@ -58,6 +63,7 @@ def describe(
                     "stop_rule": stop,
                     "model_preprocessing": _preprocessing(method),
                     **data.protocol(task.name),
+                    **({} if ways.axis is None else {"ways": ways.axis}),
                 },
                 {attack: parts for (name, attack), parts in members.items() if name == task.name},
             )
@@ -73,7 +79,8 @@ def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         a: identity of one test.
         b: identity of the other.
     """
-    general = [{key: test[key] for key in ("method", "weights", "seed", "save_examples")} for test in (a, b)]
+    keys = ("method", "defence", "weights", "seed", "save_examples")
+    general = [{key: test.get(key) for key in keys} for test in (a, b)]
     lines = _different(*general)
     for part in ("settings", "sections"):
         lines += _different(a.get(part, {}), b.get(part, {}))
