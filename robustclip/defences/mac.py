@@ -52,17 +52,25 @@ class MAC(Defence):
         self._changes = Views()
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
-        """Returns the mean logits of the counterattacked views."""
+        """Returns the mean logits of the counterattacked views, which have no gradient."""
+        return self._answer(method, images.detach(), task, index, draw)
+
+    def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
+        """Returns the same logits, with the gradients of the views; the counterattacks are constants."""
+        return self._answer(method, images, task, index, draw)
+
+    def _answer(self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int) -> Tensor:
         change = partial(self._changes.of, defence=self, index=index, draw=draw)
-        views = [images.detach(), *(change(images.detach(), part=number) for number in range(self.views))]
+        views = [images, *(change(images, part=number) for number in range(self.views))]
         answers = []
         for number, view in enumerate(views):
+            x = view.detach()
             with torch.no_grad():
-                embedded, other = method.clip.embed_image(view), change(view, part=self.views + number)
+                embedded, other = method.clip.embed_image(x), change(x, part=self.views + number)
                 moved = (method.clip.embed_image(other) - embedded).norm(dim=-1) / embedded.norm(dim=-1)
             weight = torch.sigmoid((moved - self.tau) / self.width).view(-1, 1, 1, 1)
-            noise = self.uniform(index, tuple(view.shape[1:]), draw=draw, part=2 * self.views + 1 + number)
+            noise = self.uniform(index, tuple(x.shape[1:]), draw=draw, part=2 * self.views + 1 + number)
             start = self.eps * (2 * noise - 1)
-            moves, _ = counterattack(method, view, start, eps=self.eps, alpha=self.alpha, steps=self.steps)
+            moves, _ = counterattack(method, x, start, eps=self.eps, alpha=self.alpha, steps=self.steps)
             answers.append(method.logits(view + weight * moves[-1], task))
         return torch.stack(answers).mean(0)

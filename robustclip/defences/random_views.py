@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as T
 
 from robustclip.defences.defence import Defence
 
 NUMBERS = 13  # uniform numbers that a view needs beside its noise
-BLUR_TAPS = 5  # pixels of the blur in each direction
+BLUR_REACH = 2  # pixels to each side
+LUMINANCE = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,38 @@ class Views:
 
     def _jittered(self, images: Tensor, signed: Tensor) -> Tensor:
         """Changes brightness, contrast, saturation and hue by four numbers in [-1, 1) per image."""
-        changed = []
-        for image, numbers in zip(images, signed.tolist(), strict=True):
-            factors = [strength * number for strength, number in zip(self.jitter, numbers, strict=True)]
-            image = T.adjust_brightness(image, 1 + factors[0])
-            image = T.adjust_saturation(T.adjust_contrast(image, 1 + factors[1]), 1 + factors[2])
-            changed.append(T.adjust_hue(image, factors[3]))
-        return torch.stack(changed)
+        strengths = signed * signed.new_tensor(self.jitter)
+        bright, contrast, saturation, hue = (part.view(-1, 1, 1, 1) for part in strengths.unbind(1))
+        changed = (images * (1 + bright)).clamp(0, 1)
+        mean = _grey(changed).mean((1, 2, 3), keepdim=True)
+        changed = (mean + (1 + contrast) * (changed - mean)).clamp(0, 1)
+        grey = _grey(changed)
+        return (grey + (1 + saturation) * _turned(changed - grey, 2 * math.pi * hue)).clamp(0, 1)
 
     def _blurred(self, images: Tensor, draws: Tensor) -> Tensor:
         """Blurs by a Gaussian of another width per image."""
         low, high = self.blur
-        sigmas = (low + (high - low) * draws).tolist()
-        taps = [BLUR_TAPS, BLUR_TAPS]
-        return torch.stack(
-            [T.gaussian_blur(image, taps, [sigma, sigma]) for image, sigma in zip(images, sigmas, strict=True)]
-        )
+        sigma = (low + (high - low) * draws)[:, None]
+        places = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device)
+        weights = torch.softmax(-(places**2) / (2 * sigma**2), -1)
+        for dim in (2, 3):
+            pads = [BLUR_REACH, BLUR_REACH, 0, 0] if dim == 3 else [0, 0, BLUR_REACH, BLUR_REACH]
+            padded, side = F.pad(images, pads, mode="replicate"), images.shape[dim]
+            parts = [padded.narrow(dim, start, side) for start in range(len(places))]
+            images = sum(weights[:, [n]].view(-1, 1, 1, 1) * part for n, part in enumerate(parts))  # type: ignore[assignment]
+        return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Computes the luminance ``(B, 1, H, W)`` by the weights of ITU-R BT.601."""
+    return (images * images.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _turned(colours: Tensor, angle: Tensor) -> Tensor:
+    """Turns colours ``(B, 3, H, W)`` around the grey axis by Rodrigues' formula, ``angle`` ``(B, 1, 1, 1)``."""
+    crossed = (colours.roll(1, 1) - colours.roll(-1, 1)) / math.sqrt(3)
+    along = colours.mean(1, keepdim=True)
+    return angle.cos() * colours + angle.sin() * crossed + (1 - angle.cos()) * along
 
 
 def _where(is_on: Tensor, changed: Tensor, images: Tensor) -> Tensor:
