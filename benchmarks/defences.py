@@ -12,10 +12,7 @@ from once import parser, test_once, write
 
 from robustclip.results.tables import COLUMNS
 
-CONFIGS = (
-    *("--config", "configs/zero_shot.yaml", "--data", "configs/data/photographs.yaml"),
-    *("--evaluation", "configs/evaluation/defences.yaml", "--data.attack_resolution", "model"),
-)
+CONFIG = "configs/defences.yaml"
 ATTACK = "apgd"
 DEFENCES: dict[str, dict[str, Any]] = {
     "JPEG": {},
@@ -71,15 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = parser(__doc__)
     words.add_argument("defences", nargs="*", default=list(DEFENCES), help=f"among {', '.join(DEFENCES)}")
     words.add_argument("--samples", default="100", help="of every set")
-    words.add_argument("--sizes", nargs="*", default=["--data.eval_batch_size", "20"], help="further options")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
-    model = ("--data.root", arguments.data, "--model.pretrained", arguments.model, "--model.image_size", "96")
+    shared = ("--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model)
     rows = []
     for name in arguments.defences:
         defence = json.dumps({"class_path": name, "init_args": DEFENCES[name]})
-        options = ("--model.defence", defence, "--evaluation.max_samples", arguments.samples, *arguments.sizes)
-        result = test_once(arguments.work / f"{name}_{arguments.samples}", [*CONFIGS, *model, *options])
+        options = ("--model.defence", defence, "--evaluation.max_samples", arguments.samples)
+        result = test_once(arguments.work / f"{name}_{arguments.samples}", [*shared, *options])
         rows.append(row(name, result))
         print(table(rows), flush=True)
         write(arguments.out, rows)
