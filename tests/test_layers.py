@@ -20,10 +20,13 @@ ALLOWED = {
     "models": set(),
     "attacks": set(),
     "objectives": set(),
+    "defences": {"attacks", "models"},
     "data": set(),
     "results": {"attacks", "intervals"},
-    "methods": {"attacks", "metrics", "models", "objectives"},
-    "evaluation": {"attacks", "display", "intervals", "methods", "metrics", "models", "objectives", "results"},
+    "methods": {"attacks", "defences", "metrics", "models", "objectives"},
+    "evaluation": {
+        *("attacks", "defences", "display", "intervals", "methods", "metrics", "models", "objectives", "results")
+    },
     "training": {"evaluation", "methods", "results"},
     "convert": {"methods", "models", "results"},
     "tools": {"attacks", "data", "display", "evaluation", "intervals", "methods", "models", "results", "convert"},
@@ -31,7 +34,7 @@ ALLOWED = {
     "cli": {"attacks", "convert", "data", "evaluation", "methods", "report", "results", "tools", "training"},
     "__main__": {"cli"},
 }
-NO_LIGHTNING = {*COMMON, "display", "intervals", "models", "attacks", "objectives", "results"}
+NO_LIGHTNING = {*COMMON, "display", "intervals", "models", "attacks", "defences", "objectives", "results"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -339,7 +339,7 @@ def known_keys() -> list[str]:
     names = {section: list(inspect.signature(cls).parameters) for section, cls in sections.items()}
     keys = [f"{section}.{name}" for section in names for name in names[section]]
     wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
-    below = [f"model.{name}" for name in parameters_below(("attack", "optimizer"))]
+    below = [f"model.{name}" for name in parameters_below(("attack", "optimizer", "defence"))]
     shares = [name for name, *_ in SHARES]
     return ["config", "ckpt_path", "seed_everything", "verbose", *shares, *sections, *wholes, *keys, *below]
 

@@ -29,7 +29,10 @@ FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a
 # A typical class of a key, whose arguments are suggested.
 TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
 # Module whose classes are suggested for a key by a part of its last name.
-OFFERED = {"model": "robustclip.methods", "attack": "robustclip.attacks", "optimizer": "torch.optim"}
+OFFERED = {
+    **{"model": "robustclip.methods", "attack": "robustclip.attacks", "optimizer": "torch.optim"},
+    "defence": "robustclip.defences",
+}
 
 
 class Answered(SystemExit):

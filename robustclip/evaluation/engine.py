@@ -1,11 +1,12 @@
 """Robustness of each sample: its worst case over a list of attacks and over all images that they try."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,30 @@ StopRule = Literal["worst", "last"]
 
 
 class Rung(NamedTuple):
-    """The tested model in one precision.
+    """The tested model in one precision, or in one way through a defence.
 
     Attributes:
-        forward: function from images to logits ``(B, C)`` in that precision.
+        forward: function from images to logits ``(B, C)``.
         context: makes a context for the whole attack, for flags that its backward passes need too.
+        is_fp32: whether it computes in fp32; the model that decides always does.
     """
 
     forward: Forward
     context: Callable[[], AbstractContextManager[object]] = nullcontext
+    is_fp32: bool = False
+
+
+class Indexed(ABC):
+    """Base class of models whose answers depend on the sample ids ``(B,)``, a second argument."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor, index: Tensor | None = None) -> Tensor:
+        """Computes logits ``(B, C)`` in fp32.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+            index: ``(B,)`` sample ids; None where an attack has chosen samples itself.
+        """
 
 
 @dataclass
@@ -127,9 +143,10 @@ def examine(
         images, labels = images.detach().clone(), labels.detach().clone()
         index = None if index is None else index.detach().clone()
         with torch.no_grad():
-            logits = forward(images) if clean_logits is None else clean_logits.detach().clone()
+            logits = outputs(forward, images, index) if clean_logits is None else clean_logits.detach().clone()
         verdict = Verdict.before(images, labels, logits.float())
         passes = [*cheaper, Rung(forward)]
+        options: Any = {"index": index, "seed": seed, "stop": stop, "check_every": check_every}
         for number, member in enumerate(members):
             # Samples that are robust in low precision are attacked again in fp32; `last` has only one pass.
             for rung in passes if stop == "worst" else passes[:1]:
@@ -137,11 +154,57 @@ def examine(
                 rows = is_open.nonzero()[:, 0]
                 if not len(rows):
                     return verdict
-                watch = _Watch(images[rows], labels[rows], verdict.take(rows), rung, forward, member.attack)
-                watch.number, watch.stop, watch.check_every, watch.capacity = number, stop, check_every, len(images)
-                watch.run(None if index is None else index[rows], seed)
-                verdict.put(rows, watch.verdict)
+                attack_rows(verdict, rows, images, labels, rung, forward, member.attack, number=number, **options)
         return verdict
+
+
+def attack_rows(
+    verdict: Verdict,
+    rows: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    rung: Rung,
+    forward: Forward,
+    attack: Attack,
+    *,
+    number: int,
+    index: Tensor | None,
+    seed: int,
+    stop: StopRule,
+    check_every: int,
+) -> None:
+    """Attacks some samples of a batch, and updates their verdicts.
+
+    Args:
+        verdict: verdict on all ``B`` samples.
+        rows: positions of the samples to attack.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        rung: model that the attack receives.
+        forward: model that decides; see `examine`.
+        attack: attack to run.
+        number: number of the member in the verdict.
+        index: ``(B,)`` sample ids, see `Attack`.
+        seed: see `Attack`.
+        stop: ``worst`` counts every image that the attack evaluates, ``last`` only the one that it returns.
+        check_every: see `examine`.
+    """
+    ids = None if index is None else index[rows]
+    watch = _Watch(images[rows], labels[rows], verdict.take(rows), rung, forward, attack, ids)
+    watch.number, watch.stop, watch.check_every, watch.capacity = number, stop, check_every, len(images)
+    watch.run(ids, seed)
+    verdict.put(rows, watch.verdict)
+
+
+def outputs(forward: Forward, images: Tensor, index: Tensor | None) -> Tensor:
+    """Computes logits ``(B, C)`` by a model that may need the sample ids.
+
+    Args:
+        forward: function from images to logits, or an `Indexed` model.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        index: ``(B,)`` sample ids.
+    """
+    return forward(images, index) if isinstance(forward, Indexed) else forward(images)
 
 
 class _AllMisclassified(Exception):  # noqa: N818  # a signal
@@ -161,10 +224,17 @@ class _Watch(SkipsMisclassified):
     capacity: int
 
     def __init__(
-        self, images: Tensor, labels: Tensor, verdict: Verdict, rung: Rung, forward: Forward, attack: Attack
+        self,
+        images: Tensor,
+        labels: Tensor,
+        verdict: Verdict,
+        rung: Rung,
+        forward: Forward,
+        attack: Attack,
+        index: Tensor | None,
     ) -> None:
         self.images, self.labels, self.verdict = images, labels, verdict
-        self.rung, self.forward, self.attack = rung, forward, attack
+        self.rung, self.forward, self.attack, self.index = rung, forward, attack, index
         self.is_exact = rung.forward is forward
         self.rows = torch.arange(len(images), device=images.device)
         self.calls = 0
@@ -178,7 +248,7 @@ class _Watch(SkipsMisclassified):
             return
         with torch.no_grad():
             seen = returned[self.rows]
-            self._judge(seen, self.forward(self._pad(seen))[: len(seen)], is_final=True)
+            self._judge(seen, self._outputs(self.forward, seen, self.rows), is_final=True)
 
     def __call__(self, images: Tensor) -> Tensor:
         if len(images) != len(self.images):  # the attack has selected samples itself
@@ -193,8 +263,8 @@ class _Watch(SkipsMisclassified):
         seen = images[self.rows]
         if seen.requires_grad:
             seen.register_hook(partial(self._record_gradient, self.rows))  # type: ignore[no-untyped-call]
-        logits = self.rung.forward(self._pad(seen))[: len(seen)].float()
-        self.verdict.exact[self.rows] += int(self.is_exact)
+        logits = self._outputs(self.rung.forward, seen, self.rows).float()
+        self.verdict.exact[self.rows] += int(self.is_exact or self.rung.is_fp32)
         if seen.requires_grad and not logits.requires_grad:
             logits = logits + 0 * seen.sum()  # a model that does not depend on its pixels has zero gradients
         self.verdict.nans[self.rows] += _faults(logits.detach())
@@ -232,7 +302,7 @@ class _Watch(SkipsMisclassified):
         """Evaluates misclassified samples again in fp32, and writes the new logits into the old ones."""
         suspects = is_misclassified.nonzero()[:, 0]
         if len(suspects):
-            logits[suspects] = self.forward(self._pad(seen[suspects]))[: len(suspects)].float()
+            logits[suspects] = self._outputs(self.forward, seen[suspects], self.rows[suspects]).float()
         return is_misclassified & (logits.argmax(-1) != self.labels[self.rows])
 
     def _excess(self, seen: Tensor, images: Tensor) -> Tensor:
@@ -245,11 +315,16 @@ class _Watch(SkipsMisclassified):
         beyond = (distance(seen, images, self.attack.norm) - self.attack.eps - slack).clamp(min=0)
         return torch.maximum(outside, beyond)
 
+    def _outputs(self, model: Forward, seen: Tensor, rows: Tensor) -> Tensor:
+        """Computes the logits ``(N, C)`` of images ``(N, 3, H, W)`` of the given rows, in a padded batch."""
+        index = None if self.index is None else self._pad(self.index[rows])
+        return outputs(model, self._pad(seen), index)[: len(seen)]
+
     def _pad(self, seen: Tensor) -> Tensor:
         """Repeats the first sample, so that batches have one of `SIZES` sizes only."""
         size = math.ceil(self.capacity / SIZES)
         missing = -len(seen) % size
-        return torch.cat([seen, seen[:1].expand(missing, -1, -1, -1)]) if missing else seen
+        return torch.cat([seen, seen[:1].expand(missing, *seen.shape[1:])]) if missing else seen
 
     def _record_gradient(self, rows: Tensor, gradient: Tensor) -> None:
         largest = gradient.detach().abs().flatten(1).amax(1)

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from robustclip.attacks import Attack, Member
+from robustclip.evaluation.ways import Ways
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import INTERPOLATION, fingerprint
 from robustclip.results.protocol import CLEAN_AXES, attack_axes, differences, digest, listing
 from robustclip.results.run import SHARD
 from robustclip.types import Task
 
-GENERAL = ("method", "weights", "seed", "save_examples", SHARD)
+GENERAL = ("method", "defence", "weights", "seed", "save_examples", SHARD)
 
 
 def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[str, str], list[Member]]:
@@ -33,6 +34,7 @@ def describe(
     stop: str,
     seed: int,
     save_examples: int,
+    ways: Ways,
 ) -> dict[str, Any]:
     """Returns the identity of a test in JSON's types; two starts of a test have equal identities.
 
@@ -45,9 +47,12 @@ def describe(
         stop: stop rule of the evaluation.
         seed: seed of the attacks.
         save_examples: number of attacked images to keep per task and attack.
+        ways: ways through a test-time defence.
     """
+    defence = method.defence
     return {
         "method": type(method).__name__,
+        **({} if defence is None else {"defence": defence.description, "ways": ways.settings}),
         "weights": fingerprint(method),
         "settings": method.inference_settings,
         "seed": seed,
@@ -61,6 +66,7 @@ def describe(
                     "stop_rule": stop,
                     "model_preprocessing": _preprocessing(method),
                     **data.protocol(task.name),
+                    **({} if ways.axis is None else {"ways": ways.axis}),
                 },
                 {attack: parts for (name, attack), parts in members.items() if name == task.name},
             )

@@ -15,7 +15,7 @@ from robustclip.attacks.attack import BOX_TOLERANCE, Forward
 from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.detection_summary import JOINT
-from robustclip.evaluation.engine import ROBUST, WRONG, Verdict
+from robustclip.evaluation.engine import ROBUST, WRONG, Verdict, outputs
 from robustclip.evaluation.probes import losses, probe_outcomes, probed, repeat, stronger
 from robustclip.results import ledger
 from robustclip.results.adversarial_examples import SUFFIX, Example, save
@@ -299,7 +299,8 @@ def sample_rows(
     if options["clip"] is None:
         again = attacked = again[:0]
     if len(again):
-        _fill(rows, again.tolist(), repeat(batch.images[again], forward, logits[again], clip=options["clip"]))
+        bound = _bound(forward, batch.index[again])
+        _fill(rows, again.tolist(), repeat(batch.images[again], bound, logits[again], clip=options["clip"]))
     for attack, verdict in verdicts.items():
         columns = _attack_columns(batch, verdict, members[task, attack])
         _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in columns.items()})
@@ -312,6 +313,12 @@ def sample_rows(
             outcome = probe_outcomes(images, labels, forward, probe, index=index, seed=options["seed"])
             _fill(rows, chosen.tolist(), {f"{attack}.{name}": outcome})
     return rows
+
+
+def _bound(forward: Forward, index: Tensor) -> Forward:
+    """Passes the sample ids of images, or of several copies of them, to a model that needs them."""
+    ids = index.clone()
+    return lambda images: outputs(forward, images, ids.repeat(len(images) // len(ids)))
 
 
 def _probes(first: Attack, verdict: Verdict, attacked: Tensor, batch: Batch) -> list[tuple[str, Tensor, Attack | None]]:

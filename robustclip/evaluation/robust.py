@@ -10,11 +10,11 @@ from torch import Tensor
 
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack, Member
-from robustclip.attacks.attack import Forward
 from robustclip.attacks.recipes import Attacks, by_name
-from robustclip.evaluation.engine import StopRule, examine
+from robustclip.evaluation.defended_model import Way
+from robustclip.evaluation.engine import StopRule, Verdict, examine
 from robustclip.evaluation.identity import describe, members_of
-from robustclip.evaluation.journal import Examples, Journal, sample_rows
+from robustclip.evaluation.journal import Examples, Journal, Row, sample_rows
 from robustclip.evaluation.precision_ladder import AttackPrecision, description, exact, ladder, rungs
 from robustclip.evaluation.shards import check_share
 from robustclip.evaluation.task_callback import (
@@ -25,9 +25,11 @@ from robustclip.evaluation.task_callback import (
     method_of,
     stage_of,
 )
+from robustclip.evaluation.ways import Ways, add_columns, clean_answers, columns_of, examine_defended, members_through
 from robustclip.evaluation.writer import share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
+from robustclip.models.tf32 import tf32
 from robustclip.results import ledger
 from robustclip.results.run import EXAMPLES
 from robustclip.results.summary import accuracies, scalars
@@ -58,6 +60,7 @@ class RobustEvaluation(TaskCallback):
             verdict is fp32. Under ``stop`` ``last``, attacks run in the lowest precision alone.
         check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
         save_examples: number of misclassified attacked images to keep per task and attack.
+        ways: how a method with a test-time defence (``model.defence``) is attacked.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -74,17 +77,19 @@ class RobustEvaluation(TaskCallback):
         attack_precision: AttackPrecision = "fp32",
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
+        ways: Ways = Ways(),
     ) -> None:
         self.attacks, self.max_samples, self.seed = by_name(attacks or {}), max_samples, seed
         self.fit_attacks = self.attacks if fit_attacks is None else by_name(fit_attacks)
         self.fit_max_samples = fit_max_samples or max_samples
         self.stop, self.attack_precision = stop, attack_precision
-        self.check_every, self.save_examples = check_every, save_examples
+        self.check_every, self.save_examples, self.ways = check_every, save_examples, ways
         for name in {**self.attacks, **self.fit_attacks}:
             if not TASK_NAME.fullmatch(name) or name in RESERVED:
                 raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {RESERVED}, got {name!r}")
         self._running: dict[str, Attack] = {}
         self._members: dict[tuple[str, str], list[Member]] = {}
+        self._through: dict[tuple[str, str], list[Member]] = {}  # once per way through a defence, else as above
         self._journal: Journal | None = None
         self._examples: Examples | None = None
         self._start = 0.0
@@ -99,6 +104,10 @@ class RobustEvaluation(TaskCallback):
         limit = self.fit_max_samples if stage == "fit" else self.max_samples
         if self._running:
             check_has_images(trainer, f"attacks, {', '.join(self._running)},")
+        if self.attack_precision != "fp32" and method_of(pl_module).defence is not None:
+            raise ValueError(
+                f"evaluation.attack_precision must be fp32 for a model.defence, got {self.attack_precision}"
+            )
         self._journal = self._examples = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
@@ -150,7 +159,7 @@ class RobustEvaluation(TaskCallback):
             if writer.share is not None:
                 return
         names = {
-            task.name: {name: [member.name for member in self._members[task.name, name]] for name in self._running}
+            task.name: {name: [member.name for member in self._through[task.name, name]] for name in self._running}
             for task in tasks
         }
         table = accuracies({task.name: journal.rows(task.name) for task in tasks}, names, left_out)
@@ -163,23 +172,15 @@ class RobustEvaluation(TaskCallback):
     def _examine(
         self, trainer: Trainer, method: RobustMethod, journal: Journal, batch: Batch, logits: Tensor, task: Task
     ) -> None:
-        logits_of: Forward = partial(method.logits, task=task.name)
-        forward, device = exact(logits_of), method.device.type
-        options: dict[str, Any] = {
-            "index": batch.index,
-            "seed": self.seed,
-            "stop": self.stop,
-            "check_every": self.check_every,
-            "cheaper": ladder(logits_of, rungs(self.attack_precision, device, self.stop), device),
-        }
-        verdicts = {}
-        for name in self._running:
-            announce(trainer, f"{task.name} under {name}")
-            members = self._members[task.name, name]
-            verdicts[name] = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
         # Without a folder there is no audit, hence no probes.
         probes = {"seed": self.seed, "clip": None if journal.folder is None else method.clip}
-        rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
+        if method.defence is None:
+            verdicts = self._attacked(trainer, method, batch, logits, task)
+            forward = exact(partial(method.logits, task=task.name))
+            rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
+        else:
+            with tf32(is_allowed=False):
+                verdicts, rows = self._attacked_through(trainer, method, batch, task, probes)
         # Images before rows, so that no row lacks its image after a kill.
         if self._examples is not None:
             for name, verdict in verdicts.items():
@@ -188,12 +189,57 @@ class RobustEvaluation(TaskCallback):
         share = (perf_counter() - self._start) / max(1, len(rows)) / trainer.world_size
         journal.append(task.name, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
 
+    def _attacked(
+        self, trainer: Trainer, method: RobustMethod, batch: Batch, logits: Tensor, task: Task
+    ) -> dict[str, Verdict]:
+        """Runs every attack on a method without a defence."""
+        forward, device = partial(method.logits, task=task.name), method.device.type
+        cheaper = ladder(forward, rungs(self.attack_precision, device, self.stop), device)
+        options = {**self._options(batch), "cheaper": cheaper, "clean_logits": logits}
+        verdicts = {}
+        for name in self._running:
+            announce(trainer, f"{task.name} under {name}")
+            members = self._members[task.name, name]
+            verdicts[name] = examine(batch.images, batch.labels, exact(forward), members, **options)
+        return verdicts
+
+    def _attacked_through(
+        self, trainer: Trainer, method: RobustMethod, batch: Batch, task: Task, probes: dict[str, Any]
+    ) -> tuple[dict[str, Verdict], list[Row]]:
+        """Runs every attack on the method without its defence and on all ways through it, and makes the rows."""
+        with torch.inference_mode(False), torch.no_grad():
+            clean = clean_answers(method, task.name, batch, self.ways)
+        defended, keys = {}, {name: (task.name, name) for name in self._running}
+        for name in self._running:
+            announce(trainer, f"{task.name} under {name}")
+            options = {**self._options(batch), "clean_logits": clean.logits}
+            members = self._members[keys[name]]
+            defended[name] = examine_defended(
+                method, task.name, batch.images, batch.labels, members, self.ways, **options
+            )
+        verdicts = {name: verdict.adaptive for name, verdict in defended.items()}
+        # Probes follow the gradient of the undefended model, since that of a defence may be cut.
+        forward = Way(method, task.name, "bare", range(1))
+        rows = sample_rows(batch, clean.logits, verdicts, self._through, task.name, forward, probes)
+        add_columns(rows, clean.columns)
+        for name, verdict in defended.items():
+            columns = columns_of(verdict, self._members[keys[name]], self._through[keys[name]])
+            add_columns(rows, {f"{name}.{column}": values for column, values in columns.items()})
+        return verdicts, rows
+
+    def _options(self, batch: Batch) -> dict[str, Any]:
+        return {"index": batch.index, "seed": self.seed, "stop": self.stop, "check_every": self.check_every}
+
     def _opened(self, trainer: Trainer, module: LightningModule) -> Journal:
         """Opens the ledgers of the running test or validation at the first call; all processes must call it."""
         if self._journal is None:
             stage, tasks = stage_of(trainer)
             writer = writer_of(trainer) if stage == "test" else None
-            self._members = members_of(tasks, self._running)
+            self._members = self._through = members_of(tasks, self._running)
+            if (defence := method_of(module).defence) is not None:
+                self._through = {
+                    key: members_through(defence, members, self.ways) for key, members in self._members.items()
+                }
             if writer is None:
                 columns = ["id", "label", "clean", *(f"{name}.by" for name in self._running), ledger.TIME_COLUMN]
                 self._journal = Journal(trainer, {task.name: columns for task in tasks})
@@ -207,8 +253,9 @@ class RobustEvaluation(TaskCallback):
                 stop=self.stop,
                 seed=self.seed,
                 save_examples=self.save_examples,
+                ways=self.ways,
             )
-            self._journal = writer.begin(trainer, identity, self._members)
+            self._journal = writer.begin(trainer, identity, self._through)
             folder = writer.opened / EXAMPLES
-            self._examples = Examples(folder, self._members, self.save_examples, self._journal.earlier)
+            self._examples = Examples(folder, self._through, self.save_examples, self._journal.earlier)
         return self._journal

@@ -138,6 +138,8 @@ class ResultsWriter(Callback):
             self._is_published = False
             tasks = [task.name for task in data_of(trainer).test_tasks]
             check_averages(self.averages, tasks)
+            if self.is_undefended and getattr(pl_module, "defence", None) is not None:
+                raise ValueError("results.is_undefended must be false for a method with model.defence")
             if self.baseline is not None and isinstance(pl_module, RobustMethod):
                 _check_baseline(self.baseline, pl_module.clip.fingerprint)
 
@@ -183,7 +185,8 @@ class ResultsWriter(Callback):
                 persistence.sweep(place)
             persistence.atomic_write(self.path / PROTOCOL, json.dumps(identity, indent=1))
         trainer.strategy.barrier("the folder exists")
-        header = ledger.columns(list(dict.fromkeys(attack for _, attack in members)))
+        attacks = list(dict.fromkeys(attack for _, attack in members))
+        header = ledger.columns(attacks, is_defended="defence" in identity)
         headers = dict.fromkeys(dict.fromkeys(identity["protocol"]), header) | self._tables
         if trainer.is_global_zero:
             for name, columns in headers.items():
@@ -296,6 +299,7 @@ class ResultsWriter(Callback):
             "settings": self._identity["settings"],
             "checkpoint": str(checkpoint) if checkpoint else None,
             "interpolation": method.interpolation,
+            **{name: self._identity[name] for name in ("defence", "ways") if name in self._identity},
         }
 
     def _publish(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robustclip.arguments import Checked, Count, CountOrZero
 from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
+from robustclip.defences import Defence
 from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods._shared.data_checks import check_data
@@ -49,6 +50,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
         schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
+        defence: test-time defence, which evaluation puts before the model and attacks; null for none.
     """
 
     of_original: tuple[str, ...] = ("clip.net.",)  # name prefixes of tensors that the pre-trained model determines
@@ -59,7 +61,7 @@ class RobustMethod(Checked, LightningModule, ABC):
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
         *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile"),
-        *("attack", "optimizer", "warmup_steps", "schedule"),
+        *("attack", "optimizer", "warmup_steps", "schedule", "defence"),
     )
 
     def __init__(
@@ -74,9 +76,10 @@ class RobustMethod(Checked, LightningModule, ABC):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: CountOrZero = 0,
         schedule: Literal["cosine", "constant"] = "cosine",
+        defence: Defence | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["attack", "optimizer"])  # objects would break weights_only loading
+        self.save_hyperparameters(ignore=["attack", "optimizer", "defence"])  # objects would break weights_only loading
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
@@ -84,6 +87,7 @@ class RobustMethod(Checked, LightningModule, ABC):
             checkpoint_activations(self.clip.net.visual)
         if compile:
             compile_towers(self.clip)
+        self.defence = defence
         self.heads: dict[str, Tensor] = {}
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
@@ -165,6 +169,18 @@ class RobustMethod(Checked, LightningModule, ABC):
             with torch.no_grad():
                 self._attacked_heads[task] = self.head(task)
         return self._attacked_heads[task]
+
+    def answers(self, images: Tensor, task: str = "train", *, index: Tensor | None = None, draw: int = 0) -> Tensor:
+        """Computes the logits ``(B, C)`` of the defence, or `logits` without one.
+
+        Args:
+            images, task: see `logits`.
+            index: ``(B,)`` sample ids, which a random defence needs.
+            draw: number of the draw of a random defence.
+        """
+        if self.defence is None:
+            return self.logits(images, task)
+        return self.defence.answer(self, images, task, index=index, draw=draw)
 
     def perturb(
         self,
@@ -334,9 +350,10 @@ class RobustMethod(Checked, LightningModule, ABC):
         return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
 
     def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        # Evaluation is in fp32, in any precision of the trainer.
-        with torch.autocast(self.device.type, enabled=False), tf32(is_allowed=False):
-            logits = self.logits(batch.images, task.name)
+        in_fp32 = torch.autocast(self.device.type, enabled=False)  # evaluation is fp32 in any precision of the trainer
+        with in_fp32, tf32(is_allowed=False), torch.inference_mode(False), torch.no_grad():
+            # Clones, since a method may enable gradients, which tensors made in inference mode cannot have.
+            logits = self.answers(batch.images.clone(), task.name, index=batch.index.clone())
         if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
             cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)
         return logits

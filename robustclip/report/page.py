@@ -10,6 +10,7 @@ from robustclip.names import markdown as escape
 from robustclip.names import plain
 from robustclip.report.accuracy import Accuracy, summary, warning_lines
 from robustclip.report.blocks import Block, Cell, Table, Text, tables_of
+from robustclip.report.defended import Defended
 from robustclip.report.feature_geometry import Geometry
 from robustclip.report.gallery import Images
 from robustclip.report.misclassified import Misclassified
@@ -20,7 +21,19 @@ from robustclip.report.unknown_classes import UnknownClasses
 from robustclip.report.view import View
 
 SECTIONS: tuple[type[Section], ...] = (
-    *(TradeOff, Accuracy, Misclassified, Images, Interpolation, UnknownClasses, Geometry, Audit, Protocol, Runs),
+    *(
+        TradeOff,
+        Accuracy,
+        Defended,
+        Misclassified,
+        Images,
+        Interpolation,
+        UnknownClasses,
+        Geometry,
+        Audit,
+        Protocol,
+        Runs,
+    ),
 )
 SUMMARY = "Summary"
 Content = Mapping[str, Sequence[Block]]

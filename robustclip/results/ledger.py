@@ -32,6 +32,17 @@ ATTACK_COLUMNS = {
     "empty: not probed",
     "longer": "1 if the attack succeeds with more steps, else 0; empty: not probed",
 }
+# Further columns of methods with a test-time defence. The others are about the method with its defence.
+DEFENDED_SAMPLE_COLUMNS = {
+    "bare": "class predicted for the clean image without the defence",
+    "bare_seconds": "seconds of one answer without the defence",
+    "defended_seconds": "seconds of one answer with the defence",
+}
+DEFENDED_COLUMNS = {
+    "undefended": "member that succeeded on the method without the defence; `clean`: misclassified without attack",
+    "static": "member whose images of the undefended method succeed when they are replayed; `clean` as above",
+    "share": "share of the judging draws of a random defence that classify the attacked image correctly",
+}
 TIME_COLUMN = "seconds"
 BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again as a whole
 
@@ -40,10 +51,16 @@ Tidy = Callable[[list[dict[str, str]]], list[dict[str, str]]]
 """Function from all rows of a ledger to the rows to keep."""
 
 
-def columns(attacks: Sequence[str]) -> list[str]:
-    """Returns the header of a task's ledger, in which columns of an attack are named ``<attack>.<column>``."""
-    of_attacks = [f"{attack}.{column}" for attack in attacks for column in ATTACK_COLUMNS]
-    return [*SAMPLE_COLUMNS, *of_attacks, TIME_COLUMN]
+def columns(attacks: Sequence[str], *, is_defended: bool = False) -> list[str]:
+    """Returns the header of a task's ledger, in which columns of an attack are named ``<attack>.<column>``.
+
+    Args:
+        attacks: names of the attacks.
+        is_defended: whether the method has a test-time defence.
+    """
+    of_samples = [*SAMPLE_COLUMNS, *(DEFENDED_SAMPLE_COLUMNS if is_defended else ())]
+    names = [*ATTACK_COLUMNS, *(DEFENDED_COLUMNS if is_defended else ())]
+    return [*of_samples, *(f"{attack}.{column}" for attack in attacks for column in names), TIME_COLUMN]
 
 
 class Ledger:

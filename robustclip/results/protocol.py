@@ -1,4 +1,4 @@
-"""The protocol of an accuracy: thirteen axes that comparable numbers share, and a hash over exactly these."""
+"""The protocol of an accuracy: fourteen axes that comparable numbers share, and a hash over exactly these."""
 
 import hashlib
 import json
@@ -20,8 +20,9 @@ AXES = {
     "precision": "of the attack and of the verdict",
     "stop_rule": "which attacked image counts: the worst or the last",
     "model_preprocessing": "resize and normalisation inside the model",
+    "ways": "how an attack goes through a test-time defence; absent: all ways with the default settings",
 }
-CLEAN_AXES = tuple(axis for axis in AXES if axis not in ("eps", "steps", "loss", "precision", "stop_rule"))
+CLEAN_AXES = tuple(axis for axis in AXES if axis not in ("eps", "steps", "loss", "precision", "stop_rule", "ways"))
 SHOWN = 100  # characters of a value in a message
 LISTED = 3  # longer lists are told by their number and digest
 

@@ -17,7 +17,7 @@ from robustclip.intervals import mean_interval, wilson
 from robustclip.results import ledger
 from robustclip.results.protocol import with_samples
 from robustclip.results.run import FACTS, LEDGERS, RESULT, check_is_whole, read_facts
-from robustclip.results.tables import CLEAN, csv_table, markdown_table
+from robustclip.results.tables import ADAPTIVE, CLEAN, COLUMNS, STATIC, UNDEFENDED, csv_table, markdown_table
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -88,11 +88,14 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
         task: {attack: [member["name"] for member in members] for attack, members in attacks.items()}
         for task, attacks in facts["members"].items()
     }
-    table = accuracies({task: record.rows[task] for task in facts["tasks"]}, names, facts["bad_samples"])
+    rows = {task: record.rows[task] for task in facts["tasks"]}
+    table = with_averages(accuracies(rows, names, facts["bad_samples"]), facts["averages"])
+    if facts["model"].get("defence") is not None:
+        add_undefended(table, rows, names)
     heading = ("method", "is_undefended", "finished", "versions", "commit", "device", "config", "model")
     return {
         **{key: facts[key] for key in heading},
-        **with_averages(table, facts["averages"]),
+        **table,
         **{name: function(record) for name, function in sections.items()},
         **({"other_metrics": facts["other_metrics"]} if facts["other_metrics"] else {}),
         "notes": [
@@ -132,6 +135,44 @@ def accuracies(
             by = Counter(row[f"{attack}.by"] for row in samples)
             tasks[task][attack]["broken_by"] = {name: by[name] for name in names}
     return {"tasks": tasks, "mean": {kind: _mean(tasks.values(), kind) for kind in kinds} if tasks else {}}
+
+
+def add_undefended(
+    table: Mapping[str, Any], rows: Mapping[str, Rows], members: Mapping[str, Mapping[str, Sequence[str]]]
+) -> None:
+    """Adds to a table the accuracies of a method without its test-time defence, and under replayed images.
+
+    Every task and attack gets ``undefended``: the attack on the method without its defence; ``static``: the defended
+    method on these images and on those at the end of that attack; ``adaptive``: the worst case over all ways through
+    the defence, which also is the accuracy of the attack; ``by_way``: the number of samples that each way misclassified
+    first. Clean accuracies get ``undefended``. Every task gets ``cost``: seconds of a defended answer divided by those
+    of an undefended one.
+
+    Args:
+        table: table of `with_averages`, changed in place.
+        rows: rows of every task, by its name.
+        members: task and attack to the names of the members, such as ``bare.apgd``.
+    """
+    tasks = table["tasks"]
+    for task, values in tasks.items():
+        samples, n = rows[task], len(rows[task])
+        values[CLEAN][UNDEFENDED] = _accuracy(sum(row["bare"] == row["label"] for row in samples), n)
+        bare, defended = (sum(float(row[f"{name}_seconds"]) for row in samples) for name in ("bare", "defended"))
+        values["cost"] = defended / bare if bare else None
+        for attack, names in members[task].items():
+            accuracy = dict(values[attack])
+            for column in (UNDEFENDED, STATIC):
+                values[attack][column] = _accuracy(sum(not row[f"{attack}.{column}"] for row in samples), n)
+            values[attack][ADAPTIVE] = {key: accuracy[key] for key in ("acc1", "correct", "interval")}
+            by = Counter(row[f"{attack}.by"].partition(".")[0] for row in samples)
+            values[attack]["by_way"] = {way: by[way] for way in dict.fromkeys(name.partition(".")[0] for name in names)}
+    for means, chosen in [
+        (table["mean"], list(tasks)),
+        *((average, average["tasks"]) for average in table.get("averages", {}).values()),
+    ]:
+        for kind in table["mean"]:
+            for column in [column for column in COLUMNS if column in tasks[chosen[0]][kind]]:
+                means[kind][column] = _mean([{"n": tasks[t]["n"], kind: tasks[t][kind][column]} for t in chosen], kind)
 
 
 def scalars(table: Mapping[str, Any]) -> dict[str, float]:

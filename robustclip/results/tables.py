@@ -14,6 +14,9 @@ from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
+# Columns of an attack on a method with a test-time defence; see `summary.add_undefended`.
+UNDEFENDED, STATIC, ADAPTIVE = "undefended", "static", "adaptive"
+COLUMNS = (UNDEFENDED, STATIC, ADAPTIVE)
 DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
 TEXT_COLUMNS = 3  # columns of the table of detection before the numbers
@@ -57,17 +60,37 @@ def markdown_table(result: Mapping[str, Any]) -> str:
 
 def csv_table(result: Mapping[str, Any]) -> str:
     """Renders accuracies in [0, 1] as CSV, with columns for the limits of the intervals."""
-    kinds = list(result["mean"])
-    limits = [name for kind in map(csv_cell, kinds) for name in (kind, f"{kind}_low", f"{kind}_high")]
+    names = [csv_cell(heading.replace(" ", "_")) for heading in parts_of(result["mean"])]
+    limits = [name for part in names for name in (part, f"{part}_low", f"{part}_high")]
     rows: list[list[Any]] = [["task", "n", *limits, "seconds"]]
     for name, values in [*result["tasks"].items(), *means_of(result).items()]:
-        numbers = [number for kind in kinds for number in (values[kind]["acc1"], *values[kind]["interval"])]
+        parts = parts_of({kind: values[kind] for kind in result["mean"]}).values()
+        numbers = [number for part in parts for number in (part["acc1"], *part["interval"])]
         rows.append(
             [csv_cell(name), values.get("n", ""), *(f"{number:.6f}" for number in numbers), values.get("seconds", "")]
         )
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def is_bold(heading: str) -> bool:
+    """Returns whether a column holds the accuracies that count for a method with a test-time defence."""
+    return heading.endswith(f" {ADAPTIVE}")
+
+
+def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Lists the accuracies of a row by the headings of their columns, such as ``pgd10 static`` for defended methods.
+
+    Args:
+        accuracies: ``clean`` and attacks of a task, an average or the mean.
+    """
+    parts: dict[str, Mapping[str, Any]] = {}
+    for kind, accuracy in accuracies.items():
+        columns = [column for column in COLUMNS if column in accuracy]
+        parts |= {} if ADAPTIVE in columns else {kind: accuracy}
+        parts |= {f"{kind} {column}": accuracy[column] for column in columns}
+    return parts
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:
@@ -77,9 +100,9 @@ def rich_table(result: Mapping[str, Any]) -> Table:
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0]):
         title = name.replace("_", "_\n")
-        table.add_column(
-            title, justify="right" if number else "left", footer=_dimmed(rows[-1][number]), no_wrap=number == 0
-        )
+        style = "bold" if is_bold(name) else ""
+        justify: Any = "right" if number else "left"
+        table.add_column(title, justify=justify, footer=_dimmed(rows[-1][number]), no_wrap=number == 0, style=style)
     for row in rows[1:-1]:
         table.add_row(*map(_dimmed, row))
     return table
@@ -131,17 +154,18 @@ def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> l
         in_two_lines: whether intervals are on a second line.
     """
     percent = percent_in_two_lines if in_two_lines else percent_in_one_line
-    kinds = list(result["mean"])
+    kinds, headings = list(result["mean"]), list(parts_of(result["mean"]))
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
-    rows = [["task", "n", *kinds, "seconds", *(["left out"] if has_bad else [])]]
+    rows = [["task", "n", *headings, "seconds", *(["left out"] if has_bad else [])]]
     for name, values in result["tasks"].items():
         bad = [str(values.get("bad_samples", 0))] if has_bad else []
-        cells = [percent(values[kind]) for kind in kinds]
+        cells = [percent(part) for part in parts_of({kind: values[kind] for kind in kinds}).values()]
         rows.append([name, str(values["n"]), *cells, f"{values.get('seconds', 0):.1f}", *bad])
     total = sum(values.get("seconds", 0) for values in result["tasks"].values())
     for name, values in means_of(result).items():
         seconds = f"{total:.1f}" if name == NOT_A_TASK else ""
-        rows.append([name, "", *(percent(values[kind]) for kind in kinds), seconds, *([""] if has_bad else [])])
+        cells = [percent(part) for part in parts_of({kind: values[kind] for kind in kinds}).values()]
+        rows.append([name, "", *cells, seconds, *([""] if has_bad else [])])
     return rows
 
 
@@ -168,7 +192,13 @@ def _dimmed(cell: str) -> Text:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [[markdown(cell) for cell in row] for row in rows]
+    head, *body = [
+        [
+            f"**{markdown(cell)}**" if is_bold(title) else markdown(cell)
+            for title, cell in zip(rows[0], row, strict=True)
+        ]
+        for row in rows
+    ]
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

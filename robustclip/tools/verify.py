@@ -13,6 +13,8 @@ from torch import Tensor
 
 from robustclip import display
 from robustclip.attacks import pixels
+from robustclip.evaluation.defended_model import answers_of, judged
+from robustclip.evaluation.ways import Ways
 from robustclip.intervals import wilson
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
@@ -105,7 +107,7 @@ def check(run: Run, method: RobustMethod, folder: Path) -> dict[Key, dict[int, l
         if task not in ledgers:
             ledgers = {task: {row.get("id", ""): row for row in run.rows(task)}}
         axes = run.result["protocol"].get(task, {}).get(attack, {}).get("axes", {})
-        clean, attacked = _predictions(method, batch)
+        clean, attacked = _predictions(method, batch, _draws(run))
         for example, seen_clean, seen_attacked in zip(batch, clean, attacked, strict=True):
             row = ledgers[task].get(str(example.number), {})
             reasons = [*_outside(example, axes), *_unlike(example, seen_clean, seen_attacked, row)]
@@ -127,7 +129,7 @@ def transfers(run: Run, method: RobustMethod) -> dict[Key, Transfer]:
     totals: dict[Key, Transfer] = {}
     for batch in _batches(folder):
         labels = [example.label for example in batch]
-        predictions = _predictions(method, batch)
+        predictions = _predictions(method, batch, _draws(run))
         clean, attacked = ([x == y for x, y in zip(classes, labels, strict=True)] for classes in predictions)
         misclassified = sum(was and not still for was, still in zip(clean, attacked, strict=True))
         counts = len(batch), sum(clean), sum(attacked), misclassified
@@ -174,11 +176,14 @@ def _limits(axis: Any, by: str) -> list[tuple[str, float]]:
     return [(norm, pixels(eps, name="eps", limit=None)) for norm, eps in parts if eps != "None"]
 
 
-def _predictions(method: RobustMethod, batch: Sequence[Example]) -> tuple[list[int], list[int]]:
-    """Predicts the classes of the clean and of the attacked images."""
+def _predictions(method: RobustMethod, batch: Sequence[Example], draws: range) -> tuple[list[int], list[int]]:
+    """Predicts the classes of the clean and of the attacked images, in several draws of a random defence."""
+
+    index = torch.tensor([example.number for example in batch], device=method.device)
 
     def predicted(images: list[Tensor]) -> list[int]:
-        classes: list[int] = method.logits(torch.stack(images).to(method.device), batch[0].task).argmax(-1).tolist()
+        stacked, task = torch.stack(images).to(method.device), batch[0].task
+        classes: list[int] = judged(answers_of(method, stacked, task, index=index, draws=draws)).argmax(-1).tolist()
         return classes
 
     if batch[0].task not in method.heads:
@@ -187,6 +192,11 @@ def _predictions(method: RobustMethod, batch: Sequence[Example]) -> tuple[list[i
         )
     with torch.no_grad(), frozen(method), tf32(is_allowed=False):
         return predicted([example.clean for example in batch]), predicted([example.attacked for example in batch])
+
+
+def _draws(run: Run) -> range:
+    """Returns the draws that decided in a test, or the default ones if its method had no defence."""
+    return range((run.result.get("model") or {}).get("ways", {}).get("judges", Ways().judges))
 
 
 def _batches(folder: Path) -> Iterator[list[Example]]:
