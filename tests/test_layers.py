@@ -31,6 +31,7 @@ ALLOWED = {
     "convert": {"methods", "models", "results"},
     "tools": {"attacks", "data", "display", "evaluation", "intervals", "methods", "models", "results", "convert"},
     "report": {"intervals", "results", "tools"},
+    "api": {"attacks", "cli", "data", "evaluation", "methods", "results"},
     "cli": {"attacks", "convert", "data", "evaluation", "methods", "report", "results", "tools", "training"},
     "__main__": {"cli"},
 }

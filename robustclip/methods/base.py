@@ -57,6 +57,7 @@ class RobustMethod(Checked, LightningModule, ABC):
     takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
     is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
+    of_objects: tuple[str, ...] = ("attack", "optimizer", "defence")  # arguments that would break weights_only loading
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
@@ -79,7 +80,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         defence: Defence | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["attack", "optimizer", "defence"])  # objects would break weights_only loading
+        self.save_hyperparameters(ignore=self.of_objects)
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)

@@ -1,0 +1,107 @@
+"""The Python face of the package: names at their first use, any model evaluated, fine-tuned models loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import quick_trainer
+from torch import Tensor, nn
+
+import robustclip
+from robustclip.attacks import PGD, Square
+from robustclip.cli.main import run
+from robustclip.data import CLIPDataModule
+from robustclip.methods import TeCoA, ZeroShot
+
+
+class Colours(nn.Module):
+    """Answers by the mean colour of the image, with three times as many classes as colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(12, 3, generator=generator))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 20 * images.mean((2, 3)) @ self.weight.T
+
+
+def test_names_are_imported_at_their_first_use() -> None:
+    code = "import robustclip, sys; print('torch' in sys.modules); robustclip.PGD; print('torch' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "True"]
+
+
+def test_every_public_name_exists() -> None:
+    for name in robustclip.__all__:
+        assert getattr(robustclip, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        robustclip.nothing  # noqa: B018
+
+
+def test_a_module_gets_the_accuracy_of_its_own_answers(tmp_path: Path) -> None:
+    model, data = Colours().train(), CLIPDataModule(test="shapes:colours", image_size=32, batch_size=7)
+    tested = robustclip.evaluate(model, data, {"pgd": PGD("4/255", steps=3)}, max_samples=20, folder=tmp_path)
+    assert model.training is False, "it ran in eval mode"
+    data.connect(limit=20)
+    batches = list(data.test_dataloader()[0])
+    with torch.no_grad():
+        correct = sum(int((model(batch.images).argmax(1) == batch.labels).sum()) for batch in batches)
+    result = tested.result
+    assert result["tasks"]["colours"]["clean"]["correct"] == correct
+    assert result["tasks"]["colours"]["n"] == 20
+    assert result["mean"]["pgd"]["acc1"] <= result["mean"]["clean"]["acc1"]
+    assert result["audit"]["grade"] in "ABCF"
+    assert run(["score", str(tested.folder)]) == 0, "the result follows from the ledger, as for every test"
+
+
+def test_a_function_needs_a_name_and_takes_a_black_box_attack(tmp_path: Path) -> None:
+    colours = Colours()
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return colours(images)
+
+    attacks = {"square": Square("8/255", queries=20)}
+    options = {"image_size": 32, "max_samples": 12, "folder": tmp_path}
+    with pytest.raises(ValueError, match="name must be given for a model without parameters"):
+        robustclip.evaluate(answer, "shapes:colours", attacks, **options)
+    tested = robustclip.evaluate(answer, "shapes:colours", attacks, name="by_colour", **options)
+    assert tested.folder == tmp_path / "by_colour"
+    rows = tested.rows("colours")
+    assert all(row["square.steps"] == "0" for row in rows), "no gradient was taken"
+    assert {row["square.by"] for row in rows} <= {"", "clean", "square"}
+
+
+def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must return logits of shape \(4, 12\) on 'colours', got \(4, 5\)"):
+        robustclip.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), "shapes:colours", image_size=32,
+                            max_samples=4, folder=tmp_path)  # fmt: skip
+
+
+def test_a_method_is_evaluated_as_itself(tmp_path: Path) -> None:
+    tested = robustclip.evaluate(ZeroShot(), "shapes:colours", image_size=32, max_samples=8, folder=tmp_path)
+    assert tested.result["method"] == "ZeroShot"
+    assert list(tested.result["mean"]) == ["clean", "pgd10"]
+
+
+def test_a_checkpoint_of_the_command_line_loads_with_its_weights(tmp_path: Path) -> None:
+    fit = ["fit", "--config", "demo", "--trainer.max_steps", "2", "--evaluation.fit_max_samples", "2"]
+    fit += ["--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
+    assert run([*fit, "--checkpoint.dirpath", str(tmp_path), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    method = robustclip.load(tmp_path / "last.ckpt")
+    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert isinstance(method, TeCoA)
+    assert not method.training
+    assert stored
+    assert all(torch.equal(method.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_checkpoint_of_a_program_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    trainer = quick_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(TeCoA(), datamodule=CLIPDataModule(train="shapes:source", image_size=32, batch_size=4))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match="holds no settings"):
+        robustclip.load(tmp_path / "own.ckpt")
