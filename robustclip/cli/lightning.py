@@ -7,7 +7,7 @@ import pickle
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -290,12 +290,21 @@ def check_arguments(arguments: list[str]) -> None:
         elif value.startswith(("{", "[")) or key.endswith(".init_args"):
             tree = parse(value, f"--{key}")
         else:
+            _check_shares(arguments, [key])
             continue
         for part in reversed(key.split(".") if key != "config" else []):
             tree = {part: tree}
         check_keys(tree, keys)
+        _check_shares(arguments, tree)
         for name, kind in ENTRIES.items():
             check_entries(name, get(tree, name.split(".")), kind)
+
+
+def _check_shares(arguments: list[str], keys: Iterable[str]) -> None:
+    """Refuses the options of a shard in other commands than ``test``, which would only suggest them again."""
+    for name, *_ in SHARES if arguments[:1] != ["test"] else ():
+        if name in keys:
+            raise ValueError(f"{name} is an option of `robustclip test` alone; leave it out")
 
 
 def check_entries(key: str, entries: Any, kind: Any) -> None:

@@ -288,6 +288,15 @@ def test_a_finished_shard_is_not_tested_again_under_its_name(root: Path) -> None
 # Tests that cannot be split
 
 
+@pytest.mark.parametrize("is_file", [False, True])
+def test_only_a_test_has_shards(is_file: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("shards: 2\n")
+    words = ["--config", str(tmp_path / "run.yaml")] if is_file else ["--shards", "2"]
+    for command in ("fit", "validate"):
+        assert run([command, *words]) == 2
+        assert capsys.readouterr().err == "error: shards is an option of `robustclip test` alone; leave it out\n"
+
+
 class Stubborn(Data, LightningDataModule):
     """Data of a user that know nothing of shares."""
 
