@@ -1,6 +1,7 @@
 """The data module that all methods share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -165,10 +166,18 @@ class CLIPDataModule(ResumableDataModule):
         """
         return self.batch_sizes.training(self.pieces)
 
+    @batch_size.setter
+    def batch_size(self, size: int) -> None:
+        self.batch_sizes = replace(self.batch_sizes, per_process=size, per_step=None)
+
     @property
     def eval_batch_size(self) -> int:
         """Images per process and evaluation step."""
         return self.batch_sizes.evaluation(self.pieces)
+
+    @eval_batch_size.setter
+    def eval_batch_size(self, size: int) -> None:
+        self.batch_sizes = replace(self.batch_sizes, evaluated=size)
 
     @property
     def train_task(self) -> Task:

@@ -206,3 +206,12 @@ def test_two_processes_learn_the_weights_of_one(tmp_path: Path, write_shards: Sh
             torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
             moved = max(moved, float((weight - before[name]).abs().max()))
     assert moved > 1e-3, "nothing was learnt"
+
+
+def test_a_size_that_is_set_later_takes_the_place_of_the_configured_one(tmp_path: Path) -> None:
+    data = attached(module(tmp_path), 2)
+    assert (data.batch_size, data.eval_batch_size) == (4, 4)
+    data.batch_size = 3
+    assert (data.batch_size, data.eval_batch_size) == (3, 3)
+    data.eval_batch_size = 7
+    assert (data.batch_size, data.eval_batch_size) == (3, 7)
