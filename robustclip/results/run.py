@@ -1,6 +1,7 @@
 """Layout and reading of the folder that a test leaves."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,11 @@ class Run:
         """Name of the folder."""
         return self.folder.resolve().name
 
+    @property
+    def method(self) -> str:
+        """Name of the method, and of its test-time defence if it has one, as in ``TeCoA + JPEG``."""
+        return method_of(self.result)
+
     @cached_property
     def result(self) -> dict[str, Any]:
         """Content of ``result.json``."""
@@ -64,3 +70,9 @@ class Run:
     def rows(self, task: str) -> list[dict[str, str]]:
         """The task's ledger, in the order of the sample ids."""
         return ledger.read(self.folder / LEDGERS / f"{task}.csv")
+
+
+def method_of(result: Mapping[str, Any]) -> str:
+    """Returns the name of the method of a result, and of its test-time defence if it has one."""
+    defence = (result.get("model") or {}).get("defence")
+    return str(result["method"]) + (f" + {defence['class']}" if defence else "")

@@ -1,5 +1,6 @@
 """A method with a test-time defence is attacked in several ways, and the worst of them counts."""
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,12 @@ from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.defences import ET3, JPEG, MAC, TTC, CLIPure, Defence, GaussianNoise
 from robustclip.evaluation import OODDetection, ResultsWriter, RobustEvaluation
-from robustclip.evaluation.defended_model import Carried, Judge, Way
+from robustclip.evaluation.defended_model import Carried, Judge, Way, judged
 from robustclip.evaluation.engine import ROBUST
 from robustclip.evaluation.ways import Ways, examine_defended, members_through
-from robustclip.methods import ZeroShot
+from robustclip.methods import TeCoA, ZeroShot
+from robustclip.methods._shared import saved_state
+from robustclip.models.clip import fingerprint
 from robustclip.models.layers import frozen
 from robustclip.results.run import Run
 from robustclip.tools.compare import pair
@@ -395,6 +398,48 @@ def test_detection_is_refused_beside_a_defence(tmp_path: Path) -> None:
     callbacks = [OODDetection(), RobustEvaluation({}, max_samples=4), ResultsWriter(str(tmp_path), "run")]
     with pytest.raises(ValueError, match=r"set model\.defence to null"):
         helpers.run_test(ZeroShot(defence=JPEG()), data, *callbacks)
+
+
+def test_the_command_line_takes_a_defence_and_verify_tests_its_images_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    options = ["test", "--config", str(configs / "zero_shot.yaml"), "--data.test", "[shapes:colours]"]
+    options += ["--evaluation.max_samples", "6", "--evaluation.save_examples", "3", "--evaluation.ways.draws", "2"]
+    options += ["--evaluation.attacks", "{pgd: {class_path: PGD, init_args: {eps: 5/255, alpha: 2/255, steps: 3}}}"]
+    options += ["--trainer.enable_progress_bar", "false", "--results.folder", str(tmp_path)]
+    defended = [*options, "--model.defence", "GaussianNoise", "--model.defence.copies", "1"]
+    assert run([*defended, "--evaluation.ways.queries", "5", "--results.name", "a"]) == 0
+    result = Run.open(tmp_path / "a")
+    assert result.method == "ZeroShot + GaussianNoise"
+    assert result.result["model"]["defence"]["copies"] == 1
+    assert result.result["model"]["ways"]["draws"] == 2
+    assert list((tmp_path / "a" / "examples" / "colours" / "pgd").iterdir())
+    assert run(["verify", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        (["--model.defence", "GaussianNois"], "there is no class 'GaussianNois'; did you mean GaussianNoise?"),
+        (["--model.defence", "JPEG", "--model.defence.qualty", "9"], "did you mean model.defence.quality?"),
+        (["--model.defence", "JPEG", "--evaluation.ways.draws", "0"], "draws must be an integer at least 1, got 0"),
+    ):
+        assert run([*options, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_checkpoints_without_a_defence_load_into_a_method_with_one() -> None:
+    plain, method = TeCoA(), TeCoA(defence=TTC())
+    assert plain.inference_settings == method.inference_settings
+    assert fingerprint(plain) == fingerprint(method)
+    names = [name for name, _ in plain.named_parameters() if name in plain.learning_names]
+    state = {name: plain.state_dict()[name] for name in names}
+    content = {"state_dict": state, "base_model": saved_state.identity(plain.clip)}
+    method.on_load_checkpoint(content | {saved_state.SETTINGS: plain.inference_settings})
+    assert method.load_state_dict(state, strict=False).unexpected_keys == []
+
+
+def test_probabilities_that_vanish_leave_finite_logits() -> None:
+    answers = torch.tensor([[[500.0, 0.0]], [[400.0, 0.0]]])
+    assert torch.allclose(judged(answers), torch.tensor([[0.0, -400.0 - math.log(2)]]))
 
 
 class Halt(RobustEvaluation):
