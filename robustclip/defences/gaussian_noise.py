@@ -1,5 +1,7 @@
 """Smoothing by Gaussian noise: the mean prediction over noisy copies of an image."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,4 +33,6 @@ class GaussianNoise(Defence):
             method.logits(images + self.sigma * self.normal(index, shape, draw=draw, part=copy), task)
             for copy in range(self.copies)
         ]
-        return answers[0] if self.copies == 1 else torch.stack(answers).softmax(-1).mean(0).log()
+        if self.copies == 1:
+            return answers[0]
+        return torch.stack(answers).log_softmax(-1).logsumexp(0) - math.log(self.copies)

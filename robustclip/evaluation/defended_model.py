@@ -1,5 +1,6 @@
 """A method with a test-time defence, as attacks see it and as it is judged."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,4 +140,4 @@ def answers_of(
 
 def judged(answers: Tensor) -> Tensor:
     """Returns the only answer, or the logarithm ``(B, C)`` of the mean probabilities of answers ``(J, B, C)``."""
-    return answers[0] if len(answers) == 1 else answers.softmax(-1).mean(0).log()
+    return answers[0] if len(answers) == 1 else answers.log_softmax(-1).logsumexp(0) - math.log(len(answers))

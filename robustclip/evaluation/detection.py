@@ -98,6 +98,8 @@ class OODDetection(Callback):
         """Pairs known tasks with unknown sets."""
         if stage != "test":
             return
+        if getattr(pl_module, "defence", None) is not None:
+            raise ValueError("OODDetection measures a method without its defence; set model.defence to null")
         data = data_of(trainer)
         tasks, names = [task.name for task in data.test_tasks], list(data.unknown_names)
         if self.attacked:

@@ -140,8 +140,8 @@ def views(paths: Sequence[Path]) -> list[View]:
         ValueError: a folder holds no finished test, or its result lacks a value that the report shows.
     """
     runs = [Run.open(path) for path in paths]
-    methods = Counter(run.result["method"] for run in runs)
-    labels = [_label(run) if methods[run.result["method"]] > 1 else str(run.result["method"]) for run in runs]
+    methods = Counter(run.method for run in runs)
+    labels = [_label(run) if methods[run.method] > 1 else run.method for run in runs]
     seen: Counter[str] = Counter()
     opened = []
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
@@ -171,7 +171,7 @@ def percent(value: float | None) -> str:
 
 def _label(run: Run) -> str:
     """Names a run by method and folder, or by its folder alone if this begins with the method."""
-    method = str(run.result["method"])
+    method = run.method
     return run.name if run.name.lower().startswith(method.lower()) else f"{method} {run.name}"
 
 

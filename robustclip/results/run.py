@@ -44,6 +44,11 @@ class Run:
         """Name of the folder."""
         return self.folder.resolve().name
 
+    @property
+    def method(self) -> str:
+        """Name of the method, and of its test-time defence if it has one, as in ``TeCoA + JPEG``."""
+        return method_of(self.result)
+
     @cached_property
     def result(self) -> dict[str, Any]:
         """Content of ``result.json``."""
@@ -98,3 +103,9 @@ def check_is_whole(folder: Path, facts: Mapping[str, Any]) -> None:
     if shard := facts.get(SHARD):
         place = f"shard {shard['number']} of {shard['count']}, numbered from 0"
         raise ValueError(f"{folder} is {place}, and no whole test; join all with `robustclip merge SHARD... --out RUN`")
+
+
+def method_of(result: Mapping[str, Any]) -> str:
+    """Returns the name of the method of a result, and of its test-time defence if it has one."""
+    defence = (result.get("model") or {}).get("defence")
+    return str(result["method"]) + (f" + {defence['class']}" if defence else "")

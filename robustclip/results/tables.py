@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustclip.names import csv_cell, markdown
+from robustclip.results.run import method_of
 from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
@@ -96,7 +97,7 @@ def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[s
 def rich_table(result: Mapping[str, Any]) -> Table:
     """Renders accuracies for a terminal, with intervals in whole percent on a second line."""
     rows = readable_rows(result, in_two_lines=True)
-    title = f"{result['method']}: top-1 accuracy in percent, with 95 % intervals"
+    title = f"{method_of(result)}: top-1 accuracy in percent, with 95 % intervals"
     table = Table(title=title, caption=audit_line(result), show_footer=True, box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0]):
         title = name.replace("_", "_\n")

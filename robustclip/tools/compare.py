@@ -103,7 +103,7 @@ def compare(a: Path, b: Path, *, shared_samples: bool = False) -> None:
     run_a, run_b = Run.open(a), Run.open(b)
     comparisons = pair(run_a, run_b, shared_samples=shared_samples)
     console = display.console()
-    console.print(f"A: {run_a.folder} ({run_a.result['method']})\nB: {run_b.folder} ({run_b.result['method']})")
+    console.print(f"A: {run_a.folder} ({run_a.method})\nB: {run_b.folder} ({run_b.method})")
     console.print(_as_table(comparisons))
     for note in comparisons.notes:
         console.print(note)

@@ -215,6 +215,7 @@ class Bench:
         seconds, rates = self._evaluation(self.evaluation.attacks, tests)
         unknown = [name for name, attack in self.evaluation.attacks.items() if attack.cost(2) is None]
         unknown += [data_set.task.name for data_set in tests if data_set.size is None]
+        unknown += ["all ways through model.defence"] if self.model.defence is not None else []
         missing = f", and {', '.join(unknown)} on top" if unknown else ""
         return f"about {_duration(seconds)} without early stopping{missing}; {rates}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from robustclip import display
-from robustclip.results.run import Run
+from robustclip.results.run import Run, method_of
 
 
 def table(results: list[Path]) -> None:
@@ -23,7 +23,7 @@ def table(results: list[Path]) -> None:
     printed.add_column("task", footer="mean")
     for run, kind in columns:
         mean = f"{100 * run['mean'][kind]['acc1']:.1f}"
-        printed.add_column(f"{run['method']}\n{kind}", justify="right", footer=mean)
+        printed.add_column(f"{method_of(run)}\n{kind}", justify="right", footer=mean)
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
         cells = [run["tasks"].get(name, {}).get(kind, {}).get("acc1") for run, kind in columns]
         printed.add_row(name, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))

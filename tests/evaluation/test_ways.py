@@ -1,6 +1,9 @@
 """A method with a test-time defence is attacked in several ways, and the worst of them counts."""
 
+import math
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks import PGD, Member, Square, TorchAttack
+from robustclip.attacks import APGD, PGD, Member, Recipe, Square, TorchAttack
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.defences import JPEG, Defence, GaussianNoise
-from robustclip.evaluation import ResultsWriter, RobustEvaluation
-from robustclip.evaluation.defended_model import Carried, Judge, Way
+from robustclip.defences import ET3, JPEG, MAC, TTC, CLIPure, Defence, GaussianNoise
+from robustclip.evaluation import OODDetection, ResultsWriter, RobustEvaluation
+from robustclip.evaluation.defended_model import Carried, Judge, Way, judged
 from robustclip.evaluation.engine import ROBUST
 from robustclip.evaluation.ways import Ways, examine_defended, members_through
-from robustclip.methods import ZeroShot
+from robustclip.methods import TeCoA, ZeroShot
+from robustclip.methods._shared import saved_state
+from robustclip.models.clip import fingerprint
 from robustclip.models.layers import frozen
 from robustclip.results.run import Run
 from robustclip.tools.compare import pair
@@ -386,3 +391,143 @@ def test_an_unfinished_test_of_another_defence_is_refused(tmp_path: Path) -> Non
         helpers.run_test(ZeroShot(defence=JPEG(60)), data, evaluation, Halt(str(tmp_path), "run"))
     with pytest.raises(ValueError, match=r"defence: .*60.* against .*75"):
         outcome(tmp_path, "run", ZeroShot(defence=JPEG(75)))
+
+
+def test_detection_is_refused_beside_a_defence(tmp_path: Path) -> None:
+    data = CLIPDataModule(test=["shapes:colours"], image_size=32)
+    callbacks = [OODDetection(), RobustEvaluation({}, max_samples=4), ResultsWriter(str(tmp_path), "run")]
+    with pytest.raises(ValueError, match=r"set model\.defence to null"):
+        helpers.run_test(ZeroShot(defence=JPEG()), data, *callbacks)
+
+
+def test_the_command_line_takes_a_defence_and_verify_tests_its_images_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = Path(__file__).parents[2] / "configs"
+    options = ["test", "--config", str(configs / "zero_shot.yaml"), "--data.test", "[shapes:colours]"]
+    options += ["--evaluation.max_samples", "6", "--evaluation.save_examples", "3", "--evaluation.ways.draws", "2"]
+    options += ["--evaluation.attacks", "{pgd: {class_path: PGD, init_args: {eps: 5/255, alpha: 2/255, steps: 3}}}"]
+    options += ["--trainer.enable_progress_bar", "false", "--results.folder", str(tmp_path)]
+    defended = [*options, "--model.defence", "GaussianNoise", "--model.defence.copies", "1"]
+    assert run([*defended, "--evaluation.ways.queries", "5", "--results.name", "a"]) == 0
+    result = Run.open(tmp_path / "a")
+    assert result.method == "ZeroShot + GaussianNoise"
+    assert result.result["model"]["defence"]["copies"] == 1
+    assert result.result["model"]["ways"]["draws"] == 2
+    assert list((tmp_path / "a" / "examples" / "colours" / "pgd").iterdir())
+    assert run(["verify", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    for wrong, message in (
+        (["--model.defence", "GaussianNois"], "there is no class 'GaussianNois'; did you mean GaussianNoise?"),
+        (["--model.defence", "JPEG", "--model.defence.qualty", "9"], "did you mean model.defence.quality?"),
+        (["--model.defence", "JPEG", "--evaluation.ways.draws", "0"], "draws must be an integer at least 1, got 0"),
+    ):
+        assert run([*options, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_checkpoints_without_a_defence_load_into_a_method_with_one() -> None:
+    plain, method = TeCoA(), TeCoA(defence=TTC())
+    assert plain.inference_settings == method.inference_settings
+    assert fingerprint(plain) == fingerprint(method)
+    names = [name for name, _ in plain.named_parameters() if name in plain.learning_names]
+    state = {name: plain.state_dict()[name] for name in names}
+    content = {"state_dict": state, "base_model": saved_state.identity(plain.clip)}
+    method.on_load_checkpoint(content | {saved_state.SETTINGS: plain.inference_settings})
+    assert method.load_state_dict(state, strict=False).unexpected_keys == []
+
+
+def test_probabilities_that_vanish_leave_finite_logits() -> None:
+    answers = torch.tensor([[[500.0, 0.0]], [[400.0, 0.0]]])
+    assert torch.allclose(judged(answers), torch.tensor([[0.0, -400.0 - math.log(2)]]))
+
+
+class Halt(RobustEvaluation):
+    """Ends the test after its first batch, as a kill would."""
+
+    def see(self, *args: Any) -> None:
+        super().see(*args)
+        raise KeyboardInterrupt
+
+
+def test_a_killed_test_of_a_random_defence_resumes_with_the_same_ledger(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_samples": 8, "ways": FEW}
+    runs = []
+    for name, kinds in (("whole", [RobustEvaluation]), ("killed", [Halt, RobustEvaluation])):
+        for kind in kinds:
+            data = CLIPDataModule(test=["shapes:colours"], image_size=32, eval_batch_size=4)
+            writer = ResultsWriter(str(tmp_path), name)
+            with suppress(KeyboardInterrupt, SystemExit):
+                helpers.run_test(ZeroShot(defence=GaussianNoise(0.1, 1)), data, kind({"pgd": PGD5}, **options), writer)
+        runs.append(Run.open(tmp_path / name).rows("colours"))
+    times = ("seconds", "bare_seconds", "defended_seconds")
+    whole, killed = ([{k: v for k, v in row.items() if k not in times} for row in rows] for rows in runs)
+    assert len(whole) == 8
+    assert whole == killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("cascade", 7), ("cascade", 24), ("autoattack", 24)])
+def test_the_identity_defence_equals_no_defence_under_recipes(name: Any, size: int, tmp_path: Path) -> None:
+    attacks = {"attack": Recipe(name, EPS, budget=0.05)}
+    rows = []
+    for folder, defence in (("none", None), ("identity", Defence())):
+        evaluation = RobustEvaluation(attacks, max_samples=24)
+        data = CLIPDataModule(test=["shapes:colours"], image_size=32, eval_batch_size=size)
+        helpers.run_test(ZeroShot(defence=defence), data, evaluation, ResultsWriter(str(tmp_path), folder))
+        rows.append(Run.open(tmp_path / folder).rows("colours"))
+    for one, other in zip(*rows, strict=True):
+        assert one["attack.by"] == other["attack.undefended"] == other["attack.by"].removeprefix("replay.")
+        assert one["attack.prediction"] == other["attack.prediction"]
+
+
+@pytest.fixture(scope="module")
+def many() -> Batch:
+    data = CLIPDataModule(test=["shapes:colours"], image_size=32, eval_batch_size=48)
+    data.connect(limit=48, done=None)
+    data.setup("test")
+    return next(iter(data.test_dataloader()[0]))
+
+
+APGDS = [Member("ce", APGD(EPS, 20, loss="ce")), Member("margin", APGD(EPS, 20, loss="margin"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defence", [TTC(), ET3(), MAC()], ids=lambda defence: type(defence).__name__)
+def test_defences_without_a_gradient_look_strong_to_their_own_and_are_not(
+    defence: Defence, task: Any, many: Batch
+) -> None:
+    method, ways = defended(defence, task), Ways(draws=2, judges=4, queries=0)
+    verdicts = attacked(method, task, many, ways, APGDS[1:])
+    assert share(verdicts.adaptive.by) <= 0.2
+    judge = Judge(method, task.name, 4, labels=many.labels, index=many.index)
+    with frozen(method):
+        model = partial(Way(method, task.name, "own", range(4, 5)), index=many.index)
+        own = PGD(EPS, 1.25 / 255, 10)(many.images, model, many.labels, index=many.index)
+    assert float((judge(own, many.index).argmax(-1) == many.labels).float().mean()) >= 0.8
+
+
+@pytest.mark.slow
+def test_noise_falls_to_its_own_gradient(task: Any, many: Batch) -> None:
+    verdicts = attacked(defended(GaussianNoise(), task), task, many, Ways(draws=4, queries=0), APGDS)
+    assert share(verdicts.adaptive.by) <= 0.15
+    assert share(verdicts.static) >= share(verdicts.adaptive.by) + 0.1
+
+
+def test_clipure_that_turns_features_back_is_as_robust_as_no_defence(task: Any, batch: Batch) -> None:
+    """Features at 72 to 81 degrees from the blank text return to their places after ten steps."""
+    defence = CLIPure()
+    method = defended(defence, task)
+    with torch.no_grad():
+        features = method.image_features(batch.images)
+        blank = torch.linalg.pinv(features) @ torch.full((COUNT,), 0.2)
+        assert blank.norm() < 1
+        other = torch.randn_like(blank)
+        other -= torch.linalg.pinv(features) @ (features @ other)
+        blank += (1 - blank.norm() ** 2).sqrt() * F.normalize(other, dim=0)
+    defence._blank = method.heads[task.name], blank
+    assert torch.allclose(features @ blank, torch.full((COUNT,), 0.2), atol=1e-3)
+    bare = method.logits(batch.images, task.name).detach()
+    assert torch.allclose(method.answers(batch.images, task.name), bare, atol=1e-3 * float(bare.abs().max()))
+    verdicts = attacked(method, task, batch)
+    assert share(verdicts.adaptive.by) <= share(verdicts.undefended.by)
