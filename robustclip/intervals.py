@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 LEVEL = 0.95
-FEW = 10  # correct or misclassified samples below which the bootstrap is too narrow; see test_intervals.py
-DRAWS = 10_000  # a 2.5 % quantile then has 250 draws beyond it; its error is about a tenth of the half width
 
 Interval = tuple[float, float]
 """Lower and upper limit, in [0, 1]."""
@@ -33,7 +31,9 @@ class Difference(NamedTuple):
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
-    """Computes Wilson's score interval of an accuracy (https://doi.org/10.1080/01621459.1927.10502953).
+    """Computes Wilson's score interval of a share (https://doi.org/10.1080/01621459.1927.10502953).
+
+    Its mean coverage is the level. Near 0 and 1 single shares are covered less, down to 84 %; `mean_interval` is not.
 
     Args:
         correct: number of correctly classified samples.
@@ -50,24 +50,17 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_mean(
-    counts: Sequence[tuple[int, int]], level: float = LEVEL, *, draws: int = DRAWS, seed: int = 0
-) -> Interval:
-    """Computes the percentile bootstrap interval of the unweighted mean of the tasks' accuracies.
+def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
+    """Computes an interval of the unweighted mean of the tasks' accuracies.
 
-    The tasks are fixed and their samples are redrawn. Drawing n of n outcomes that are 0 or 1, with replacement, gives
-    a sum that is binomial (n, accuracy). One such draw per task is the bootstrap itself, not an approximation.
-
-    The interval has no width if all tasks are at 0 or at 1, and is too narrow near there. At a level of 95 % it covers
-    93 % or more if at least ten correct and ten misclassified samples are expected over tasks of one size. One task of
-    100 samples is covered in 87 % at an accuracy of 0.02 and in 63 % at 0.01. A small task among large ones has most of
-    the variance, and must meet the condition alone. `wilson` keeps its level for one task.
+    The tasks are fixed, and their samples are drawn. The interval is that of Agresti and Coull
+    (https://doi.org/10.1080/00031305.1998.10480550), which adds z^2 / 2 correct and as many misclassified samples. Here
+    the tasks share these in proportion to 1 / n. For one task it is the published interval. It has a width at 0 and 1,
+    and covers at least 93 % at its level of 95 % for every accuracy, from 50 samples on; see test_intervals.py.
 
     Args:
         counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
-        draws: number of draws.
-        seed: seed of the draws; equal arguments give equal limits.
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
@@ -76,49 +69,24 @@ def bootstrap_mean(
         _check(level, n, correct)
     if not counts or any(n == 0 for _, n in counts):
         return NOTHING
-    random = np.random.default_rng(seed)
-    means = np.mean([random.binomial(n, correct / n, draws) / n for correct, n in counts], axis=0)
-    return _percentiles(means, level)
-
-
-def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
-    """Computes an interval of the unweighted mean of the tasks' accuracies that also holds near 0 and 1.
-
-    The result is `bootstrap_mean`, unless there are fewer than ten correct or ten misclassified samples, for which that
-    is too narrow. Then it is Wilson's interval of the mean as one accuracy, with the number of samples that has the
-    mean's variance. This is exact for tasks that are alike, else too wide.
-
-    Args:
-        counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
-        level: nominal coverage in (0, 1).
-
-    Raises:
-        ValueError: the counts are impossible, or the level is outside (0, 1).
-    """
-    correct, total = sum(count for count, _ in counts), sum(n for _, n in counts)
-    if min(correct, total - correct) >= FEW or any(n == 0 for _, n in counts) or not counts:
-        return bootstrap_mean(counts, level)
-    mean = float(np.mean([count / n for count, n in counts]))
-    size = len(counts) ** 2 / sum(1 / n for _, n in counts)
+    correct, n = np.array(counts, dtype=float).T
     z = float(stats.norm.ppf((1 + level) / 2))
-    middle, half = mean + z**2 / (2 * size), z * math.sqrt(mean * (1 - mean) / size + z**2 / (4 * size**2))
-    return max(0.0, (middle - half) / (1 + z**2 / size)), min(1.0, (middle + half) / (1 + z**2 / size))
+    added = z**2 * _shares(n)
+    shares = (correct + added / 2) / (n + added)
+    half = z * math.sqrt((shares * (1 - shares) / (n + added)).sum()) / len(n)
+    return max(0.0, float(shares.mean()) - half), min(1.0, float(shares.mean()) + half)
 
 
-def bootstrap_mean_difference(
-    counts: Sequence[tuple[int, int, int]], level: float = LEVEL, *, draws: int = DRAWS, seed: int = 0
-) -> Difference:
-    """Computes the mean over tasks of the paired difference of accuracies, with its percentile bootstrap.
+def mean_difference(counts: Sequence[tuple[int, int, int]], level: float = LEVEL) -> Difference:
+    """Computes the mean over tasks of the paired difference of accuracies, with an interval that holds for rare pairs.
 
-    Pairs of outcomes are redrawn as in `bootstrap_mean`: the numbers of pairs in which one alone is correct are
-    multinomial. The interval has no width if there is no such pair, and is too narrow if there are few; the tasks' own
-    intervals are not.
+    The interval is that of Bonett and Price (https://doi.org/10.3102/1076998611411915), which adds one sample that A
+    alone classifies correctly, and one for B. Here the tasks share these in proportion to 1 / n. It has a width without
+    any such sample, and covers at least 93 % at its level of 95 %, from 50 samples on; see test_intervals.py.
 
     Args:
         counts: per task the numbers of samples that A alone and B alone classifies correctly, and of all.
         level: nominal coverage in (0, 1).
-        draws: number of draws.
-        seed: seed of the draws.
 
     Returns:
         Accuracy of A minus accuracy of B; nan without tasks or with a task without samples.
@@ -130,10 +98,13 @@ def bootstrap_mean_difference(
         _check(level, n, only_a, only_b)
     if not counts or any(n == 0 for *_, n in counts):
         return Difference(math.nan, *NOTHING)
-    random = np.random.default_rng(seed)
-    shares = [random.multinomial(n, [a / n, b / n, (n - a - b) / n], draws) / n for a, b, n in counts]
-    value = sum((a - b) / n for a, b, n in counts) / len(counts)
-    return Difference(value, *_percentiles(np.mean([share[:, 0] - share[:, 1] for share in shares], axis=0), level))
+    a, b, n = np.array(counts, dtype=float).T
+    added = _shares(n)
+    of_a, of_b = (a + added) / (n + 2 * added), (b + added) / (n + 2 * added)
+    variances = (of_a + of_b - (of_a - of_b) ** 2) / (n + 2 * added)
+    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variances.sum()) / len(n)
+    middle, value = float((of_a - of_b).mean()), sum((x - y) / n for x, y, n in counts) / len(counts)
+    return Difference(value, max(-1.0, middle - half), min(1.0, middle + half))
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Difference:
@@ -230,9 +201,10 @@ def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
     return (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins)
 
 
-def _percentiles(values: NDArray[np.float64], level: float) -> Interval:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _shares(n: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Computes each task's share of the added samples: small tasks, which have most of the variance, get more."""
+    shares: NDArray[np.float64] = (1 / n) / (1 / n).sum()
+    return shares
 
 
 def _check(level: float, n: int, *parts: int) -> None:

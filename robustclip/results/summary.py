@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from robustclip import persistence
-from robustclip.intervals import mean_interval, wilson
+from robustclip.intervals import mean_interval
 from robustclip.results import ledger
 from robustclip.results.protocol import with_samples
 from robustclip.results.run import FACTS, LEDGERS, RESULT, check_is_whole, read_facts
@@ -223,7 +223,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 def _accuracy(correct: int, n: int) -> dict[str, Any]:
     share = float(torch.tensor(correct) / n)  # in fp32, the precision of logged metrics
-    return {"acc1": share, "correct": correct, "interval": list(wilson(correct, n))}
+    return {"acc1": share, "correct": correct, "interval": list(mean_interval([(correct, n)]))}
 
 
 def _mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from robustclip import display
-from robustclip.intervals import Difference, bootstrap_mean_difference, holm, mcnemar, paired_difference
+from robustclip.intervals import Difference, holm, mcnemar, mean_difference, paired_difference
 from robustclip.results import protocol
 from robustclip.results.run import Run
 
@@ -303,7 +303,7 @@ def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]]) ->
         tasks = averages.get(name)
         chosen = [row for row in rows if row.attack == attack and (tasks is None or row.task in tasks)]
         if tasks is None or len(chosen) == len(tasks):
-            difference = bootstrap_mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
+            difference = mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
             a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
             means.append(Mean(name, attack, a, b, difference))
     return means
