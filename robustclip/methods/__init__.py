@@ -1,6 +1,7 @@
 """The methods; each file holds what its paper adds to `RobustMethod`."""
 
 from robustclip.methods.adversarial_training import AdversarialTraining
+from robustclip.methods.agft import AGFT
 from robustclip.methods.arf import ARF
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.clean_fine_tuning import CleanFineTuning
@@ -17,11 +18,13 @@ from robustclip.methods.pouf import POUF
 from robustclip.methods.tecoa import TeCoA
 from robustclip.methods.tip_adapter import TipAdapter
 from robustclip.methods.trades import TRADES
+from robustclip.methods.ucat import UCAT
 from robustclip.methods.ueo import UEO
 from robustclip.methods.upl import UPL
 from robustclip.methods.zero_shot import ZeroShot
 
 __all__ = [
+    "AGFT",
     "ARF",
     "DANCE",
     "FARE",
@@ -30,6 +33,7 @@ __all__ = [
     "PMGAFT",
     "POUF",
     "TRADES",
+    "UCAT",
     "UEO",
     "UPL",
     "AdversarialTraining",

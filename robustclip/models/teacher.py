@@ -36,6 +36,11 @@ class ImageTeacher(nn.Module):
         with torch.no_grad():
             return self.clip.embed_image(images)
 
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``, in fp32 at least."""
+        with torch.no_grad():
+            return self.clip.encode_image(images)
+
     def train(self, mode: bool = True) -> "ImageTeacher":
         """Keeps the eval mode, whatever the mode."""
         return super().train(False)

@@ -5,6 +5,7 @@ Gradients pass to both arguments; detach the one that must not be trained.
 
 import torch
 from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
 
@@ -18,7 +19,8 @@ def kl(logits: Tensor, reference: Tensor) -> Tensor:
         logits: ``(B, K)``.
         reference: logits ``(B, K)``.
     """
-    log_p, log_q = F.log_softmax(logits.float(), dim=-1), F.log_softmax(reference.float(), dim=-1)
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = (F.log_softmax(values.to(precision), dim=-1) for values in (logits, reference))
     return F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
@@ -30,6 +32,36 @@ def reverse_kl(logits: Tensor, reference: Tensor) -> Tensor:
         reference: logits ``(B, K)``.
     """
     return kl(reference, logits)
+
+
+def dirichlet_kl(cosines: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """Computes ``KL(Dir(a) || Dir(b))`` with ``a = exp((cosines + 1) / temperature)``, ``b`` from the reference.
+
+    It is a difference of numbers of the order of ``exp(2 / temperature)``, so the arguments should be in fp64.
+
+    Args:
+        cosines: ``(B, K)``.
+        reference: cosines ``(B, K)``.
+        temperature: temperature of the concentrations.
+    """
+    a, b = (((values + 1) / temperature).exp() for values in (cosines, reference))
+    return kl_divergence(Dirichlet(a), Dirichlet(b))
+
+
+def evidence(cosines: Tensor, temperature: float) -> Tensor:
+    """Computes the sum of `dirichlet_kl`'s concentrations over one plus the largest possible concentration.
+
+    Args:
+        cosines: ``(B, K)``.
+        temperature: temperature of the concentrations.
+    """
+    largest = 1 + cosines.new_tensor(-2 / temperature).exp()
+    return ((cosines - 1) / temperature).exp().sum(-1) / largest
+
+
+def widest(values: Tensor) -> Tensor:
+    """Converts values to fp64, or to fp32 on a device without fp64."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 def l1(outputs: Tensor, reference: Tensor) -> Tensor:

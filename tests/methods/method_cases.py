@@ -164,3 +164,31 @@ def assert_the_attack_does_not_depend_on_the_batch(method: RobustMethod, data: B
     method.training_loss(Batch(*(part[:half] for part in data[:3])))
     assert len(method.attack.images) == half
     assert ((method.attack.images - whole[:half]).abs() > 1e-6).float().mean() < 1e-2  # signs of rounding errors
+
+
+def linear(
+    cls: type[RobustMethod], model: Path, *, student: Any, images: Any, texts: Any, labels: Any, **options: Any
+) -> tuple[Any, Batch]:
+    """A method in fp64 on images of two pixels, whose tower is the matrix ``weight`` and whose teacher is the identity.
+
+    Args:
+        cls: class of the method.
+        model: model that is replaced.
+        student: the matrix of the tower.
+        images: pixels of the images.
+        texts: class features.
+        labels: labels of the images.
+        options: arguments of the method.
+    """
+
+    def flat(pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)
+
+    method: Any = cls(pretrained=str(model), **options)
+    method.weight = torch.nn.Parameter(torch.tensor(student, dtype=torch.float64))
+    method.image_features = lambda pixels: unit(flat(pixels) @ method.weight.T)
+    method.teacher.encode_image = lambda pixels: unit(flat(pixels))
+    method.heads["train"] = torch.tensor(texts, dtype=torch.float64)
+    method.attack = Recorded(method.attack)
+    pixels = torch.tensor(images, dtype=torch.float64).view(-1, 1, 1, 2)
+    return method, Batch(pixels, torch.tensor(labels), torch.arange(len(labels)))

@@ -20,10 +20,20 @@ FROZEN: dict[type[RobustMethod], dict[str, Any]] = {  # with towers that are, an
     methods.TipAdapter: {"beta": 1.0},
 }
 PROMPTED = {"prompt": "padding", "prompt_size": 4, "prompt_tokens": 3, "prompt_lr": 0.1}
-APART = RobustMethod, ZeroShot, methods.ARF, methods.DANCE, methods.POUF, methods.UEO, *FROZEN  # or with options
+APART = (
+    RobustMethod,
+    ZeroShot,
+    methods.AGFT,
+    methods.ARF,
+    methods.DANCE,
+    methods.POUF,
+    methods.UEO,
+    *FROZEN,
+)  # or with options
 CASES: list[tuple[type[RobustMethod], dict[str, Any]]] = [
     *((cls, {}) for cls in EXPORTED if cls not in APART),
     *((cls, {"warmup_epochs": 0, **options}) for cls, options in FROZEN.items()),
+    (methods.AGFT, {"gamma": 10.0}),  # sharp targets: cross-entropy cannot fall below their entropy
     (methods.ARF, {"caption_weight": 0.0, "anchor_weight": 0.0}),  # the data here have neither; see test_arf.py
     (methods.UEO, {"weights": "uniform"}),  # without a pass over all data before each fit; see test_ueo_training.py
     (methods.POUF, {"context_lr": 0.01}),  # small steps hardly bring random towers together

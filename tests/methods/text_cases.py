@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from helpers import quick_trainer
-from ranks import on_both
+from ranks import on_all
 from torch import Tensor
 from torch.nn import functional as F
 from update_cases import FirstStep
@@ -78,4 +78,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    on_both(partial(main, Path(sys.argv[1])))
+    on_all(partial(main, Path(sys.argv[1])))

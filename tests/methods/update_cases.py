@@ -17,6 +17,7 @@ from torch import Tensor
 from robustclip.attacks import APGD, PGD, Attack, Square
 from robustclip.data import CLIPDataModule
 from robustclip.methods import (
+    AGFT,
     DANCE,
     FARE,
     FLYP,
@@ -24,6 +25,7 @@ from robustclip.methods import (
     PMGAFT,
     POUF,
     TRADES,
+    UCAT,
     UEO,
     UPL,
     AdversarialTraining,
@@ -60,6 +62,8 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "fine_tuning": (FineTuning, {}),
     "flyp_ce": (FLYPCE, {}),
     "tip_adapter": (TipAdapter, BEHIND_THE_TOWER),
+    "agft": (AGFT, {"attack": BOX}),
+    "ucat": (UCAT, {"attack": BOX}),
     "pmg_aft": (PMGAFT, {"attack": BOX}),
     "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),
 }
