@@ -53,9 +53,11 @@ def at(tree: Any, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value with its numbers as such; YAML reads `1e-05` as a text."""
+    """A value with its numbers as such, which YAML reads as texts if written `1e-05`, and classes by their names."""
     if isinstance(value, list):
         return [plain(each) for each in value]
+    if isinstance(value, str) and value.startswith("robustclip."):
+        return value.rpartition(".")[2]
     return float(value) if isinstance(value, str) and re.fullmatch(r"[\d.]+e-?\d+", value) else value
 
 
