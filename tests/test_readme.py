@@ -1,10 +1,12 @@
 """Code, commands, links and paths of the README and of the other pages work."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from robustclip.cli.lightning import main
 
@@ -14,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glo
 
 
 def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.search(r"```python\n(from typing.*?)```", README, re.DOTALL)
     command = re.search(r"^robustclip (fit .*consistency.*)$", README, re.MULTILINE)
     assert code
     assert command
@@ -29,6 +31,22 @@ def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mon
     assert finished.model.attack.eps == pytest.approx(1 / 255)
     assert finished.model.attack.steps == 2, "settings that both classes have keep their values from the file"
     assert finished.trainer.callback_metrics["train/loss"] > 0
+
+
+def test_the_evaluation_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.search(r"```python\n(import robustclip\n.*?)```", README, re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    for colour in ("red", "blue"):
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "photos" / colour / f"{number}.png")
+    (tmp_path / "snippet.py").write_text(code[1].replace('"cascade"', '"pgd10"'))
+    answers = {"my_model": lambda images: 9 * images.mean((2, 3))[:, [2, 0]]}  # blue before red, as folders are sorted
+    runpy.run_path(str(tmp_path / "snippet.py"), init_globals=answers)
+    assert "'clean': {'acc1': 1.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
