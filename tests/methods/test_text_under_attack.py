@@ -10,7 +10,7 @@ import torch
 from helpers import quick_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import in_background
-from text_cases import TrainedContext, BothTowers, sgd
+from text_cases import BothTowers, TrainedContext, sgd
 from torch.nn import functional as F
 
 from robustclip.attacks import PGD
