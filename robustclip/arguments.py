@@ -58,6 +58,7 @@ CountOrZero = Annotated[int, Interval(0)]
 Positive = Annotated[float, Interval(0, excludes=(0,))]
 NonNegative = Annotated[float, Interval(0)]
 Share = Annotated[float, Interval(0, 1)]
+ShareBelowOne = Annotated[float, Interval(0, 1, excludes=(1,))]
 PositiveShare = Annotated[float, Interval(0, 1, excludes=(0,))]
 
 

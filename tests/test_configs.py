@@ -34,6 +34,7 @@ OVERVIEW = [
 OWN = {
     **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "croft_rn50.yaml", "croft_vlcs.yaml"), FEW),
     **dict.fromkeys(("clip_adapter.yaml", "tip_adapter.yaml"), FEW),
+    "apt.yaml": ["--data.shots", "1", "--model.tokens", "4"],
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
     "croft_imagenet.yaml": [*SHAPES_UNKNOWN, "--data.shots", "1", "--trainer.callbacks", EVERY_TASK],
     "fare.yaml": ["--evaluation.attacks.apgd_ce.steps", "5", "--evaluation.attacks.apgd_t.steps", "5"],
@@ -50,7 +51,7 @@ FAST = ("demo.yaml", "tecoa.yaml", "pmg_aft.yaml", "arf.yaml", "ueo.yaml", "crof
 def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(CONFIGS / name), *SMALL, *OWN.get(name, [])]
-    if name == "arf.yaml":
+    if name in ("arf.yaml", "dive.yaml"):
         arguments += shapes_anchors(tmp_path)
     checkpoint = []
     if yaml.safe_load((CONFIGS / name).read_text())["model"]["class_path"] != "ZeroShot":

@@ -2,6 +2,7 @@
 
 from robustclip.methods.adversarial_training import AdversarialTraining
 from robustclip.methods.agft import AGFT
+from robustclip.methods.apt import APT
 from robustclip.methods.arf import ARF
 from robustclip.methods.base import RobustMethod
 from robustclip.methods.clean_fine_tuning import CleanFineTuning
@@ -9,6 +10,7 @@ from robustclip.methods.clip_adapter import CLIPAdapter
 from robustclip.methods.coop import CoOp
 from robustclip.methods.croft import CRoFT
 from robustclip.methods.dance import DANCE
+from robustclip.methods.dive import DiVE
 from robustclip.methods.fare import FARE
 from robustclip.methods.fine_tuning import FineTuning
 from robustclip.methods.flyp import FLYP, FLYPCE
@@ -25,6 +27,7 @@ from robustclip.methods.zero_shot import ZeroShot
 
 __all__ = [
     "AGFT",
+    "APT",
     "ARF",
     "DANCE",
     "FARE",
@@ -41,6 +44,7 @@ __all__ = [
     "CRoFT",
     "CleanFineTuning",
     "CoOp",
+    "DiVE",
     "FineTuning",
     "ImgCoAdv",
     "RobustMethod",

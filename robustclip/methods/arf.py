@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import NonNegative
+from robustclip.methods._shared.data_checks import anchors_of
 from robustclip.methods.flyp import FLYP
 from robustclip.objectives.losses import info_nce
 from robustclip.types import Batch, Pairs
@@ -49,7 +50,7 @@ class ARF(FLYP):
         images, texts = [batch.images], [self.class_prompts(batch)]
         if self.caption_weight > 0:
             texts.append(self._captions(batch, texts[0]))
-        pairs = _anchors(batch) if self.anchor_weight > 0 else None
+        pairs = anchors_of(batch, "anchor_weight") if self.anchor_weight > 0 else None
         if pairs is not None:
             images.append(pairs.images)
             texts.append(self.clip.tokenize(list(pairs.captions)))
@@ -81,15 +82,3 @@ class ARF(FLYP):
         is_copy = (index[:, None] == index).tril(-1).any(1)
         self.log("train/anchor_collisions", is_copy.sum().float(), batch_size=len(index))
         return ~is_copy
-
-
-def _anchors(batch: Batch) -> Pairs:
-    """Returns the retrieved pairs of a batch; their images must have the size of the training images."""
-    if batch.anchors is None:
-        raise ValueError("anchor_weight is above 0, but the data have no anchors; set data.anchors, or the weight to 0")
-    sizes = [tuple(images.shape[-2:]) for images in (batch.anchors.images, batch.images)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"anchors are of {sizes[0]} pixels, training images of {sizes[1]}; set data.attack_resolution to model"
-        )
-    return batch.anchors

@@ -37,10 +37,15 @@ class CoOp(FrozenFeatures):
         """Returns the vectors of the context."""
         return [{"params": [self.context.vectors]}]
 
-    def class_features(self, task: Task) -> Tensor:
-        """Encodes the task's class names behind the trained context as unit features ``(C, D)``."""
+    def class_features(self, task: Task, vectors: Tensor | None = None) -> Tensor:
+        """Encodes the task's class names behind the context as unit features ``(C, D)``.
+
+        Args:
+            task: task of the classes.
+            vectors: context in place of the trained one, ``(n, width)``.
+        """
         tokens = self.context.tokenize(self.clip, task.class_names)
-        return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass)
+        return self.context.encode(self.clip, tokens, per_pass=self.classes_per_pass, vectors=vectors)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Runs the whole step in the trainer's precision, since the text tower dominates its cost."""

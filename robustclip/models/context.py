@@ -62,7 +62,9 @@ class LearnableContext(nn.Module):
             raise ValueError(f"the tokenizer must read {self.phrase!r} alike before every name; take another phrase")
         return clip.join_tokens(tokens)
 
-    def encode(self, clip: CLIPModel, tokens: Tensor, *, per_pass: int | None = None) -> Tensor:
+    def encode(
+        self, clip: CLIPModel, tokens: Tensor, *, per_pass: int | None = None, vectors: Tensor | None = None
+    ) -> Tensor:
         """Encodes tokens of `tokenize` as unit class features ``(C, D)``, with gradients for the context.
 
         Args:
@@ -70,29 +72,38 @@ class LearnableContext(nn.Module):
             tokens: ``(C, L)``.
             per_pass: number of classes whose activations are in memory at once, the others being recomputed in the
                 backward pass; null for all.
+            vectors: context in place of the trained one, ``(n, width)``.
         """
-        encode = partial(self._encode, clip)
+        encode = partial(self._encode, clip, vectors)
         if per_pass is None:
             return encode(tokens)
         return torch.cat([checkpoint(encode, part, use_reentrant=False) for part in torch.split(tokens, per_pass)])
 
-    def _encode(self, clip: CLIPModel, tokens: Tensor) -> Tensor:
-        with self.inserted(clip):
+    def _encode(self, clip: CLIPModel, vectors: Tensor | None, tokens: Tensor) -> Tensor:
+        with self.inserted(clip, vectors):
             return clip.encode_tokens(tokens)
 
     @contextmanager
-    def inserted(self, clip: CLIPModel) -> Iterator[None]:
-        """Puts the context in place of the phrase in all passes of the model's text tower inside."""
-        handle = clip.token_embedding.register_forward_hook(lambda _, __, embeddings: self._exchange(embeddings))
+    def inserted(self, clip: CLIPModel, vectors: Tensor | None = None) -> Iterator[None]:
+        """Puts the context in place of the phrase in all passes of the model's text tower inside.
+
+        Args:
+            clip: model of the text tower.
+            vectors: context in place of the trained one, ``(n, width)``.
+        """
+        context = self.vectors if vectors is None else vectors
+        hook = partial(_exchanged, context, self.place)
+        handle = clip.token_embedding.register_forward_hook(lambda _, __, embeddings: hook(embeddings))
         try:
             yield
         finally:
             handle.remove()
 
-    def _exchange(self, embeddings: Tensor) -> Tensor:
-        """Replaces the phrase in embeddings ``(N, L, width)`` by the context."""
-        context = self.vectors.to(embeddings.dtype).expand(len(embeddings), -1, -1)
-        return torch.cat([embeddings[:, : self.place.start], context, embeddings[:, self.place.stop :]], dim=1)
+
+def _exchanged(context: Tensor, place: slice, embeddings: Tensor) -> Tensor:
+    """Replaces a place in embeddings ``(N, L, width)`` by the context ``(n, width)``."""
+    rows = context.to(embeddings.dtype).expand(len(embeddings), -1, -1)
+    return torch.cat([embeddings[:, : place.start], rows, embeddings[:, place.stop :]], dim=1)
 
 
 def _common(one: Tensor, other: Tensor) -> int:

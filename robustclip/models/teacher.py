@@ -1,4 +1,4 @@
-"""The pre-trained image tower, kept as a frozen copy beside the tower in training."""
+"""The pre-trained towers, kept as frozen copies beside the towers in training."""
 
 import copy
 from typing import Any
@@ -24,12 +24,16 @@ class ImageTeacher(nn.Module):
         super().__init__()
         if clip.pretrained is None:
             raise ValueError("a teacher needs a pre-trained model, got pretrained null; set model.pretrained")
-        parts = [*clip.net.named_children(), *clip.net.named_parameters(recurse=False)]
-        of_text = [clip.tokenizer, *(part for name, part in parts if name != "visual")]
-        # A deep copy whose memo maps the text tower's parts to None, so that they are left out.
-        self.clip = copy.deepcopy(clip, {id(part): None for part in of_text}).requires_grad_(False).eval()
+        # A deep copy whose memo maps these parts to None, so that they are left out.
+        omitted = [clip.tokenizer, *self._omitted(clip.net)]
+        self.clip = copy.deepcopy(clip, {id(part): None for part in omitted}).requires_grad_(False).eval()
         if clip.compiled_by is not None:  # a copy is not compiled
             compile_image_tower(self.clip, backend=clip.compiled_by)
+
+    def _omitted(self, net: Any) -> list[Any]:
+        """Lists the parts of the text tower."""
+        parts = [*net.named_children(), *net.named_parameters(recurse=False)]
+        return [part for name, part in parts if name != "visual"]
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""
@@ -48,3 +52,22 @@ class ImageTeacher(nn.Module):
     def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         """Returns no entries, since a run that loads a checkpoint has the pre-trained model."""
         return {} if destination is None else destination
+
+
+class Teacher(ImageTeacher):
+    """A frozen copy of both towers.
+
+    Args:
+        clip: newly constructed model with its pre-trained weights.
+
+    Raises:
+        ValueError: the model has random weights.
+    """
+
+    def _omitted(self, net: Any) -> list[Any]:
+        return []
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Encodes tokens ``(N, L)`` on the model's device as unit features ``(N, D)``."""
+        with torch.no_grad():
+            return self.clip.encode_tokens(tokens)

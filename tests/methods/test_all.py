@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from robustclip import methods
+from robustclip.attacks import PGD
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.types import Task
 
 EXPORTED = [getattr(methods, name) for name in methods.__all__]
 FROZEN: dict[type[RobustMethod], dict[str, Any]] = {  # with towers that are, and options for a tiny problem
+    methods.APT: {"tokens": 4, "attack": PGD(steps=1)},
     methods.CLIPAdapter: {},
     methods.CRoFT: {},
     methods.CoOp: {"tokens": 4},
@@ -26,6 +28,7 @@ APART = (
     methods.AGFT,
     methods.ARF,
     methods.DANCE,
+    methods.DiVE,
     methods.POUF,
     methods.UEO,
     *FROZEN,
@@ -35,6 +38,7 @@ CASES: list[tuple[type[RobustMethod], dict[str, Any]]] = [
     *((cls, {"warmup_epochs": 0, **options}) for cls, options in FROZEN.items()),
     (methods.AGFT, {"gamma": 10.0}),  # sharp targets: cross-entropy cannot fall below their entropy
     (methods.ARF, {"caption_weight": 0.0, "anchor_weight": 0.0}),  # the data here have neither; see test_arf.py
+    (methods.DiVE, {"average_weight": 0.0, "pair_weight": 0.0}),
     (methods.UEO, {"weights": "uniform"}),  # without a pass over all data before each fit; see test_ueo_training.py
     (methods.POUF, {"context_lr": 0.01}),  # small steps hardly bring random towers together
     (methods.DANCE, {"temperature": 0.001}),  # images of noise are close to each other

@@ -23,7 +23,7 @@ EXPECTED = {
     "CRoFT": {"ratio", "ratio_text"},
     "CLIPAdapter": {"ratio", "narrowing"},
     "TipAdapter": {"alpha", "beta"},
-    "CoOp": {"tokens", "phrase"},
+    **{key: {"tokens", "phrase"} for key in ("CoOp", "APT")},
     **{name: {"phrase"} for name in ("UEO", "UPL", "POUF", "DANCE")},
 }
 
@@ -39,7 +39,7 @@ def saved(method: RobustMethod) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if name != "RobustMethod"])
 def test_every_argument_is_of_inference_or_of_training(name: str, tiny_model: Path) -> None:
-    options = {"tokens": 4} if name == "CoOp" else {}
+    options = {"tokens": 4} if name in ("CoOp", "APT") else {}
     method = getattr(methods, name)(pretrained=str(tiny_model), **options)
     ours = method.inference_settings.keys() - method.clip.settings.keys() - {"method"}
     assert ours == EXPECTED.get(name, set())

@@ -21,7 +21,9 @@ from robustclip.models.heads import head_logits
 TAKES_LOGITS = (F.cross_entropy, F.log_softmax, F.softmax, Tensor.log_softmax, Tensor.softmax, torch.softmax)
 OPTIONS: dict[type[RobustMethod], dict[str, Any]] = {
     methods.ARF: {"caption_weight": 0.0, "anchor_weight": 0.0},
+    methods.APT: {"tokens": 4},
     methods.CoOp: {"tokens": 4},
+    methods.DiVE: {"average_weight": 0.0, "pair_weight": 0.0},
     methods.DANCE: {"temperature": 0.001},
     methods.FineTuning: {"lwf": 1.0},
     methods.TipAdapter: {"beta": 1.0},
@@ -29,7 +31,7 @@ OPTIONS: dict[type[RobustMethod], dict[str, Any]] = {
 }
 EXPORTED = [getattr(methods, name) for name in methods.__all__ if name != "RobustMethod"]
 LEARNING = [(cls, OPTIONS.get(cls, {})) for cls in EXPORTED if cls is not methods.ZeroShot]
-LEARNING += [(methods.AdversarialTraining, {"head": "cosine"}), (text_cases.APT, {"attack": PGD()})]
+LEARNING += [(methods.AdversarialTraining, {"head": "cosine"}), (text_cases.TrainedContext, {"attack": PGD()})]
 NO_LOGITS = {methods.FARE}
 
 
@@ -77,7 +79,7 @@ def test_losses_take_logits_in_fp32(cls: type[RobustMethod], options: dict[str, 
     with torch.autocast("cpu", torch.bfloat16, enabled=not is_fp32_behind_the_tower), Watch() as watch:
         method.training_loss(step)
     assert bool(watch.logits) != (cls in NO_LOGITS)
-    assert all(logits.dtype == torch.float32 for logits in watch.logits)
+    assert all(logits.dtype in (torch.float32, torch.float64) for logits in watch.logits)
     assert not [logits for logits in watch.logits if is_coarse(logits, torch.bfloat16)]
 
 

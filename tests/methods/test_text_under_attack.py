@@ -10,7 +10,7 @@ import torch
 from helpers import quick_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import in_background
-from text_cases import APT, BothTowers, sgd
+from text_cases import BothTowers, TrainedContext, sgd
 from torch.nn import functional as F
 
 from robustclip.attacks import PGD
@@ -36,7 +36,7 @@ def by_hand(method: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_context_gets_the_gradient_of_the_loss_on_attacked_images(tiny_model: Path) -> None:
-    method, data = cases.make(APT, tiny_model, attack=BOX), cases.batch()
+    method, data = cases.make(TrainedContext, tiny_model, attack=BOX), cases.batch()
     cases.assert_the_attack_maximises(
         method, data, lambda twin, _, attacked: cases.cross_entropy(by_hand(twin, attacked), data.labels).sum()
     )
@@ -47,7 +47,7 @@ def test_a_context_gets_the_gradient_of_the_loss_on_attacked_images(tiny_model: 
 
 
 def test_the_attack_sees_the_present_context_and_leaves_no_gradient(tiny_model: Path) -> None:
-    method, data = cases.make(APT, tiny_model, attack=BOX), cases.batch()
+    method, data = cases.make(TrainedContext, tiny_model, attack=BOX), cases.batch()
     before = method.perturb(data)
     with torch.no_grad():
         method.context.vectors += torch.randn(method.context.vectors.shape, generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_the_attack_sees_the_present_context_and_leaves_no_gradient(tiny_model: 
 
 
 def test_texts_are_encoded_once_per_attack_if_they_learn_and_once_per_fit_if_not(tiny_model: Path) -> None:
-    learning, fixed = cases.make(APT, tiny_model, attack=BOX), cases.make(TeCoA, tiny_model, attack=BOX)
+    learning, fixed = cases.make(TrainedContext, tiny_model, attack=BOX), cases.make(TeCoA, tiny_model, attack=BOX)
     ours, theirs = count_texts(learning), count_texts(fixed)
     for _ in range(2):
         learning.training_loss(cases.batch())
@@ -78,11 +78,11 @@ def test_texts_are_encoded_once_per_attack_if_they_learn_and_once_per_fit_if_not
 
 def test_a_context_at_the_hand_prompt_attacks_as_a_frozen_text_does(tiny_model: Path) -> None:
     """A context whose start is the template gives the images of TeCoA."""
-    ours = cases.make(APT, tiny_model, attack=BOX, phrase="This is a photo of a")
+    ours = cases.make(TrainedContext, tiny_model, attack=BOX, phrase="This is a photo of a")
     theirs = cases.make(TeCoA, tiny_model, attack=BOX)
     task = cases.TASK.__class__(
         "train", cases.TASK.class_names, ("This is a photo of a {}.",)
-    )  # APT writes a full stop
+    )  # a context writes a full stop
     theirs.prepare_training(task)
     found, expected = (method.training_loss(cases.batch())["adversarial_ce"] for method in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -99,7 +99,9 @@ def test_both_towers_learn_under_attack(tiny_model: Path) -> None:
 
 
 def test_a_context_learns_in_a_fit_that_resumes_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
-    first, resumed = (APT(pretrained=str(tiny_model), attack=BOX, warmup_steps=0, optimizer=sgd) for _ in range(2))
+    first, resumed = (
+        TrainedContext(pretrained=str(tiny_model), attack=BOX, warmup_steps=0, optimizer=sgd) for _ in range(2)
+    )
     start, path = first.context.vectors.detach().clone(), tmp_path / "step=2.ckpt"
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     for method, source in ((first, None), (resumed, path)):
@@ -110,7 +112,7 @@ def test_a_context_learns_in_a_fit_that_resumes_bit_for_bit(tiny_model: Path, tm
     assert torch.equal(resumed.context.vectors, first.context.vectors)
     assert not torch.equal(start, saved["context.vectors"])
     assert not torch.equal(saved["context.vectors"], first.context.vectors)
-    assert cases.test(APT(pretrained=str(tiny_model)), path)["test/colours/n"] == 4
+    assert cases.test(TrainedContext(pretrained=str(tiny_model)), path)["test/colours/n"] == 4
 
 
 @pytest.mark.slow

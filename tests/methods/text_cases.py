@@ -22,7 +22,7 @@ from robustclip.models.context import LearnableContext
 from robustclip.types import Batch, Task
 
 
-class APT(RobustMethod):
+class TrainedContext(RobustMethod):
     """Adversarial prompt tuning: a context learns on images that are attacked through it (Li et al., CVPR 2024)."""
 
     of_original = ("clip.net.", "context.")
@@ -50,7 +50,7 @@ class BothTowers(TeCoA):
         return [{"params": [each for name, each in self.clip.named_parameters() if "logit_scale" not in name]}]
 
 
-CASES: dict[str, type[RobustMethod]] = {"context": APT, "both": BothTowers}
+CASES: dict[str, type[RobustMethod]] = {"context": TrainedContext, "both": BothTowers}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from robustclip.attacks import APGD, PGD, Attack, Square
 from robustclip.data import CLIPDataModule
 from robustclip.methods import (
     AGFT,
+    APT,
     DANCE,
     FARE,
     FLYP,
@@ -59,6 +60,7 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "fare": (FARE, {"attack": BOX, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 1000)}),
     "clip_adapter": (CLIPAdapter, BEHIND_THE_TOWER),
     "coop": (CoOp, {"tokens": 4, **BEHIND_THE_TOWER}),
+    "apt": (APT, {"tokens": 4, "attack": BOX, **BEHIND_THE_TOWER}),
     "fine_tuning": (FineTuning, {}),
     "flyp_ce": (FLYPCE, {}),
     "tip_adapter": (TipAdapter, BEHIND_THE_TOWER),
@@ -74,6 +76,7 @@ OF_THE_WHOLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "dance": (DANCE, {"context_lr": RATE, "weight": 5.0}),
     "upl": (UPL, {"context_lr": RATE}),
     "flyp": (FLYP, {}),
+    "apt-perturbed": (APT, {"tokens": 4, "attack": BOX, "strategy": "perturbed", **BEHIND_THE_TOWER}),
     "croft": (CRoFT, BEHIND_THE_TOWER),
     "croft-official": (CRoFT, {"mode": "official", **BEHIND_THE_TOWER}),
 }

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from robustclip.types import Batch, Pairs
+
 if TYPE_CHECKING:
     from robustclip.methods.base import RobustMethod
 
@@ -30,3 +32,23 @@ def check_data(method: "RobustMethod", data: Any, stage: str) -> None:
                 f"data.features has embeddings of a tower with {key} {data.feature_model[key]!r}, this run has {own!r};"
                 " give the model settings that the cache was made with"
             )
+
+
+def anchors_of(batch: Batch, weight: str) -> Pairs:
+    """Returns the retrieved pairs of a batch; their images must have the size of the training images.
+
+    Args:
+        batch: batch of the training set.
+        weight: name of the weight that is above 0, for the message.
+
+    Raises:
+        ValueError: there are no pairs, or their images have another size.
+    """
+    if batch.anchors is None:
+        raise ValueError(f"{weight} is above 0, but the data have no anchors; set data.anchors, or the weight to 0")
+    sizes = [tuple(images.shape[-2:]) for images in (batch.anchors.images, batch.images)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"anchors are of {sizes[0]} pixels, training images of {sizes[1]}; set data.attack_resolution to model"
+        )
+    return batch.anchors
