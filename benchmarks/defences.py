@@ -47,6 +47,7 @@ def row(name: str, run: Run) -> dict[str, Any]:
         "by_way": by_way,
         "cost": sum(values["cost"] for values in tasks) / len(tasks),
         "audit": result["audit"]["grade"],
+        "commit": result["commit"],
     }
 
 

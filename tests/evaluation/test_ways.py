@@ -426,6 +426,17 @@ def test_the_command_line_takes_a_defence_and_verify_tests_its_images_again(
         assert message in capsys.readouterr().err
 
 
+def test_the_defence_of_the_documentation_works(task: Any, batch: Batch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "defences.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    defence = names["Brighter"]()
+    changed = defence.purified(None, batch.images, task.name, index=batch.index, draw=0)
+    added = (changed - batch.images).amax((1, 2, 3))
+    assert torch.allclose(added, 0.1 * defence.uniform(batch.index, (1,), draw=0)[:, 0], atol=1e-6)
+    assert share(attacked(defended(defence, task), task, batch).adaptive.by) <= 0.1
+
+
 def test_checkpoints_without_a_defence_load_into_a_method_with_one() -> None:
     plain, method = TeCoA(), TeCoA(defence=TTC())
     assert plain.inference_settings == method.inference_settings
