@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from once import parser, test_once, write
 
+from robustclip.intervals import bootstrap_mean_difference
+from robustclip.results.run import Run
 from robustclip.results.tables import COLUMNS
 
 CONFIG = "configs/defences.yaml"
@@ -26,8 +28,9 @@ DEFENCES: dict[str, dict[str, Any]] = {
 }
 
 
-def row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def row(name: str, run: Run) -> dict[str, Any]:
     """Collects the numbers of one defence: means over the sets, with intervals, and the successes by way."""
+    result = run.result
     mean, tasks = result["mean"], result["tasks"].values()
     by_way: dict[str, int] = {}
     for values in tasks:
@@ -40,21 +43,35 @@ def row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
         "settings": result["model"]["defence"],
         **{part: {"acc1": value["acc1"], "interval": value["interval"]} for part, value in parts.items()},
         "clean_undefended": mean["clean"]["undefended"]["acc1"],
+        "gap": gap(run),
         "by_way": by_way,
         "cost": sum(values["cost"] for values in tasks) / len(tasks),
         "audit": result["audit"]["grade"],
+        "commit": result["commit"],
     }
+
+
+def gap(run: Run) -> list[float]:
+    """Computes adaptive minus static, the mean over the sets, with its paired 95 % interval."""
+    counts = []
+    for task in run.result["tasks"]:
+        rows = run.rows(task)
+        lost = sum(not line[f"{ATTACK}.static"] and bool(line[f"{ATTACK}.by"]) for line in rows)
+        counts.append((0, lost, len(rows)))
+    return list(bootstrap_mean_difference(counts))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the table as Markdown, in percent with 95 % intervals."""
-    head = ["defence", "images", "clean", *COLUMNS, "ways that succeeded first", "cost"]
+    head = ["defence", "images", "clean", *COLUMNS, "adaptive - static", "ways that succeeded first", "cost"]
     lines = [f"| {' | '.join(head)} |", f"| --- {'| --: ' * (len(head) - 1)}|"]
     for values in rows:
         cells = [_percent(values[name]) for name in ("clean", *COLUMNS)]
         cells[-1] = f"**{cells[-1]}**"
+        points = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in values["gap"]))
         ways = ", ".join(f"{way} {count}" for way, count in values["by_way"].items() if count)
-        lines.append(f"| {values['defence']} | {values['n']} | {' | '.join(cells)} | {ways} | {values['cost']:.1f} |")
+        cells = [values["defence"], str(values["n"]), *cells, points, ways, f"{values['cost']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -75,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.defences:
         defence = json.dumps({"class_path": name, "init_args": DEFENCES[name]})
         options = ("--model.defence", defence, "--evaluation.max_samples", arguments.samples)
-        result = test_once(arguments.work / f"{name}_{arguments.samples}", [*shared, *options])
-        rows.append(row(name, result))
+        folder = arguments.work / f"{name}_{arguments.samples}"
+        test_once(folder, [*shared, *options])
+        rows.append(row(name, Run.open(folder)))
         print(table(rows), flush=True)
         write(arguments.out, rows)
 
