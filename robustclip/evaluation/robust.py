@@ -14,7 +14,9 @@ from robustclip.attacks.attack import Forward
 from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import StopRule, examine
 from robustclip.evaluation.identity import describe, members_of
-from robustclip.evaluation.journal import Examples, Journal, sample_rows
+from robustclip.evaluation.journal import Examples, Journal, Row, sample_rows
+from robustclip.evaluation.probe_queue import ProbeQueue
+from robustclip.evaluation.probes import QUOTA
 from robustclip.evaluation.task_callback import (
     TaskCallback,
     announce,
@@ -54,6 +56,8 @@ class RobustEvaluation(TaskCallback):
         attack_precision: ``bf16`` attacks in bfloat16 first, then robust samples again in fp32. Every verdict is fp32.
         check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
         save_examples: number of misclassified attacked images to keep per task and attack.
+        probes: number of samples per task, chosen by id, on which a test with a `ResultsWriter` measures for its audit;
+            they cost about as much as one more attack. 0 for none.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -70,12 +74,13 @@ class RobustEvaluation(TaskCallback):
         attack_precision: Literal["fp32", "bf16"] = "fp32",
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
+        probes: CountOrZero = QUOTA,
     ) -> None:
         self.attacks, self.max_samples, self.seed = by_name(attacks or {}), max_samples, seed
         self.fit_attacks = self.attacks if fit_attacks is None else by_name(fit_attacks)
         self.fit_max_samples = fit_max_samples or max_samples
         self.stop, self.attack_precision = stop, attack_precision
-        self.check_every, self.save_examples = check_every, save_examples
+        self.check_every, self.save_examples, self.probes = check_every, save_examples, probes
         for name in {**self.attacks, **self.fit_attacks}:
             if not TASK_NAME.fullmatch(name) or name in RESERVED:
                 raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {RESERVED}, got {name!r}")
@@ -83,7 +88,8 @@ class RobustEvaluation(TaskCallback):
         self._members: dict[tuple[str, str], list[Member]] = {}
         self._journal: Journal | None = None
         self._examples: Examples | None = None
-        self._start = 0.0
+        self._queue: ProbeQueue | None = None  # samples that wait for their probes; None without a folder
+        self._start = self._spent = 0.0  # start of the batch; seconds that no row has yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Chooses the stage's attacks, and limits the data sets, so that clean and attacked accuracy share samples."""
@@ -95,7 +101,7 @@ class RobustEvaluation(TaskCallback):
         limit = self.fit_max_samples if stage == "fit" else self.max_samples
         if self._running:
             check_has_images(trainer, f"attacks, {', '.join(self._running)},")
-        self._journal = self._examples = None
+        self._journal = self._examples = self._queue = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
         data_of(trainer).connect(limit=limit, done=done)
@@ -131,6 +137,10 @@ class RobustEvaluation(TaskCallback):
         """Logs accuracies and seconds from the ledgers, and the number of images that did not decode."""
         stage, tasks = stage_of(trainer)
         journal, strategy, left_out = self._opened(trainer, method), trainer.strategy, {}
+        if self._queue is not None:
+            with torch.autocast(method.device.type, enabled=False), frozen(method):
+                for name, rows in self._queue.finish().items():
+                    self._append(trainer, journal, name, rows)
         for task in tasks:
             here = data_of(trainer).bad_sample_counts.get(task.name, 0)
             total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
@@ -163,16 +173,23 @@ class RobustEvaluation(TaskCallback):
             announce(trainer, f"{task.name} under {name}")
             members = self._members[task.name, name]
             verdicts[name] = examine(batch.images, batch.labels, forward, members, clean_logits=logits, **options)
-        # Without a folder there is no audit, hence no probes.
-        probes = {"seed": self.seed, "clip": None if journal.folder is None else method.clip}
-        rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
+        rows = sample_rows(batch, logits, verdicts, self._members, task.name)
         # Images before rows, so that no row lacks its image after a kill.
         if self._examples is not None:
             for name, verdict in verdicts.items():
                 self._examples.add(task.name, name, batch, rows, verdict)
-        # The processes share the time, so that the sum over all rows is the time of the task.
-        share = (perf_counter() - self._start) / max(1, len(rows)) / trainer.world_size
-        journal.append(task.name, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
+        if self._queue is not None:
+            rows = self._queue.add(task.name, batch, logits, verdicts, rows)
+        self._append(trainer, journal, task.name, rows)
+
+    def _append(self, trainer: Trainer, journal: Journal, task: str, rows: list[Row]) -> None:
+        """Writes rows with the time of the batch, and that of batches whose rows were all held back."""
+        self._start, start = perf_counter(), self._start
+        self._spent += self._start - start
+        if rows:
+            # The processes share the time, so that the sum over all rows is the time of the task.
+            share, self._spent = self._spent / len(rows) / trainer.world_size, 0.0
+            journal.append(task, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
 
     def _cheap(self, forward: Forward, device: str) -> Forward | None:
         if self.attack_precision == "fp32":
@@ -207,4 +224,9 @@ class RobustEvaluation(TaskCallback):
             self._journal = writer.begin(trainer, identity, self._members)
             folder = writer.opened / EXAMPLES
             self._examples = Examples(folder, self._members, self.save_examples, self._journal.earlier)
+            sizes = {task.name: data_of(trainer).test_size(task.name) for task in tasks}
+            limits: dict[str, Any] = {"sizes": sizes, "quota": self.probes, "seed": self.seed}
+            method = method_of(module)
+            answers = lambda name: partial(method.logits, task=name)  # noqa: E731
+            self._queue = ProbeQueue(method, answers, tasks, self._members, **limits)
         return self._journal
