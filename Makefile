@@ -19,10 +19,10 @@ help: ## list the targets
 
 demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fifteen zero-shot sets, with and without
 	@rm -rf $(DEMO)
-	$(RUN) test --config zero_shot --results.is_undefended true \
+	$(RUN) test --config zero_shot --results.is_undefended true --evaluation.probes 32 \
 		--results.folder $(DEMO) --results.name undefended
 	$(RUN) fit --config demo --checkpoint.dirpath $(DEMO)/checkpoints
-	$(RUN) test --config demo --ckpt_path $(DEMO)/checkpoints/last.ckpt \
+	$(RUN) test --config demo --ckpt_path $(DEMO)/checkpoints/last.ckpt --evaluation.probes 32 \
 		--results.folder $(DEMO) --results.name tecoa --results.baseline $(DEMO)/undefended
 	$(RUN) report $(DEMO)/undefended $(DEMO)/tecoa --out $(DEMO)/report.html
 	$(RUN) table $(DEMO)/undefended $(DEMO)/tecoa

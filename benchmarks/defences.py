@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from once import parser, test_once, write
 
-from robustclip.intervals import bootstrap_mean_difference
+from robustclip.intervals import mean_difference
 from robustclip.results.run import Run
 from robustclip.results.tables import COLUMNS
 
@@ -58,7 +58,7 @@ def gap(run: Run) -> list[float]:
         rows = run.rows(task)
         lost = sum(not line[f"{ATTACK}.static"] and bool(line[f"{ATTACK}.by"]) for line in rows)
         counts.append((0, lost, len(rows)))
-    return list(bootstrap_mean_difference(counts))
+    return list(mean_difference(counts))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -50,6 +50,21 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> Interval:
     return float(interval.low), float(interval.high)
 
 
+def upper_bound(count: int, n: int, level: float = LEVEL) -> float:
+    """Computes the one-sided upper limit of a share by Clopper and Pearson (https://doi.org/10.1093/biomet/26.4.404).
+
+    Args:
+        count: number of cases.
+        n: number of samples; 0 gives 1.
+        level: confidence in (0, 1).
+
+    Raises:
+        ValueError: the counts are impossible, or the level is outside (0, 1).
+    """
+    _check(level, n, count)
+    return 1.0 if count == n else float(stats.beta.ppf(level, count + 1, n - count))
+
+
 def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
     """Computes an interval of the unweighted mean of the tasks' accuracies.
 

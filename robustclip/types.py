@@ -180,6 +180,10 @@ class Data(Protocol):
         """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
         return {"split": task, "sample_ids": "all", "preprocessing": type(self).__name__, "attack_space": "native"}
 
+    def test_size(self, task: str) -> int | None:
+        """Returns the number of samples of a test task that are evaluated; None if it is not known."""
+        return None
+
     def connect(self, *, limit: int | None = None, done: "Done | None" = None, share: Share | None = None) -> None:
         """Takes the settings of an evaluation, before loaders are made.
 

@@ -11,6 +11,7 @@ from robustclip.convert import hugging_face, open_clip_folder
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
+from robustclip.models.weight_origin import write_origin
 from robustclip.names import markdown
 from robustclip.persistence import atomic_folder
 from robustclip.results.protocol import digest
@@ -63,6 +64,8 @@ def export(
         name = type(method).__name__
         card = _model_card(name, to=to, base=f"{base}{source}", pixels=pixels, training=training, run=run)
         (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
+        attack = None if method.attack is None else repr(method.attack)
+        write_origin(aside, method=type(method).__name__, training_attack=attack, base=clip.fingerprint)
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
 

@@ -215,6 +215,12 @@ class CLIPDataModule(ResumableDataModule):
             "attack_space": "native" if pixels.size is None else f"{self.image_size} x {self.image_size}",
         }
 
+    def test_size(self, task: str) -> int | None:
+        """Returns the number of samples of a test task that are evaluated; None for a stream of unknown length."""
+        source = self._evaluated(task)
+        size = source.length if source.dataset is None else len(source.dataset)  # type: ignore[arg-type]
+        return size if size is None or self.max_samples is None else min(size, self.max_samples)
+
     @property
     def feature_model(self) -> dict[str, Any] | None:
         """Model whose embeddings replace the images of this stage, with its ``fingerprint``; None for images."""

@@ -10,13 +10,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, distributed
 
-from robustclip.attacks import Attack, Member
-from robustclip.attacks.attack import BOX_TOLERANCE, Forward
+from robustclip.attacks import Member
+from robustclip.attacks.attack import BOX_TOLERANCE
 from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.detection_summary import JOINT
-from robustclip.evaluation.engine import ROBUST, WRONG, Verdict, outputs
-from robustclip.evaluation.probes import losses, probe_outcomes, probed, repeat, stronger
+from robustclip.evaluation.engine import ROBUST, WRONG, Verdict
 from robustclip.results import ledger
 from robustclip.results.adversarial_examples import SUFFIX, Example, save
 from robustclip.results.run import LEDGERS, PARTS
@@ -277,8 +276,6 @@ def sample_rows(
     verdicts: Mapping[str, Verdict],
     members: Members,
     task: str,
-    forward: Forward,
-    options: Mapping[str, Any],
 ) -> list[Row]:
     """Makes the rows of a batch for the ledger of a task.
 
@@ -288,45 +285,16 @@ def sample_rows(
         verdicts: verdicts by attack.
         members: task and attack to the members of the attack.
         task: name of the task.
-        forward: function from images to logits.
-        options: ``seed`` of the attacks, and ``clip``, the model to probe; None probes nothing.
     """
     logits = logits.detach().clone()
     rows = labelled_rows(batch, {"clean": logits.argmax(-1).tolist()})
     clean = {"clean_loss": cross_entropy(logits, batch.labels), "largest_logit": logits.abs().amax(-1)}
-    _fill(rows, range(len(rows)), clean)
-    again, attacked = probed(batch.index)
-    if options["clip"] is None:
-        again = attacked = again[:0]
-    if len(again):
-        bound = _bound(forward, batch.index[again])
-        _fill(rows, again.tolist(), repeat(batch.images[again], bound, logits[again], clip=options["clip"]))
+    clean |= {"logit_sum": logits.sum(-1), "least_logit": logits.amin(-1)}
+    fill(rows, range(len(rows)), clean)
     for attack, verdict in verdicts.items():
         columns = _attack_columns(batch, verdict, members[task, attack])
-        _fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in columns.items()})
-        if len(again):
-            change = (losses(verdict.attacked[again], batch.labels[again], forward) - verdict.loss[again]).abs()
-            _fill(rows, again.tolist(), {f"{attack}.again": change})
-        first = members[task, attack][0].attack
-        for name, chosen, probe in _probes(first, verdict, attacked, batch):
-            images, labels, index = batch.images[chosen], batch.labels[chosen], batch.index[chosen]
-            outcome = probe_outcomes(images, labels, forward, probe, index=index, seed=options["seed"])
-            _fill(rows, chosen.tolist(), {f"{attack}.{name}": outcome})
+        fill(rows, range(len(rows)), {f"{attack}.{name}": values for name, values in columns.items()})
     return rows
-
-
-def _bound(forward: Forward, index: Tensor) -> Forward:
-    """Passes the sample ids of images, or of several copies of them, to a model that needs them."""
-    ids = index.clone()
-    return lambda images: outputs(forward, images, ids.repeat(len(images) // len(ids)))
-
-
-def _probes(first: Attack, verdict: Verdict, attacked: Tensor, batch: Batch) -> list[tuple[str, Tensor, Attack | None]]:
-    """Lists the probes by column, with the places of their samples in the batch; none without a sample."""
-    probes = [
-        (name, attacked[places], probe) for name, places, probe in stronger(first, verdict.by[attacked], batch.images)
-    ]
-    return [(name, places, probe) for name, places, probe in probes if len(places)]
 
 
 def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -> dict[str, Any]:
@@ -345,8 +313,14 @@ def _attack_columns(batch: Batch, verdict: Verdict, members: Sequence[Member]) -
     }
 
 
-def _fill(rows: list[Row], numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
-    """Writes a value into each chosen row; floats get five digits, since further ones depend on the batch size."""
+def fill(rows: list[Row], numbers: Sequence[int], columns: Mapping[str, Any]) -> None:
+    """Writes a value into each chosen row; floats get five digits, since further ones depend on the batch size.
+
+    Args:
+        rows: rows of a ledger.
+        numbers: positions of the rows to write.
+        columns: values for these rows by the names of their columns.
+    """
     for name, values in columns.items():
         listed = values.tolist() if isinstance(values, torch.Tensor) else values
         for number, value in zip(numbers, listed, strict=True):

@@ -11,11 +11,12 @@ from torch import Tensor
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack, Member
 from robustclip.attacks.recipes import Attacks, by_name
-from robustclip.evaluation.defended_model import Way
 from robustclip.evaluation.engine import StopRule, Verdict, examine
 from robustclip.evaluation.identity import describe, members_of
 from robustclip.evaluation.journal import Examples, Journal, Row, sample_rows
 from robustclip.evaluation.precision_ladder import AttackPrecision, description, exact, ladder, rungs
+from robustclip.evaluation.probe_queue import ProbeQueue
+from robustclip.evaluation.probes import QUOTA
 from robustclip.evaluation.shards import check_share
 from robustclip.evaluation.task_callback import (
     TaskCallback,
@@ -61,6 +62,8 @@ class RobustEvaluation(TaskCallback):
         check_every: evaluations between two checks for misclassified samples; more suits devices with slow transfers.
         save_examples: number of misclassified attacked images to keep per task and attack.
         ways: how a method with a test-time defence (``model.defence``) is attacked.
+        probes: number of samples per task, chosen by id, on which a test with a `ResultsWriter` measures for its audit;
+            they cost about as much as one more attack. 0 for none.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
@@ -78,12 +81,13 @@ class RobustEvaluation(TaskCallback):
         check_every: Count = 1,
         save_examples: CountOrZero = 0,
         ways: Ways = Ways(),
+        probes: CountOrZero = QUOTA,
     ) -> None:
         self.attacks, self.max_samples, self.seed = by_name(attacks or {}), max_samples, seed
         self.fit_attacks = self.attacks if fit_attacks is None else by_name(fit_attacks)
         self.fit_max_samples = fit_max_samples or max_samples
         self.stop, self.attack_precision = stop, attack_precision
-        self.check_every, self.save_examples, self.ways = check_every, save_examples, ways
+        self.check_every, self.save_examples, self.ways, self.probes = check_every, save_examples, ways, probes
         for name in {**self.attacks, **self.fit_attacks}:
             if not TASK_NAME.fullmatch(name) or name in RESERVED:
                 raise ValueError(f"attack name must match [a-z0-9_]+ and be none of {RESERVED}, got {name!r}")
@@ -92,7 +96,8 @@ class RobustEvaluation(TaskCallback):
         self._through: dict[tuple[str, str], list[Member]] = {}  # once per way through a defence, else as above
         self._journal: Journal | None = None
         self._examples: Examples | None = None
-        self._start = 0.0
+        self._queue: ProbeQueue | None = None  # samples that wait for their probes; None without a folder
+        self._start = self._spent = 0.0  # start of the batch; seconds that no row has yet
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Chooses the stage's attacks, and limits the data sets, so that clean and attacked accuracy share samples."""
@@ -108,7 +113,7 @@ class RobustEvaluation(TaskCallback):
             raise ValueError(
                 f"evaluation.attack_precision must be fp32 for a model.defence, got {self.attack_precision}"
             )
-        self._journal = self._examples = None
+        self._journal = self._examples = self._queue = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
         share = share_of(trainer) if stage == "test" else None
@@ -149,6 +154,10 @@ class RobustEvaluation(TaskCallback):
         """
         stage, tasks = stage_of(trainer)
         journal, strategy, left_out = self._opened(trainer, method), trainer.strategy, {}
+        if self._queue is not None:
+            with torch.autocast(method.device.type, enabled=False), frozen(method):
+                for name, rows in self._queue.finish().items():
+                    self._append(trainer, journal, name, rows)
         for task in tasks:
             here = data_of(trainer).bad_sample_counts.get(task.name, 0)
             total = strategy.reduce(torch.tensor(here, device=strategy.root_device), reduce_op="sum")
@@ -172,22 +181,28 @@ class RobustEvaluation(TaskCallback):
     def _examine(
         self, trainer: Trainer, method: RobustMethod, journal: Journal, batch: Batch, logits: Tensor, task: Task
     ) -> None:
-        # Without a folder there is no audit, hence no probes.
-        probes = {"seed": self.seed, "clip": None if journal.folder is None else method.clip}
         if method.defence is None:
             verdicts = self._attacked(trainer, method, batch, logits, task)
-            forward = exact(partial(method.logits, task=task.name))
-            rows = sample_rows(batch, logits, verdicts, self._members, task.name, forward, probes)
+            rows = sample_rows(batch, logits, verdicts, self._members, task.name)
         else:
             with tf32(is_allowed=False):
-                verdicts, rows = self._attacked_through(trainer, method, batch, task, probes)
+                verdicts, rows, logits = self._attacked_through(trainer, method, batch, task)
         # Images before rows, so that no row lacks its image after a kill.
         if self._examples is not None:
             for name, verdict in verdicts.items():
                 self._examples.add(task.name, name, batch, rows, verdict)
-        # The processes share the time, so that the sum over all rows is the time of the task.
-        share = (perf_counter() - self._start) / max(1, len(rows)) / trainer.world_size
-        journal.append(task.name, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
+        if self._queue is not None:
+            rows = self._queue.add(task.name, batch, logits, verdicts, rows)
+        self._append(trainer, journal, task.name, rows)
+
+    def _append(self, trainer: Trainer, journal: Journal, task: str, rows: list[Row]) -> None:
+        """Writes rows with the time of the batch, and that of batches whose rows were all held back."""
+        self._start, start = perf_counter(), self._start
+        self._spent += self._start - start
+        if rows:
+            # The processes share the time, so that the sum over all rows is the time of the task.
+            share, self._spent = self._spent / len(rows) / trainer.world_size, 0.0
+            journal.append(task, [{**row, ledger.TIME_COLUMN: f"{share:.6f}"} for row in rows])
 
     def _attacked(
         self, trainer: Trainer, method: RobustMethod, batch: Batch, logits: Tensor, task: Task
@@ -204,9 +219,9 @@ class RobustEvaluation(TaskCallback):
         return verdicts
 
     def _attacked_through(
-        self, trainer: Trainer, method: RobustMethod, batch: Batch, task: Task, probes: dict[str, Any]
-    ) -> tuple[dict[str, Verdict], list[Row]]:
-        """Runs every attack on the method without its defence and on all ways through it, and makes the rows."""
+        self, trainer: Trainer, method: RobustMethod, batch: Batch, task: Task
+    ) -> tuple[dict[str, Verdict], list[Row], Tensor]:
+        """Runs every attack without the defence and in all ways through it; returns verdicts, rows, answers."""
         with torch.inference_mode(False), torch.no_grad():
             clean = clean_answers(method, task.name, batch, self.ways)
         defended, keys = {}, {name: (task.name, name) for name in self._running}
@@ -218,14 +233,12 @@ class RobustEvaluation(TaskCallback):
                 method, task.name, batch.images, batch.labels, members, self.ways, **options
             )
         verdicts = {name: verdict.adaptive for name, verdict in defended.items()}
-        # Probes follow the gradient of the undefended model, since that of a defence may be cut.
-        forward = Way(method, task.name, "bare", range(1))
-        rows = sample_rows(batch, clean.logits, verdicts, self._through, task.name, forward, probes)
+        rows = sample_rows(batch, clean.logits, verdicts, self._through, task.name)
         add_columns(rows, clean.columns)
         for name, verdict in defended.items():
             columns = columns_of(verdict, self._members[keys[name]], self._through[keys[name]])
             add_columns(rows, {f"{name}.{column}": values for column, values in columns.items()})
-        return verdicts, rows
+        return verdicts, rows, clean.logits
 
     def _options(self, batch: Batch) -> dict[str, Any]:
         return {"index": batch.index, "seed": self.seed, "stop": self.stop, "check_every": self.check_every}
@@ -258,4 +271,7 @@ class RobustEvaluation(TaskCallback):
             self._journal = writer.begin(trainer, identity, self._through)
             folder = writer.opened / EXAMPLES
             self._examples = Examples(folder, self._through, self.save_examples, self._journal.earlier)
+            sizes = {task.name: data_of(trainer).test_size(task.name) for task in tasks}
+            limits: dict[str, Any] = {"sizes": sizes, "quota": self.probes, "seed": self.seed}
+            self._queue = ProbeQueue(method_of(module), tasks, self._through, **limits)
         return self._journal

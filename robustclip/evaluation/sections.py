@@ -6,15 +6,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from robustclip.attacks import Attack, Member
-from robustclip.evaluation.audit import audit, checks_at
 from robustclip.evaluation.detection_summary import detected
+from robustclip.evaluation.evidence import Evidence, attack_columns, sample_columns
 from robustclip.evaluation.geometry_summary import GEOMETRY, measured
-from robustclip.evaluation.probes import Evidence, attack_columns, sample_columns
+from robustclip.evaluation.grading import audit, checks_at
 from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
 
-FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of an attack that the audit reads
+FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of every attack that the audit reads
+EFFORT = ("loss", "steps", "targets", "queries")  # further ones, which some attacks have
 
 
 def stored_members(
@@ -29,7 +30,12 @@ def stored_members(
     stored: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
     for (task, attack), several in members.items():
         stored[task][attack] = [
-            {"name": member.name, "note": member.note, "attack": {name: getattr(member.attack, name) for name in FACTS}}
+            {
+                "name": member.name,
+                "note": member.note,
+                "attack": {name: getattr(member.attack, name) for name in FACTS}
+                | {name: member.attack.settings[name] for name in EFFORT if name in member.attack.settings},
+            }
             for member in several
         ]
     return stored
@@ -52,6 +58,7 @@ def audited(record: Record) -> dict[str, Any]:
         {task: given["class_count"] for task, given in facts["tasks"].items()},
         record.protocol,
         is_undefended=facts["is_undefended"],
+        is_robust=facts.get("is_robust"),
         baseline=None if facts["baseline"] is None else Run.open(Path(facts["baseline"])),
     )
     return audit(evidence, checks_at(facts["checks"]))

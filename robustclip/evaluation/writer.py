@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from robustclip import persistence
 from robustclip.arguments import Count, CountOrZero, checked
-from robustclip.evaluation.audit import checks_at
+from robustclip.evaluation.grading import checks_at
 from robustclip.evaluation.identity import unlike, words
 from robustclip.evaluation.journal import Journal, Members, keep_examples
 from robustclip.evaluation.progress import TaskProgress
@@ -141,7 +141,7 @@ class ResultsWriter(Callback):
             if self.is_undefended and getattr(pl_module, "defence", None) is not None:
                 raise ValueError("results.is_undefended must be false for a method with model.defence")
             if self.baseline is not None and isinstance(pl_module, RobustMethod):
-                _check_baseline(self.baseline, pl_module.clip.fingerprint)
+                _check_baseline(self.baseline, _base_of(pl_module))
 
     @property
     def opened(self) -> Path:
@@ -228,6 +228,7 @@ class ResultsWriter(Callback):
         return {
             **self._identity,
             "is_undefended": self.is_undefended,
+            "is_robust": method.is_robust,
             "baseline": None if self.baseline is None else str(self.baseline.folder.resolve()),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -322,12 +323,22 @@ def _is_pretrained(method: RobustMethod) -> bool:
     )
 
 
-def _check_baseline(baseline: Run, weights: str) -> None:
+def _base_of(method: RobustMethod) -> str | None:
+    """Returns the fingerprint of the undefended model of a run; None for foreign robust weights, whose base is unknown.
+
+    The base of an exported robust model is the model that its training began with.
+    """
+    if not method.is_robust:
+        return method.clip.fingerprint
+    return None if method.origin is None else str(method.origin["base_fingerprint"])
+
+
+def _check_baseline(baseline: Run, weights: str | None) -> None:
     """Refuses a baseline that did not test the base model of this run.
 
     Args:
         baseline: a finished test.
-        weights: fingerprint of this run's base model.
+        weights: fingerprint of this run's base model; None accepts any model.
 
     Raises:
         ValueError: the baseline has trained weights or another base model, or its result does not name its weights.
@@ -339,7 +350,7 @@ def _check_baseline(baseline: Run, weights: str) -> None:
             f"results.baseline {baseline.folder} must be a test of a base model as it is, found trained weights of"
             f" {baseline.result['method']}, or a result of an older version; {remedy}"
         )
-    if model.get("fingerprint") != weights:
+    if weights is not None and model.get("fingerprint") != weights:
         raise ValueError(
             f"results.baseline {baseline.folder} tested weights {model.get('fingerprint')}, but the base model here has"
             f" {weights}; {remedy}"

@@ -27,6 +27,7 @@ from robustclip.models.compilation import compile_towers
 from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
 from robustclip.models.tf32 import tf32
+from robustclip.models.weight_origin import read_origin
 from robustclip.types import Batch, Task, data_of
 
 TRAIN = "train"  # name of the task of the training classes
@@ -46,6 +47,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         has_fixed_batch_norm: keep the pre-trained BatchNorm statistics during training.
         has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
         compile: compile the blocks of both towers by `torch.compile`; checkpoints stay as they are.
+        is_robust: whether the weights of ``pretrained`` are robust already, so that a test of them is no baseline; null
+            reads it from the folder of ``robustclip export``, and else leaves it open.
         attack: training attack; null for methods that train on clean images.
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
@@ -61,7 +64,7 @@ class RobustMethod(Checked, LightningModule, ABC):
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
-        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile"),
+        *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile", "is_robust"),
         *("attack", "optimizer", "warmup_steps", "schedule", "defence"),
     )
 
@@ -73,6 +76,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         has_fixed_batch_norm: bool = True,
         has_activation_checkpointing: bool = False,
         compile: bool = False,
+        is_robust: bool | None = None,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: CountOrZero = 0,
@@ -84,6 +88,9 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
+        self.origin = read_origin(pretrained)
+        is_trained_so = None if self.origin is None else self.origin["training_attack"] is not None
+        self.is_robust = is_trained_so if is_robust is None else is_robust
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
         if compile:

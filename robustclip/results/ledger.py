@@ -14,8 +14,17 @@ SAMPLE_COLUMNS = {
     "clean": "class predicted for the clean image",
     "clean_loss": "cross-entropy of the clean image",
     "largest_logit": "largest absolute logit of the clean image",
+    "logit_sum": "sum of the logits of the clean image",
+    "least_logit": "smallest logit of the clean image",
     "outside": "largest distance of a pixel from [0, 1] at the input of the image tower; empty: not probed",
     "repeat": "largest difference of logits when the image runs again in another batch; empty: not probed",
+    "faithful": "1 if the gradient predicts the change of the loss along it, else 0; empty: not probed, or no gradient",
+    "regrad": "relative difference of two gradients at one point; empty: not probed",
+    "spread": "squared sum of the gradient's absolute values over their number and sum of squares; empty: not probed",
+    "random": "1 if a forward and a backward pass draw from a global random generator, else 0; empty: not probed",
+    "autograd": "number of calls that compute gradients during one answer; empty: not probed",
+    "state": "largest difference of logits after other images were shown; inf: a tensor changed; empty: not probed",
+    "leak": "largest difference of logits when the test step is given other labels; empty: not probed",
 }
 ATTACK_COLUMNS = {
     "by": "member of the attack that succeeded; `clean`: misclassified without attack; empty: robust",
@@ -31,6 +40,10 @@ ATTACK_COLUMNS = {
     "wider": "1 if the attack succeeds with a larger radius, for robust samples half the pixel range, else 0; "
     "empty: not probed",
     "longer": "1 if the attack succeeds with more steps, else 0; empty: not probed",
+    "other": "1 if an attack with another loss and another search succeeds on a robust sample, else 0; empty: not "
+    "probed",
+    "transfer": "1 if an image made on the model without its defence succeeds on a robust sample, else 0; empty: not "
+    "probed",
 }
 # Further columns of methods with a test-time defence. The others are about the method with its defence.
 DEFENDED_SAMPLE_COLUMNS = {

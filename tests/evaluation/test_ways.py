@@ -403,7 +403,7 @@ def test_detection_is_refused_beside_a_defence(tmp_path: Path) -> None:
 def test_the_command_line_takes_a_defence_and_verify_tests_its_images_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configs = Path(__file__).parents[2] / "configs"
+    configs = Path(__file__).parents[2] / "robustclip" / "configs"
     options = ["test", "--config", str(configs / "zero_shot.yaml"), "--data.test", "[shapes:colours]"]
     options += ["--evaluation.max_samples", "6", "--evaluation.save_examples", "3", "--evaluation.ways.draws", "2"]
     options += ["--evaluation.attacks", "{pgd: {class_path: PGD, init_args: {eps: 5/255, alpha: 2/255, steps: 3}}}"]

@@ -1,0 +1,86 @@
+"""Checks of the gradients: whether they exist, repeat, predict the loss, and use the whole image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from robustclip.evaluation.audit import AuditCheck, Check
+from robustclip.evaluation.checks.model_checks import REPEATED
+from robustclip.evaluation.evidence import Evidence
+
+# Limits of warning and of failure, for shares. The lower end of a share's 95 % interval is compared with them, so that
+# a small set does not fail by chance.
+DEAD_GRADIENTS = (0.001, 0.01)  # a dead gradient is a step that the attack did not take
+
+UNFAITHFUL = (0.05, 0.25)  # share of samples whose gradient does not predict the loss; none on sound models
+# Median over the samples: 0.64 for Gaussian gradients, 0.35 to 0.46 for CLIP, 0.05 for an image clipped to [0.3, 0.7].
+FEW_PIXELS = (0.02, 0.002)
+ALL_ALIKE = 0.95  # of a constant image
+
+
+class _PixelGradients(AuditCheck):
+    name = "pixel_gradients"
+    why = "a gradient that is zero in every pixel, or was never taken, lets the sample pass unattacked"
+
+    def grade(self, evidence: Evidence) -> Check:
+        steps = faults = 0
+        for key, columns in evidence.attacked.items():
+            held = columns["by"] == ""  # after its success an attack may rest
+            # Others than anytime attacks may succeed, rest, and yet return another image (CW of torchattacks).
+            may_rest = not all(member.attack.is_anytime for member in evidence.members[key])
+            dead = columns["dead"] * (not may_rest or (columns["dead"] == columns["steps"]).all())
+            steps, faults = steps + int(columns["steps"][held].sum()), faults + int(dead[held].sum())
+            if any(member.attack.is_anytime and not member.attack.is_black_box for member in evidence.members[key]):
+                missing = int((columns["steps"][held] == 0).sum())
+                steps, faults = steps + missing, faults + missing
+        if not steps and evidence.total("steps").sum():
+            return self.answer("pass", "nothing survived")
+        return self.of_count(faults, steps, DEAD_GRADIENTS, "survivors' gradients are zero or missing")
+
+
+class _GradientFidelity(AuditCheck):
+    name = "gradient_fidelity"
+    why = "a gradient that does not predict how the loss changes along it leads the attack astray"
+
+    def grade(self, evidence: Evidence) -> Check:
+        faithful = evidence.clean("faithful")
+        probed = faithful[~np.isnan(faithful)]
+        is_complete = probed.size == faithful.size
+        fault = "samples' gradients do not predict the loss"
+        return self.of_probes(int((probed == 0).sum()), probed.size, UNFAITHFUL, fault, is_complete=is_complete)
+
+
+class _GradientRepeats(AuditCheck):
+    name = "gradient_repeats"
+    why = "two gradients of one image must be equal; else the attack needs the mean over many"
+
+    def grade(self, evidence: Evidence) -> Check:
+        difference = evidence.clean("regrad")
+        difference = difference[~np.isnan(difference)]
+        if not difference.size:
+            return self.answer("not_measured", "no sample was probed")
+        measurement = f"two gradients differ by up to {difference.max():.2g} of their length, {difference.size} samples"
+        return self.answer("fail" if difference.max() > REPEATED else "pass", measurement)
+
+
+class _GradientSpread(AuditCheck):
+    name = "gradient_spread"
+    why = "a gradient of few pixels, or alike in all, is correct and useless: the attack moves as if blind"
+
+    def grade(self, evidence: Evidence) -> Check:
+        spread = evidence.clean("spread")
+        spread = spread[~np.isnan(spread)]
+        if not spread.size:
+            return self.answer("not_measured", "no sample was probed")
+        median = float(np.median(spread))
+        warns = median < FEW_PIXELS[0] or median > ALL_ALIKE
+        measurement = f"spread of the gradient {median:.2g}, median of {spread.size} samples; 0.64 for Gaussian ones"
+        return self.answer("fail" if median < FEW_PIXELS[1] else "warn" if warns else "pass", measurement)
+
+
+GRADIENT_CHECKS: Sequence[AuditCheck] = (
+    _PixelGradients(),
+    _GradientFidelity(),
+    _GradientRepeats(),
+    _GradientSpread(),
+)
