@@ -16,7 +16,7 @@ from robustclip.attacks.attack import Forward
 from robustclip.attacks.perturbation_set import Norm
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.engine import ROBUST, examine, outputs
-from robustclip.evaluation.gradient_probes import margin_gradient
+from robustclip.evaluation.gradient_probes import APPROACH, LENGTHS, NODES, margin_gradient
 from robustclip.models.clip import CLIPModel
 
 QUOTA = 256  # samples of a task that are probed: 59 survivors, who bound a masked share by 5 %, if 23 % are robust
@@ -27,6 +27,7 @@ WIDER, LONGER = 4.0, 2.0  # factors of the radius and of the steps of a probe
 ANYTHING = 0.5  # at this radius every image can be made grey, so that no model is correct (arXiv:1802.00420)
 STEPS = 20  # of the other attack and of the transferred one
 
+REPEATS = 5  # further passes of a sample whose gradients are examined
 LARGE = 2**20  # numbers in a tensor from which on its content is not read to notice a change
 
 
@@ -43,6 +44,16 @@ def share_of(quota: int, size: int | None) -> float:
         size: number of samples of the task; None if it is not known.
     """
     return min(1.0, quota / size) if size else STREAM_SHARE * min(1, quota)
+
+
+def passes_of_probes(gradients: Sequence[int]) -> float:
+    """Computes the gradient passes per probed sample, as if no attack stopped early.
+
+    Args:
+        gradients: gradient passes of each attack of the test.
+    """
+    of_attacks = sum((1 + LONGER) * count + 2 * STEPS for count in gradients)
+    return of_attacks + (APPROACH + len(LENGTHS) * NODES + REPEATS) / FINE
 
 
 def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel) -> dict[str, Tensor]:

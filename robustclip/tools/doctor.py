@@ -28,6 +28,7 @@ from robustclip.data import CLIPDataModule
 from robustclip.data.batch_sizes import Pieces
 from robustclip.evaluation import RobustEvaluation
 from robustclip.evaluation.precision_ladder import rungs
+from robustclip.evaluation.probes import passes_of_probes
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.models.layers import frozen
 from robustclip.models.tf32 import tf32
@@ -212,7 +213,7 @@ class Bench:
 
     def _test(self, tests: Sequence[DataSet]) -> str:
         """Estimates the time of the whole test."""
-        seconds, rates = self._evaluation(self.evaluation.attacks, tests)
+        seconds, rates = self._evaluation(self.evaluation.attacks, tests, probed=self.evaluation.probes)
         unknown = [name for name, attack in self.evaluation.attacks.items() if attack.cost(2) is None]
         unknown += [data_set.task.name for data_set in tests if data_set.size is None]
         unknown += ["all ways through model.defence"] if self.model.defence is not None else []
@@ -250,8 +251,10 @@ class Bench:
             return Finding("schedule", WARNING, f"{detail}, more than the run has; change model.warmup_steps")
         return Finding("schedule", OK, detail)
 
-    def _evaluation(self, attacks: Mapping[str, Attack], sets: Sequence[DataSet]) -> tuple[float, str]:
-        """Estimates the seconds of an evaluation, and describes the measured rates."""
+    def _evaluation(
+        self, attacks: Mapping[str, Attack], sets: Sequence[DataSet], *, probed: int = 0
+    ) -> tuple[float, str]:
+        """Estimates the seconds of an evaluation with its probes per set, and describes the measured rates."""
         largest = max(sets, key=lambda data_set: data_set.size or 0)
         forward, gradient = self._passes(largest)
         query, step = forward, gradient
@@ -264,7 +267,8 @@ class Bench:
             costs = [attack.cost(len(data_set.task.label_names)) or Cost(0, 0) for attack in attacks.values()]
             computing = forward + sum(cost.gradient * step + cost.forward * query + forward for cost in costs)
             loaded = (data_set.size or 0) * self._with_loading(data_set, computing)
-            total += loaded / self.world_size + data_set.head_seconds
+            probing = min(probed, data_set.size or 0) * passes_of_probes([cost.gradient for cost in costs]) * step
+            total += (loaded + probing) / self.world_size + data_set.head_seconds
         return total, f"{1 / forward:,.0f} images/s forward, {1 / gradient:,.0f} with gradient"
 
     def _passes(self, data_set: DataSet, *, in_bfloat16: bool = False) -> tuple[float, float]:

@@ -66,10 +66,18 @@ def test_a_defence_that_hides_its_gradients_is_noticed_by_its_check(name: str, t
     assert run.result["audit"]["grade"] == "F" if name != "SoftThermometer" else run.result["audit"]["grade"] in "CF"
 
 
+# Robust accuracy of the undefended model under the strongest attack known; these attacks reach it through the defence.
+TRUTH = {"HalfUnderflow": 0.042}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", masked.MASKED)
-def test_every_masked_defence_gets_a_grade_below_b(name: str, tmp_path: Path) -> None:
+def test_every_masked_defence_gets_a_grade_below_b_or_a_number_near_the_truth(name: str, tmp_path: Path) -> None:
     run = outcome(tmp_path, masked.MASKED[name](), samples=96)
+    if name in TRUTH:
+        low, high = run.result["tasks"]["colours"]["pgd"]["interval"]
+        assert low <= TRUTH[name] <= high
+        return
     assert run.result["audit"]["grade"] in ("C", "F"), answers(run)
     assert alarms(run) - {"baseline"}, "the audit must not need the declaration that the model is undefended"
 
