@@ -13,7 +13,8 @@ from torchmetrics.functional.classification import (
 )
 
 RANKS = (1, 5, 10)  # ranks of retrieval
-KEPT = 0.95  # share of the known samples that must be accepted when the accepted unknown ones are counted
+SEPARATION = ("auroc", "aupr", "fpr95", "aupr_out", "fpr95_out", "autc")  # keys of `separation`
+KEPT = 0.95  # share of the positives that must be kept when the negatives among them are counted
 
 
 class Top1(Metric):
@@ -141,7 +142,7 @@ def calibration_error(confidence: Tensor, is_correct: Tensor, bins: int) -> Tens
 
 
 def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
-    """Computes how well a score separates known samples, the positives, from unknown ones.
+    """Computes how well a score separates known samples from unknown ones, with either as the positives.
 
     Args:
         known: scores ``(N,)`` of known samples.
@@ -149,18 +150,39 @@ def separation(known: Tensor, unknown: Tensor) -> dict[str, Tensor]:
 
     Returns:
         ``auroc``: share of pairs in which the known sample has the higher score, ties counting half. ``aupr``: average
-        precision. ``fpr95``: share of the unknown samples at or above the highest threshold that at least 95 % of the
-        known ones reach. All are nan without known or unknown samples, or if a score is nan.
+        precision, the known samples being the positives (AUPR-IN). ``fpr95``: share of the unknown samples at or above
+        the highest threshold that at least 95 % of the known ones reach. ``aupr_out`` and ``fpr95_out``: the same with
+        unknown samples as the positives and the negative score, as in OpenOOD and pytorch-ood. ``autc``: see
+        `threshold_area`. All are nan without known or unknown samples, or if a score is nan.
     """
     if not len(known) or not len(unknown) or torch.cat([known, unknown]).isnan().any():
-        return dict.fromkeys(("auroc", "aupr", "fpr95"), known.new_tensor(torch.nan))
-    ranks, is_known = _ranked(known, unknown)
-    specificity, _ = binary_specificity_at_sensitivity(ranks, is_known, min_sensitivity=KEPT)
-    return {
-        "auroc": binary_auroc(ranks, is_known),
-        "aupr": binary_average_precision(ranks, is_known),
-        "fpr95": 1 - specificity,
-    }
+        return dict.fromkeys(SEPARATION, known.new_tensor(torch.nan))
+    aupr, fpr95 = _at_positives(known, unknown)
+    aupr_out, fpr95_out = _at_positives(-unknown, -known)
+    values = binary_auroc(*_ranked(known, unknown)), aupr, fpr95, aupr_out, fpr95_out, threshold_area(known, unknown)
+    return dict(zip(SEPARATION, values, strict=True))
+
+
+def threshold_area(known: Tensor, unknown: Tensor) -> Tensor:
+    """Computes AUTC, the mean of both error rates over all thresholds (https://arxiv.org/abs/2306.14658).
+
+    Scores are scaled to [0, 1] by their range. The areas are exact: the rejected share of the known samples, over all
+    thresholds, is one minus their mean score, and the accepted share of the unknown ones is theirs. 0 is perfect; equal
+    scores give a half.
+
+    Args:
+        known: scores ``(N,)`` of known samples, not nan.
+        unknown: scores ``(M,)`` of unknown samples, not nan.
+    """
+    low, high = torch.cat([known, unknown]).aminmax()
+    return torch.where(high > low, (1 + (unknown.mean() - known.mean()) / (high - low)) / 2, 0.5)
+
+
+def _at_positives(positives: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the average precision, and the share of negatives at the threshold that keeps 95 % of the positives."""
+    ranks, is_positive = _ranked(positives, negatives)
+    specificity, _ = binary_specificity_at_sensitivity(ranks, is_positive, min_sensitivity=KEPT)
+    return binary_average_precision(ranks, is_positive), 1 - specificity
 
 
 def roc(known: Tensor, unknown: Tensor, points: int) -> tuple[Tensor, Tensor]:

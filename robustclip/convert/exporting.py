@@ -11,6 +11,7 @@ from robustclip.convert import hugging_face, open_clip_folder
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
+from robustclip.models.lora import merged_state
 from robustclip.models.weight_origin import write_origin
 from robustclip.names import markdown
 from robustclip.persistence import atomic_folder
@@ -132,7 +133,7 @@ def _write_hugging_face(clip: CLIPModel, folder: Path, crop: Crop | None) -> flo
     settings = hugging_face.clip_config(open_clip_folder.config_of(clip))
     settings.architectures = ["CLIPModel"]
     settings.save_pretrained(folder)
-    open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(clip.net.state_dict()))
+    open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(merged_state(clip.net)))
     hugging_face.write_tokenizer(clip, folder, crop or "clip")
     return open_clip_folder.check_parity(
         open_clip_folder.similarities(clip), hugging_face.library_similarities(folder, clip)

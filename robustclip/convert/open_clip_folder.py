@@ -15,6 +15,7 @@ from torch import Tensor
 from robustclip.models import tensor_files
 from robustclip.models.clip import SHAPES_MODEL, CLIPModel
 from robustclip.models.layers import frozen
+from robustclip.models.lora import merged_state
 from robustclip.types import RESIZES, Crop, Task
 
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
@@ -71,7 +72,7 @@ def write(clip: CLIPModel, folder: Path, crop: Crop | None = None) -> None:
     # The pixel statistics are those of the model, which a method may have changed.
     kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
     write_config(folder, config, kept)
-    write_weights(folder / WEIGHTS, clip.net.state_dict())
+    write_weights(folder / WEIGHTS, merged_state(clip.net))
 
 
 def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, Any]) -> None:

@@ -32,9 +32,12 @@ class OODDetection(Callback):
 
     - ``auroc``, ``aupr``: areas under the curves of the ranking by the score;
     - ``fpr95``: the share of unknown samples at or above the highest threshold that 95 % of the known ones reach;
+    - ``aupr_out``, ``fpr95_out``: the same with unknown samples as the positives, the convention of OpenOOD and
+      pytorch-ood; these and the known ones' may differ much, and must not be compared with each other;
+    - ``autc``: area under the threshold curve, see `separation`; lower is better;
     - ``h``: harmonic mean of ``auroc`` and ``class_accuracy``;
-    - ``attacked/auroc``, ``/aupr``, ``/fpr95``: numbers under attack, which lowers the reported score of known images
-      and raises that of unknown ones. The worse of the clean and the attacked image counts.
+    - ``attacked/auroc`` and so on: numbers under attack, which lowers the reported score of known images and raises
+      that of unknown ones. The worse of the clean and the attacked image counts.
 
     and per known task ``class_accuracy``, the mean over the classes that are present, and ``ece``, the calibration
     error of the softmax in 15 bins. Beside a `ResultsWriter`, scores, histograms and ROC curves are kept too.
@@ -43,7 +46,8 @@ class OODDetection(Callback):
         known: names of the known test tasks; null for all.
         unknown: known task to the names of its unknown sets; null, or no entry for a task, for all.
         scores: names, class paths or objects of `Score`; ``mcm`` is the softmax of the cosines, ``msp`` that of the
-            scaled logits, ``knn`` the nearness of the training images, see `Neighbours`.
+            scaled logits, ``logit_gap`` and ``gen`` are `LogitGap` and `GEN`, ``knn`` is the nearness of the training
+            images, see `Neighbours`.
         neighbours: values of K for the curve of ``knn``, up to the number of training images; the score itself takes
             1 % of that number.
         headline: score of the tables.
@@ -208,7 +212,7 @@ class OODDetection(Callback):
 
     @property
     def _own_scores(self) -> dict[str, dict[str, Any]]:
-        own = {name: score for name, score in self._score_by_name.items() if name != KNN and name not in SCORES}
+        own = {name: score for name, score in self._score_by_name.items() if name not in SCORES or score.settings}
         return {name: {"class": type(score).__name__, **score.settings} for name, score in own.items()}
 
     def _settings(self) -> dict[str, Any]:

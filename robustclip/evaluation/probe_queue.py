@@ -148,7 +148,8 @@ class ProbeQueue:
         fill(held.rows, range(len(held.rows)), probes.repeat(images, bound, held.logits, clip=self.method.clip))
         for attack, by in held.by.items():
             self._attack_again(task, attack, held, by, forward)
-        if images.ndim != 4:  # embeddings
+        # Embeddings have no pixels. A defence declares what these probes look for, and is attacked in ways of its own.
+        if images.ndim != 4 or self.method.defence is not None:
             return held.rows
         is_fine = probes.draws(held.batch.index) < self.fine_shares[task]
         if bool(is_fine.any()):
@@ -165,6 +166,7 @@ class ProbeQueue:
         survivors = held.take((by == ROBUST).nonzero()[:, 0])
         if survivors.rows:
             self._fill_outcomes(f"{attack}.other", survivors, forward, probes.other_attack(members))
+        if survivors.rows and self.method.defence is None:
             moved, (images, labels, index) = probes.transferred_attack(members), survivors.batch[:3]
             sources = self._sources(task, images[:1])
             bound = probes.bound(forward, index)

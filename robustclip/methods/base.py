@@ -26,6 +26,7 @@ from robustclip.models.clip import CLIPModel
 from robustclip.models.compilation import compile_towers
 from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
 from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
+from robustclip.models.lora import LoRA, cached, factors_alone, inject
 from robustclip.models.tf32 import tf32
 from robustclip.models.weight_origin import read_origin
 from robustclip.types import Batch, Task, data_of
@@ -49,6 +50,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         compile: compile the blocks of both towers by `torch.compile`; checkpoints stay as they are.
         is_robust: whether the weights of ``pretrained`` are robust already, so that a test of them is no baseline; null
             reads it from the folder of ``robustclip export``, and else leaves it open.
+        lora: train low-rank changes of the towers' matrices in place of the towers; null trains the towers.
         attack: training attack; null for methods that train on clean images.
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
@@ -60,7 +62,12 @@ class RobustMethod(Checked, LightningModule, ABC):
     takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
     is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
-    of_objects: tuple[str, ...] = ("attack", "optimizer", "defence")  # arguments that would break weights_only loading
+    of_objects: tuple[str, ...] = (
+        "attack",
+        "optimizer",
+        "lora",
+        "defence",
+    )  # arguments that would break weights_only loading
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
@@ -77,6 +84,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         has_activation_checkpointing: bool = False,
         compile: bool = False,
         is_robust: bool | None = None,
+        lora: LoRA | None = None,
         attack: Attack | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
         warmup_steps: CountOrZero = 0,
@@ -91,11 +99,13 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.origin = read_origin(pretrained)
         is_trained_so = None if self.origin is None else self.origin["training_attack"] is not None
         self.is_robust = is_trained_so if is_robust is None else is_robust
+        if lora is not None:
+            inject(self.clip.net, lora, is_compiled=compile)
         if has_activation_checkpointing:
             checkpoint_activations(self.clip.net.visual)
         if compile:
             compile_towers(self.clip)
-        self.defence = defence
+        self.defence, self.lora = defence, lora
         self.heads: dict[str, Tensor] = {}
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
@@ -154,11 +164,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         They comprise the method's name, all plain constructor arguments that are not in `of_training`, and
         `CLIPModel.settings`. If the attribute of an argument's name was assigned later, its value is used.
         """
-        listed = {name for cls in type(self).__mro__ for name in vars(cls).get("of_training", ())}
-        names = [name for name in self.hparams if name not in listed and not name.startswith("_")]
-        passed = saved_state.plain_values({name: self.hparams[name] for name in names})
-        assigned = saved_state.plain_values({name: vars(self)[name] for name in names if name in vars(self)})
-        return {"method": type(self).__name__, **passed, **assigned, **self.clip.settings}
+        return saved_state.inference_settings(self)
 
     def logits(self, images: Tensor, task: str = TRAIN) -> Tensor:
         """Computes the zero-shot logits ``(B, C)`` of images.
@@ -220,7 +226,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         targets = batch.labels if targets is None else targets
         self._attacked_heads = {}
         try:
-            with frozen(self):
+            with frozen(self), cached():  # no weight changes, so that LoRA's are computed once
                 return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
         finally:
             self._attacked_heads = None
@@ -239,15 +245,20 @@ class RobustMethod(Checked, LightningModule, ABC):
         if self.train_task is None:
             self.prepare([task])
 
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Returns `parameter_groups`, of adapted towers with the factors of LoRA alone."""
+        groups: list[dict[str, Any]] = factors_alone(self.clip.net, self.parameter_groups(), self.lora)
+        return groups
+
     @property
     def learning_names(self) -> set[str]:
         """Names of the parameters to train, also while an attack has frozen them."""
-        learning = {id(parameter) for parameter in learning_parameters(self, self.parameter_groups())}
+        learning = {id(parameter) for parameter in learning_parameters(self, self.trained_groups())}
         return {name for name, parameter in self.named_parameters() if id(parameter) in learning}
 
     def freeze_the_rest(self) -> list[nn.Parameter]:
         """Freezes everything but the parameters of `parameter_groups()`, and returns these."""
-        learning = learning_parameters(self, self.parameter_groups())
+        learning = learning_parameters(self, self.trained_groups())
         learn_only(self, learning)
         return learning
 
@@ -330,7 +341,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def _check_is_finite(self) -> None:
         self._watch.check(self.trainer)
-        step_checks.check_weights(self, self.parameter_groups())
+        step_checks.check_weights(self, self.trained_groups())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the terms of `training_loss`, and logs them."""
@@ -377,7 +388,7 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Builds the optimiser over `parameter_groups()` and its schedule, which is updated every step."""
-        optimizer = self.optimizer(self.parameter_groups())
+        optimizer = self.optimizer(self.trained_groups())
         total = steps_of_run(self.trainer, self.schedule)
         scheduler = warmup_cosine(optimizer, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

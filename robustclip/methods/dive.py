@@ -53,7 +53,8 @@ class DiVE(FLYP):
         self.average_weight, self.pair_weight, self.decay = average_weight, pair_weight, decay
         self.teacher = Teacher(self.clip) if average_weight + pair_weight > 0 else None
         if self.teacher is not None:
-            self.register_buffer("shift", torch.zeros(self.clip.encode_text([""]).shape[1]))
+            width = self.clip.encode_text([""]).shape[1]
+            self.register_buffer("shift", torch.zeros(width), persistent=False)  # no part of the model
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns InfoNCE of the labelled images, and the terms that make the difference vectors equal.
@@ -82,3 +83,15 @@ class DiVE(FLYP):
         if self.pair_weight > 0:
             terms["pair_vector"] = self.pair_weight * (u - v).square().sum(1).mean()
         return terms
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the average to the checkpoint."""
+        super().on_save_checkpoint(checkpoint)
+        if self.teacher is not None:
+            checkpoint["shift"] = self.shift.clone()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the average, which a resumed fit needs."""
+        super().on_load_checkpoint(checkpoint)
+        if self.teacher is not None and "shift" in checkpoint:
+            self.shift.copy_(checkpoint["shift"])

@@ -73,6 +73,8 @@ class FineTuning(RobustMethod):
         super().__init__(optimizer=optimizer, warmup_steps=warmup_steps, **kwargs)
         if l2_sp and probe_epochs is None:
             raise ValueError(f"l2_sp must be 0 where probe_epochs is null, got {l2_sp}: the tower is not trained")
+        if l2_sp and self.lora is not None:
+            raise ValueError(f"l2_sp must be 0 where lora is set, got {l2_sp}: the weights themselves are not trained")
         self.probe_epochs, self.l2_sp, self.lwf, self.head_lr = probe_epochs, l2_sp, lwf, head_lr
         self.start = ImageTeacher(self.clip) if l2_sp or lwf else None
         self.takes_features = probe_epochs is None and not lwf

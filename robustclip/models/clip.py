@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Count, checked
 from robustclip.models import tensor_files, text_tower
+from robustclip.models.lora import merged_state
 from robustclip.models.tensor_files import LOADING_ERRORS, one_line
 from robustclip.types import Task
 
@@ -181,7 +182,7 @@ class CLIPModel(nn.Module):
 def fingerprint(module: nn.Module) -> str:
     """Identifies a module's weights by their content, in any memory layout and 16-bit or 32-bit precision."""
     halves = (torch.float16, torch.bfloat16)
-    state = module.state_dict().items()
+    state = merged_state(module).items()
     return tensor_files.digest({name: part.float() if part.dtype in halves else part for name, part in state})[:16]
 
 

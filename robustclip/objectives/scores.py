@@ -153,7 +153,58 @@ class Entropy(Score):
         return (log_p.exp() * log_p).sum(-1)
 
 
-SCORES: dict[str, Score] = {score.name: score for score in (MCM(), MSP(), MaxLogit(), Energy(), Entropy())}
+class LogitGap(Score):
+    """Highest cosine less the mean of the next ones, https://arxiv.org/abs/2510.20134.
+
+    Args:
+        n: number of the highest cosines, with the first; null for the paper's shares, a fifth of 50 or more classes and
+            half of fewer, but at least 2.
+    """
+
+    name = "logit_gap"
+
+    def __init__(self, n: int | None = None) -> None:
+        if n is not None and n < 2:
+            raise ValueError(f"n of logit_gap must be at least 2, got {n}")
+        self.n = n
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Gap of the highest cosine, ``s_(1) - mean(s_(2), ..., s_(n))``."""
+        classes = outputs.shape[-1]
+        n = self.n or max(2, round((0.2 if classes >= 50 else 0.5) * classes))
+        if n > classes:
+            raise ValueError(f"n of logit_gap must be at most the {classes} classes, got {n}")
+        highest = (outputs / scale).topk(n).values
+        return highest[..., 0] - highest[..., 1:].mean(-1)
+
+
+class GEN(Score):
+    """Generalised entropy of the highest probabilities, GEN (Liu et al., CVPR 2023).
+
+    Args:
+        gamma: exponent, the authors' 0.1; at 1 the score is minus the Gini impurity of these probabilities.
+        m: number of the highest probabilities, the authors' 100; all if there are fewer classes.
+    """
+
+    name = "gen"
+
+    def __init__(self, gamma: float = 0.1, m: int = 100) -> None:
+        if not gamma > 0 or m < 1:
+            raise ValueError(f"gamma of gen must be above 0 and m at least 1, got {gamma:g} and {m}")
+        self.gamma, self.m = gamma, m
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Negative entropy ``-sum_k (p_(k) (1 - p_(k)))^gamma`` over the ``m`` highest, ``p = softmax(z)``."""
+        highest = outputs.topk(min(self.m, outputs.shape[-1])).values
+        log_p = highest - outputs.logsumexp(-1, keepdim=True)
+        # The highest probability may be 1 in floating point; the others are at most a half.
+        log_rest = torch.cat([F.logsigmoid(-log_odds(outputs))[..., None], torch.log1p(-log_p[..., 1:].exp())], -1)
+        return -(self.gamma * (log_p + log_rest)).exp().sum(-1)
+
+
+SCORES: dict[str, Score] = {
+    score.name: score for score in (MCM(), MSP(), MaxLogit(), Energy(), Entropy(), LogitGap(), GEN())
+}
 
 
 def score_of(score: str | Score) -> Score:
@@ -173,7 +224,7 @@ def score_of(score: str | Score) -> Score:
             raise ValueError(f"scores: there is no score {score!r}; ours are {ours}, and yours is written module.Class")
         own: Score = class_at(score, Score, "scores")()
         return score_of(own)
-    is_taken = score.name == KNN or (score.name in SCORES and SCORES[score.name] is not score)
+    is_taken = score.name == KNN or (score.name in SCORES and type(SCORES[score.name]) is not type(score))
     if is_taken or not NAME.fullmatch(score.name):
         reason = "is the name of one of ours" if is_taken else "must consist of a-z, 0-9 and _"
         raise ValueError(f"scores: {type(score).__name__}.name {reason}, got {score.name!r}")

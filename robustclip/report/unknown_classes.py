@@ -17,8 +17,11 @@ from robustclip.report.view import CLEAN, View, percent
 ATTACKED = "attacked"
 SEPARATION = {
     "auroc": "Known against unknown classes: AUROC, percent",
-    "aupr": "Known against unknown classes: AUPR, percent",
+    "aupr": "Known against unknown classes: AUPR with known samples as the positives (AUPR-IN), percent",
+    "aupr_out": "Known against unknown classes: AUPR with unknown samples as the positives (AUPR-OUT), percent",
     "fpr95": "Unknown samples that pass where 95 % of the known ones do (FPR95), percent",
+    "fpr95_out": "Known samples that are rejected where 95 % of the unknown ones are (FPR95-OUT), percent",
+    "autc": "Area under the threshold curve (AUTC, 0 is perfect), percent",
     "h": "Harmonic mean of class accuracy and AUROC (H), percent",
 }
 OF_TASKS = {

@@ -21,7 +21,10 @@ COLUMNS = (UNDEFENDED, STATIC, ADAPTIVE)
 DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
 TEXT_COLUMNS = 3  # columns of the table of detection before the numbers
-SEPARATION = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
+SEPARATION = {
+    "auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95",  # known samples are the positives
+    "aupr_out": "AUPR-OUT", "fpr95_out": "FPR95-OUT", "autc": "AUTC",  # unknown samples are, as in OpenOOD
+}  # fmt: skip
 
 
 def check_averages(averages: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> None:
@@ -115,7 +118,8 @@ def rich_detection(result: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     has_attack = result[DETECTION]["attack"] is not None
-    clean = len(rows[0]) - (len(SEPARATION) if has_attack else 0)
+    measures = len(_measures(result[DETECTION]))
+    clean = len(rows[0]) - (measures if has_attack else 0)
     table = Table(title=DETECTION_TITLE + ("; under attack below" if has_attack else ""), box=SIMPLE_HEAD)
     for number, name in enumerate(rows[0][:clean]):
         is_text = number < TEXT_COLUMNS
@@ -123,8 +127,15 @@ def rich_detection(result: Mapping[str, Any]) -> Table | None:
     for row in rows[1:]:
         table.add_row(*row[:clean])
         if has_attack:
-            table.add_row(*[""] * (clean - len(SEPARATION)), *row[clean:], style="dim")
+            table.add_row(*[""] * (clean - measures), *row[clean:], style="dim")
     return table
+
+
+def _measures(section: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the titles of the measures that every score has; results of old versions lack some."""
+    sets = [unknown for summary in section["tasks"].values() for unknown in summary["unknown"].values()]
+    scores = [values for unknown in sets for values in unknown["scores"].values()]
+    return {key: title for key, title in SEPARATION.items() if all(key in values for values in scores)}
 
 
 def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -135,14 +146,15 @@ def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
     section = result.get(DETECTION)
     if not section or not section["tasks"]:
         return []
-    rows = [["known", "unknown", "score", "class acc", "H", *SEPARATION.values()]]
-    rows[0] += [f"attacked {title}" for title in SEPARATION.values()] if section["attack"] else []
+    measures = _measures(section)
+    rows = [["known", "unknown", "score", "class acc", "H", *measures.values()]]
+    rows[0] += [f"attacked {title}" for title in measures.values()] if section["attack"] else []
     for task, summary in section["tasks"].items():
         for name, unknown in summary["unknown"].items():
             for score in dict.fromkeys([section["headline"], *section.get("attacked", [])]):
                 values = unknown["scores"][score]
-                numbers = [summary["class_accuracy"], values["h"], *(values[key] for key in SEPARATION)]
-                numbers += [values.get("attacked", {}).get(key) for key in SEPARATION] if section["attack"] else []
+                numbers = [summary["class_accuracy"], values["h"], *(values[key] for key in measures)]
+                numbers += [values.get("attacked", {}).get(key) for key in measures] if section["attack"] else []
                 rows.append([task, name, score, *map(_percent, numbers)])
     return rows
 

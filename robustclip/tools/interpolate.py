@@ -12,10 +12,20 @@ from torch import Tensor
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint, with_digest
 from robustclip.models.clip import fingerprint
+from robustclip.models.lora import is_factor
 from robustclip.persistence import atomic_folder
 
 # State that only a training run needs; an interpolated model has none.
-OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_states", "pending_gradients", "bank")
+OF_TRAINING = (
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+    "callbacks",
+    "random_states",
+    "pending_gradients",
+    "bank",
+    "shift",
+)
 
 
 def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Sequence[float]) -> list[Path]:
@@ -41,6 +51,8 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     method.on_load_checkpoint(content)
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
     _check_has_original(method, tuned)
+    # With LoRA, W + c (alpha B) A is the mean of the weights; the factors A of both models must be the same.
+    original |= {name: value for name, value in tuned.items() if is_factor(name) and name.endswith(".A")}
     method.load_state_dict(original | tuned)
     weights = fingerprint(method)  # groups the tests of these models to one curve in a report
     method.load_state_dict(original)

@@ -41,7 +41,7 @@ def saved(method: RobustMethod) -> dict[str, Any]:
 def test_every_argument_is_of_inference_or_of_training(name: str, tiny_model: Path) -> None:
     options = {"tokens": 4} if name in ("CoOp", "APT") else {}
     method = getattr(methods, name)(pretrained=str(tiny_model), **options)
-    ours = method.inference_settings.keys() - method.clip.settings.keys() - {"method"}
+    ours = method.inference_settings.keys() - method.clip.settings.keys() - {"method", "lora"}
     assert ours == EXPECTED.get(name, set())
     method.on_load_checkpoint(saved(method))
 
@@ -191,5 +191,5 @@ def test_settings_of_a_fit_hold_for_its_test(
 
 def test_a_zero_shot_run_has_the_settings_of_its_model(tiny_model: Path) -> None:
     method = ZeroShot(pretrained=str(tiny_model))
-    assert method.inference_settings == {"method": "ZeroShot", **method.clip.settings}
+    assert method.inference_settings == {"method": "ZeroShot", "lora": None, **method.clip.settings}
     assert method.inference_settings["base.mean"] == [0.5, 0.5, 0.5]

@@ -40,6 +40,7 @@ from robustclip.methods import (
     TeCoA,
     TipAdapter,
 )
+from robustclip.models.lora import LoRA
 from robustclip.types import Batch
 
 BATCH, PIECES = 8, 2
@@ -50,6 +51,7 @@ BOX = PGD(eps="8/255", alpha="2/255", steps=3)
 DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "clean": (CleanFineTuning, {}),
     "tecoa": (TeCoA, {"attack": BOX}),
+    "tecoa-lora": (TeCoA, {"attack": BOX, "lora": LoRA(rank=2, targets=("q", "k", "v", "out", "mlp"))}),
     "tecoa-l2": (TeCoA, {"attack": PGD(eps=0.5, alpha=0.2, steps=3, norm="l2")}),
     "tecoa-apgd": (TeCoA, {"attack": APGD(eps="8/255", steps=3)}),
     "tecoa-square": (TeCoA, {"attack": Square(eps="8/255", queries=5)}),

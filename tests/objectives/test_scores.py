@@ -18,7 +18,7 @@ from robustclip.data import CLIPDataModule, DataSource
 from robustclip.evaluation import OODDetection
 from robustclip.methods import ZeroShot
 from robustclip.metrics import class_accuracy, harmonic_mean, roc, separation
-from robustclip.objectives.scores import SCORES, Model, Score, score_of
+from robustclip.objectives.scores import GEN, SCORES, LogitGap, Model, Score, score_of
 from robustclip.results.run import Run
 from robustclip.tools.compare import unlike_unknown
 from robustclip.types import Task
@@ -42,6 +42,8 @@ def by_hand(row: list[float]) -> dict[str, float]:
         "max_logit": max(row),
         "energy": math.log(sum(exponentials)),
         "entropy": sum(each * math.log(each) for each in p),
+        "logit_gap": (max(row) - sorted(row)[-2]) / float(SCALE),  # half of five classes: the first two
+        "gen": -sum((each * (1 - each)) ** 0.1 for each in p),
     }
 
 
@@ -61,6 +63,99 @@ def test_what_an_attack_pushes_increases_with_the_score(name: str) -> None:
         torch.testing.assert_close(evidence.sigmoid(), value, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("row", "n", "expected"),
+    [
+        ([5.0, 1.0, 0.5], 2, 4.0),
+        ([5.0, 1.0, 0.5], 3, 4.25),
+        ([0.31, 0.24, 0.22, 0.18, 0.15], 2, 0.07),
+        ([0.31, 0.24, 0.22, 0.18, 0.15], 3, 0.08),
+        ([0.31, 0.24, 0.22, 0.18, 0.15], 4, 0.0966666667),
+        ([0.31, 0.24, 0.22, 0.18, 0.15], 5, 0.1125),
+        ([2.0, 2.1, 1.9], 3, 0.15),
+    ],
+)
+def test_logit_gap_is_that_of_its_authors(row: list[float], n: int, expected: float) -> None:
+    cosines = torch.tensor([row], dtype=torch.float64)
+    for scale in (1.0, 100.0):
+        found = LogitGap(n).value(scale * cosines, torch.tensor(scale, dtype=torch.float64))
+        assert float(found) == pytest.approx(expected, abs=1e-9)
+    assert float(LogitGap(n).value(cosines + 7, torch.tensor(1.0))) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("row", "gamma", "m", "expected"),
+    [
+        ([3.0, 1.0, 0.0], 0.1, 2, -1.611810355),
+        ([3.0, 1.0, 0.0], 0.1, 100, -2.337033125),
+        ([3.0, 1.0, 0.0], 0.5, 2, -0.681098029),
+        ([3.0, 1.0, 0.0], 0.5, 3, -0.881710144),
+        ([3.0, 1.0, 0.0], 1.0, 2, -0.232959836),
+        ([3.0, 1.0, 0.0], 1.0, 3, -0.273205057),
+        ([1.0, 1.0, 1.0], 0.1, 3, -2.58107131),
+        ([1.0, 1.0, 1.0], 0.5, 3, -1.414213562),
+        ([31.0, 24.0, 22.0, 18.0, 15.0], 0.1, 2, -0.999427907),
+        ([31.0, 24.0, 22.0, 18.0, 15.0], 0.1, 100, -1.880329436),
+        ([31.0, 24.0, 22.0, 18.0, 15.0], 1.0, 100, -0.002071258),
+    ],
+)
+def test_gen_is_that_of_its_authors(row: list[float], gamma: float, m: int, expected: float) -> None:
+    found = GEN(gamma, m).value(torch.tensor([row], dtype=torch.float64), SCALE)
+    assert float(found) == pytest.approx(expected, abs=1e-8)
+
+
+def test_scores_order_seven_images_as_worked_out() -> None:
+    known = [[31, 24, 22, 18, 15], [29, 20, 19, 19, 12], [27, 26, 20, 15, 14], [33, 30, 21, 20, 19]]
+    unknown = [[25, 24, 24, 23, 20], [26, 19, 18, 17, 16], [22, 21, 20, 19, 18]]
+    for score, values, auroc in (
+        (LogitGap(5), [0.1125, 0.115, 0.0825, 0.105, 0.0225, 0.085, 0.025], 0.916667),
+        (GEN(), [-1.880329, -1.754585, -2.737035, -2.283666, -3.864987, -2.238839, -3.827234], 0.833333),
+    ):
+        found = score.value(torch.tensor(known + unknown, dtype=torch.float64), torch.tensor(100.0).double())
+        assert found.tolist() == pytest.approx(values, abs=1e-6)
+        assert float(separation(found[:4], found[4:])["auroc"]) == pytest.approx(auroc, abs=1e-6)
+
+
+def test_gap_of_all_classes_is_mcm_at_a_high_temperature() -> None:
+    rows, one = logits(5, 30) / SCALE, torch.tensor(1.0, dtype=torch.float64)
+    confidence = (rows / 1e4).softmax(-1).amax(-1)
+    torch.testing.assert_close(
+        (confidence - 1 / 30) * 1e4 * 30**2 / 29, LogitGap(30).value(rows, one), rtol=0, atol=1e-5
+    )
+
+
+def test_gen_of_a_certain_image_is_finite_and_has_a_gradient() -> None:
+    row = torch.tensor([[200.0, 0.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    value = GEN().value(row, SCALE).sum()
+    (gradient,) = torch.autograd.grad(value, row)
+    assert math.isfinite(float(value.detach()))
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] > 0
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    assert float(GEN(1.0).value(p.log()[None], SCALE)) == pytest.approx(-(1 - float(p.square().sum())))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: LogitGap(1), "n of logit_gap must be at least 2, got 1"),
+        (lambda: LogitGap(6).value(logits(2, 5), SCALE), "n of logit_gap must be at most the 5 classes, got 6"),
+        (lambda: GEN(0.0), "gamma of gen must be above 0 and m at least 1, got 0 and 100"),
+    ],
+)
+def test_bad_parameters_of_scores_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_parameters_of_our_scores_are_in_the_settings() -> None:
+    callback = OODDetection(scores=[GEN(0.5), "logit_gap", "mcm"], headline="gen")
+    assert callback._settings()["own_scores"] == {
+        "gen": {"class": "GEN", "gamma": 0.5, "m": 100},
+        "logit_gap": {"class": "LogitGap", "n": None},
+    }
+
+
 def test_evidence_has_a_gradient_where_a_softmax_has_none() -> None:
     certain = torch.tensor([[90.0, 0.0, -5.0]], requires_grad=True)
     for function, has_gradient in ((SCORES["msp"].value, False), (SCORES["msp"].evidence, True)):
@@ -74,8 +169,8 @@ OWN = """
 from robustclip.objectives.scores import Score
 
 
-class LogitGap(Score):
-    name = "logit_gap"
+class TopGap(Score):
+    name = "top_gap"
 
     def __init__(self, top: int = 3) -> None:
         self.top = top
@@ -94,10 +189,10 @@ def test_own_score_by_class_path_is_attacked_and_has_its_settings_in_the_result(
     attack = {"class_path": "PGD", "init_args": {"eps": "4/255", "alpha": "1/255", "steps": 2}}
     runs = []
     for name, score in {
-        "path": "gap_scores.LogitGap",
-        "options": {"class_path": "gap_scores.LogitGap", "init_args": {"top": 2}},
+        "path": "gap_scores.TopGap",
+        "options": {"class_path": "gap_scores.TopGap", "init_args": {"top": 2}},
     }.items():
-        options = {"scores": ["mcm", score], "headline": "logit_gap", "attack": attack}
+        options = {"scores": ["mcm", score], "headline": "top_gap", "attack": attack}
         detection = [{"class_path": "OODDetection", "init_args": options}]
         colours = "[{source: shapes:colours, classes: 0-5}]"
         status = run(
@@ -109,14 +204,14 @@ def test_own_score_by_class_path_is_attacked_and_has_its_settings_in_the_result(
         runs.append(Run.open(tmp_path / name))
     for top, each in zip((3, 2), runs, strict=True):
         detection = each.result["detection"]
-        assert detection["scores"] == {"logit_gap": {"class": "LogitGap", "top": top}}
+        assert detection["scores"] == {"top_gap": {"class": "TopGap", "top": top}}
         scores = detection["tasks"]["colours"]["unknown"]["colours_unknown"]["scores"]
-        assert list(scores) == ["mcm", "logit_gap"]
-        assert 0.5 < scores["logit_gap"]["auroc"] <= 1
-        assert scores["logit_gap"]["attacked"]["auroc"] < scores["logit_gap"]["auroc"]
+        assert list(scores) == ["mcm", "top_gap"]
+        assert 0.5 < scores["top_gap"]["auroc"] <= 1
+        assert scores["top_gap"]["attacked"]["auroc"] < scores["top_gap"]["auroc"]
     assert unlike_unknown(runs[0], runs[0]) == []
     (line,) = unlike_unknown(*runs)
-    assert "logit_gap" in line
+    assert "top_gap" in line
     assert "'top': 3" in line
     assert "'top': 2" in line
 
@@ -230,6 +325,13 @@ def test_separation_is_scikit_learns(kind: str) -> None:
     assert float(found["aupr"]) == pytest.approx(average_precision_score(truth, scores), abs=1e-6)
     fpr, tpr, _ = roc_curve(truth, scores, drop_intermediate=False)
     assert float(found["fpr95"]) == pytest.approx(fpr[tpr >= 0.95].min(), abs=1e-6)
+    assert float(found["aupr_out"]) == pytest.approx(average_precision_score(1 - truth, -scores), abs=1e-6)
+    false, true, _ = roc_curve(1 - truth, -scores, drop_intermediate=False)
+    assert float(found["fpr95_out"]) == pytest.approx(false[true >= 0.95].min(), abs=1e-6)
+    # The error rates at 100,000 thresholds over the range.
+    grid = np.linspace(scores.min(), scores.max(), 100_001)
+    rejected, accepted = ((known.numpy() < t).mean() for t in grid), ((unknown.numpy() >= t).mean() for t in grid)
+    assert float(found["autc"]) == pytest.approx(np.mean([*rejected, *accepted]), abs=2e-4)
     above_unknown, above_known = roc(known, unknown, points=10_000)
     np.testing.assert_allclose(above_unknown, fpr, atol=1e-6)
     np.testing.assert_allclose(above_known, tpr, atol=1e-6)
@@ -245,7 +347,9 @@ def test_ties_count_half_and_the_threshold_keeps_95_percent() -> None:
 
 def test_separated_scores_are_perfect_and_reversed_ones_the_worst() -> None:
     low, high = torch.arange(5.0), torch.arange(5.0, 12)
-    assert {name: float(value) for name, value in separation(high, low).items()} == {"auroc": 1, "aupr": 1, "fpr95": 0}
+    assert {name: float(value) for name, value in separation(high, low).items()} == {
+        "auroc": 1, "aupr": 1, "fpr95": 0, "aupr_out": 1, "fpr95_out": 0, "autc": pytest.approx((1 + (2 - 8) / 11) / 2)
+    }  # fmt: skip
     reverse = separation(low, high)
     assert (float(reverse["auroc"]), float(reverse["fpr95"])) == (0, 1)
     assert all(value.isnan() for value in separation(high, low[:0]).values())

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import Tensor, nn
 
 from robustclip.models.clip import CLIPModel
+from robustclip.models.lora import is_factor
 from robustclip.models.tensor_files import DIGEST, check_fits, checked_state, digest, one_line, read_file
 from robustclip.persistence import atomic_write
 
@@ -23,7 +25,14 @@ BASE = "base."  # key prefix of the settings that the base model's files define
 # Types of the entries of our checkpoints.
 TYPES: dict[str, Any] = {
     **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
-    **{"head_classes": list, "cache_classes": list, "bank": torch.Tensor, "loops": dict, "callbacks": dict},
+    **{
+        "head_classes": list,
+        "cache_classes": list,
+        "bank": torch.Tensor,
+        "shift": torch.Tensor,
+        "loops": dict,
+        "callbacks": dict,
+    },
     **{"pending_gradients": list, "run": dict, "settings": dict},
     **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
 }
@@ -48,6 +57,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError
+
+
+def inference_settings(method: Any) -> dict[str, Any]:
+    """Collects a method's `inference_settings`."""
+    listed = {name for cls in type(method).__mro__ for name in vars(cls).get("of_training", ())}
+    names = [name for name in method.hparams if name not in listed and not name.startswith("_")]
+    passed = plain_values({name: method.hparams[name] for name in names})
+    assigned = plain_values({name: vars(method)[name] for name in names if name in vars(method)})
+    lora = None if method.lora is None else plain_values(asdict(method.lora))
+    return {"method": type(method).__name__, "lora": lora, **passed, **assigned, **method.clip.settings}
 
 
 def with_digest(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +135,7 @@ class RenamedCheckpointIO(TorchCheckpointIO):
 
 def identity(clip: CLIPModel) -> dict[str, str]:
     """Identifies the base model of a checkpoint by architecture, size and weights."""
-    sizes = [parameter.numel() for parameter in clip.parameters()]
+    sizes = [parameter.numel() for name, parameter in clip.named_parameters() if not is_factor(name)]
     return {
         "arch": clip.arch or type(clip.net).__name__,
         "size": f"{len(sizes)} tensors, {sum(sizes)} parameters",
@@ -144,6 +163,7 @@ def check_belongs(
     if not isinstance(saved, dict):
         raise ValueError("the checkpoint was not written by robustclip: it has no base_model")
     theirs, base = checkpoint.get(SETTINGS, {}), identity(clip)
+    theirs = theirs and {"lora": None, **theirs}  # older checkpoints have none
     if clip.pretrained is None:
         del base["weights"]
     of_base = {key for key in {*settings, *theirs} if key.startswith(BASE)}
