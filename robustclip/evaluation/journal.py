@@ -289,7 +289,8 @@ def sample_rows(
         members: task and attack to the members of the attack.
         task: name of the task.
         forward: function from images to logits.
-        options: ``seed`` of the attacks, and ``clip``, the model to probe; None probes nothing.
+        options: ``seed`` of the attacks; ``clip``, the model to probe, None probes nothing; and ``judge``, the model
+            that answered the clean images, if it is not ``forward``.
     """
     logits = logits.detach().clone()
     rows = labelled_rows(batch, {"clean": logits.argmax(-1).tolist()})
@@ -299,7 +300,7 @@ def sample_rows(
     if options["clip"] is None:
         again = attacked = again[:0]
     if len(again):
-        bound = _bound(forward, batch.index[again])
+        bound = _bound(options.get("judge", forward), batch.index[again])
         _fill(rows, again.tolist(), repeat(batch.images[again], bound, logits[again], clip=options["clip"]))
     for attack, verdict in verdicts.items():
         columns = _attack_columns(batch, verdict, members[task, attack])

@@ -204,6 +204,7 @@ class RobustEvaluation(TaskCallback):
         verdicts = {name: verdict.adaptive for name, verdict in defended.items()}
         # Probes follow the gradient of the undefended model, since that of a defence may be cut.
         forward = Way(method, task.name, "bare", range(1))
+        probes = {**probes, "judge": clean.judge}
         rows = sample_rows(batch, clean.logits, verdicts, self._through, task.name, forward, probes)
         add_columns(rows, clean.columns)
         for name, verdict in defended.items():
