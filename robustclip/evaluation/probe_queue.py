@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustclip.attacks.attack import Forward
 from robustclip.evaluation import probes
-from robustclip.evaluation.defended_model import Way
+from robustclip.evaluation.defended_model import Judge, Way
 from robustclip.evaluation.engine import ROBUST, Verdict
 from robustclip.evaluation.gradient_probes import gradients
 from robustclip.evaluation.journal import Members, Row, fill
@@ -67,6 +67,7 @@ class ProbeQueue:
         sizes: task to its number of samples; None where it is not known.
         quota: number of samples to probe per task; 0 for none.
         seed: seed of the attacks.
+        judges: number of draws that judge a random defence.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class ProbeQueue:
         sizes: Mapping[str, int | None],
         quota: int,
         seed: int,
+        judges: int,
     ) -> None:
         self.method, self.members = method, members
         self.tasks = {task.name: task for task in tasks}
         self.shares = {name: probes.share_of(quota, sizes[name]) for name in self.tasks}
         self.fine_shares = {name: probes.share_of(quota // probes.FINE, sizes[name]) for name in self.tasks}
-        self.seed, self.capacity = seed, 1
+        self.seed, self.judges, self.capacity = seed, judges, 1
         self._waiting: dict[str, Held] = {}
         self._undefended: dict[str, Forward] = {}
         self._base: CLIPModel | None = None
@@ -144,8 +146,11 @@ class ProbeQueue:
     def _probe(self, task: str, held: Held) -> list[Row]:
         """Completes the rows of some samples."""
         images, forward = held.batch.images, self._answers(task)
-        bound = probes.bound(forward, held.batch.index)
-        fill(held.rows, range(len(held.rows)), probes.repeat(images, bound, held.logits, clip=self.method.clip))
+        judge = forward
+        if self.method.defence is not None:
+            judge = Judge(self.method, task, self.judges, labels=held.batch.labels, index=held.batch.index)
+        judge = probes.bound(judge, held.batch.index)
+        fill(held.rows, range(len(held.rows)), probes.repeat(images, judge, held.logits, clip=self.method.clip))
         for attack, by in held.by.items():
             self._attack_again(task, attack, held, by, forward)
         # Embeddings have no pixels. A defence declares what these probes look for, and is attacked in ways of its own.

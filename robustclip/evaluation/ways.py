@@ -232,10 +232,12 @@ class Clean(NamedTuple):
     """Answers of a defended method to clean images.
 
     Attributes:
-        logits: ``(B, C)`` of the `Judge`.
+        judge: model that decides.
+        logits: ``(B, C)`` of the judge.
         columns: columns of the ledger about the samples, see `ledger.DEFENDED_SAMPLE_COLUMNS`.
     """
 
+    judge: Judge
     logits: Tensor
     columns: dict[str, list[object]]
 
@@ -258,7 +260,7 @@ def clean_answers(method: RobustMethod, task: str, batch: Batch, ways: Ways) -> 
     times.append(perf_counter())
     of_bare, of_defended = ((end - start) / len(images) for start, end in pairwise(times))
     seconds = {"bare_seconds": of_bare, "defended_seconds": of_defended / len(judge.draws)}
-    return Clean(logits, {"bare": bare, **{name: [value] * len(images) for name, value in seconds.items()}})
+    return Clean(judge, logits, {"bare": bare, **{name: [value] * len(images) for name, value in seconds.items()}})
 
 
 def columns_of(defended: Defended, members: Sequence[Member], through: Sequence[Member]) -> dict[str, list[object]]:

@@ -552,3 +552,18 @@ def test_clipure_that_turns_features_back_is_as_robust_as_no_defence(task: Any, 
     assert torch.allclose(method.answers(batch.images, task.name), bare, atol=1e-3 * float(bare.abs().max()))
     verdicts = attacked(method, task, batch)
     assert share(verdicts.adaptive.by) <= share(verdicts.undefended.by)
+
+
+@pytest.mark.parametrize("defence", [GaussianNoise(0.1, 1), Cut()], ids=lambda defence: type(defence).__name__)
+def test_probed_samples_repeat_their_answers_and_fall_to_stronger_attacks(
+    defence: Defence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustclip.evaluation.probes.PROBED_SHARE", 1.0)
+    monkeypatch.setattr("robustclip.evaluation.probes.ATTACKED_SHARE", 1.0)
+    ways = replace(FEW, names=("replay", "own", "bare"))
+    run = outcome(tmp_path, "probed", ZeroShot(defence=defence), max_samples=8, attacks=LONG, ways=ways)
+    statuses = {check["name"]: check["status"] for check in run.result["audit"]["checks"]}
+    rows = run.rows("colours")
+    assert all(float(row["repeat"]) < 1e-3 * max(1, float(row["largest_logit"])) for row in rows)
+    assert {row["pgd.wider"] for row in rows if row["pgd.by"].startswith("replay")} == {"1"}
+    assert statuses["pixel_gradients"] in ("pass", "not_measured")
