@@ -1,4 +1,4 @@
-"""Run by test_shards.py: random schedules of shards, kills and numbers of processes, each joined to one result.
+"""Run by test_sharded_tests.py: random schedules of shards, kills and numbers of processes, each joined to one result.
 
 usage: python shard_cases.py FOLDER, which holds `schedules.json` and the data; leaves one folder per schedule there.
 

@@ -224,7 +224,7 @@ def test_hyper_parameters_are_saved_as_without_the_check(tiny_model: Path) -> No
         "weight": 2.0, "last_blocks": 1, "warmup_steps": 7,
     }  # fmt: skip
     assert saved.keys() == {name for name, _, _ in arguments_of(Mine)} - {
-        *("weight", "last_blocks", "warmup_steps", "attack", "optimizer")
+        *("weight", "last_blocks", "warmup_steps", *TeCoA.of_objects)
     }
     assert type(method.hparams["warmup_steps"]) is int
 

@@ -15,6 +15,7 @@ from robustclip.data.samples import Images
 from robustclip.data.sources.source import labels_of, where_of
 from robustclip.data.splits import draw_known
 from robustclip.data.task_parts import Role
+from robustclip.data.transforms import ToPixels
 from robustclip.methods import TeCoA
 from robustclip.tools.first_batches import examine
 from robustclip.types import UNKNOWN
@@ -56,7 +57,7 @@ def test_a_part_renumbers_labels_and_still_tells_where_its_samples_lie(root: Pat
 def test_a_part_decodes_nothing_until_it_is_asked(root: Path) -> None:
     source = open_source(DataSource("wds:set", classes="1-2"), root=str(root), split="train")  # 2 is no image
     assert source.dataset is not None
-    bad, good = (Images(source.dataset, lambda image, key: image)[number] for number in (1, 3))  # type: ignore[arg-type]
+    bad, good = (Images(source.dataset, ToPixels(None))[number] for number in (1, 3))
     assert bad.where.endswith("key 's0000002'")  # type: ignore[union-attr]
     assert good[1:] == (1, 3)
 

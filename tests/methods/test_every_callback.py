@@ -24,6 +24,7 @@ IN_FIT: dict[str, Callable[[Path], Callback]] = {
     "HessianDifference": lambda _: evaluation.HessianDifference(max_samples=2, iterations=1),
     "ChanceLevelWarning": lambda _: training.ChanceLevelWarning(),
     "Interruption": lambda _: training.Interruption(),
+    "ConnectedProcesses": lambda _: training.ConnectedProcesses(),
     "Checkpoints": lambda folder: training.Checkpoints(folder, save_last=True),
 }
 IN_TEST: dict[str, Callable[[Path], Callback]] = {
@@ -32,6 +33,7 @@ IN_TEST: dict[str, Callable[[Path], Callback]] = {
     "OODDetection": lambda _: evaluation.OODDetection(attack=ATTACK),
     "ResultsWriter": lambda folder: evaluation.ResultsWriter(str(folder), name="run"),
     "TaskProgress": lambda _: evaluation.TaskProgress(),
+    "ProgressLines": lambda _: evaluation.ProgressLines(),
 }
 FAST = (methods.TeCoA, methods.CoOp, methods.TipAdapter)  # a tower, a text side, and frozen features; others are slow
 SLOW = pytest.mark.slow
