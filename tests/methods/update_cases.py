@@ -46,12 +46,13 @@ from robustclip.types import Batch
 BATCH, PIECES = 8, 2
 RATE = 0.1  # an update of a few per cent of the weights, far above the rounding of their sum
 SMALLER = {"optimizer": lambda params: torch.optim.SGD(params, lr=RATE / 10)}  # at RATE, the second step diverges
+LARGER = {"optimizer": lambda params: torch.optim.SGD(params, lr=50 * RATE)}
 BEHIND_THE_TOWER = {"warmup_epochs": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=50 * RATE)}
 BOX = PGD(eps="8/255", alpha="2/255", steps=3)
 DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "clean": (CleanFineTuning, {}),
     "tecoa": (TeCoA, {"attack": BOX}),
-    "tecoa-lora": (TeCoA, {"attack": BOX, "lora": LoRA(rank=2, targets=("q", "k", "v", "out", "mlp"))}),
+    "tecoa-lora": (TeCoA, {"attack": BOX, "lora": LoRA(rank=2), **LARGER}),
     "tecoa-l2": (TeCoA, {"attack": PGD(eps=0.5, alpha=0.2, steps=3, norm="l2")}),
     "tecoa-apgd": (TeCoA, {"attack": APGD(eps="8/255", steps=3)}),
     "tecoa-square": (TeCoA, {"attack": Square(eps="8/255", queries=5)}),
