@@ -79,9 +79,12 @@ def test_averages_are_over_sets_that_the_run_tests(name: str) -> None:
         assert set(tasks) <= {each.removeprefix("wds:") for each in names}
 
 
-def test_every_part_belongs_to_a_run() -> None:
-    text = "".join((CONFIGS / name).read_text() for name in RUNS)
-    assert [part for part in PARTS if part not in text] == []
+def test_every_part_belongs_to_a_run_or_to_an_option_in_the_docs() -> None:
+    root = CONFIGS.parents[1]
+    pages = [root / "README.md", *(root / "docs").glob("*.md"), *CONFIGS.rglob("*.yaml")]
+    text = "".join(page.read_text() for page in pages)
+    options = {part: f"--{part.removesuffix('.yaml').replace('/', ' ')}" for part in PARTS}
+    assert [part for part in PARTS if part not in text and options[part] not in text] == []
 
 
 def test_the_full_recipe_runs_and_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

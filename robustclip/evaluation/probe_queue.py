@@ -216,6 +216,8 @@ class ProbeQueue:
 
     def _sources(self, task: str, images: Tensor) -> list[Forward]:
         """Returns the models without what the method adds to them: the tested towers alone, and the base model."""
+        if task not in self.method.heads:  # a model without a text tower has no base model
+            return []
         towers = partial(_tower_logits, self.method.clip, self.method.heads[task])
         base = self._base_model(task, images.device)
         if base is None:
