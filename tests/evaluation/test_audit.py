@@ -658,7 +658,7 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("gradient_fidelity", "fail", {"faithful": [*[0.0] * 20, *[1.0] * 30, *[np.nan] * 350]}),
     ("gradient_fidelity", "not_measured", {"faithful": np.nan}),
     ("gradient_repeats", "pass", {"regrad": [2e-3]}),
-    ("gradient_repeats", "fail", {"regrad": [0.011]}),
+    ("gradient_repeats", "fail", {"regrad": [0.06]}),
     ("gradient_spread", "pass", {"spread": 0.021}),
     ("gradient_spread", "warn", {"spread": 0.019}),
     ("gradient_spread", "warn", {"spread": 0.96}),

@@ -177,7 +177,12 @@ class Cut(Callback):
 
 def stored(folder: Path, method: TeCoA, data: CLIPDataModule, cut: int | None = None) -> Path:
     """Tests with geometry into a folder; returns the folder of the run."""
-    callbacks = [Cut(cut), FeatureGeometry(max_samples=4), RobustEvaluation(), ResultsWriter(str(folder), name="run")]
+    callbacks = [
+        Cut(cut),
+        FeatureGeometry(max_samples=4),
+        RobustEvaluation(probes=0),
+        ResultsWriter(str(folder), name="run"),
+    ]
     run_test(method, data, *callbacks)
     return folder / "run"
 

@@ -15,7 +15,7 @@ OUTSIDE = 0.5  # share of the pixel range; bicubic resizing overshoots by 0.1, a
 ONE_CLASS = 0.95  # share of all predictions; tasks with equally uneven labels are not graded
 REPEAT_TOLERANCE = 1e-3  # share of the largest logit; kernels differ with the batch size
 SAME_SUM = 1e-3  # relative range of the sums of non-negative logits; only probabilities have one sum
-REPEATED = 1e-2  # relative difference of two gradients at one point; 2e-3 with noise of 1e-6 on the image
+REPEATED = 5e-2  # relative difference of two gradients at one point; 2e-3 to 1e-2 with noise of 1e-6 on the image
 SMALLEST_TASK = 20  # number of samples from which on a single task is graded
 
 
