@@ -20,6 +20,9 @@ TEMPLATES = ("a photo of a {c}", "a drawing of a {c}")
 
 ShardWriter = Callable[..., Path]
 
+# Ends of the names of ledger columns whose last digits depend on the other images of a batch.
+ROUNDED = ("loss", "logit", "distance", "repeat", "logit_sum", "outside", "again", "regrad", "spread", "state", "leak")
+
 
 def tiny_clip(folder: Path, *, embed_dim: int = 16, **vision: Any) -> Path:
     """Writes a CLIP of 32 x 32 images with random weights in open_clip's local-dir layout; returns its folder.

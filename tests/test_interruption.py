@@ -159,10 +159,6 @@ def contents(case: Path) -> dict[str, Any]:
     return found
 
 
-# Ends of the names of columns whose last digits depend on the other images of a batch.
-ROUNDED = ("loss", "logit", "distance", "repeat", "logit_sum", "outside", "again", "regrad", "spread", "state", "leak")
-
-
 def attacked(case: Path) -> list[int]:
     """Ids of all samples that all starts of a case attacked, over all tasks."""
     return [number for line in (case / "attacked").read_text().splitlines() for number in json.loads(line)]
@@ -206,7 +202,7 @@ def test_another_number_of_processes_goes_on_with_the_same_verdicts(folder: Path
         for line, expected in zip(found[1:], rows, strict=True):
             for column, our, their in zip(header, line, expected, strict=True):
                 # Batches differ, and with them the last digits of what is not counted.
-                if column.endswith(ROUNDED):
+                if column.endswith(helpers.ROUNDED):
                     assert float(our or 0) == pytest.approx(float(their or 0), rel=1e-3, abs=1e-4), column
                 else:
                     assert our == their, column
@@ -284,7 +280,7 @@ def run_test(folder: Path, *, name: str | None, model: str = "model", **changes:
     """Tests one set; returns the folder."""
     attack = Cut(eps=changes.pop("eps", "12/255"), alpha="6/255")
     source = DataSource(changes.pop("location", "wds:first"), name="first", **changes.pop("source", {}))
-    evaluation = RobustEvaluation({"pgd": attack}, **changes)
+    evaluation = RobustEvaluation({"pgd": attack}, **{"probes": 0, **changes})
     writer = ResultsWriter(str(folder / "results"), name=name)
     data = CLIPDataModule(test=[source], root=str(folder), image_size=32, batch_size=BATCH)
     helpers.run_test(TeCoA(pretrained=str(folder / model)), data, evaluation, writer)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import ShardWriter, tiny_clip
+from helpers import ROUNDED, ShardWriter, tiny_clip
 from test_resume import SLURM
 
 from robustclip.cli.main import run
@@ -132,7 +132,7 @@ def weights(root: Path, place: str) -> dict[str, Any]:
 
 def rows(run: Run, task: str) -> list[dict[str, str]]:
     """The ledger without times and without numbers whose last digits depend on the batch."""
-    inexact = ("seconds", "loss", "logit", "distance", "repeat")
+    inexact = ("seconds", *ROUNDED)
     return [{name: cell for name, cell in row.items() if not name.endswith(inexact)} for row in run.rows(task)]
 
 
