@@ -44,7 +44,7 @@ OWN = {
 }
 
 
-FAST = ("demo.yaml", "tecoa.yaml", "pmg_aft.yaml", "arf.yaml", "ueo.yaml", "croft.yaml", "zero_shot.yaml")
+FAST = ("demo.yaml", "arf.yaml", "ueo.yaml", "croft.yaml", "zero_shot.yaml")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in RUNS])
@@ -87,6 +87,7 @@ def test_every_part_belongs_to_a_run_or_to_an_option_in_the_docs() -> None:
     assert [part for part in PARTS if part not in text and options[part] not in text] == []
 
 
+@pytest.mark.slow
 def test_the_full_recipe_runs_and_is_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", str(CONFIGS / "zero_shot.yaml"), "--evaluation", str(CONFIGS / "evaluation" / "full.yaml")]

@@ -283,6 +283,7 @@ def test_a_cosine_over_a_run_of_unknown_length_is_refused(
     assert trainer.global_step > 0
 
 
+@pytest.mark.slow
 def test_a_fit_for_a_time_is_one_line_or_works(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", *COMMON, "--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:01"]
     assert "model.schedule" in refused(words, capsys)
@@ -298,6 +299,7 @@ def files(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("root", ["runs", pytest.param("elsewhere", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_everything_lands_below_the_root_and_a_test_takes_no_version(
     root: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,6 +330,7 @@ def test_everything_lands_below_the_root_and_a_test_takes_no_version(
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_and_interpolated_with_its_own_settings(
     options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -420,6 +423,7 @@ def test_a_folder_that_is_a_file_is_named(option: str, folder: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("limit", "name"), [(100_000, "step=2.ckpt cannot be written: File too large"), (1000, "fit.yaml")]
 )
+@pytest.mark.slow
 def test_a_limit_of_file_sizes_is_one_line_with_the_name(
     limit: int, name: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

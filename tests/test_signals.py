@@ -88,6 +88,7 @@ def test_a_signal_in_an_attack_leaves_a_checkpoint_of_all_that_learns(
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+@pytest.mark.slow
 def test_a_requeued_job_continues_where_it_was_preempted_and_another_fit_does_not(
     runs: Runs, slurm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_second_signal_ends_at_once() -> None:
             signal.signal(each, handler)
 
 
+@pytest.mark.slow
 def test_another_batch_size_is_refused_inside_an_epoch_and_reported_at_its_end(
     runs: Runs, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

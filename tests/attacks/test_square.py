@@ -156,6 +156,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("norm", "name", "eps"), [("linf", "Linf", 16 / 255), ("l2", "L2", 1.7)])
+@pytest.mark.slow
 def test_square_is_as_strong_as_the_authors(norm: str, name: str, eps: float) -> None:
     reference = pytest.importorskip("pyautoattack.square", reason="pyautoattack, the reference, is missing")
     victim = learnt()

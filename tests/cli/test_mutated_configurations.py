@@ -62,6 +62,7 @@ def test_the_configurations_that_are_mutated_are_sound(name: str, at: Path) -> N
     assert run(["test" if tree["model"]["class_path"] == "ZeroShot" else "fit", "--config", "run.yaml"]) == 0
 
 
+@pytest.mark.slow
 def test_a_few_mutated_configurations_name_the_key(at: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert not list(faults(mutations(FEW, seed=SEED), at, capfd))
 

@@ -144,6 +144,7 @@ def tests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {crop: folder / "results" / crop for crop in ("tecoa", "clip")}
 
 
+@pytest.mark.slow
 def test_unlike_crops_refuse_to_compare(tests: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", str(tests["tecoa"]), str(tests["clip"])]) != 0
     message = capsys.readouterr().err

@@ -98,6 +98,7 @@ def tests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / "results" / name for name in ("cupl", "other")}
 
 
+@pytest.mark.slow
 def test_unlike_descriptions_refuse_to_compare(tests: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compare", str(tests["cupl"]), str(tests["other"])]) != 0
     assert "templates: descriptions of 12 classes, digest" in capsys.readouterr().err

@@ -396,6 +396,7 @@ def test_sound_attacks_of_other_kinds_raise_no_alarm(name: str, tmp_path: Path) 
     assert set(statuses(run).values()) == {"not_measured"} or not statuses(run), statuses(run)
 
 
+@pytest.mark.slow
 def test_defence_needs_a_baseline_of_its_own_protocol(tmp_path: Path, intact: Run) -> None:
     run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=intact.folder)
     assert statuses(run) == statuses(intact)

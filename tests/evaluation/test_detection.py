@@ -198,6 +198,7 @@ class Cut(PGD):
         return super().perturb(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_resumed_test_detects_exactly_as_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
     """Nine samples and one of two known tasks, and one unknown to both: the test ends within each of the three."""
 

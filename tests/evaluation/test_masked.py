@@ -247,6 +247,7 @@ def test_one_probe_is_not_enough(tmp_path: Path) -> None:
         assert found[name][0] == "not_measured", found[name]
 
 
+@pytest.mark.slow
 def test_images_of_a_wrong_model_do_not_count_as_a_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that answers by chance deceives nobody: the check is not measured, instead of passed."""
 
@@ -259,11 +260,13 @@ def test_images_of_a_wrong_model_do_not_count_as_a_transfer(tmp_path: Path, monk
     assert status == "not_measured", text
 
 
+@pytest.mark.slow
 def test_no_source_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_queue.ProbeQueue, "_sources", lambda *_: [])
     assert answers(outcome(tmp_path, masked.MASKED["SteFlip"](), samples=16))["transfer"][0] == "not_measured"
 
 
+@pytest.mark.slow
 def test_a_short_recipe_does_not_get_the_best_grade(tmp_path: Path) -> None:
     run = outcome(tmp_path, ZeroShot(), samples=16, attack=Recipe("cascade", EPS, budget=0.02))
     assert answers(run)["full_recipe"][0] == "not_measured"

@@ -139,6 +139,7 @@ def test_an_attack_moves_features_away_from_the_bank_or_towards_it(folder: Path,
     assert counts["attacked"] == counts["clean"], "what is attacked is not what is reported"
 
 
+@pytest.mark.slow
 def test_cached_features_give_what_images_give(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "wds:mixed, known: 3"

@@ -334,6 +334,7 @@ def test_a_tie_counts_as_misclassified(task: Any, batch: Batch) -> None:
     assert judge(batch.images, batch.index).argmax(-1).eq(1).all()
 
 
+@pytest.mark.slow
 def test_a_random_defence_has_one_verdict_for_any_batch(tmp_path: Path) -> None:
     ledgers = []
     for number, size in enumerate((5, 12)):
@@ -403,6 +404,7 @@ def test_detection_is_refused_beside_a_defence(tmp_path: Path) -> None:
         helpers.run_test(ZeroShot(defence=JPEG()), data, *callbacks)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_defence_and_verify_tests_its_images_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -464,6 +466,7 @@ class Halt(RobustEvaluation):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_test_of_a_random_defence_resumes_with_the_same_ledger(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_samples": 8, "ways": FEW}
     runs = []

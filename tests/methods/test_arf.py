@@ -140,6 +140,7 @@ def fits(files: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", arf_processes.CASES)
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_large_batch(fits: Path, name: str) -> None:
     one, logged = torch.load(fits / f"{name}.1.0.pt")
     start = dict(ARF(pretrained=str(fits / "model")).named_parameters())

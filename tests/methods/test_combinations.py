@@ -207,6 +207,7 @@ def test_a_sigmoid_models_classes_are_those_of_open_clip(towers: dict[str, Path]
     assert torch.equal(ours.argmax(1), theirs.argmax(1))
 
 
+@pytest.mark.slow
 def test_the_command_line_puts_them_together(
     towers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

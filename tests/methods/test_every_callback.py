@@ -35,7 +35,7 @@ IN_TEST: dict[str, Callable[[Path], Callback]] = {
     "TaskProgress": lambda _: evaluation.TaskProgress(),
     "ProgressLines": lambda _: evaluation.ProgressLines(),
 }
-FAST = (methods.TeCoA, methods.CoOp, methods.TipAdapter)  # a tower, a text side, and frozen features; others are slow
+FAST = (methods.TeCoA,)  # the others are slow
 SLOW = pytest.mark.slow
 
 

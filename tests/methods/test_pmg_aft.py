@@ -274,6 +274,7 @@ def test_values_that_make_no_sense_are_refused(option: str, value: Any, message:
         PMGAFT(**options)
 
 
+@pytest.mark.slow
 def test_the_command_line_fits_and_tests_an_ablation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--model", "PMGAFT", "--model.layer=-1", "--model.distance", "cosine", "--model.alpha", "2"]

@@ -221,6 +221,7 @@ def test_passes_count_what_an_attack_does() -> None:
         assert len(forwards) <= sum(cost) <= len(forwards) + 1
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_the_right_order(doctor: Doctor, tmp_path: Path) -> None:
     words = [
         "--model", "ZeroShot", "--data.test", "[shapes:colours]", "--data.eval_batch_size", "64",

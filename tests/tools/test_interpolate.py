@@ -97,6 +97,7 @@ def test_what_the_original_does_not_have_is_not_interpolated(
         interpolate(method, tmp_path / "a.ckpt", tmp_path / "out", alphas=(0.5,))
 
 
+@pytest.mark.slow
 def test_the_command_leaves_checkpoints_that_test_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, tested = trained_by_command(tmp_path)
     capsys.readouterr()
