@@ -27,7 +27,7 @@ demo: .venv/ready ## fine-tune the shapes model with TeCoA and test it on fiftee
 	$(RUN) report $(DEMO)/undefended $(DEMO)/tecoa --out $(DEMO)/report.html
 	$(RUN) table $(DEMO)/undefended $(DEMO)/tecoa
 
-test: .venv/ready ## run the tests (under 5 minutes on 2 cores)
+test: .venv/ready ## run the tests (some 5 minutes on 2 cores)
 	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/ready ## run the slow tests: kills, resumes and mutated files by the thousand

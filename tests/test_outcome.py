@@ -443,6 +443,7 @@ def test_a_limit_of_file_sizes_is_one_line_with_the_name(
     assert name in error
 
 
+@pytest.mark.slow
 def test_logs_that_cannot_be_written_are_one_line_with_their_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ NOTICED: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("name", NOTICED)
+@pytest.mark.slow
 def test_a_defence_that_hides_its_gradients_is_noticed_by_its_check(name: str, tmp_path: Path) -> None:
     run = outcome(tmp_path, masked.MASKED[name](), samples=16)
     assert alarms(run) >= NOTICED[name], answers(run)

@@ -139,6 +139,7 @@ class Cut(Callback):
 
 
 @pytest.mark.parametrize("cuts", [[[4], []], pytest.param([[1], [], [3, 1, 2], [2]], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
 def test_a_split_with_interrupted_shards_is_the_whole_test(cuts: list[list[int]], root: Path, tmp_path: Path) -> None:
     """The random schedules of test_sharded_tests.py kill processes; here errors end tests in this process."""
     name = f"cut_{len(cuts)}"
