@@ -73,7 +73,9 @@ class Defence(Checked, nn.Module):
         return method.logits(self.purify(method, images, task, index=index, draw=draw), task)
 
     def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
-        """Returns logits ``(B, C)`` whose gradient stands in for the defence's own; only attacks call it.
+        """Returns logits ``(B, C)`` whose gradient stands in for the defence's own, by default the defence's logits.
+
+        Attacks call it only where a defence overrides it.
 
         Args:
             method: method that classifies the images.
@@ -82,7 +84,7 @@ class Defence(Checked, nn.Module):
             index: ``(B,)`` sample ids; None for defences without random numbers.
             draw: number of the draw.
         """
-        raise NotImplementedError
+        return self.forward(method, images, task, index=index, draw=draw)
 
     # Members that a defence may use
 

@@ -62,12 +62,8 @@ class RobustMethod(Checked, LightningModule, ABC):
     takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
     is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
-    of_objects: tuple[str, ...] = (
-        "attack",
-        "optimizer",
-        "lora",
-        "defence",
-    )  # arguments that would break weights_only loading
+    # Constructor arguments that are objects, which would break weights_only loading.
+    of_objects: tuple[str, ...] = ("attack", "optimizer", "lora", "defence")
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
