@@ -1,7 +1,8 @@
 """Runs functions as commands: the signature is the command line, the docstring is its help.
 
-A parameter without a default is given by position or by name, any other by name. A list is given by repeating its name,
-a dataclass by its fields. Unknown options go to the function's ``*options``, if it has such a parameter.
+A parameter without a default, or before a "/", is given by position or by name, any other by name. A list is given by
+repeating its name, a dataclass by its fields. Unknown options go to the function's ``*options``, if it has such a
+parameter.
 """
 
 import importlib
@@ -73,7 +74,8 @@ def call(function: Function, arguments: Sequence[str], command: str) -> int:
             values[name] = paths if _is_list(parameter) else paths[0]
     for name, group in groups.items():
         values[name] = group(**{field: values.pop(field) for field in inspect.signature(group).parameters})
-    bound = signature.bind_partial(**values)
+    first = [values.pop(name) for name, entry in signature.parameters.items() if entry.kind is entry.POSITIONAL_ONLY]
+    bound = signature.bind_partial(*first, **values)
     faults = function(*bound.args, *options, **bound.kwargs)
     return int(isinstance(faults, int) and not isinstance(faults, bool) and faults > 0)
 
@@ -85,7 +87,8 @@ def _parameters(function: Function, groups: Mapping[str, Any]) -> Iterator[inspe
         if name in groups:
             yield from (field.replace(kind=field.KEYWORD_ONLY) for field in _parameters(groups[name], {}))
         elif parameter.kind is not parameter.VAR_POSITIONAL:
-            kind = parameter.POSITIONAL_ONLY if parameter.default is parameter.empty else parameter.KEYWORD_ONLY
+            is_positional = parameter.kind is parameter.POSITIONAL_ONLY or parameter.default is parameter.empty
+            kind = parameter.POSITIONAL_ONLY if is_positional else parameter.KEYWORD_ONLY
             yield parameter.replace(annotation=hints.get(name, str), kind=kind)
 
 
@@ -103,6 +106,7 @@ def _parser(documented: Sequence[Function], parameters: Sequence[inspect.Paramet
         if _is_list(parameter):
             options |= {"nargs": "+"} if is_positional else {"action": "append"}
         if default is not inspect.Parameter.empty:
+            options |= {"nargs": "?"} if is_positional else {}
             options["default"] = (
                 list(default) if _is_list(parameter) else str(default) if isinstance(default, Path) else default
             )

@@ -1,0 +1,79 @@
+"""`robustclip claims`: every figure has its source, contradictions stand together, runs are compared with claims."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robustclip.cli.main import run
+from robustclip.tools.claims import Claim, Measured, comparisons, read
+
+CLAIMS = read("claims.csv", Claim)
+OVERVIEW = Path(__file__).parents[2] / "benchmarks/results/overview.json"
+
+
+def test_every_claim_has_a_source_and_a_protocol() -> None:
+    assert len(CLAIMS) > 600
+    for claim in CLAIMS:
+        assert all(claim), claim
+        assert 0 <= float(claim.value) <= 100
+        assert len(claim.source) < 100, "a reference, not a sentence of the source"
+
+
+def test_contradicting_sources_stand_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["claims", "PMGAFT"]) == 0
+    printed = capsys.readouterr().out
+    assert "17.88" in printed
+    assert "31.55" in printed
+    assert "measured with this package" in printed
+
+
+def test_measured_figures_are_those_of_the_benchmark() -> None:
+    results = {row["model"]: row for row in json.loads(OVERVIEW.read_text(encoding="utf-8"))["results"]}
+    rows = read("measured.csv", Measured)
+    assert {row.method for row in rows} == {*results}
+    for row in rows:
+        key = "clean" if row.metric == "clean" else "robust"
+        assert row.value == f"{100 * results[row.method][key]:.1f}"
+        assert row.commit == results[row.method]["commit"]
+
+
+def result(acc1: float, *, arch: str = "ViT-B-32-quickgelu", n: int = 10_000, steps: int = 100) -> dict[str, Any]:
+    """Makes the parts of a result that a comparison reads, with an interval of two points around the accuracy."""
+    accuracy = {"acc1": acc1, "interval": [acc1 - 0.01, acc1 + 0.01]}
+    pgd = {"eps": f"linf {1 / 255}", "steps": {"pgd": {"attack": "PGD", "steps": steps}}, "loss": "ce"}
+    return {
+        "model": {"arch": arch},
+        "tasks": {"cifar10": {"n": n, "clean": accuracy, "pgd100": accuracy}},
+        "protocol": {"cifar10": {"clean": {"axes": {}}, "pgd100": {"axes": pgd}}},
+    }
+
+
+TECOA = [claim for claim in CLAIMS if (claim.method, claim.set) == ("TeCoA", "CIFAR10")]
+CLAIMED = float(next(claim.value for claim in TECOA if claim.metric == "PGD-100")) / 100
+
+
+def verdict(made_up: dict[str, Any], metric: str = "PGD-100") -> list[str]:
+    return [found.verdict for found in comparisons(TECOA, made_up) if found.claim.metric == metric]
+
+
+def test_a_claim_within_the_interval_of_a_like_run_is_confirmed() -> None:
+    assert verdict(result(CLAIMED + 0.009)) == ["confirmed"]
+    assert verdict(result(CLAIMED + 0.011)) == ["not confirmed"]
+
+
+def test_other_models_and_fewer_images_decide_nothing() -> None:
+    assert verdict(result(CLAIMED, arch="RN50"))[0].startswith("not comparable: model RN50")
+    assert verdict(result(CLAIMED, n=100)) == ["not comparable: 100 of 10,000 images"]
+
+
+def test_other_attacks_are_not_compared() -> None:
+    assert verdict(result(CLAIMED, steps=10)) == []
+
+
+def test_unknown_methods_and_runs_without_a_claim_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["claims", "NoSuchMethod"]) == 2
+    assert "TeCoA" in capsys.readouterr().err
+    assert run(["claims", "--check", "."]) == 2
+    assert "method" in capsys.readouterr().err
