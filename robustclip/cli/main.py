@@ -18,6 +18,7 @@ commands:
   table RUN...                                     print one table of several results
   compare RUN RUN                                  compare two results, with confidence intervals
   report RUN... --images DIR --sections CLASS      write an HTML page about several results
+  leaderboard RUN... --out DIR                     write a static page that ranks results of equal protocols
   merge RUN... --out RUN                           join the shards of a test, of --shard I --shards N, to one result
   score RUN                                        compute a result again from its ledgers, without a model
   verify RUN                                       check that a result's adversarial examples still fool its model
@@ -50,6 +51,7 @@ TOOLS = {
     "table": "robustclip.tools.table:table",
     "compare": "robustclip.tools.compare:compare",
     "report": "robustclip.report:report",
+    "leaderboard": "robustclip.report.leaderboard:leaderboard",
     "merge": "robustclip.tools.merge:merge",
     "score": "robustclip.tools.score:score",
     "verify": "robustclip.cli.commands:verify",

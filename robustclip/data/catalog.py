@@ -117,6 +117,8 @@ class CatalogEntry:
         cut: regular expression of the publisher's additions to class names, such as numbers.
         others: regular expression of published folders, in plain form, whose classes do not belong to the set.
         exported: other numbers of classes, in exports that come with class names.
+        version: number that rises when class names, templates, split or label order change, so that results of an
+            older definition can be told from new ones.
     """
 
     name: str
@@ -131,6 +133,7 @@ class CatalogEntry:
     cut: str = ""
     others: str = ""
     exported: tuple[int, ...] = ()
+    version: int = 1
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -2,12 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from robustclip.arguments import class_at
 from robustclip.names import markdown as escape
-from robustclip.names import plain
 from robustclip.report.accuracy import Accuracy, summary, warning_lines
 from robustclip.report.blocks import Block, Cell, Table, Text, tables_of
 from robustclip.report.defended import Defended
@@ -16,6 +12,7 @@ from robustclip.report.gallery import Images
 from robustclip.report.misclassified import Misclassified
 from robustclip.report.plots import Interpolation, TradeOff
 from robustclip.report.section import Section
+from robustclip.report.templating import environment
 from robustclip.report.trust import Audit, Protocol, Runs
 from robustclip.report.unknown_classes import UnknownClasses
 from robustclip.report.view import View
@@ -63,19 +60,9 @@ def html(views: Sequence[View], content: Content) -> str:
         views: runs of the report.
         content: blocks of every section, from `content`.
     """
-    loader = PackageLoader("robustclip.report")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value, keep="\n"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["kind"] = lambda block: type(block).__name__.lower()
     title = f"Robustness of {', '.join(view.name for view in views)}"
     anchors = {name: name.lower().replace(" ", "-") for name in content}
-    return environment.get_template("page.html.j2").render(title=title, content=content, anchors=anchors)
+    return environment().get_template("page.html.j2").render(title=title, content=content, anchors=anchors)
 
 
 def markdown(views: Sequence[View], content: Content) -> str:

@@ -66,7 +66,7 @@ def claims(method: str = "", /, *, check: Path | None = None) -> None:
         ValueError: there is no claim about such a method, or a run is given without a method.
     """
     everything = read("claims.csv", Claim)
-    chosen = [claim for claim in everything if not method or _is_same(claim.method, method)]
+    chosen = [claim for claim in everything if not method or is_same(claim.method, method)]
     if not chosen:
         names = ", ".join(dict.fromkeys(claim.method for claim in everything))
         raise ValueError(f"method: there are no claims about {method!r}; there are some about {names}")
@@ -79,7 +79,7 @@ def claims(method: str = "", /, *, check: Path | None = None) -> None:
     display.console().print(_table(chosen, conditions))
     for number, condition in enumerate(conditions, 1):
         sys.stdout.write(f"[{number}] {condition}\n")
-    measured = [row for row in read("measured.csv", Measured) if not method or _is_same(row.method, method)]
+    measured = [row for row in read("measured.csv", Measured) if not method or is_same(row.method, method)]
     if measured:
         display.console().print(_measured_table(measured))
         sys.stdout.write(f"{DIFFERENCES}\n")
@@ -131,8 +131,13 @@ def read(name: str, kind: Callable[..., Row]) -> list[Row]:
     return [kind(**row) for row in csv.DictReader(io.StringIO(text))]
 
 
-def _is_same(name: str, other: str) -> bool:
-    """Compares names of methods: ``PMGAFT`` is ``PMG-AFT``."""
+def is_same(name: str, other: str) -> bool:
+    """Compares names of methods: ``PMGAFT`` is ``PMG-AFT``.
+
+    Args:
+        name: name of a method.
+        other: another spelling, such as the name of its class.
+    """
     return plain(name).replace(" ", "") == plain(other).replace(" ", "")
 
 

@@ -82,6 +82,7 @@ def _facts(entry: CatalogEntry, root: Path) -> dict[str, str]:
     url = f"wds:{STREAM.format(stream)}"
     return {
         "name": f"{entry.name} ({entry.title})",
+        "version": f"{entry.version}",
         "licence": f"{licence}; see its page for the terms",
         "page": page,
         "classes": f"{entry.class_count:,}",
