@@ -43,8 +43,16 @@ format: .venv/ready ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+.venv-docs/ready: docs/requirements.txt
+	@python3 -m venv .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	@touch .venv-docs/ready
+
+docs: .venv-docs/ready ## build the documentation into build/site, without network; warnings are errors
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 bench: .venv/ready ## time training step and evaluation against the official way and bare loops (minutes)
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 	$(BIN)/python benchmarks/evaluation.py --out benchmarks/results/evaluation.json
 
-.PHONY: help demo test test-slow check format bench
+.PHONY: help demo test test-slow check format docs bench

@@ -184,7 +184,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Computes the logits ``(B, C)`` of the defence, or `logits` without one.
 
         Args:
-            images, task: see `logits`.
+            images: see `logits`.
+            task: see `logits`.
             index: ``(B,)`` sample ids, which a random defence needs.
             draw: number of the draw of a random defence.
         """
