@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = parser(__doc__)
     words.add_argument("defences", nargs="*", default=list(DEFENCES), help=f"among {', '.join(DEFENCES)}")
     words.add_argument("--samples", default="100", help="of every set")
+    words.add_argument("--probes", default="32", help="samples of every set on which the audit measures")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model)
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.defences:
         defence = json.dumps({"class_path": name, "init_args": DEFENCES[name]})
         options = ("--model.defence", defence, "--evaluation.max_samples", arguments.samples)
+        options += ("--evaluation.probes", arguments.probes)
         folder = arguments.work / f"{name}_{arguments.samples}"
         test_once(folder, [*shared, *options])
         rows.append(row(name, Run.open(folder)))
