@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in arguments.defences:
         defence = json.dumps({"class_path": name, "init_args": DEFENCES[name]})
-        options = ("--model.defence", defence, "--evaluation.max_samples", arguments.samples)
-        options += ("--evaluation.probes", arguments.probes)
+        options = ["--model.defence", defence, "--evaluation.max_samples", arguments.samples]
+        options += ["--evaluation.probes", arguments.probes]
         folder = arguments.work / f"{name}_{arguments.samples}"
         test_once(folder, [*shared, *options])
         rows.append(row(name, Run.open(folder)))

@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from checkpoint_cases import (
     CONFIGS,
     DEMO,
@@ -380,6 +381,10 @@ def test_the_model_card_says_what_was_trained_and_measured(trained: tuple[Path, 
     assert run(["export", str(checkpoint), "--results", str(test), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     result = json.loads((test / "result.json").read_text())
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["pipeline_tag"] == "zero-shot-image-classification"
+    assert header["datasets"] == ["source"]
+    assert "https://arxiv.org/abs/2212.07016" in card.split("## Citation")[1]
     assert "# TeCoA on shapes" in card
     assert "| training data | shapes:source |" in card
     assert "| training attack | PGD(eps=5/255, alpha=3.75/255, steps=2" in card

@@ -1,0 +1,103 @@
+"""Fine-tunes the shapes model by each of the five methods and tests all under one protocol; `make tour` runs it.
+
+ARF gets captions of the training images and drawn pairs of another set, UEO images of six colours without labels among
+those of six unknown ones, and CRoFT sixteen images of each of the six.
+"""
+
+import argparse
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from robustclip.cli.main import run
+from robustclip.data.sources.shapes import ShapesDataset
+
+ATTACK = ("--model.attack", "PGD", "--model.attack.eps", "5/255", "--model.attack.alpha", "3.75/255")
+COLOURS = '{source: "shapes:colours", split: test, classes: 0-5%s}'
+METHODS: dict[str, tuple[str, ...]] = {
+    "TeCoA": (*ATTACK, "--model.optimizer.lr", "3e-3"),
+    "PMGAFT": (*ATTACK, "--model.optimizer.lr", "3e-3"),
+    "ARF": ("--model.optimizer.lr", "3e-4"),
+    "UEO": ("--data.train", COLOURS % ", images: 0-11"),
+    "CRoFT": ("--data.train", COLOURS % "", "--data.shots", "16"),
+}
+PAIRS = 240  # anchors of ARF, drawn from a set that is not tested
+
+
+def anchors(folder: Path) -> list[str]:
+    """Writes captions and anchors in the layout of `robustclip caption` and `retrieve`, and returns their options."""
+    source, pool = ShapesDataset("source", "train"), ShapesDataset("colour_shapes")
+    base = folder / "anchors" / "train"
+    base.mkdir(parents=True, exist_ok=True)
+    (base / "nshards.txt").write_text("1")
+    with tarfile.open(base / "0.tar", "w") as archive:
+        for number in range(PAIRS):
+            buffer = io.BytesIO()
+            pool[number][0].save(buffer, format="png")
+            for name, content in (
+                (f"{number:05}.png", buffer.getvalue()),
+                (f"{number:05}.txt", pool.caption(number).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    _table(folder / "captions.parquet", "captions", pa.string(), [[source.caption(i)] for i in range(len(source))])
+    _table(base.parent / "neighbours.parquet", "neighbours", pa.int32(), [[i % PAIRS] for i in range(len(source))])
+    return ["--data.captions", str(folder / "captions.parquet"), "--data.anchors", json.dumps(str(base.parent))[1:-1]]
+
+
+def _table(path: Path, column: str, kind: pa.DataType, lists: list[list[object]]) -> None:
+    columns = [pa.array(range(len(lists)), pa.int64()), pa.array(lists, pa.list_(kind))]
+    parquet.write_table(pa.table(columns, ["index", column]), path)
+
+
+def command(*words: str) -> None:
+    """Runs a command, and stops after an error."""
+    if status := run(list(words)):
+        raise SystemExit(status)
+
+
+def main() -> None:
+    """Runs the missing fits and tests, then table and report."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--work", type=Path, default=Path("runs/tour"), help="folder of checkpoints and results")
+    words.add_argument("--samples", default="120", help="images of each set")
+    arguments = words.parse_args()
+    work = arguments.work
+    quiet = ("--trainer.enable_progress_bar", "false", "--trainer.logger", "false")
+    short = ("--evaluation.max_samples", arguments.samples, "--evaluation.probes", "16", "--results.folder", str(work))
+    runs = [work / "original"]
+    if not (runs[0] / "result.json").is_file():
+        command(
+            "test", "--config", "tour", "--results.name", "original", "--results.is_undefended", "true", *short, *quiet
+        )
+    for name, options in METHODS.items():
+        fitted, result = work / f"{name}.fit", work / name
+        model = ("--config", "tour", "--model", name, *options)
+        if not fitted.is_dir():
+            part = fitted.with_suffix(".part")  # an interrupted fit resumes
+            more = anchors(work) if name == "ARF" else []
+            more += ["--ckpt_path", str(part / "last.ckpt")] if (part / "last.ckpt").is_file() else []
+            command("fit", *model, *more, "--checkpoint.dirpath", str(part), "--evaluation.fit_attacks", "{}", *quiet)
+            part.rename(fitted)
+        if not (result / "result.json").is_file():
+            more = [
+                "--ckpt_path",
+                str(fitted / "last.ckpt"),
+                "--results.name",
+                name,
+                "--results.baseline",
+                str(runs[0]),
+            ]
+            command("test", *model, *more, *short, *quiet)
+        runs.append(result)
+    command("table", *map(str, runs))
+    command("report", *map(str, runs), "--out", str(work / "report.html"))
+
+
+if __name__ == "__main__":
+    main()
