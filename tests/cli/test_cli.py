@@ -262,3 +262,15 @@ def test_stored_examples_are_verified_and_replayed(
     capsys.readouterr()
     assert run(["replay", "run", "--model", "TeCoA", "--model.last_blocks", "1"]) == 0
     assert "TeCoA" in capsys.readouterr().out
+
+
+def test_the_help_of_a_run_begins_with_the_most_used_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: robustclip fit --config NAME")
+    places = [
+        text.index(word) for word in ("most used options", "--model.help", "--data.help", "--trainer.accelerator")
+    ]
+    assert places == sorted(places)
