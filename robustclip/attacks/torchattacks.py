@@ -39,11 +39,15 @@ class TorchAttack(Attack):
         kwargs: further arguments of that class; ``alpha`` may be a fraction. ``n_classes`` is added.
 
     Raises:
-        ValueError: there is no such attack, it has no such argument, or the loss is not cross-entropy.
+        ValueError: torchattacks is not installed or has no such attack, the attack has no such argument, or the loss
+            is not cross-entropy.
     """
 
     def __init__(self, name: str, eps: Radius | None = None, kwargs: dict[str, Any] | None = None) -> None:
-        import torchattacks  # imported here, since it is slow and most runs do not need it
+        try:
+            import torchattacks  # imported here, since it is slow and most runs do not need it
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} is an attack of torchattacks: pip install 'robustclip[autoattack]'") from error
 
         available = torchattacks.attack.Attack.__subclasses__()
         classes = {attack.__name__: attack for attack in available if hasattr(torchattacks, attack.__name__)}

@@ -1,6 +1,7 @@
 """Versions and commit of the code behind a result."""
 
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -8,8 +9,12 @@ PACKAGES = ("robustclip", "torch", "torchvision", "lightning", "open_clip_torch"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the packages that numbers depend on."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    """Versions of this package and of the installed packages that numbers depend on."""
+    installed = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # torchattacks is an extra
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def commit() -> str | None:

@@ -1,6 +1,7 @@
 """Recipes, and what every attack says of itself."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -198,3 +199,9 @@ def test_wrong_recipes_are_refused() -> None:
         Recipe("pgd10", 0.1, budget=0)
     with pytest.raises(ValueError, match=r"Recipe .*own loss"):
         Recipe("pgd10", 0.1)(torch.rand(1, 3, 4, 4), lambda x: x, torch.tensor([0]), lambda z, y: z)
+
+
+def test_attacks_of_another_library_name_the_extra_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(ValueError, match=r"robustclip\[autoattack\]"):
+        TorchAttack("FAB", "1/255")
