@@ -96,10 +96,10 @@ OF_TRAINER = "training via flags"  # in the title of Lightning's group of option
 class Parser(AnsweringParser, LightningArgumentParser):
     """Lightning's parser, with exits that differ from those of other code."""
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Shows the most used options first, and those of Lightning's trainer last."""
         self._action_groups.sort(key=lambda group: OF_TRAINER in str(group.title))
-        text: str = super().format_help()
+        text: str = super().format_help(*args, **kwargs)
         if self.description not in DESCRIPTIONS.values():
             return text
         _, _, rest = text.partition(f"{self.description}\n")
