@@ -23,6 +23,7 @@ from robustclip.attacks.attack import (
     scaled_count,
     scaled_radius,
 )
+from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,
@@ -154,7 +155,7 @@ class _Search:
     def __init__(
         self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str
     ) -> None:
-        self.images, self.eps, self.norm = images, eps, norm
+        self.project, self.norm = perturbation_set.projection(images, eps, norm), norm
         self.position, self.before, self.gradient, self.value = start, start, gradient, value
         self.best, self.best_gradient, self.best_value = start, gradient, value
         self.step_size = torch.full_like(value, 2 * eps).view(-1, 1, 1, 1)
@@ -164,10 +165,10 @@ class _Search:
     def next_position(self, momentum: float) -> Tensor:
         """Moves along the gradient and adds the momentum of the last move."""
         stepped = self.position + self.step_size * perturbation_set.direction(self.gradient, self.norm)
-        stepped = perturbation_set.project(stepped, self.images, self.eps, self.norm)
+        stepped = self.project(stepped)
         mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
         self.before = self.position
-        self.position = perturbation_set.project(mixed, self.images, self.eps, self.norm)
+        self.position = self.project(mixed)
         return self.position
 
     def record(self, value: Tensor, gradient: Tensor) -> None:
@@ -176,8 +177,8 @@ class _Search:
         self.value, self.gradient = value, gradient
         is_better = value > self.best_value
         self.best_value = torch.where(is_better, value, self.best_value)
-        self.best = torch.where(is_better.view(-1, 1, 1, 1), self.position, self.best)
-        self.best_gradient = torch.where(is_better.view(-1, 1, 1, 1), gradient, self.best_gradient)
+        self.best = replaced(self.best, self.position, is_better)
+        self.best_gradient = replaced(self.best_gradient, gradient, is_better)
 
     def check(self, enough_rises: float) -> None:
         """Halves the step size of samples without progress and returns these to their best images."""
@@ -185,10 +186,9 @@ class _Search:
         is_halved = (self.rises <= enough_rises) | stands_still
         self.was_halved, self.best_at_check = is_halved, self.best_value
         self.rises = torch.zeros_like(self.rises)
-        is_halved = is_halved.view(-1, 1, 1, 1)
-        self.step_size = torch.where(is_halved, self.step_size / 2, self.step_size)
-        self.position = torch.where(is_halved, self.best, self.position)
-        self.gradient = torch.where(is_halved, self.best_gradient, self.gradient)
+        self.step_size = torch.where(is_halved.view(-1, 1, 1, 1), self.step_size / 2, self.step_size)
+        self.position = replaced(self.position, self.best, is_halved)
+        self.gradient = replaced(self.gradient, self.best_gradient, is_halved)
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import Checked, fitted
+from robustclip.attacks.rows import replaced, selected
 from robustclip.attacks.sample_losses import Loss, cross_entropy
 
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
@@ -220,7 +221,7 @@ class Worst(NamedTuple):
         )
         is_worse = is_worse if where is None else is_worse & where
         return type(self)(
-            torch.where(is_worse.view(-1, 1, 1, 1), other.images, self.images),
+            replaced(self.images, other.images, is_worse),
             torch.where(is_worse, other.value, self.value),
             torch.where(is_worse, other.is_misclassified, self.is_misclassified),
         )
@@ -242,7 +243,7 @@ def restrict_to_correct(forward: Forward, is_misclassified: Tensor) -> Forward:
     rows = (~is_misclassified).nonzero()[:, 0]
 
     def restricted(images: Tensor) -> Tensor:
-        logits = forward(images[rows])
+        logits = forward(selected(images, rows))
         return logits.new_zeros(len(images), logits.shape[1]).index_copy(0, rows, logits)
 
     return restricted

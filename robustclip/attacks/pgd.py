@@ -19,6 +19,7 @@ from robustclip.attacks.attack import (
     scaled_count,
     scaled_radius,
 )
+from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 
 
@@ -82,6 +83,7 @@ class PGD(Attack):
             perturbation_set.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
         )
         best, best_loss = attacked, images.new_full((len(images),), -torch.inf, dtype=torch.float32)
+        project = perturbation_set.projection(images, self.eps, self.norm)
         for _ in range(self.steps):
             attacked.requires_grad_()
             value = loss(forward(attacked), targets)
@@ -89,8 +91,7 @@ class PGD(Attack):
             attacked = attacked.detach()
             if self.keep == "best":
                 best, best_loss = _better(best, best_loss, attacked, value.detach())
-            attacked = attacked + self.alpha * perturbation_set.direction(gradient, self.norm)
-            attacked = perturbation_set.project(attacked, images, self.eps, self.norm)
+            attacked = project(attacked + self.alpha * perturbation_set.direction(gradient, self.norm))
         if self.keep == "last":
             return attacked
         with torch.no_grad():
@@ -100,4 +101,4 @@ class PGD(Attack):
 def _better(best: Tensor, best_loss: Tensor, images: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Selects the image ``(B, 3, H, W)`` of the higher loss ``(B,)`` per sample."""
     is_better = value > best_loss
-    return torch.where(is_better.view(-1, 1, 1, 1), images, best), torch.where(is_better, value, best_loss)
+    return replaced(best, images, is_better), torch.where(is_better, value, best_loss)
