@@ -15,6 +15,7 @@ from robustclip.attacks.attack import (
     Loss,
     Member,
     Radius,
+    Target,
     Worst,
     check_own_loss,
     gradient_of,
@@ -61,9 +62,12 @@ class APGD(Attack):
         targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
         restarts: random starts of each run; misclassified samples keep their image and are not attacked further.
         rho: share of rising steps up to which the step size is halved.
+        target: name of the class that images of other classes are moved to, or a class per task by the task's name;
+            null for any wrong class. The loss to maximise is minus that of the target.
 
     Raises:
-        ValueError: a radius is not in [0, 1], a count is too small, or a targeted run has cross-entropy.
+        ValueError: a radius is not in [0, 1], a count is too small, a targeted run has cross-entropy, or both
+            ``targets`` and ``target`` are set.
     """
 
     is_anytime = True
@@ -78,11 +82,15 @@ class APGD(Attack):
         targets: CountOrZero = 0,
         restarts: Count = 1,
         rho: Share = 0.75,
+        target: Target = None,
     ) -> None:
+        if targets and target is not None:
+            raise ValueError(f"targets must be 0 where target is set, got {targets}; it runs towards several classes")
         if targets and loss == "ce":
             raise ValueError("loss must be 'dlr' or 'margin' where targets > 0, got 'ce'")
         self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
         self.steps, self.loss, self.targets, self.restarts, self.rho = steps, loss, targets, restarts, rho
+        self._set_target(target)
 
     def members(self, classes: int) -> list[Member]:
         """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
@@ -119,7 +127,7 @@ class APGD(Attack):
 
     def _objectives(self, images: Tensor, forward: Forward, labels: Tensor) -> list[Objective]:
         if not self.targets:
-            return [partial(_untargeted, LOSSES[self.loss], labels)]
+            return [partial(_untargeted, self.directed(LOSSES[self.loss]), labels)]
         with torch.no_grad():
             outputs = forward(images).float()
         number = min(self.targets, outputs.shape[1] - 1)
@@ -134,7 +142,7 @@ class APGD(Attack):
             value = objective(outputs)
             gradient, outputs, attacked = gradient_of(value, attacked), outputs.detach(), attacked.detach()
             rank = margin(outputs, labels) if self.targets else value.detach()
-            return value.detach(), gradient, Worst(attacked, rank, outputs.argmax(1) != labels)
+            return value.detach(), gradient, Worst(attacked, rank, self.is_success(outputs, labels))
 
         value, gradient, worst = evaluate(start)
         search = _Search(images, start, value, gradient, eps=self.eps, norm=self.norm)

@@ -14,6 +14,7 @@ from robustclip.attacks.attack import (
     Loss,
     Member,
     Radius,
+    Target,
     gradient_of,
     pixels,
     scaled_count,
@@ -38,6 +39,8 @@ class PGD(Attack):
         random_start: start at a random point of the set (uniform; for L2 a random direction and length).
         keep: ``last`` iterate, as the papers do, or each sample's ``best``, that of the highest loss.
         loss: ``ce``, ``margin`` or ``dlr``; null uses the caller's, which is cross-entropy in evaluation.
+        target: name of the class that images of other classes are moved to, or a class per task by the task's name;
+            null for any wrong class. The loss to maximise is minus that of the target.
 
     Raises:
         ValueError: a radius is not in [0, 1], or the number of steps is negative.
@@ -55,10 +58,12 @@ class PGD(Attack):
         random_start: bool = True,
         keep: Literal["last", "best"] = "last",
         loss: LossName | None = None,
+        target: Target = None,
     ) -> None:
         limit = 1.0 if norm == "linf" else None
         self.eps, self.alpha = pixels(eps, name="eps", limit=limit), pixels(alpha, name="alpha", limit=limit)
         self.steps, self.norm, self.random_start, self.keep, self.loss = steps, norm, random_start, keep, loss
+        self._set_target(target)
 
     def members(self, classes: int) -> list[Member]:
         """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
@@ -78,7 +83,7 @@ class PGD(Attack):
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
         """Starts, and takes `steps` projected steps."""
-        loss = loss if self.loss is None else LOSSES[self.loss]
+        loss = self.directed(loss if self.loss is None else LOSSES[self.loss])
         attacked = (
             perturbation_set.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
         )

@@ -54,7 +54,8 @@ class Verdict:
     """Result of one attack, or of a list of them, for ``B`` samples.
 
     Attributes:
-        by: ``(B,)`` number of the member that succeeded, `ROBUST`, or `WRONG` if the clean image is misclassified.
+        by: ``(B,)`` number of the member that succeeded, `ROBUST`, or `WRONG` if the clean image is misclassified. For
+            attacks with a target class, `WRONG` marks images of that class and images that are predicted as it.
         attacked: ``(B, 3, H, W)`` the misclassified image, else the first member's, or a later one's of a higher loss.
         prediction: ``(B,)`` class predicted for that image.
         loss: ``(B,)`` cross-entropy of that image.
@@ -78,16 +79,18 @@ class Verdict:
     exact: Tensor
 
     @classmethod
-    def before(cls, images: Tensor, labels: Tensor, logits: Tensor) -> "Verdict":
+    def before(cls, images: Tensor, labels: Tensor, logits: Tensor, aim: int | None = None) -> "Verdict":
         """Makes the verdict on clean images, before any attack.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             labels: ``(B,)``.
             logits: ``(B, C)`` of the images.
+            aim: number of the class that the attack moves images to; None for any wrong class.
         """
         prediction, zeros = logits.argmax(-1), torch.zeros_like(labels)
-        by = torch.where(prediction == labels, ROBUST, WRONG)
+        is_attacked = prediction == labels if aim is None else (labels != aim) & (prediction != aim)
+        by = torch.where(is_attacked, ROBUST, WRONG)
         loss = cross_entropy(logits, labels)
         faults = _faults(logits).long()
         excess, exact = torch.zeros_like(loss), zeros.clone()
@@ -145,7 +148,7 @@ def examine(
         index = None if index is None else index.detach().clone()
         with torch.no_grad():
             logits = outputs(forward, images, index) if clean_logits is None else clean_logits.detach().clone()
-        verdict = Verdict.before(images, labels, logits.float())
+        verdict = Verdict.before(images, labels, logits.float(), members[0].attack.aim if members else None)
         passes = [*cheaper, Rung(forward)]
         options: Any = {"index": index, "seed": seed, "stop": stop, "check_every": check_every}
         for number, member in enumerate(members):
@@ -289,7 +292,7 @@ class _Watch(SkipsMisclassified):
         excess = self._excess(seen, self.images[rows])
         verdict.excess[rows] = torch.maximum(verdict.excess[rows], excess)
         is_open = verdict.by[rows] <= ROBUST
-        is_misclassified = is_open & (logits.argmax(-1) != self.labels[rows]) & (excess <= BOX_TOLERANCE)
+        is_misclassified = is_open & self.attack.is_success(logits, self.labels[rows]) & (excess <= BOX_TOLERANCE)
         if not self.is_exact:
             if not is_final:  # `forward` has computed the final logits
                 logits = logits.clone()
@@ -313,7 +316,7 @@ class _Watch(SkipsMisclassified):
         suspects = is_misclassified.nonzero()[:, 0]
         if len(suspects):
             logits[suspects] = self._outputs(self.forward, seen[suspects], self.rows[suspects]).float()
-        return is_misclassified & (logits.argmax(-1) != self.labels[self._open])
+        return is_misclassified & self.attack.is_success(logits, self.labels[self._open])
 
     def _excess(self, seen: Tensor, images: Tensor) -> Tensor:
         """Computes the distance ``(N,)`` of images ``(N, 3, H, W)`` from perturbation set and valid pixel range."""
