@@ -65,7 +65,8 @@ def measure(method: RobustMethod, data: CLIPDataModule, eps: str) -> dict[str, A
     method.eval().requires_grad_(False)
     method.prepare(data.test_tasks)
     for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
-        images, labels, index = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        batches = [(batch.images, batch.labels, batch.index) for batch in loader]
+        images, labels, index = (torch.cat(parts) for parts in zip(*batches, strict=True))
         forward = partial(method.logits, task=task.name)
         with torch.no_grad():
             is_right = torch.cat([forward(part) for part in torch.split(images, 16)]).argmax(1) == labels

@@ -200,7 +200,7 @@ def test_subclasses_of_users_get_the_check_and_keep_their_freedom() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
         Own(step=1)
     with pytest.raises(TypeError, match="positional"):
-        PGD(0.1, 0.1, 1, "linf", True, "last", None, 1)
+        PGD(0.1, 0.1, 1, "linf", True, "last", None, None, 1)
 
 
 def test_hints_that_cannot_be_evaluated_check_nothing() -> None:

@@ -15,6 +15,7 @@ from robustclip.attacks.attack import (
     Loss,
     Member,
     Radius,
+    Target,
     Worst,
     check_own_loss,
     gradient_of,
@@ -23,6 +24,7 @@ from robustclip.attacks.attack import (
     scaled_count,
     scaled_radius,
 )
+from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,
@@ -60,9 +62,12 @@ class APGD(Attack):
         targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
         restarts: random starts of each run; misclassified samples keep their image and are not attacked further.
         rho: share of rising steps up to which the step size is halved.
+        target: name of the class that images of other classes are moved to, or a class per task by the task's name;
+            null for any wrong class. The loss to maximise is minus that of the target.
 
     Raises:
-        ValueError: a radius is not in [0, 1], a count is too small, or a targeted run has cross-entropy.
+        ValueError: a radius is not in [0, 1], a count is too small, a targeted run has cross-entropy, or both
+            ``targets`` and ``target`` are set.
     """
 
     is_anytime = True
@@ -77,11 +82,15 @@ class APGD(Attack):
         targets: CountOrZero = 0,
         restarts: Count = 1,
         rho: Share = 0.75,
+        target: Target = None,
     ) -> None:
+        if targets and target is not None:
+            raise ValueError(f"targets must be 0 where target is set, got {targets}; it runs towards several classes")
         if targets and loss == "ce":
             raise ValueError("loss must be 'dlr' or 'margin' where targets > 0, got 'ce'")
         self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
         self.steps, self.loss, self.targets, self.restarts, self.rho = steps, loss, targets, restarts, rho
+        self._set_target(target)
 
     def members(self, classes: int) -> list[Member]:
         """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
@@ -118,7 +127,7 @@ class APGD(Attack):
 
     def _objectives(self, images: Tensor, forward: Forward, labels: Tensor) -> list[Objective]:
         if not self.targets:
-            return [partial(_untargeted, LOSSES[self.loss], labels)]
+            return [partial(_untargeted, self.directed(LOSSES[self.loss]), labels)]
         with torch.no_grad():
             outputs = forward(images).float()
         number = min(self.targets, outputs.shape[1] - 1)
@@ -133,7 +142,7 @@ class APGD(Attack):
             value = objective(outputs)
             gradient, outputs, attacked = gradient_of(value, attacked), outputs.detach(), attacked.detach()
             rank = margin(outputs, labels) if self.targets else value.detach()
-            return value.detach(), gradient, Worst(attacked, rank, outputs.argmax(1) != labels)
+            return value.detach(), gradient, Worst(attacked, rank, self.is_success(outputs, labels))
 
         value, gradient, worst = evaluate(start)
         search = _Search(images, start, value, gradient, eps=self.eps, norm=self.norm)
@@ -154,7 +163,7 @@ class _Search:
     def __init__(
         self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str
     ) -> None:
-        self.images, self.eps, self.norm = images, eps, norm
+        self.project, self.norm = perturbation_set.projection(images, eps, norm), norm
         self.position, self.before, self.gradient, self.value = start, start, gradient, value
         self.best, self.best_gradient, self.best_value = start, gradient, value
         self.step_size = torch.full_like(value, 2 * eps).view(-1, 1, 1, 1)
@@ -164,10 +173,10 @@ class _Search:
     def next_position(self, momentum: float) -> Tensor:
         """Moves along the gradient and adds the momentum of the last move."""
         stepped = self.position + self.step_size * perturbation_set.direction(self.gradient, self.norm)
-        stepped = perturbation_set.project(stepped, self.images, self.eps, self.norm)
+        stepped = self.project(stepped)
         mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
         self.before = self.position
-        self.position = perturbation_set.project(mixed, self.images, self.eps, self.norm)
+        self.position = self.project(mixed)
         return self.position
 
     def record(self, value: Tensor, gradient: Tensor) -> None:
@@ -176,8 +185,8 @@ class _Search:
         self.value, self.gradient = value, gradient
         is_better = value > self.best_value
         self.best_value = torch.where(is_better, value, self.best_value)
-        self.best = torch.where(is_better.view(-1, 1, 1, 1), self.position, self.best)
-        self.best_gradient = torch.where(is_better.view(-1, 1, 1, 1), gradient, self.best_gradient)
+        self.best = replaced(self.best, self.position, is_better)
+        self.best_gradient = replaced(self.best_gradient, gradient, is_better)
 
     def check(self, enough_rises: float) -> None:
         """Halves the step size of samples without progress and returns these to their best images."""
@@ -185,10 +194,9 @@ class _Search:
         is_halved = (self.rises <= enough_rises) | stands_still
         self.was_halved, self.best_at_check = is_halved, self.best_value
         self.rises = torch.zeros_like(self.rises)
-        is_halved = is_halved.view(-1, 1, 1, 1)
-        self.step_size = torch.where(is_halved, self.step_size / 2, self.step_size)
-        self.position = torch.where(is_halved, self.best, self.position)
-        self.gradient = torch.where(is_halved, self.best_gradient, self.gradient)
+        self.step_size = torch.where(is_halved.view(-1, 1, 1, 1), self.step_size / 2, self.step_size)
+        self.position = replaced(self.position, self.best, is_halved)
+        self.gradient = replaced(self.gradient, self.best_gradient, is_halved)
 
 
 def checkpoints(steps: int) -> list[int]:

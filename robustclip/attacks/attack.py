@@ -1,9 +1,10 @@
 """The base class of attacks: searches for adversarial images inside a perturbation set and the valid pixel range."""
 
 import copy
+import difflib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Self
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robustclip.arguments import Checked, fitted
+from robustclip.attacks.rows import replaced, selected
 from robustclip.attacks.sample_losses import Loss, cross_entropy
 
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
@@ -20,6 +22,9 @@ Forward = Callable[[Tensor], Tensor]
 
 Radius = float | str
 """Type of a length in [0, 1] pixel units: ``0.0157`` or ``"4/255"``."""
+
+Target = str | dict[str, str] | None
+"""Type of a target: the name of a class in every task, or of one class per task by the task's name."""
 
 BOX_TOLERANCE = 1e-6  # rounding of decoders and resizers; values further out mean that images are normalised
 
@@ -74,12 +79,16 @@ class Attack(Checked, ABC):
         is_black_box: the attack uses no gradients.
         eps: radius; None for attacks without a perturbation set.
         norm: ``linf`` or ``l2``.
+        target: name of the class that the attack moves images to; None for any wrong class.
+        aim: number of that class in the task that is attacked.
     """
 
     is_anytime: bool = False
     is_black_box: bool = False
     eps: float | None = None
     norm: str = "linf"
+    target: Target = None
+    _aim: int | None = None
 
     def __call__(
         self,
@@ -106,8 +115,10 @@ class Attack(Checked, ABC):
             Adversarial images ``(B, 3, H, W)`` in [0, 1], detached.
 
         Raises:
-            ValueError: images are outside [0, 1].
+            ValueError: images are outside [0, 1], or the attack has a target that no evaluation has looked up.
         """
+        if self.target is not None and self.aim is None:
+            raise ValueError(f"target {self.target!r} is for attacks of an evaluation, which knows the classes by name")
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone()
             check_range(images)
@@ -150,12 +161,67 @@ class Attack(Checked, ABC):
         return None
 
     @property
+    def aim(self) -> int | None:
+        """Number of the target class; None for attacks without a target."""
+        return self._aim
+
+    def aimed_at(self, task: str, classes: Sequence[str]) -> "Attack":
+        """Returns the attack with the number of its target class in a task; itself if it has no target.
+
+        Args:
+            task: name of the task.
+            classes: names of its classes, in the order of the labels.
+
+        Raises:
+            ValueError: the attack has no target for this task, or the task has no such class.
+        """
+        if self.target is None:
+            return self
+        name = self.target if isinstance(self.target, str) else self.target.get(task)
+        if name is None:
+            raise ValueError(f"target names no class for the task {task!r}; it has {', '.join(self.target)}")
+        if name not in classes:
+            close = difflib.get_close_matches(name, classes, cutoff=0.4) or list(classes)[:3]
+            raise ValueError(f"target: task {task!r} has no class {name!r}; near names are {', '.join(close)}")
+        return self._changed(target=name, _aim=list(classes).index(name))
+
+    def is_success(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Marks samples ``(B,)`` that are predicted as the target, or without a target as any wrong class.
+
+        Args:
+            outputs: logits ``(B, C)``.
+            labels: ``(B,)``.
+        """
+        predictions = outputs.argmax(-1)
+        return predictions != labels if self.aim is None else predictions == self.aim
+
+    def directed(self, loss: Loss) -> Loss:
+        """Returns the loss to maximise; with a target, this is minus the loss of the target class.
+
+        Args:
+            loss: loss of outputs and labels.
+        """
+        aim = self.aim
+        return loss if aim is None else lambda outputs, labels: -loss(outputs, torch.full_like(labels, aim))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The public attributes of the attack, in JSON's types."""
         return {key: _jsonable(value) for key, value in vars(self).items() if not key.startswith("_")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.settings.items())})"
+
+    def _set_target(self, target: Target) -> None:
+        """Stores a target; without one, the settings of the attack do not mention it.
+
+        Raises:
+            ValueError: the loss is DLR, whose gradient vanishes for classes that are not among the highest.
+        """
+        if target is not None and self.settings.get("loss") == "dlr":
+            raise ValueError("loss must be 'ce' or 'margin' where target is set, got 'dlr'")
+        if target is not None:
+            self.target = target
 
     def _changed(self, **attributes: Any) -> Self:
         twin = copy.copy(self)
@@ -220,7 +286,7 @@ class Worst(NamedTuple):
         )
         is_worse = is_worse if where is None else is_worse & where
         return type(self)(
-            torch.where(is_worse.view(-1, 1, 1, 1), other.images, self.images),
+            replaced(self.images, other.images, is_worse),
             torch.where(is_worse, other.value, self.value),
             torch.where(is_worse, other.is_misclassified, self.is_misclassified),
         )
@@ -242,7 +308,7 @@ def restrict_to_correct(forward: Forward, is_misclassified: Tensor) -> Forward:
     rows = (~is_misclassified).nonzero()[:, 0]
 
     def restricted(images: Tensor) -> Tensor:
-        logits = forward(images[rows])
+        logits = forward(selected(images, rows))
         return logits.new_zeros(len(images), logits.shape[1]).index_copy(0, rows, logits)
 
     return restricted

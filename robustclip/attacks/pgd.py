@@ -14,11 +14,13 @@ from robustclip.attacks.attack import (
     Loss,
     Member,
     Radius,
+    Target,
     gradient_of,
     pixels,
     scaled_count,
     scaled_radius,
 )
+from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 
 
@@ -37,6 +39,8 @@ class PGD(Attack):
         random_start: start at a random point of the set (uniform; for L2 a random direction and length).
         keep: ``last`` iterate, as the papers do, or each sample's ``best``, that of the highest loss.
         loss: ``ce``, ``margin`` or ``dlr``; null uses the caller's, which is cross-entropy in evaluation.
+        target: name of the class that images of other classes are moved to, or a class per task by the task's name;
+            null for any wrong class. The loss to maximise is minus that of the target.
 
     Raises:
         ValueError: a radius is not in [0, 1], or the number of steps is negative.
@@ -54,10 +58,12 @@ class PGD(Attack):
         random_start: bool = True,
         keep: Literal["last", "best"] = "last",
         loss: LossName | None = None,
+        target: Target = None,
     ) -> None:
         limit = 1.0 if norm == "linf" else None
         self.eps, self.alpha = pixels(eps, name="eps", limit=limit), pixels(alpha, name="alpha", limit=limit)
         self.steps, self.norm, self.random_start, self.keep, self.loss = steps, norm, random_start, keep, loss
+        self._set_target(target)
 
     def members(self, classes: int) -> list[Member]:
         """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
@@ -77,11 +83,12 @@ class PGD(Attack):
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
     ) -> Tensor:
         """Starts, and takes `steps` projected steps."""
-        loss = loss if self.loss is None else LOSSES[self.loss]
+        loss = self.directed(loss if self.loss is None else LOSSES[self.loss])
         attacked = (
             perturbation_set.start(images, self.eps, self.norm, index, seed) if self.random_start else images.clone()
         )
         best, best_loss = attacked, images.new_full((len(images),), -torch.inf, dtype=torch.float32)
+        project = perturbation_set.projection(images, self.eps, self.norm)
         for _ in range(self.steps):
             attacked.requires_grad_()
             value = loss(forward(attacked), targets)
@@ -89,8 +96,7 @@ class PGD(Attack):
             attacked = attacked.detach()
             if self.keep == "best":
                 best, best_loss = _better(best, best_loss, attacked, value.detach())
-            attacked = attacked + self.alpha * perturbation_set.direction(gradient, self.norm)
-            attacked = perturbation_set.project(attacked, images, self.eps, self.norm)
+            attacked = project(attacked + self.alpha * perturbation_set.direction(gradient, self.norm))
         if self.keep == "last":
             return attacked
         with torch.no_grad():
@@ -100,4 +106,4 @@ class PGD(Attack):
 def _better(best: Tensor, best_loss: Tensor, images: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Selects the image ``(B, 3, H, W)`` of the higher loss ``(B,)`` per sample."""
     is_better = value > best_loss
-    return torch.where(is_better.view(-1, 1, 1, 1), images, best), torch.where(is_better, value, best_loss)
+    return replaced(best, images, is_better), torch.where(is_better, value, best_loss)

@@ -15,6 +15,7 @@ from robustclip.attacks.attack import (
     Loss,
     Member,
     Radius,
+    Target,
     Worst,
     check_own_loss,
     pixels,
@@ -48,6 +49,8 @@ class Square(Attack):
         norm: ``linf`` or ``l2``.
         p_init: share of the image that the first squares cover.
         loss: ``margin``, ``ce`` or ``dlr``.
+        target: name of the class that images of other classes are moved to, or a class per task by the task's name;
+            null for any wrong class. The loss to maximise is minus that of the target.
 
     Raises:
         ValueError: the radius is not in [0, 1], there is no query, or the share is outside (0, 1].
@@ -64,9 +67,11 @@ class Square(Attack):
         norm: perturbation_set.Norm = "linf",
         p_init: PositiveShare = 0.8,
         loss: LossName = "margin",
+        target: Target = None,
     ) -> None:
         self.eps, self.norm = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None), norm
         self.queries, self.p_init, self.loss = queries, p_init, loss
+        self._set_target(target)
 
     def members(self, classes: int) -> list[Member]:
         """Returns the attack itself, with the margin as its loss where DLR has too few classes."""
@@ -87,10 +92,11 @@ class Square(Attack):
     ) -> Tensor:
         """Starts, and tries one patch per query; stops early once every sample is misclassified."""
         check_own_loss(self, loss)
+        loss = self.directed(LOSSES[self.loss])
 
         def evaluate(attacked: Tensor, model: Forward = forward) -> Worst:
             outputs = model(attacked)
-            return Worst(attacked, LOSSES[self.loss](outputs, targets), outputs.argmax(1) != targets)
+            return Worst(attacked, loss(outputs, targets), self.is_success(outputs, targets))
 
         is_linf = self.norm == "linf"
         worst = evaluate(_stripes(images, self.eps, index, seed) if is_linf else _tiles(images, self.eps, index, seed))

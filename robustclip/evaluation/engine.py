@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustclip.attacks.attack import BOX_TOLERANCE, Attack, Forward, Member, SkipsMisclassified
 from robustclip.attacks.perturbation_set import distance
+from robustclip.attacks.rows import replaced, selected
 from robustclip.attacks.sample_losses import cross_entropy
 
 ROBUST, WRONG = -1, -2  # values of `by` without a successful member: robust, and misclassified without attack
@@ -53,7 +54,8 @@ class Verdict:
     """Result of one attack, or of a list of them, for ``B`` samples.
 
     Attributes:
-        by: ``(B,)`` number of the member that succeeded, `ROBUST`, or `WRONG` if the clean image is misclassified.
+        by: ``(B,)`` number of the member that succeeded, `ROBUST`, or `WRONG` if the clean image is misclassified. For
+            attacks with a target class, `WRONG` marks images of that class and images that are predicted as it.
         attacked: ``(B, 3, H, W)`` the misclassified image, else the first member's, or a later one's of a higher loss.
         prediction: ``(B,)`` class predicted for that image.
         loss: ``(B,)`` cross-entropy of that image.
@@ -77,16 +79,18 @@ class Verdict:
     exact: Tensor
 
     @classmethod
-    def before(cls, images: Tensor, labels: Tensor, logits: Tensor) -> "Verdict":
+    def before(cls, images: Tensor, labels: Tensor, logits: Tensor, aim: int | None = None) -> "Verdict":
         """Makes the verdict on clean images, before any attack.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1].
             labels: ``(B,)``.
             logits: ``(B, C)`` of the images.
+            aim: number of the class that the attack moves images to; None for any wrong class.
         """
         prediction, zeros = logits.argmax(-1), torch.zeros_like(labels)
-        by = torch.where(prediction == labels, ROBUST, WRONG)
+        is_attacked = prediction == labels if aim is None else (labels != aim) & (prediction != aim)
+        by = torch.where(is_attacked, ROBUST, WRONG)
         loss = cross_entropy(logits, labels)
         faults = _faults(logits).long()
         excess, exact = torch.zeros_like(loss), zeros.clone()
@@ -144,7 +148,7 @@ def examine(
         index = None if index is None else index.detach().clone()
         with torch.no_grad():
             logits = outputs(forward, images, index) if clean_logits is None else clean_logits.detach().clone()
-        verdict = Verdict.before(images, labels, logits.float())
+        verdict = Verdict.before(images, labels, logits.float(), members[0].attack.aim if members else None)
         passes = [*cheaper, Rung(forward)]
         options: Any = {"index": index, "seed": seed, "stop": stop, "check_every": check_every}
         for number, member in enumerate(members):
@@ -239,6 +243,11 @@ class _Watch(SkipsMisclassified):
         self.rows = torch.arange(len(images), device=images.device)
         self.calls = 0
 
+    @property
+    def _open(self) -> Tensor | slice:
+        """Index of the rows still attacked; a slice while these are all, which costs no copies."""
+        return slice(None) if len(self.rows) == len(self.images) else self.rows
+
     def run(self, index: Tensor | None, seed: int) -> None:
         """Runs the attack and completes the verdict with the images that it returns."""
         try:
@@ -260,33 +269,37 @@ class _Watch(SkipsMisclassified):
             if not len(self.rows):
                 raise _AllMisclassified
         self.calls += 1
-        seen = images[self.rows]
-        if seen.requires_grad:
-            seen.register_hook(partial(self._record_gradient, self.rows))  # type: ignore[no-untyped-call]
-        logits = self._outputs(self.rung.forward, seen, self.rows).float()
-        self.verdict.exact[self.rows] += int(self.is_exact or self.rung.is_fp32)
-        if seen.requires_grad and not logits.requires_grad:
-            logits = logits + 0 * seen.sum()  # a model that does not depend on its pixels has zero gradients
-        self.verdict.nans[self.rows] += _faults(logits.detach())
+        number = len(self.rows)
+        padded = selected(images, self.rows, self._padded(number))  # a copy, which the model may change
+        if padded.requires_grad:
+            padded.register_hook(partial(self._record_gradient, self._open, number))  # type: ignore[no-untyped-call]
+        index = None if self.index is None else self._pad(self.index[self.rows])
+        logits = outputs(self.rung.forward, padded, index)[:number].float()
+        self.verdict.exact[self._open] += int(self.is_exact or self.rung.is_fp32)
+        if padded.requires_grad and not logits.requires_grad:
+            logits = logits + 0 * padded.sum()  # a model that does not depend on its pixels has zero gradients
+        self.verdict.nans[self._open] += _faults(logits.detach())
         if counts:
-            self._judge(seen.detach(), logits.detach(), is_final=False)
-        if len(self.rows) == len(images):
+            self._judge(padded[:number].detach(), logits.detach(), is_final=False)
+        if number == len(images):
             return logits
         return logits.new_zeros(len(images), logits.shape[1]).index_copy(0, self.rows, logits)
 
     @torch.no_grad()
     def _judge(self, seen: Tensor, logits: Tensor, *, is_final: bool) -> None:
         """Updates the verdict with the predictions for one image per open sample."""
-        rows, verdict = self.rows, self.verdict
+        rows, verdict = self._open, self.verdict
         excess = self._excess(seen, self.images[rows])
         verdict.excess[rows] = torch.maximum(verdict.excess[rows], excess)
         is_open = verdict.by[rows] <= ROBUST
-        is_misclassified = is_open & (logits.argmax(-1) != self.labels[rows]) & (excess <= BOX_TOLERANCE)
+        is_misclassified = is_open & self.attack.is_success(logits, self.labels[rows]) & (excess <= BOX_TOLERANCE)
         if not self.is_exact:
             if not is_final:  # `forward` has computed the final logits
                 logits = logits.clone()
                 is_misclassified = self._confirm(seen, is_misclassified, logits)
             verdict.exact[rows] += is_misclassified
+        if not is_final and seen.device.type == "cpu" and not bool(is_misclassified.any()):
+            return  # other devices would have to be waited for
         loss = cross_entropy(logits, self.labels[rows])
         is_first_or_worse = (loss > verdict.loss[rows]) | (self.number == 0)
         is_kept = is_misclassified | (is_open & is_first_or_worse if is_final else is_misclassified)
@@ -296,18 +309,19 @@ class _Watch(SkipsMisclassified):
         verdict.by[rows] = torch.where(is_misclassified, number, verdict.by[rows])
         verdict.prediction[rows] = torch.where(is_kept, logits.argmax(-1), verdict.prediction[rows])
         verdict.loss[rows] = torch.where(is_kept, loss, verdict.loss[rows])
-        verdict.attacked[rows] = torch.where(is_kept.view(-1, 1, 1, 1), seen, verdict.attacked[rows])
+        verdict.attacked[rows] = replaced(verdict.attacked[rows], seen, is_kept)
 
     def _confirm(self, seen: Tensor, is_misclassified: Tensor, logits: Tensor) -> Tensor:
         """Evaluates misclassified samples again in fp32, and writes the new logits into the old ones."""
         suspects = is_misclassified.nonzero()[:, 0]
         if len(suspects):
             logits[suspects] = self._outputs(self.forward, seen[suspects], self.rows[suspects]).float()
-        return is_misclassified & (logits.argmax(-1) != self.labels[self.rows])
+        return is_misclassified & self.attack.is_success(logits, self.labels[self._open])
 
     def _excess(self, seen: Tensor, images: Tensor) -> Tensor:
         """Computes the distance ``(N,)`` of images ``(N, 3, H, W)`` from perturbation set and valid pixel range."""
-        outside = torch.maximum(-seen, seen - 1).flatten(1).amax(1).clamp(min=0)
+        pixels = seen.flatten(1)
+        outside = torch.maximum(-pixels.amin(1), pixels.amax(1) - 1).clamp(min=0)
         if self.attack.eps is None:
             return outside
         # The last digits of an L2 norm depend on the order of its terms.
@@ -322,12 +336,16 @@ class _Watch(SkipsMisclassified):
 
     def _pad(self, seen: Tensor) -> Tensor:
         """Repeats the first sample, so that batches have one of `SIZES` sizes only."""
-        size = math.ceil(self.capacity / SIZES)
-        missing = -len(seen) % size
+        missing = self._padded(len(seen)) - len(seen)
         return torch.cat([seen, seen[:1].expand(missing, *seen.shape[1:])]) if missing else seen
 
-    def _record_gradient(self, rows: Tensor, gradient: Tensor) -> None:
-        largest = gradient.detach().abs().flatten(1).amax(1)
+    def _padded(self, number: int) -> int:
+        """Rounds a number of samples up to one of `SIZES` batch sizes."""
+        size = math.ceil(self.capacity / SIZES)
+        return number + -number % size
+
+    def _record_gradient(self, rows: Tensor | slice, number: int, gradient: Tensor) -> None:
+        largest = gradient[:number].detach().abs().flatten(1).amax(1)
         self.verdict.steps[rows] += 1
         self.verdict.dead[rows] += largest == 0
         self.verdict.nans[rows] += ~torch.isfinite(largest)

@@ -21,7 +21,24 @@ def members_of(tasks: list[Task], attacks: Mapping[str, Attack]) -> dict[tuple[s
         tasks: tasks of the evaluation.
         attacks: attacks by name.
     """
-    return {(task.name, name): attacks[name].members(len(task.label_names)) for task in tasks for name in attacks}
+    return {
+        (task.name, name): attacks[name].aimed_at(task.name, task.label_names).members(len(task.label_names))
+        for task in tasks
+        for name in attacks
+    }
+
+
+def aims_of(members: Mapping[tuple[str, str], list[Member]]) -> dict[str, dict[str, int]]:
+    """Returns the number of the class that each attack with a target moves images to, by task and attack.
+
+    Args:
+        members: task and attack to the members of the attack.
+    """
+    aims: dict[str, dict[str, int]] = {}
+    for (task, name), several in members.items():
+        for aim in (member.attack.aim for member in several[:1]):
+            aims |= {} if aim is None else {task: {**aims.get(task, {}), name: aim}}
+    return aims
 
 
 def describe(

@@ -12,7 +12,7 @@ from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack, Member
 from robustclip.attacks.recipes import Attacks, by_name
 from robustclip.evaluation.engine import StopRule, Verdict, examine
-from robustclip.evaluation.identity import describe, members_of
+from robustclip.evaluation.identity import aims_of, describe, members_of
 from robustclip.evaluation.journal import Examples, Journal, Row, sample_rows
 from robustclip.evaluation.precision_ladder import AttackPrecision, description, exact, ladder, rungs
 from robustclip.evaluation.probe_queue import ProbeQueue
@@ -113,6 +113,11 @@ class RobustEvaluation(TaskCallback):
             raise ValueError(
                 f"evaluation.attack_precision must be fp32 for a model.defence, got {self.attack_precision}"
             )
+        aimed = [name for name, attack in self._running.items() if attack.target is not None]
+        if aimed and method_of(pl_module).defence is not None:
+            raise ValueError(
+                f"evaluation.attacks: {aimed[0]} must have no target for a model.defence; leave target out"
+            )
         self._journal = self._examples = self._queue = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None
@@ -171,7 +176,8 @@ class RobustEvaluation(TaskCallback):
             task.name: {name: [member.name for member in self._through[task.name, name]] for name in self._running}
             for task in tasks
         }
-        table = accuracies({task.name: journal.rows(task.name) for task in tasks}, names, left_out)
+        ledgers = {task.name: journal.rows(task.name) for task in tasks}
+        table = accuracies(ledgers, names, left_out, aims_of(self._members))
         for name, value in scalars(table).items():
             is_shown = stage == "val" and name.endswith("/acc1") and not name.startswith(f"{NOT_A_TASK}/")
             method.log(f"{stage}/{name}", value, prog_bar=is_shown)
@@ -254,7 +260,8 @@ class RobustEvaluation(TaskCallback):
                     key: members_through(defence, members, self.ways) for key, members in self._members.items()
                 }
             if writer is None:
-                columns = ["id", "label", "clean", *(f"{name}.by" for name in self._running), ledger.TIME_COLUMN]
+                attacks = [f"{name}.{column}" for name in self._running for column in ("by", "prediction")]
+                columns = ["id", "label", "clean", *attacks, ledger.TIME_COLUMN]
                 self._journal = Journal(trainer, {task.name: columns for task in tasks})
                 return self._journal
             identity = describe(

@@ -35,6 +35,7 @@ def stored_members(
                 "note": member.note,
                 "attack": {name: getattr(member.attack, name) for name in FACTS}
                 | {name: member.attack.settings[name] for name in EFFORT if name in member.attack.settings},
+                **({} if member.attack.aim is None else {"aim": member.attack.aim}),
             }
             for member in several
         ]
@@ -50,6 +51,7 @@ def audited(record: Record) -> dict[str, Any]:
         ]
         for task, attacks in facts["members"].items()
         for attack, several in attacks.items()
+        if not any("aim" in member for member in several)  # whether they succeed is no measure of the others
     }
     evidence = Evidence(
         {task: sample_columns(record.rows[task]) for task in facts["tasks"]},

@@ -88,6 +88,8 @@ class RobustMethod(Checked, LightningModule, ABC):
         defence: Defence | None = None,
     ) -> None:
         super().__init__()
+        if attack is not None and attack.target is not None:
+            raise ValueError(f"attack.target must be null in training, got {attack.target!r}; it is for evaluation")
         self.save_hyperparameters(ignore=self.of_objects)
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from robustclip.report.blocks import Block, Cell, Entry, Fold, Heading, Legend, Picture, Pictures, Table, Text
 from robustclip.report.section import Section
 from robustclip.report.svg import MEMBER_COLOURS, PAPER, ROBUST, WRONG, draw, member_colour, run_entry
-from robustclip.report.view import CLEAN, View, union
+from robustclip.report.view import CLEAN, View, percent, union
+from robustclip.results.tables import SUCCESS
 
 CLEAN_NAME, ROBUST_NAME = "misclassified without attack", "robust"
 ROOM_FOR_TEXT = 7.5  # percent of a bar that a number needs
@@ -29,6 +30,9 @@ class Misclassified(Section):
         blocks: list[Block] = [Text(text), _legend(members)]
         for place, attack in enumerate(attacks):
             having = [view for view in views if attack in view.attacks]
+            if any(SUCCESS in view.part("mean").get(attack, {}) for view in having):
+                blocks += [Heading(attack), _moved(having, attack)]
+                continue
             names = [name for name in members if any(name in view.members(attack) for view in having)]
             bars = [_bars(view, attack, members, f"members-{place}-{view.number}") for view in having]
             fold = Fold(f"Numbers of samples, {attack}", [_counts(having, attack, names)])
@@ -74,6 +78,27 @@ def _counts(views: Sequence[View], attack: str, members: Sequence[str]) -> Table
             name = task if len(views) == 1 else f"{view.label}: {task}"
             rows.append((name, [Cell(str(number)) for number in [*(counts[kind] for kind in kinds), counts.total()]]))
     return Table(f"Successes of the members of {attack}", "task", [*map(_named, kinds), "samples"], rows)
+
+
+def _moved(views: Sequence[View], attack: str) -> Table:
+    """Tabulates the images that an attack with a target class moves to it."""
+    rows = []
+    for view in views:
+        for task, values in view.part("tasks").items():
+            success = values.get(attack, {}).get(SUCCESS)
+            if success is None:
+                continue
+            name = task if len(views) == 1 else f"{view.label}: {task}"
+            limits = " to ".join(map(percent, success["interval"]))
+            numbers = [
+                f"{percent(success['rate'])} ({limits})",
+                *(str(success[key]) for key in ("count", "n", "left_out")),
+            ]
+            target = view.axes(task, attack).get("steps", {})
+            names = {str(member.get("target")) for member in target.values()}
+            rows.append((name, [Cell(value) for value in [", ".join(sorted(names)), *numbers]]))
+    columns = ["target class", "moved there, percent", "moved", "images of other classes", "images of the target class"]
+    return Table(f"Images that {attack} moves to its target class", "task", columns, rows)
 
 
 def _spoken(view: View, task: str, attack: str) -> str:

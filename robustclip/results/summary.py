@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from robustclip.intervals import mean_interval
 from robustclip.results import ledger
 from robustclip.results.protocol import with_samples
 from robustclip.results.run import FACTS, LEDGERS, RESULT, check_is_whole, read_facts
-from robustclip.results.tables import ADAPTIVE, CLEAN, COLUMNS, STATIC, UNDEFENDED, csv_table, markdown_table
+from robustclip.results.tables import ADAPTIVE, CLEAN, COLUMNS, STATIC, SUCCESS, UNDEFENDED, csv_table, markdown_table
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -89,7 +90,11 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
         for task, attacks in facts["members"].items()
     }
     rows = {task: record.rows[task] for task in facts["tasks"]}
-    table = with_averages(accuracies(rows, names, facts["bad_samples"]), facts["averages"])
+    aims = {
+        task: {attack: members[0]["aim"] for attack, members in attacks.items() if members and "aim" in members[0]}
+        for task, attacks in facts["members"].items()
+    }
+    table = with_averages(accuracies(rows, names, facts["bad_samples"], aims), facts["averages"])
     if facts["model"].get("defence") is not None:
         add_undefended(table, rows, names)
     heading = ("method", "is_undefended", "finished", "versions", "commit", "device", "config", "model")
@@ -111,20 +116,31 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
 
 
 def accuracies(
-    rows: Mapping[str, Rows], members: Mapping[str, Mapping[str, Sequence[str]]], bad_samples: Mapping[str, int]
+    rows: Mapping[str, Rows],
+    members: Mapping[str, Mapping[str, Sequence[str]]],
+    bad_samples: Mapping[str, int],
+    aims: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Computes the accuracies of every task with and without attack, with 95 % intervals, and their means.
+
+    The accuracy under an attack with a target class is that on its images. Its ``success`` is the share of the images
+    of other classes that are predicted as the target.
 
     Args:
         rows: rows of every task, by its name.
         members: task and attack to the names of the attack's members.
         bad_samples: number of a task's images that did not decode.
+        aims: task and attack to the number of the class that the attack moves images to.
     """
     tasks: dict[str, dict[str, Any]] = {}
     kinds = [CLEAN, *next(iter(members.values()), {})]
     for task, samples in rows.items():
         correct = {CLEAN: sum(row["clean"] == row["label"] for row in samples)}
-        correct |= {attack: sum(not row[f"{attack}.by"] for row in samples) for attack in members[task]}
+        aimed = aims.get(task, {})
+        correct |= {
+            attack: sum(is_correct(row, attack, is_aimed=attack in aimed) for row in samples)
+            for attack in members[task]
+        }
         tasks[task] = {
             "n": len(samples),
             **{kind: _accuracy(count, len(samples)) for kind, count in correct.items()},
@@ -134,7 +150,34 @@ def accuracies(
         for attack, names in members[task].items():
             by = Counter(row[f"{attack}.by"] for row in samples)
             tasks[task][attack]["broken_by"] = {name: by[name] for name in names}
+        for attack, aim in aimed.items():
+            tasks[task][attack][SUCCESS] = _success(samples, attack, aim)
     return {"tasks": tasks, "mean": {kind: _mean(tasks.values(), kind) for kind in kinds} if tasks else {}}
+
+
+def is_correct(row: Mapping[str, str], attack: str, *, is_aimed: bool) -> bool:
+    """Returns whether a sample counts as correct under an attack.
+
+    Args:
+        row: row of the ledger.
+        attack: name of the attack.
+        is_aimed: whether the attack has a target class; then the attacked image decides.
+    """
+    return row[f"{attack}.prediction"] == row["label"] if is_aimed else not row[f"{attack}.by"]
+
+
+def _success(samples: Rows, attack: str, aim: int) -> dict[str, Any]:
+    """Counts the images of other classes that an attack with a target class moves to it."""
+    others = [row for row in samples if int(row["label"]) != aim]
+    count = sum(bool(row[f"{attack}.by"]) for row in others)
+    return {
+        "aim": aim,
+        "rate": count / len(others) if others else None,
+        "count": count,
+        "n": len(others),
+        "left_out": len(samples) - len(others),
+        "interval": list(mean_interval([(count, len(others))])) if others else [0.0, 1.0],
+    }
 
 
 def add_undefended(
@@ -182,6 +225,8 @@ def scalars(table: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items():
             if isinstance(value, dict):
                 numbers |= {f"{task}/{key}/{name}": float(value[name]) for name in ("correct", "acc1")}
+                if SUCCESS in value:
+                    numbers[f"{task}/{key}/{SUCCESS}"] = float("nan" if (v := value[SUCCESS]["rate"]) is None else v)
             else:
                 numbers[f"{task}/{key}"] = float(value)
     return numbers | {f"mean/{kind}/acc1": values["acc1"] for kind, values in table["mean"].items()}
@@ -199,6 +244,7 @@ def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) 
         chosen = [table["tasks"][task] for task in tasks]
         means[name] = {"tasks": list(tasks)} | {
             kind: {"acc1": fmean(task[kind]["acc1"] for task in chosen), "interval": _interval_of_mean(chosen, kind)}
+            | _mean_success(chosen, kind)
             for kind in table["mean"]
         }
     return table | ({"averages": means} if means else {})
@@ -229,7 +275,17 @@ def _accuracy(correct: int, n: int) -> dict[str, Any]:
 def _mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     tasks = list(tasks)
     share = torch.tensor([task[kind]["acc1"] for task in tasks], dtype=torch.float32).mean()
-    return {"acc1": float(share), "interval": _interval_of_mean(tasks, kind)}
+    return {"acc1": float(share), "interval": _interval_of_mean(tasks, kind), **_mean_success(tasks, kind)}
+
+
+def _mean_success(tasks: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """Computes the mean success of an attack with a target class; empty for other attacks."""
+    parts = [task[kind][SUCCESS] for task in tasks if SUCCESS in task[kind]]
+    counted = [part for part in parts if part["n"]]
+    if not counted:
+        return {}
+    interval = list(mean_interval([(part["count"], part["n"]) for part in counted]))
+    return {SUCCESS: {"rate": fmean(part["rate"] for part in counted), "interval": interval}}
 
 
 def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ CLEAN = "clean"
 # Columns of an attack on a method with a test-time defence; see `summary.add_undefended`.
 UNDEFENDED, STATIC, ADAPTIVE = "undefended", "static", "adaptive"
 COLUMNS = (UNDEFENDED, STATIC, ADAPTIVE)
+SUCCESS = "success"  # of an attack with a target class; see `summary.accuracies`
 DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
 TEXT_COLUMNS = 3  # columns of the table of detection before the numbers
@@ -86,6 +88,8 @@ def is_bold(heading: str) -> bool:
 def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Lists the accuracies of a row by the headings of their columns, such as ``pgd10 static`` for defended methods.
 
+    An attack with a target class has a second column, the share of images of other classes that it moves there.
+
     Args:
         accuracies: ``clean`` and attacks of a task, an average or the mean.
     """
@@ -94,6 +98,10 @@ def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[s
         columns = [column for column in COLUMNS if column in accuracy]
         parts |= {} if ADAPTIVE in columns else {kind: accuracy}
         parts |= {f"{kind} {column}": accuracy[column] for column in columns}
+        if SUCCESS in accuracy:
+            success = accuracy[SUCCESS]
+            share = math.nan if success["rate"] is None else success["rate"]
+            parts[f"{kind} {SUCCESS}"] = {"acc1": share, "interval": success["interval"]}
     return parts
 
 

@@ -13,6 +13,8 @@ from robustclip import display
 from robustclip.intervals import Difference, holm, mcnemar, mean_difference, paired_difference
 from robustclip.results import protocol
 from robustclip.results.run import Run
+from robustclip.results.summary import is_correct
+from robustclip.results.tables import SUCCESS
 
 ALPHA = 0.05
 MEAN = "mean"  # the mean over all compared tasks
@@ -274,7 +276,8 @@ def _is_correct(run: Run, task: str, rows: protocol.Rows, attack: str) -> list[b
     if attack == "clean":
         return [row["clean"] == row["label"] for row in rows.values()]
     try:
-        return [row[f"{attack}.by"] == "" for row in rows.values()]
+        is_aimed = SUCCESS in run.result["tasks"].get(task, {}).get(attack, {})
+        return [is_correct(row, attack, is_aimed=is_aimed) for row in rows.values()]
     except KeyError as error:
         raise ValueError(f"ledger of {task} in {run.folder} has no column {error}; test again") from error
 

@@ -186,8 +186,11 @@ class Bench:
         cost = attack.cost(max((len(data_set.task.label_names) for data_set in tests), default=TYPICAL_CLASSES))
         passes = cost and f"at most {cost.gradient:,} gradient and {cost.forward:,} forward passes"
         detail = f"{_described(attack)}: {passes or 'unknown number of passes'} per image"
+        aimed = attack
         try:
-            short = attack.scaled(steps=SHORTEST) or (attack if cost and sum(cost) <= MOST_PASSES else None)
+            for data_set in reversed(tests):
+                aimed = attack.aimed_at(data_set.task.name, data_set.task.label_names)
+            short = aimed.scaled(steps=SHORTEST) or (aimed if cost and sum(cost) <= MOST_PASSES else None)
             if short is not None and tests:
                 short(*self._inputs(tests[0], 2))
         except Exception as error:  # an attack of the user may raise anything
