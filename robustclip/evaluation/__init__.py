@@ -3,6 +3,7 @@
 from robustclip.evaluation.detection import OODDetection
 from robustclip.evaluation.geometry import FeatureGeometry
 from robustclip.evaluation.hessians import HessianDifference
+from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.evaluation.progress import TaskProgress
 from robustclip.evaluation.progress_lines import ProgressLines
 from robustclip.evaluation.robust import RobustEvaluation
@@ -11,6 +12,7 @@ from robustclip.evaluation.writer import ResultsWriter
 __all__ = [
     "FeatureGeometry",
     "HessianDifference",
+    "Neighbours",
     "OODDetection",
     "ProgressLines",
     "ResultsWriter",

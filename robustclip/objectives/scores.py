@@ -6,16 +6,16 @@ Cosines are ``logits / scale`` with the model's scale (inverse temperature).
 import json
 import re
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from robustclip.arguments import class_at
-from robustclip.types import Task
+from robustclip.types import Data, Task
 
-KNN: Literal["knn"] = "knn"  # score from the features of a bank, see evaluation/nearest_neighbours.py
 NAME = re.compile(r"[a-z0-9_]+")
 
 
@@ -44,8 +44,10 @@ class Score(ABC):
     - ``value(outputs, scale)``: outputs of `forward` in fp64 to ``(B,)``, higher for known classes.
     - ``evidence(outputs, scale)``: increases with the value, and an attack moves it; default the value.
     - ``forward(model, images, task)``: what an attack differentiates; default the logits of the task of that name.
+    - ``setup(data, tasks)``: runs when a test is set up, forgets earlier tests, and refuses data that do not fit.
     - ``prepare(model, task)``: runs once per known task before its images, without gradients.
     - ``settings``: go into the result; default the public attributes of the object, so tensors belong in private ones.
+    - ``variants``: names of further columns that ``columns`` adds, such as the score with other parameters.
     """
 
     name: str = ""
@@ -78,6 +80,14 @@ class Score(ABC):
         """
         return model.logits(images, task)
 
+    def setup(self, data: Data, tasks: Sequence[Task]) -> None:  # noqa: B027
+        """Forgets what earlier tests have prepared, and checks the data of a new one.
+
+        Args:
+            data: data module, set up.
+            tasks: known tasks.
+        """
+
     def prepare(self, model: Model, task: Task) -> None:  # noqa: B027  # most scores need nothing
         """Computes what `forward` needs for a known task, which it may keep under the task's name.
 
@@ -92,6 +102,20 @@ class Score(ABC):
         public = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         settings: dict[str, Any] = json.loads(json.dumps(public, default=repr))
         return settings
+
+    @property
+    def variants(self) -> Sequence[str]:
+        """Names of further columns ``<name>/<variant>``; after `prepare`, of those that are measured."""
+        return ()
+
+    def columns(self, outputs: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Computes the value, and the variants if there are any, ``(B,)`` by the names of their columns.
+
+        Args:
+            outputs: see `value`.
+            scale: see `value`.
+        """
+        return {self.name: self.value(outputs, scale)}
 
 
 class MCM(Score):
@@ -207,24 +231,26 @@ SCORES: dict[str, Score] = {
 }
 
 
-def score_of(score: str | Score) -> Score:
+def score_of(score: str | Score, further: Mapping[str, type[Score]] | None = None) -> Score:
     """Finds a score by its name or by the path of its class, and checks the name of an own score.
 
     Args:
         score: name, class path or object, such as ``mcm``, ``my_module.MyScore`` or ``MyScore(width=3)``.
+        further: classes by further names.
 
     Raises:
         ValueError: there is no such score, or its name is taken or not valid.
     """
+    classes = {name: type(ours) for name, ours in SCORES.items()} | dict(further or {})
     if isinstance(score, str):
-        if score in SCORES:
-            return SCORES[score]
+        if score in classes:
+            return SCORES[score] if score in SCORES else classes[score]()
         if "." not in score:
-            ours = ", ".join((*SCORES, KNN))
+            ours = ", ".join(classes)
             raise ValueError(f"scores: there is no score {score!r}; ours are {ours}, and yours is written module.Class")
         own: Score = class_at(score, Score, "scores")()
-        return score_of(own)
-    is_taken = score.name == KNN or (score.name in SCORES and type(SCORES[score.name]) is not type(score))
+        return score_of(own, further)
+    is_taken = classes.get(score.name, type(score)) is not type(score)
     if is_taken or not NAME.fullmatch(score.name):
         reason = "is the name of one of ours" if is_taken else "must consist of a-z, 0-9 and _"
         raise ValueError(f"scores: {type(score).__name__}.name {reason}, got {score.name!r}")

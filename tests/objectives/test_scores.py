@@ -15,7 +15,7 @@ from torch import Tensor
 from robustclip.attacks import PGD
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.evaluation import OODDetection
+from robustclip.evaluation import Neighbours, OODDetection
 from robustclip.methods import ZeroShot
 from robustclip.metrics import class_accuracy, harmonic_mean, roc, separation
 from robustclip.objectives.scores import GEN, SCORES, LogitGap, Model, Score, score_of
@@ -154,6 +154,8 @@ def test_parameters_of_our_scores_are_in_the_settings() -> None:
         "gen": {"class": "GEN", "gamma": 0.5, "m": 100},
         "logit_gap": {"class": "LogitGap", "n": None},
     }
+    callback = OODDetection(scores=[Neighbours([5, 1]), "mcm"])
+    assert callback._settings()["own_scores"] == {"knn": {"class": "Neighbours", "curve": [1, 5]}}
 
 
 def test_evidence_has_a_gradient_where_a_softmax_has_none() -> None:

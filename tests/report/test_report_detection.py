@@ -64,10 +64,11 @@ def test_the_report_shows_the_detection_of_every_run(tmp_path: Path) -> None:
 
 def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None:
     curved, plain = (section(0, has_attack=False) for _ in range(2))
-    curved["knn"] = {"k": 3, "bank": 300}
+    curved["scores"] = {"knn": {"class": "Neighbours", "k": 3, "bank": 300}}
     found = curved["tasks"]["cifar10"]["unknown"]["svhn"]
     found["scores"]["knn"] = {"auroc": 0.75, "aupr": 0.5, "fpr95": 0.25, "h": 0.5}
-    found["neighbours"] = {"k": [1, 5, 100], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
+    curve = {"names": ["1", "5", "100"], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
+    found["variants"] = {"knn": curve}
     text, reader = shown(tmp_path, a=curved, b=plain)
     assert text.count('aria-label="AUROC of knn over K. TeCoA a: 62.5 % at 1, 87.5 % at 5"') == 1
     assert "<b>cifar10 against svhn</b>" in text
