@@ -11,18 +11,21 @@ from torch import Tensor
 from robustclip.arguments import checked
 from robustclip.attacks import PGD
 from robustclip.attacks.attack import Forward
-from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, detected, scalars, table_name
+from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, NAMES, column, detected, scalars, table_name
 from robustclip.evaluation.journal import Journal, labelled_rows
 from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.evaluation.task_callback import announce, check_has_images, log_outputs, method_of, stage_of
 from robustclip.evaluation.writer import Section, share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
+from robustclip.objectives.neg_label import CSP, NegLabel
 from robustclip.objectives.scores import SCORES, Score, confidence, score_of
+from robustclip.objectives.word_lists import plain
+from robustclip.persistence import atomic_write
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
 
-FURTHER: Mapping[str, type[Score]] = {Neighbours.name: Neighbours}  # scores that prepare, by name
+FURTHER: Mapping[str, type[Score]] = {score.name: score for score in (Neighbours, NegLabel, CSP)}  # they prepare
 
 
 @checked
@@ -130,6 +133,7 @@ class OODDetection(Callback):
                     score.prepare(method, known)
         self._section.facts |= {
             "own_scores": self._own_scores,  # `prepare` may have changed their settings
+            NAMES: self._keep_names(trainer),
             "variants": {score.name: list(score.variants) for score in self._score_by_name.values() if score.variants},
             "has_pixels": data.feature_model is None,
             "data": {name: data.protocol(name) for name in data.unknown_names},
@@ -162,6 +166,26 @@ class OODDetection(Callback):
             for name, value in scalars(summary).items()
         }
         log_outputs(trainer, method, numbers)
+
+    def _keep_names(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        """Writes the names beside the classes of all scores into the result's folder.
+
+        Returns:
+            Known task to score to the number of names, and to those of each unknown set that are among them.
+        """
+        data, writer, kept = data_of(trainer), writer_of(trainer), dict[str, dict[str, Any]]()
+        known = {task.name: {*map(plain, task.class_names)} for task in data.test_tasks}
+        for task, sets in self._pairs.items():
+            for score in self._score_by_name.values():
+                if names := list(score.further_names(task)):
+                    classes = {name: {*map(plain, data.unknown_class_names(name))} - known[task] for name in sets}
+                    of_unknown = {name: sorted(classes[name] & {*map(plain, names)}) for name in sets}
+                    kept.setdefault(task, {})[score.name] = {"count": len(names), "of_unknown": of_unknown}
+                    if writer is not None and trainer.is_global_zero:
+                        (writer.opened / NAMES).mkdir(exist_ok=True)
+                        text = "".join(f"{name}\n" for name in names)
+                        atomic_write(writer.opened / NAMES / f"{table_name(task, score.name)}.txt", text)
+        return kept
 
     @property
     def _ledgers(self) -> Journal:

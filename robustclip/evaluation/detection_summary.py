@@ -14,6 +14,7 @@ from robustclip.results.tables import DETECTION
 
 JOINT = "@"  # separates a task from a set in the name of a ledger
 CLEAN, ATTACKED = "clean", "attacked"
+NAMES = "further_names"  # key of the names that scores compare with beside the classes, and their folder
 VARIANTS = "variants"  # key of the measures of further columns of scores, such as those of `Neighbours`
 CONFIDENCE_BINS = 15  # Guo et al., https://arxiv.org/abs/1706.04599
 HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a plot
@@ -50,6 +51,8 @@ def detected(record: Record) -> dict[str, Any]:
             is_correct_only=settings["is_correct_only"],
             variants=settings[VARIANTS],
         )
+        if names := settings[NAMES].get(task):
+            tasks[task][NAMES] = names
         for name, summary in tasks[task]["unknown"].items():
             summary["data"] = settings["data"][name] | {
                 "pixels": _digest(tables[name]) if settings["has_pixels"] else None

@@ -20,7 +20,13 @@ NAME = re.compile(r"[a-z0-9_]+")
 
 
 class Model(Protocol):
-    """The part of a `RobustMethod` that a score may call."""
+    """The part of a `RobustMethod` that a score may call.
+
+    Attributes:
+        clip: towers, whose ``logit_scale`` is the inverse temperature.
+    """
+
+    clip: Any
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images ``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
@@ -47,6 +53,7 @@ class Score(ABC):
     - ``setup(data, tasks)``: runs when a test is set up, forgets earlier tests, and refuses data that do not fit.
     - ``prepare(model, task)``: runs once per known task before its images, without gradients.
     - ``settings``: go into the result; default the public attributes of the object, so tensors belong in private ones.
+    - ``further_names(task)``: names beside the classes that the score compares with; they go into the result's folder.
     - ``variants``: names of further columns that ``columns`` adds, such as the score with other parameters.
     """
 
@@ -102,6 +109,10 @@ class Score(ABC):
         public = {key: value for key, value in vars(self).items() if not key.startswith("_")}
         settings: dict[str, Any] = json.loads(json.dumps(public, default=repr))
         return settings
+
+    def further_names(self, task: str) -> Sequence[str]:
+        """Returns the names, beside the classes of a prepared task, that the score compares images with."""
+        return ()
 
     @property
     def variants(self) -> Sequence[str]:

@@ -31,6 +31,7 @@ OF_TASKS = {
 SIDES = {"known": ROBUST, "unknown": member_colour(1)}
 LINES = {CLEAN: "-", ATTACKED: (0, (4, 2))}
 CORNER = "known / unknown"
+NAMES = "further_names"  # key of the names that scores compare with beside the classes
 VARIANTS = "variants"  # key of the measures of further columns of scores
 CURVE = "knn"  # score whose variants are values of K
 MEASURES = {"auroc": "-", "fpr95": (0, (4, 2))}
@@ -159,7 +160,17 @@ def _settings(view: View) -> str:
     settings = view.part("detection")
     positives = "correctly classified known samples" if settings.get("is_correct_only") else "all known samples"
     attack = f"attack {json.dumps(settings['attack'])}" if settings.get("attack") else "no attack"
-    return f"{view.label}: {positives}; {attack}"
+    return "; ".join([f"{view.label}: {positives}", attack, *_further_names(view)])
+
+
+def _further_names(view: View) -> list[str]:
+    """Describes the names that scores compare a task with beside its classes, and how many of them are unknown ones."""
+    return [
+        f"{score} compares {task} with {names['count']} further names, {len(unknown)} of which are classes of {name}"
+        for task, summary in _tasks(view).items()
+        for score, names in summary.get(NAMES, {}).items()
+        for name, unknown in names["of_unknown"].items()
+    ]
 
 
 def _sets(views: Sequence[View]) -> dict[tuple[str, str], None]:
