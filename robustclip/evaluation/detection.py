@@ -18,6 +18,7 @@ from robustclip.evaluation.task_callback import announce, check_has_images, log_
 from robustclip.evaluation.writer import Section, share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
+from robustclip.objectives.gl_mcm import GLMCM
 from robustclip.objectives.neg_label import CSP, NegLabel
 from robustclip.objectives.scores import SCORES, Score, confidence, score_of
 from robustclip.objectives.word_lists import plain
@@ -25,7 +26,7 @@ from robustclip.persistence import atomic_write
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
 
-FURTHER: Mapping[str, type[Score]] = {score.name: score for score in (Neighbours, NegLabel, CSP)}  # they prepare
+FURTHER: Mapping[str, type[Score]] = {score.name: score for score in (Neighbours, NegLabel, CSP, GLMCM)}  # they prepare
 
 
 @checked
@@ -198,15 +199,14 @@ class OODDetection(Callback):
         if self._ledgers.is_finished(table, batch):
             return
         with torch.autocast(method.device.type, enabled=False), frozen(method):
-            logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
+            logits, outputs = self._outputs(method, batch.images, task)
+            scale = method.clip.logit_scale.double()
             columns: dict[str, Tensor] = {
                 "is_right": logits.argmax(-1) == batch.labels,
                 "confidence": confidence(logits),
             }
             for score in self._score_by_name.values():
-                is_of_logits = type(score).forward is Score.forward  # one pass of the tower serves all of these
-                outputs = logits if is_of_logits else score.forward(method, batch.images, task).double()
-                columns |= _per_sample(score, outputs, scale)
+                columns |= _per_sample(score, outputs.get(score.name, logits).double(), scale)
             if self.attack is not None:
                 for key in self.attacked:
                     score = self._score_by_name[key]
@@ -218,6 +218,14 @@ class OODDetection(Callback):
                     columns[column(key, ATTACKED)] = worse(columns[column(key, CLEAN)], values)
         cells = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
         self._ledgers.append(table, labelled_rows(batch, cells))
+
+    def _outputs(self, method: RobustMethod, images: Tensor, task: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the logits in fp64, and the outputs of scores that need others; one pass of the tower serves all."""
+        own = [score for score in self._score_by_name.values() if type(score).forward is not Score.forward]
+        with method.clip.remembering():
+            ordered = sorted(own, key=lambda score: not score.reads_positions)
+            outputs = {score.name: score.forward(method, images, task) for score in ordered}
+            return method.logits(images, task).double(), outputs
 
     @property
     def _columns(self) -> list[str]:

@@ -42,6 +42,24 @@ class Model(Protocol):
             task: name of the test task.
         """
 
+    def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images ``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``, and ``(B, P, D)`` of their P positions.
+
+        Raises:
+            ValueError: the model has no features of positions.
+        """
+
+    def grid_logits(self, images: Tensor, task: str) -> Tensor:
+        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, 1 + P, C)`` of the whole and of its P positions.
+
+        Args:
+            images: clean or attacked images.
+            task: name of the test task.
+
+        Raises:
+            ValueError: the model has no features of positions.
+        """
+
 
 class Score(ABC):
     """Rates how much an image looks like one of a task's classes; a subclass sets `name` and defines `value`.
@@ -58,6 +76,7 @@ class Score(ABC):
     """
 
     name: str = ""
+    reads_positions: bool = False  # whether `forward` calls `grid_logits`, whose pass gives the image's features too
 
     @abstractmethod
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
@@ -269,7 +288,7 @@ def score_of(score: str | Score, further: Mapping[str, type[Score]] | None = Non
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Highest softmax probability ``(B,)`` of logits ``(B, C)``."""
+    """Highest softmax probability ``(B, ...)`` of logits ``(B, ..., C)``."""
     return logits.softmax(-1).amax(-1)
 
 
