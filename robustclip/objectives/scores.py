@@ -7,13 +7,13 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.arguments import class_at
+from robustclip.arguments import Count, Positive, checked, class_at
 from robustclip.types import Data, Task
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -256,8 +256,87 @@ class GEN(Score):
         return -(self.gamma * (log_p + log_rest)).exp().sum(-1)
 
 
+Crop = Literal["together", "each"]
+
+
+@checked
+class DeltaEnergy(Score):
+    """Rise of the energy when the highest cosines are set to a low value, https://arxiv.org/abs/2510.11296.
+
+    ``E1 - E0`` with ``E0 = -log sum_k exp(s_k / tau)`` and ``E1`` the same with ``count`` cosines set to ``low``. With
+    one of them it is nearly ``-log(1 - p)`` of the highest softmax probability ``p`` at the same temperature: the
+    default only rescales `MSP`, with its ranking, AUROC and FPR95, and at temperature 1 without ``low`` it has those of
+    `MCM`. Two and more are scores of their own. The paper's text could not be had, so all parameters are this project's
+    choice, and ``has_grid`` measures the sensible ones.
+
+    Args:
+        count: number of the highest cosines that are set to the low value.
+        crop: set them ``together``, or ``each`` alone, averaging the energies.
+        low: the low value; null removes the cosines. Towers with negative cosines, such as SigLIP, need null.
+        temperature: ``tau``; null for the model's own, 0.01 for OpenAI's models.
+        has_grid: report AUROC and FPR95 also for 1, 2 and 5 cosines, both ways and temperatures 1 and the model's own.
+    """
+
+    name = "delta_energy"
+
+    def __init__(
+        self,
+        count: Count = 1,
+        crop: Crop = "together",
+        low: float | None = 0.0,
+        temperature: Positive | None = None,
+        has_grid: bool = False,
+    ) -> None:
+        if low is not None and not low < 1:
+            raise ValueError(f"low of delta_energy must be a cosine below 1 or null, got {low:g}")
+        self.count, self.crop, self.low, self.temperature, self.has_grid = count, crop, low, temperature, has_grid
+        self._classes = 0
+
+    def setup(self, data: Data, tasks: Sequence[Task]) -> None:
+        """Notes the smallest number of classes, which bounds the grid."""
+        self._classes = min((len(task.label_names) for task in tasks), default=0)
+
+    @property
+    def grid(self) -> dict[str, "DeltaEnergy"]:
+        """Scores with other parameters, by the names of the variants."""
+        crops: list[tuple[int, Crop]] = [(1, "together"), (2, "together"), (2, "each"), (5, "together"), (5, "each")]
+        return {
+            f"{count}_{crop}_{'own' if tau is None else f'{tau:g}'}": DeltaEnergy(count, crop, self.low, tau)
+            for count, crop in crops
+            for tau in (None, 1.0)
+            if self.has_grid and count < self._classes
+        }
+
+    @property
+    def variants(self) -> list[str]:
+        """Returns the names of the grid, with count, crop and temperature."""
+        return list(self.grid)
+
+    def columns(self, outputs: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """Computes the score and its grid."""
+        grid = {f"{self.name}/{name}": score.value(outputs, scale) for name, score in self.grid.items()}
+        return super().columns(outputs, scale) | grid
+
+    def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
+        """Rise of the energy; above 0 where the highest cosines are above the low value."""
+        classes, least = outputs.shape[-1], self.count + (self.low is None)
+        if classes < least:
+            raise ValueError(f"count of delta_energy must leave classes: it is {self.count} for {classes} of them")
+        # Cosines over the temperature; multiplying by 1 where both scales agree keeps the logits exact.
+        ordered = (outputs * (1 if self.temperature is None else 1 / (scale * self.temperature))).sort(-1, True).values
+        low = (
+            -torch.inf if self.low is None else self.low * (scale if self.temperature is None else 1 / self.temperature)
+        )
+        places = torch.arange(classes, device=outputs.device)
+        if self.crop == "together":
+            cropped = ordered.masked_fill(places < self.count, float(low))
+            return ordered.logsumexp(-1) - cropped.logsumexp(-1)
+        energies = [ordered.masked_fill(places == place, float(low)).logsumexp(-1) for place in range(self.count)]
+        return ordered.logsumexp(-1) - torch.stack(energies).mean(0)
+
+
 SCORES: dict[str, Score] = {
-    score.name: score for score in (MCM(), MSP(), MaxLogit(), Energy(), Entropy(), LogitGap(), GEN())
+    score.name: score for score in (MCM(), MSP(), MaxLogit(), Energy(), Entropy(), LogitGap(), GEN(), DeltaEnergy())
 }
 
 

@@ -85,12 +85,22 @@ def _tables(views: Sequence[View]) -> list[Table]:
             name = f"{pair.known} / {pair.unknown}: {pair.score}"
             rows[name] = [pair.of(view).get(measure) for view in views]
             rows[f"{name}, {ATTACKED}"] = [pair.of(view).get(ATTACKED, {}).get(measure) for view in views]
+            varied = [_varied(view, pair, measure) for view in views]
+            for variant in dict.fromkeys(variant for values in varied for variant in values):
+                rows[f"{name}, {variant}"] = [values.get(variant) for values in varied]
         tables.append(table_of_measures(caption, CORNER, views, rows))
     names = dict.fromkeys(name for view in views for name in _tasks(view))
     for measure, caption in OF_TASKS.items():
         rows = {name: [_tasks(view).get(name, {}).get(measure) for view in views] for name in names}
         tables.append(table_of_measures(caption, CORNER, views, rows))
     return [table for table in tables if table.rows]
+
+
+def _varied(view: View, pair: Pair, measure: str) -> dict[str, float | None]:
+    """Returns a measure of the variants of a score by their names; knn's are drawn instead."""
+    variants = _against(view, pair.known, pair.unknown).get(VARIANTS, {})
+    curve = variants.get(pair.score, {}) if pair.score != CURVE else {}
+    return dict(zip(curve.get("names", ()), curve.get(measure, ()), strict=False))
 
 
 def _tasks(view: View) -> Mapping[str, Any]:

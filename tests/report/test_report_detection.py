@@ -68,11 +68,14 @@ def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None
     found = curved["tasks"]["cifar10"]["unknown"]["svhn"]
     found["scores"]["knn"] = {"auroc": 0.75, "aupr": 0.5, "fpr95": 0.25, "h": 0.5}
     curve = {"names": ["1", "5", "100"], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
-    found["variants"] = {"knn": curve}
+    found["variants"] = {"knn": curve, "mcm": {"names": ["cold"], "auroc": [0.25], "fpr95": [0.5]}}
     text, reader = shown(tmp_path, a=curved, b=plain)
     assert text.count('aria-label="AUROC of knn over K. TeCoA a: 62.5 % at 1, 87.5 % at 5"') == 1
     assert "<b>cifar10 against svhn</b>" in text
-    assert rows(reader, "Known against unknown classes: AUROC, percent")["cifar10 / svhn: knn"] == ["75.0", MISSING]
+    areas = rows(reader, "Known against unknown classes: AUROC, percent")
+    assert areas["cifar10 / svhn: knn"] == ["75.0", MISSING]
+    assert areas["cifar10 / svhn: mcm, cold"] == ["25.0", MISSING]
+    assert "cifar10 / svhn: knn, 5" not in areas
     (tmp_path / "other").mkdir()
     assert "knn" not in shown(tmp_path / "other", b=plain)[0]
 
