@@ -1,7 +1,8 @@
 """Compares the metrics of detection with those of pytorch-ood, on scores of photographs by a real model.
 
-usage: PYTHONPATH=PEERS python benchmarks/detection_metrics.py --data DATA --model MODEL --work WORK --out FILE; PEERS is a
-folder with pytorch-ood, which the package does not need. Photographs of PACS are known, and textures are unknown.
+usage: PYTHONPATH=PEERS python benchmarks/detection_metrics.py --data DATA --model MODEL --work WORK --out FILE
+
+PEERS is a folder with pytorch-ood, which the package does not need. Photographs of PACS are known, textures unknown.
 """
 
 import json

@@ -3,7 +3,6 @@
 from robustclip.evaluation.detection import OODDetection
 from robustclip.evaluation.geometry import FeatureGeometry
 from robustclip.evaluation.hessians import HessianDifference
-from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.evaluation.progress import TaskProgress
 from robustclip.evaluation.progress_lines import ProgressLines
 from robustclip.evaluation.robust import RobustEvaluation
@@ -12,7 +11,6 @@ from robustclip.evaluation.writer import ResultsWriter
 __all__ = [
     "FeatureGeometry",
     "HessianDifference",
-    "Neighbours",
     "OODDetection",
     "ProgressLines",
     "ResultsWriter",

@@ -5,6 +5,7 @@ from robustclip.methods.agft import AGFT
 from robustclip.methods.apt import APT
 from robustclip.methods.arf import ARF
 from robustclip.methods.base import RobustMethod
+from robustclip.methods.caw import CAW
 from robustclip.methods.clean_fine_tuning import CleanFineTuning
 from robustclip.methods.clip_adapter import CLIPAdapter
 from robustclip.methods.coop import CoOp
@@ -29,6 +30,7 @@ __all__ = [
     "AGFT",
     "APT",
     "ARF",
+    "CAW",
     "DANCE",
     "FARE",
     "FLYP",

@@ -18,7 +18,7 @@ from robustclip.models.clip import CLIPModel
 # Constructor arguments that define the function of given weights; every other argument must be of training alone.
 PROMPT = {"prompt", "prompt_size", "prompt_tokens"}
 EXPECTED = {
-    **dict.fromkeys(("TeCoA", "AGFT", "UCAT"), PROMPT),
+    **dict.fromkeys(("TeCoA", "AGFT", "CAW", "UCAT"), PROMPT),
     "PMGAFT": PROMPT | {"logit_scale", "normalisation"},
     "CRoFT": {"ratio", "ratio_text"},
     "CLIPAdapter": {"ratio", "narrowing"},

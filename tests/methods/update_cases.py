@@ -19,6 +19,7 @@ from robustclip.data import CLIPDataModule
 from robustclip.methods import (
     AGFT,
     APT,
+    CAW,
     DANCE,
     FARE,
     FLYP,
@@ -68,6 +69,7 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "flyp_ce": (FLYPCE, {}),
     "tip_adapter": (TipAdapter, BEHIND_THE_TOWER),
     "agft": (AGFT, {"attack": BOX}),
+    "caw": (CAW, {"attack": BOX}),
     "ucat": (UCAT, {"attack": BOX}),
     "pmg_aft": (PMGAFT, {"attack": BOX}),
     "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),

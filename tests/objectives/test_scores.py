@@ -15,7 +15,8 @@ from torch import Tensor
 from robustclip.attacks import PGD
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
-from robustclip.evaluation import Neighbours, OODDetection
+from robustclip.evaluation import OODDetection
+from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.methods import ZeroShot
 from robustclip.metrics import class_accuracy, harmonic_mean, roc, separation
 from robustclip.objectives.scores import GEN, SCORES, DeltaEnergy, LogitGap, Model, Score, score_of
