@@ -12,6 +12,7 @@ from robustclip.methods.coop import CoOp
 from robustclip.methods.croft import CRoFT
 from robustclip.methods.dance import DANCE
 from robustclip.methods.dive import DiVE
+from robustclip.methods.fap import FAP
 from robustclip.methods.fare import FARE
 from robustclip.methods.fine_tuning import FineTuning
 from robustclip.methods.flyp import FLYP, FLYPCE
@@ -32,6 +33,7 @@ __all__ = [
     "ARF",
     "CAW",
     "DANCE",
+    "FAP",
     "FARE",
     "FLYP",
     "FLYPCE",

@@ -24,6 +24,7 @@ EXPECTED = {
     "CLIPAdapter": {"ratio", "narrowing"},
     "TipAdapter": {"alpha", "beta"},
     **{key: {"tokens", "phrase"} for key in ("CoOp", "APT")},
+    "FAP": {"tokens", "phrase", "between", "depth"},
     **{name: {"phrase"} for name in ("UEO", "UPL", "POUF", "DANCE")},
 }
 
@@ -39,7 +40,7 @@ def saved(method: RobustMethod) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if name != "RobustMethod"])
 def test_every_argument_is_of_inference_or_of_training(name: str, tiny_model: Path) -> None:
-    options = {"tokens": 4} if name in ("CoOp", "APT") else {}
+    options = {"tokens": 4} if name in ("CoOp", "APT") else {"depth": 1} if name == "FAP" else {}
     method = getattr(methods, name)(pretrained=str(tiny_model), **options)
     ours = method.inference_settings.keys() - method.clip.settings.keys() - {"method", "lora"}
     assert ours == EXPECTED.get(name, set())
