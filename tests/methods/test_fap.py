@@ -180,6 +180,6 @@ def test_a_checkpoint_holds_the_prompts_alone(deep_model: Path, tmp_path: Path) 
     for name, parameter in method.context.named_parameters():
         assert torch.equal(parameter, again.context.get_parameter(name)), name
     other = FAP(pretrained=str(deep_model), depth=1)
-    with pytest.raises(ValueError, match="trained with depth 2, this run has 1; give --model.depth 2"):
+    with pytest.raises(ValueError, match="trained with depth 2, this run has 1;"):
         cases.test(other, tmp_path / "a.ckpt")
     assert json.loads(json.dumps(again.inference_settings))["depth"] == 2
