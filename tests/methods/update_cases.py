@@ -6,10 +6,11 @@ usage: python update_cases.py FOLDER PROCESSES; writes FOLDER/CASE.PROCESSES.RAN
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from helpers import quick_trainer
+from helpers import quick_trainer, tiny_clip
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import on_all
 from torch import Tensor
@@ -140,8 +141,10 @@ def build(name: str, **options: Any) -> RobustMethod:
     """The method of a case, with an image tower that has left its teacher; a random head is drawn from a fixed seed."""
     cls, kwargs = CASES[name]
     defaults = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE)}
-    torch.manual_seed(1)
-    method = cls(pretrained="shapes", **{**defaults, **kwargs, **options})
+    with TemporaryDirectory() as folder:  # FAP's prompts are in the blocks of transformers
+        pretrained = str(tiny_clip(Path(folder))) if cls is FAP else "shapes"
+        torch.manual_seed(1)
+        method = cls(pretrained=pretrained, **{**defaults, **kwargs, **options})
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in method.clip.net.visual.parameters():
