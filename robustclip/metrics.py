@@ -91,19 +91,19 @@ def similarity(tuned: Tensor, original: Tensor) -> dict[str, Tensor]:
 def recalls(cosines: Tensor, owner: Tensor) -> dict[str, Tensor]:
     """Computes the recall at ranks 1, 5 and 10 of image-text retrieval, in both directions.
 
+    A tie counts against the model: a correct entry comes behind all wrong ones with the same cosine, so that equal
+    features for all do not score by their order. A nan counts as the highest of wrong cosines, and is never correct.
+
     Args:
         cosines: ``(N, M)`` of images and captions.
         owner: ``(M,)`` image of each caption.
     """
+    is_own = torch.arange(len(cosines), device=owner.device)[:, None] == owner
     rates: dict[str, Tensor] = {}
-    own = torch.arange(len(cosines), device=owner.device)
-    for name, scores, owner_of, truth in (
-        ("image_to_text", cosines, lambda places: owner[places], own),
-        ("text_to_image", cosines.T, lambda places: places, owner),
-    ):
-        places = scores.topk(min(max(RANKS), scores.shape[1]), dim=1).indices
-        is_correct = owner_of(places) == truth[:, None]
-        rates |= {f"{name}_r{rank}": is_correct[:, :rank].any(1).float().mean() for rank in RANKS}
+    for name, scores, is_correct in (("image_to_text", cosines, is_own), ("text_to_image", cosines.T, is_own.T)):
+        best = scores.masked_fill(~is_correct, -torch.inf).nan_to_num(-torch.inf, posinf=torch.inf).amax(1)
+        before = (~is_correct & ~(scores < best[:, None])).sum(1)
+        rates |= {f"{name}_r{rank}": ((before < rank) & best.isfinite()).float().mean() for rank in RANKS}
     return rates
 
 

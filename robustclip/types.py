@@ -214,6 +214,13 @@ class Data(Protocol):
         """Loads every set of unknown classes, by its name; all labels are `UNKNOWN`."""
         return {}
 
+    def unknown_class_names(self, name: str) -> Sequence[str]:
+        """Returns the class names of the data set of a set of unknown classes, if they are known.
+
+        Known classes may be among them.
+        """
+        return ()
+
     def captioned_images(self) -> Any:
         """A named set that yields images ``(B, 3, H, W)`` and their ``B`` lists of captions; None for no such set."""
         return None

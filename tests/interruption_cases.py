@@ -104,7 +104,7 @@ def test_all(root: str) -> int:
     """A test with detection and geometry, one image per batch, so that no number depends on the processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     callbacks = [
-        OODDetection(scores=["mcm", "energy"], attack=PGD("8/255", "4/255", 2), neighbours=[1]),
+        OODDetection(scores=["mcm", "energy"], attack=PGD("8/255", "4/255", 2)),
         FeatureGeometry(max_samples=6),
         RobustEvaluation({"pgd": Counted("12/255", "6/255", STEPS)}, save_examples=KEPT),
         ResultsWriter("results"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from anchor_cases import shapes_anchors
+from helpers import tiny_clip
 
 from robustclip.cli.lightning import main
 from robustclip.results.run import Run
@@ -53,6 +54,8 @@ def test_a_run_fits_and_tests(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     arguments = ["--config", str(CONFIGS / name), *SMALL, *OWN.get(name, [])]
     if name in ("arf.yaml", "dive.yaml"):
         arguments += shapes_anchors(tmp_path)
+    if name == "fap.yaml":  # its prompts are in the blocks of transformers
+        arguments += ["--model.pretrained", str(tiny_clip(tmp_path / "transformers")), "--model.depth", "1"]
     checkpoint = []
     if yaml.safe_load((CONFIGS / name).read_text())["model"]["class_path"] != "ZeroShot":
         main(["fit", *arguments, "--checkpoint.dirpath", str(tmp_path / "weights")])

@@ -81,7 +81,7 @@ def test_two_processes_detect_unknown_classes_exactly_as_one(folder: Path) -> No
     one, two = (Run.open(folder / str(number) / detection_cases.NAME).result["detection"] for number in (1, 2))
     assert one == two
     assert {name: found["n"] for name, found in one["tasks"].items()} == {"mixed": 9, "lone_known": 1}
-    assert one["knn"]["bank"] == 8
+    assert one["scores"]["knn"]["bank"] == 8
     expected = {"mixed_unknown": 6, "lone_unknown": 1}
     assert {name: found["n"] for name, found in one["tasks"]["lone_known"]["unknown"].items()} == expected
     ranks = ("1/detection.0.json", "2/detection.0.json", "2/detection.1.json")

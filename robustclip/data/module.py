@@ -291,6 +291,10 @@ class CLIPDataModule(ResumableDataModule):
         samples = exact_samples(source, self._pixels(source), self._process(), positions=positions)
         return self._loader(samples, self.eval_batch_size, skips_bad_samples=True, name=source.task.name)
 
+    def unknown_class_names(self, name: str) -> tuple[str, ...]:
+        """Returns the class names of the data set of a set of unknown classes, known ones among them."""
+        return self._evaluated(name).task.class_names
+
     def unknown_dataloaders(self) -> dict[str, ImageLoader]:
         """Returns one loader for every set of unknown classes, by its name; all labels are `UNKNOWN`."""
         loaders = {source.task.name: self._eval_loader(source) for source in self._unknown}

@@ -1,6 +1,6 @@
 """Detects images of unknown classes during a test, without and under attack."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,19 +8,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from robustclip.arguments import Count, checked
+from robustclip.arguments import checked
 from robustclip.attacks import PGD
 from robustclip.attacks.attack import Forward
-from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, column, detected, scalars, table_name
+from robustclip.evaluation.detection_summary import ATTACKED, CLEAN, NAMES, column, detected, scalars, table_name
 from robustclip.evaluation.journal import Journal, labelled_rows
-from robustclip.evaluation.nearest_neighbours import Neighbours, check_bank
+from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.evaluation.task_callback import announce, check_has_images, log_outputs, method_of, stage_of
 from robustclip.evaluation.writer import Section, share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
-from robustclip.objectives.scores import KNN, SCORES, Score, confidence, score_of
+from robustclip.objectives.gl_mcm import GLMCM
+from robustclip.objectives.neg_label import CSP, NegLabel
+from robustclip.objectives.scores import SCORES, Score, confidence, score_of
+from robustclip.objectives.word_lists import plain
+from robustclip.persistence import atomic_write
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
+
+FURTHER: Mapping[str, type[Score]] = {score.name: score for score in (Neighbours, NegLabel, CSP, GLMCM)}  # they prepare
 
 
 @checked
@@ -48,8 +54,6 @@ class OODDetection(Callback):
         scores: names, class paths or objects of `Score`; ``mcm`` is the softmax of the cosines, ``msp`` that of the
             scaled logits, ``logit_gap`` and ``gen`` are `LogitGap` and `GEN`, ``knn`` is the nearness of the training
             images, see `Neighbours`.
-        neighbours: values of K for the curve of ``knn``, up to the number of training images; the score itself takes
-            1 % of that number.
         headline: score of the tables.
         attack: null for clean images alone; ``keep: best`` returns the best iterate by the attacked score.
         attacked: scores to attack, each at the attack's cost; null for the headline.
@@ -58,9 +62,9 @@ class OODDetection(Callback):
         seed: seed of the attack's random starts.
 
     Raises:
-        ValueError: a headline or attacked score that is not among the scores, an attack with a loss of its own, no
-            neighbour; when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or
-            no training images for ``knn``.
+        ValueError: a headline or attacked score that is not among the scores, an attack with a loss of its own;
+            when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or data that
+            a score cannot use.
     """
 
     def __init__(
@@ -73,12 +77,11 @@ class OODDetection(Callback):
         attacked: list[str] | None = None,
         is_correct_only: bool = False,
         seed: int = 0,
-        neighbours: Sequence[Count] = (1, 5, 10, 25, 50, 100, 200, 300, 400, 500),  # CRoFT's code
     ) -> None:
         self.known, self.unknown, self.headline = known, unknown or {}, headline
-        chosen = [score if score == KNN else score_of(score) for score in scores]
-        self.scores = [score if isinstance(score, str) else score.name for score in chosen]
-        self._score_by_name = {score.name: score for score in chosen if isinstance(score, Score)}
+        chosen = [score_of(score, FURTHER) for score in scores]
+        self.scores = [score.name for score in chosen]
+        self._score_by_name = {score.name: score for score in chosen}
         if len(set(self.scores)) < len(self.scores):
             raise ValueError(f"scores must differ in their names, got {self.scores}")
         self.attack, self.is_correct_only, self.seed = attack, is_correct_only, seed
@@ -92,8 +95,6 @@ class OODDetection(Callback):
             raise ValueError(
                 f"attack.loss must be null, got {attack.loss!r}; the attack maximises or minimises the score"
             )
-        self.neighbours = sorted({*neighbours})
-        self._bank: Neighbours | None = None
         self._pairs: dict[str, list[str]] = {}
         self._section = Section(detected)
         self._journal: Journal | None = None
@@ -115,8 +116,8 @@ class OODDetection(Callback):
         for task, sets in self.unknown.items():
             _check_names(f"unknown.{task}", sets, names)
         self._pairs = {task: self.unknown.get(task, names) for task in (tasks if self.known is None else self.known)}
-        if KNN in self.scores:
-            check_bank(data, [task for task in data.test_tasks if task.name in self._pairs])
+        for score in self._score_by_name.values():
+            score.setup(data, [task for task in data.test_tasks if task.name in self._pairs])
         columns = ["id", "label", "pixels", *self._columns]
         tables = {table_name(task, name): columns for task, sets in self._pairs.items() for name in (task, *sets)}
         self._section, self._journal = Section(detected, tables, self._settings()), None
@@ -124,10 +125,8 @@ class OODDetection(Callback):
             writer.sections[DETECTION] = self._section
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Encodes the training images, prepares the scores, and takes the ledgers of the test."""
+        """Prepares the scores, and takes the ledgers of the test."""
         method, data, self._journal = method_of(pl_module), data_of(trainer), self._section.open(trainer)
-        if KNN in self.scores:
-            self._bank = self._score_by_name[KNN] = Neighbours.of_training(method, self.neighbours)
         # Outside inference mode, whose tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(method):
             for known in data.test_tasks:
@@ -135,8 +134,8 @@ class OODDetection(Callback):
                     score.prepare(method, known)
         self._section.facts |= {
             "own_scores": self._own_scores,  # `prepare` may have changed their settings
-            KNN: None if self._bank is None else self._bank.settings,
-            "curve": [] if self._bank is None else self._bank.curve,
+            NAMES: self._keep_names(trainer),
+            "variants": {score.name: list(score.variants) for score in self._score_by_name.values() if score.variants},
             "has_pixels": data.feature_model is None,
             "data": {name: data.protocol(name) for name in data.unknown_names},
         }
@@ -169,6 +168,26 @@ class OODDetection(Callback):
         }
         log_outputs(trainer, method, numbers)
 
+    def _keep_names(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        """Writes the names beside the classes of all scores into the result's folder.
+
+        Returns:
+            Known task to score to the number of names, and to those of each unknown set that are among them.
+        """
+        data, writer, kept = data_of(trainer), writer_of(trainer), dict[str, dict[str, Any]]()
+        known = {task.name: {*map(plain, task.class_names)} for task in data.test_tasks}
+        for task, sets in self._pairs.items():
+            for score in self._score_by_name.values():
+                if names := list(score.further_names(task)):
+                    classes = {name: {*map(plain, data.unknown_class_names(name))} - known[task] for name in sets}
+                    of_unknown = {name: sorted(classes[name] & {*map(plain, names)}) for name in sets}
+                    kept.setdefault(task, {})[score.name] = {"count": len(names), "of_unknown": of_unknown}
+                    if writer is not None and trainer.is_global_zero:
+                        (writer.opened / NAMES).mkdir(exist_ok=True)
+                        text = "".join(f"{name}\n" for name in names)
+                        atomic_write(writer.opened / NAMES / f"{table_name(task, score.name)}.txt", text)
+        return kept
+
     @property
     def _ledgers(self) -> Journal:
         if self._journal is None:
@@ -180,18 +199,14 @@ class OODDetection(Callback):
         if self._ledgers.is_finished(table, batch):
             return
         with torch.autocast(method.device.type, enabled=False), frozen(method):
-            logits, scale = method.logits(batch.images, task).double(), method.clip.logit_scale.double()
+            logits, outputs = self._outputs(method, batch.images, task)
+            scale = method.clip.logit_scale.double()
             columns: dict[str, Tensor] = {
                 "is_right": logits.argmax(-1) == batch.labels,
                 "confidence": confidence(logits),
             }
             for score in self._score_by_name.values():
-                if score is not self._bank:
-                    is_of_logits = type(score).forward is Score.forward  # one pass of the tower serves all of these
-                    outputs = logits if is_of_logits else score.forward(method, batch.images, task).double()
-                    columns[score.name] = _per_sample(score, outputs, scale)
-            if self._bank is not None:
-                columns |= self._bank.columns(method.image_features(batch.images))
+                columns |= _per_sample(score, outputs.get(score.name, logits).double(), scale)
             if self.attack is not None:
                 for key in self.attacked:
                     score = self._score_by_name[key]
@@ -204,11 +219,19 @@ class OODDetection(Callback):
         cells = {key: [repr(value) for value in column.double().tolist()] for key, column in columns.items()}
         self._ledgers.append(table, labelled_rows(batch, cells))
 
+    def _outputs(self, method: RobustMethod, images: Tensor, task: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the logits in fp64, and the outputs of scores that need others; one pass of the tower serves all."""
+        own = [score for score in self._score_by_name.values() if type(score).forward is not Score.forward]
+        with method.clip.remembering():
+            ordered = sorted(own, key=lambda score: not score.reads_positions)
+            outputs = {score.name: score.forward(method, images, task) for score in ordered}
+            return method.logits(images, task).double(), outputs
+
     @property
     def _columns(self) -> list[str]:
         attacked = [column(name, ATTACKED) for name in self.attacked]
-        curve = [column(KNN, str(k)) for k in self.neighbours] if KNN in self.scores else []
-        return ["is_right", "confidence", *self.scores, *attacked, *curve]
+        variants = [column(score.name, name) for score in self._score_by_name.values() for name in score.variants]
+        return ["is_right", "confidence", *self.scores, *attacked, *variants]
 
     @property
     def _own_scores(self) -> dict[str, dict[str, Any]]:
@@ -222,7 +245,6 @@ class OODDetection(Callback):
             "pairs": self._pairs,
             "scores": self.scores,
             "own_scores": self._own_scores,
-            "neighbours": self.neighbours,
             "headline": self.headline,
             "is_correct_only": self.is_correct_only,
             "attack": attack,
@@ -254,13 +276,14 @@ def attacked_score(
     return score.value(forward(attacked).double(), method.clip.logit_scale.double())
 
 
-def _per_sample(score: Score, outputs: Tensor, scale: Tensor) -> Tensor:
-    """Computes a score, and refuses values that are not one per sample."""
-    values = score.value(outputs, scale)
-    if values.shape != outputs.shape[:1]:
-        shape = tuple(values.shape)
-        raise ValueError(f"{type(score).__name__}.value must return one number per sample, shape (B,), got {shape}")
-    return values
+def _per_sample(score: Score, outputs: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Computes the columns of a score, and refuses values that are not one per sample."""
+    columns = score.columns(outputs, scale)
+    for values in columns.values():
+        if values.shape != outputs.shape[:1]:
+            shape = tuple(values.shape)
+            raise ValueError(f"{type(score).__name__}.value must return one number per sample, shape (B,), got {shape}")
+    return columns
 
 
 def _check_names(option: str, names: Iterable[str], offered: Sequence[str]) -> None:

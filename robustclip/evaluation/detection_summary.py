@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from robustclip.metrics import calibration_error, class_accuracy, harmonic_mean, roc, separation
-from robustclip.objectives.scores import KNN
 from robustclip.results.protocol import digest
 from robustclip.results.summary import Record, Rows
 from robustclip.results.tables import DETECTION
 
 JOINT = "@"  # separates a task from a set in the name of a ledger
 CLEAN, ATTACKED = "clean", "attacked"
-NEIGHBOURS = "neighbours"  # key of the curve of the KNN score
+NAMES = "further_names"  # key of the names that scores compare with beside the classes, and their folder
+VARIANTS = "variants"  # key of the measures of further columns of scores, such as those of `Neighbours`
 CONFIDENCE_BINS = 15  # Guo et al., https://arxiv.org/abs/1706.04599
 HISTOGRAM_BINS, ROC_POINTS = 40, 100  # enough for a plot
 DIGITS, CURVE_DIGITS = 6, 4  # torchmetrics computes in fp32
 
 Columns = Mapping[str, Tensor]
-"""Values ``(N,)`` by name: label, is_right, confidence, scores; optionally ``<score>/attacked`` and ``knn/<K>``."""
+"""Values ``(N,)`` by name: label, is_right, confidence, scores, ``<score>/attacked`` and ``<score>/<variant>``."""
 
 
 def table_name(task: str, name: str) -> str:
@@ -41,7 +41,7 @@ def detected(record: Record) -> dict[str, Any]:
     for task, sets in settings["pairs"].items():
         names = ["label", "is_right", "confidence", *settings["scores"]]
         names += [column(score, ATTACKED) for score in settings["attacked"]]
-        names += [column(KNN, str(k)) for k in settings["curve"]]
+        names += [column(score, variant) for score, several in settings[VARIANTS].items() for variant in several]
         tables = {name: record.rows[table_name(task, name)] for name in (task, *sets)}
         tasks[task] = summarise(
             _columns(tables[task], names),
@@ -49,13 +49,15 @@ def detected(record: Record) -> dict[str, Any]:
             settings["scores"],
             drawn=[settings["headline"], *settings["attacked"]],
             is_correct_only=settings["is_correct_only"],
-            neighbours=settings["curve"],
+            variants=settings[VARIANTS],
         )
+        if names := settings[NAMES].get(task):
+            tasks[task][NAMES] = names
         for name, summary in tasks[task]["unknown"].items():
             summary["data"] = settings["data"][name] | {
                 "pixels": _digest(tables[name]) if settings["has_pixels"] else None
             }
-    keys = ["headline", "is_correct_only", "attack", *([KNN] if settings[KNN] else [])]
+    keys = ["headline", "is_correct_only", "attack"]
     keys += ["attacked", "seed"] if settings["attack"] else []
     own = {"scores": settings["own_scores"]} if settings["own_scores"] else {}
     return {**{name: settings[name] for name in keys}, **own, "tasks": tasks}
@@ -66,7 +68,7 @@ def column(score: str, kind: str) -> str:
 
     Args:
         score: name of the score.
-        kind: ``clean``, ``attacked``, or K of the KNN score.
+        kind: ``clean``, ``attacked``, or the name of a variant.
     """
     return score if kind == CLEAN else f"{score}/{kind}"
 
@@ -78,7 +80,7 @@ def summarise(
     *,
     drawn: Sequence[str],
     is_correct_only: bool,
-    neighbours: Sequence[int] = (),
+    variants: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Computes the part of the section about a known task.
 
@@ -88,7 +90,7 @@ def summarise(
         scores: names of the compared scores.
         drawn: scores with a histogram and a ROC curve.
         is_correct_only: leave samples that are misclassified without attack out of the comparison of scores.
-        neighbours: values of K for the curve of the KNN score.
+        variants: names of the variants of scores, by the name of the score.
     """
     is_correct = known["is_right"].bool()
     accuracy = class_accuracy(known["label"].long(), is_correct)
@@ -98,8 +100,8 @@ def summarise(
     for name, columns in unknown.items():
         numbers = {score: _compared(positives, columns, score, accuracy, is_drawn=score in drawn) for score in scores}
         sets[name] = {"n": len(columns["label"]), "scores": numbers}
-        if neighbours:
-            sets[name][NEIGHBOURS] = _over_neighbours(positives, columns, neighbours)
+        if variants:
+            sets[name][VARIANTS] = {score: _varied(positives, columns, score, variants[score]) for score in variants}
     return {"n": len(is_correct), "class_accuracy": _number(accuracy), "ece": _number(ece), "unknown": sets}
 
 
@@ -138,11 +140,11 @@ def _compared(known: Columns, unknown: Columns, score: str, accuracy: Tensor, *,
     return result
 
 
-def _over_neighbours(known: Columns, unknown: Columns, neighbours: Sequence[int]) -> dict[str, list[Any]]:
-    """Computes AUROC and FPR95 of the KNN score for every K."""
-    names = [column(KNN, str(k)) for k in neighbours]
+def _varied(known: Columns, unknown: Columns, score: str, variants: Sequence[str]) -> dict[str, list[Any]]:
+    """Computes AUROC and FPR95 of every variant of a score."""
+    names = [column(score, variant) for variant in variants]
     measured = [separation(known[name], unknown[name]) for name in names]
-    return {"k": list(neighbours)} | {
+    return {"names": list(variants)} | {
         name: [_number(values[name]) for values in measured] for name in ("auroc", "fpr95")
     }
 

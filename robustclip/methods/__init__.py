@@ -5,12 +5,14 @@ from robustclip.methods.agft import AGFT
 from robustclip.methods.apt import APT
 from robustclip.methods.arf import ARF
 from robustclip.methods.base import RobustMethod
+from robustclip.methods.caw import CAW
 from robustclip.methods.clean_fine_tuning import CleanFineTuning
 from robustclip.methods.clip_adapter import CLIPAdapter
 from robustclip.methods.coop import CoOp
 from robustclip.methods.croft import CRoFT
 from robustclip.methods.dance import DANCE
 from robustclip.methods.dive import DiVE
+from robustclip.methods.fap import FAP
 from robustclip.methods.fare import FARE
 from robustclip.methods.fine_tuning import FineTuning
 from robustclip.methods.flyp import FLYP, FLYPCE
@@ -29,7 +31,9 @@ __all__ = [
     "AGFT",
     "APT",
     "ARF",
+    "CAW",
     "DANCE",
+    "FAP",
     "FARE",
     "FLYP",
     "FLYPCE",

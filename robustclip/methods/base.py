@@ -134,6 +134,18 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
         return self.clip.encode_image(images)
 
+    def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and their P positions as unit features ``(B, D)`` and ``(B, P, D)``.
+
+        A method that changes the features of images changes these in the same way.
+
+        Raises:
+            ValueError: the method does not, or the tower has no features of positions.
+        """
+        if type(self).image_features is not RobustMethod.image_features:
+            raise ValueError(f"{type(self).__name__} has image_features but no grid_features, which gl_mcm needs")
+        return self.clip.encode_grid(images)
+
     def class_features(self, task: Task) -> Tensor:
         """Returns unit features ``(C, D)``, one row per class of the task."""
         return self.clip.encode_classes(task)
@@ -172,6 +184,22 @@ class RobustMethod(Checked, LightningModule, ABC):
             task: name of the task, whose classifier `prepare` has built.
         """
         return head_logits(self.image_features(images), self._present_head(task), self.clip.logit_scale)
+
+    def grid_logits(self, images: Tensor, task: str) -> Tensor:
+        """Computes the zero-shot logits ``(B, 1 + P, C)`` of images, whose row 0 is `logits`, and of their positions.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [0, 1].
+            task: name of the task.
+
+        Raises:
+            ValueError: the method has other logits, or no features of positions.
+        """
+        if type(self).logits is not RobustMethod.logits:
+            raise ValueError(f"{type(self).__name__} has logits of its own, and none of the positions of an image")
+        (whole, local), head, scale = self.grid_features(images), self._present_head(task), self.clip.logit_scale
+        of_local = head_logits(local.flatten(0, 1), head, scale)
+        return torch.cat([head_logits(whole, head, scale)[:, None], of_local.view(*local.shape[:2], -1)], dim=1)
 
     def _present_head(self, task: str) -> Tensor:
         """Returns `head`; an attack, during which no parameter changes, calls it once."""

@@ -103,6 +103,10 @@ class FineTuning(RobustMethod):
         """Encodes images ``(B, 3, H, W)`` in [0, 1], or embeddings ``(B, D)`` in linear probing, as unit features."""
         return F.normalize(images, dim=-1) if images.ndim == 2 else super().image_features(images)
 
+    def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and their positions as unit features ``(B, D)`` and ``(B, P, D)``."""
+        return self.clip.encode_grid(images)
+
     def class_features(self, task: Task) -> Tensor:
         """Returns ``W / s`` ``(C, D)``, not of unit length, for the training classes; unit text features for others."""
         if self.classifier is None or task.class_names != self.class_names:

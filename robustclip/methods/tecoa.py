@@ -1,5 +1,6 @@
 """TeCoA, text-guided contrastive adversarial training."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -86,6 +87,11 @@ class TeCoA(TeCoARecipe):
             return super().image_features(images)
         with self.prompt.inserted(self.clip):
             return super().image_features(images)
+
+    def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and their positions as unit features ``(B, D)`` and ``(B, P, D)``, through the prompt."""
+        with nullcontext() if self.prompt is None else self.prompt.inserted(self.clip):
+            return self.clip.encode_grid(images)
 
     def perturb(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs `RobustMethod.perturb`; every pass of the attack draws another position for a random patch."""

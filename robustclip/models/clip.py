@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import Count, checked
-from robustclip.models import tensor_files, text_tower
+from robustclip.models import spatial_tokens, tensor_files, text_tower
 from robustclip.models.lora import merged_state
 from robustclip.models.tensor_files import LOADING_ERRORS, one_line
 from robustclip.types import Task
@@ -62,6 +63,7 @@ class CLIPModel(nn.Module):
         self.net, self.tokenizer, self.config = _load(arch, pretrained, image_size)
         self.arch, self.pretrained = arch, pretrained
         self._tokens: dict[tuple[str, ...], Tensor] = {}
+        self._remembered: tuple[Tensor | None, Tensor] | None = None  # images and embeddings, see `remembering`
         self.compiled_by: str | None = None  # backend of a compiled image tower, see `compile_towers`
         visual = self.net.visual
         native_size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
@@ -84,8 +86,50 @@ class CLIPModel(nn.Module):
         embeddings = self.embed_image(images)
         return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
 
+    def encode_grid(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and their positions as unit features ``(B, D)`` and ``(B, P, D)``, see `embed_grid`."""
+        parts = self.embed_grid(images)
+        whole, local = (F.normalize(part.to(torch.promote_types(part.dtype, torch.float32)), dim=-1) for part in parts)
+        return whole, local
+
+    def embed_grid(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, and their P positions as ``(B, P, D)``, in one pass.
+
+        See `local_embeddings` for the features of positions; none is normalised.
+
+        Raises:
+            ValueError: the tower has no features of positions, or is compiled.
+        """
+        visual = self.net.visual
+        if self.compiled_by is not None:  # a block that is observed would be compiled in every pass
+            raise ValueError("features of positions need model.compile to be false")
+        with spatial_tokens.recorded(visual) as inputs:
+            embeddings = self._embedded(images)
+        if self._remembered is not None:
+            self._remembered = images, embeddings
+        return embeddings, spatial_tokens.local_embeddings(visual, inputs[0])
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Embeds the same images only once inside the context, for scores of one batch that all need them.
+
+        Parameters, prompts and the images must not change inside.
+        """
+        self._remembered = (None, self.mean)
+        try:
+            yield
+        finally:
+            self._remembered = None
+
     def embed_image(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, 3, H, W)`` in [0, 1] as ``(B, D)``, not normalised."""
+        if self._remembered is None:
+            return self._embedded(images)
+        if self._remembered[0] is not images:
+            self._remembered = images, self._embedded(images)
+        return self._remembered[1]
+
+    def _embedded(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, (self.image_size, self.image_size), mode=INTERPOLATION, align_corners=False)
         normalised = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)

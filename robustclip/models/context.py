@@ -92,7 +92,7 @@ class LearnableContext(nn.Module):
             vectors: context in place of the trained one, ``(n, width)``.
         """
         context = self.vectors if vectors is None else vectors
-        hook = partial(_exchanged, context, self.place)
+        hook = partial(exchanged, context, self.place)
         handle = clip.token_embedding.register_forward_hook(lambda _, __, embeddings: hook(embeddings))
         try:
             yield
@@ -100,8 +100,14 @@ class LearnableContext(nn.Module):
             handle.remove()
 
 
-def _exchanged(context: Tensor, place: slice, embeddings: Tensor) -> Tensor:
-    """Replaces a place in embeddings ``(N, L, width)`` by the context ``(n, width)``."""
+def exchanged(context: Tensor, place: slice, embeddings: Tensor) -> Tensor:
+    """Replaces a place in embeddings by the context; a place behind the last token appends it.
+
+    Args:
+        context: ``(n, width)``.
+        place: positions of ``n`` tokens.
+        embeddings: ``(N, L, width)``.
+    """
     rows = context.to(embeddings.dtype).expand(len(embeddings), -1, -1)
     return torch.cat([embeddings[:, : place.start], rows, embeddings[:, place.stop :]], dim=1)
 

@@ -31,7 +31,9 @@ OF_TASKS = {
 SIDES = {"known": ROBUST, "unknown": member_colour(1)}
 LINES = {CLEAN: "-", ATTACKED: (0, (4, 2))}
 CORNER = "known / unknown"
-CURVE = "neighbours"  # key of the measures over K
+NAMES = "further_names"  # key of the names that scores compare with beside the classes
+VARIANTS = "variants"  # key of the measures of further columns of scores
+CURVE = "knn"  # score whose variants are values of K
 MEASURES = {"auroc": "-", "fpr95": (0, (4, 2))}
 
 
@@ -83,12 +85,22 @@ def _tables(views: Sequence[View]) -> list[Table]:
             name = f"{pair.known} / {pair.unknown}: {pair.score}"
             rows[name] = [pair.of(view).get(measure) for view in views]
             rows[f"{name}, {ATTACKED}"] = [pair.of(view).get(ATTACKED, {}).get(measure) for view in views]
+            varied = [_varied(view, pair, measure) for view in views]
+            for variant in dict.fromkeys(variant for values in varied for variant in values):
+                rows[f"{name}, {variant}"] = [values.get(variant) for values in varied]
         tables.append(table_of_measures(caption, CORNER, views, rows))
     names = dict.fromkeys(name for view in views for name in _tasks(view))
     for measure, caption in OF_TASKS.items():
         rows = {name: [_tasks(view).get(name, {}).get(measure) for view in views] for name in names}
         tables.append(table_of_measures(caption, CORNER, views, rows))
     return [table for table in tables if table.rows]
+
+
+def _varied(view: View, pair: Pair, measure: str) -> dict[str, float | None]:
+    """Returns a measure of the variants of a score by their names; knn's are drawn instead."""
+    variants = _against(view, pair.known, pair.unknown).get(VARIANTS, {})
+    curve = variants.get(pair.score, {}) if pair.score != CURVE else {}
+    return dict(zip(curve.get("names", ()), curve.get(measure, ()), strict=False))
 
 
 def _tasks(view: View) -> Mapping[str, Any]:
@@ -158,7 +170,17 @@ def _settings(view: View) -> str:
     settings = view.part("detection")
     positives = "correctly classified known samples" if settings.get("is_correct_only") else "all known samples"
     attack = f"attack {json.dumps(settings['attack'])}" if settings.get("attack") else "no attack"
-    return f"{view.label}: {positives}; {attack}"
+    return "; ".join([f"{view.label}: {positives}", attack, *_further_names(view)])
+
+
+def _further_names(view: View) -> list[str]:
+    """Describes the names that scores compare a task with beside its classes, and how many of them are unknown ones."""
+    return [
+        f"{score} compares {task} with {names['count']} further names, {len(unknown)} of which are classes of {name}"
+        for task, summary in _tasks(view).items()
+        for score, names in summary.get(NAMES, {}).items()
+        for name, unknown in names["of_unknown"].items()
+    ]
 
 
 def _sets(views: Sequence[View]) -> dict[tuple[str, str], None]:
@@ -177,7 +199,7 @@ def _pairs(views: Sequence[View]) -> list[Pair]:
 
 def _over_neighbours(views: Sequence[View]) -> list[Block]:
     """Draws the score knn over K, a plot per known task and unknown set; nothing if no run has such a curve."""
-    pairs = [pair for pair in _sets(views) if any(CURVE in _against(view, *pair) for view in views)]
+    pairs = [pair for pair in _sets(views) if any(_curve(view, *pair) for view in views)]
     if not pairs:
         return []
     text = (
@@ -188,18 +210,31 @@ def _over_neighbours(views: Sequence[View]) -> list[Block]:
     return [Fold("knn over K", [Text(text), Pictures(drawn)], is_open=True)]
 
 
+def _curve(view: View, known: str, unknown: str) -> Mapping[str, Any]:
+    """Returns the measures of knn over K; empty if the run has none."""
+    curve: Mapping[str, Any] = _against(view, known, unknown).get(VARIANTS, {}).get(CURVE, {})
+    return curve
+
+
 def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) -> Picture:
-    against = [(view, _against(view, known, unknown)) for view in views]
-    having = [(view, measures) for view, measures in against if CURVE in measures]
+    having = [(view, curve) for view in views if (curve := _curve(view, known, unknown))]
 
     def paint(axes: Axes) -> None:
-        for view, measures in having:
-            curve, own, style = measures[CURVE], measures["scores"]["knn"], run_style(view)
+        for view, curve in having:
+            own, style = Pair(known, unknown, CURVE).of(view), run_style(view)
             for measure, line in MEASURES.items():
                 y = 100 * np.array(curve[measure], float)  # null, where there is no number, becomes nan
-                axes.plot(curve["k"], y, linestyle=line, markersize=4, linewidth=1.6, clip_on=False, **style)
+                axes.plot(
+                    [int(k) for k in curve["names"]],
+                    y,
+                    linestyle=line,
+                    markersize=4,
+                    linewidth=1.6,
+                    clip_on=False,
+                    **style,
+                )
                 if own[measure] is not None:
-                    at = [view.part("detection")["knn"]["k"]], [100 * own[measure]]
+                    at = [view.part("detection")["scores"][CURVE]["k"]], [100 * own[measure]]
                     axes.scatter(*at, s=80, edgecolor=INK, linewidth=1.2, zorder=4, clip_on=False, **style)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -207,10 +242,10 @@ def _neighbour_plot(views: Sequence[View], known: str, unknown: str, name: str) 
         axes.set(ylim=(0, 100), xlabel="K", ylabel="AUROC and FPR95, %")
         axes.grid(axis="both")
 
-    areas = "; ".join(f"{view.label}: {_spoken(measures[CURVE])}" for view, measures in having)
+    areas = "; ".join(f"{view.label}: {_spoken(curve)}" for view, curve in having)
     return Picture(draw(name, f"AUROC of knn over K. {areas}", paint), f"{known} against {unknown}")
 
 
 def _spoken(curve: Mapping[str, Sequence[Any]]) -> str:
-    points = [(k, value) for k, value in zip(curve["k"], curve["auroc"], strict=True) if value is not None]
+    points = [(k, value) for k, value in zip(curve["names"], curve["auroc"], strict=True) if value is not None]
     return ", ".join(f"{percent(value)} % at {k}" for k, value in points)

@@ -82,6 +82,20 @@ def test_recalls_are_torchmetrics_hit_rates(captions: list[int]) -> None:
     assert 0 < found["image_to_text_r1"] < found["image_to_text_r10"] < 1
 
 
+def test_ties_and_nan_count_against_the_model() -> None:
+    owner = torch.tensor([0, 0, 1, 2])
+    cosines = torch.tensor([[0.5, 0.1, 0.5, 0.2], [0.4, 0.3, 0.6, 0.1], [0.2, 0.2, 0.2, 0.2]])
+    found = {name: float(value) for name, value in recalls(cosines, owner).items()}
+    # Image 0 ties with the text of image 1, and image 2 with all; of the texts, 1 and 3 are behind image 1 and tied.
+    assert found["image_to_text_r1"] == pytest.approx(1 / 3)
+    assert found["image_to_text_r5"] == 1
+    assert found["text_to_image_r1"] == pytest.approx(2 / 4)
+    everything = recalls(torch.ones(12, 12), torch.arange(12))
+    assert {name: float(value) for name, value in everything.items()} == dict.fromkeys(everything, 0)
+    broken = recalls(torch.full((12, 12), torch.nan), torch.arange(12))
+    assert {name: float(value) for name, value in broken.items()} == dict.fromkeys(broken, 0)
+
+
 def write_captioned(folder: Path, captions: list[str]) -> None:
     (folder / "test").mkdir(parents=True)
     (folder / "test" / "nshards.txt").write_text("1")

@@ -29,6 +29,12 @@ PAIR: dict[str, Any] = {"test": ["mixed"], "unknown": ["mixed"]}
 RATIO = 0.5
 
 
+def neighbours(bank: Tensor, curve: list[int]) -> Neighbours:
+    score = Neighbours(curve)
+    score.take(bank)
+    return score
+
+
 def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -41,9 +47,9 @@ def minus_squared_distances(bank: Tensor, features: Tensor) -> Tensor:
 
 def test_the_score_is_minus_the_squared_distance_to_the_kth_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, features, ks = unit(330, 8), unit(20, 8, seed=1), [1, 5, 330]
-    expected, found = minus_squared_distances(bank, features), Neighbours(bank, ks)
+    expected, found = minus_squared_distances(bank, features), neighbours(bank, ks)
     torch.testing.assert_close(found.scores(features, ks), expected[:, [0, 4, 329]], **SINGLE)
-    columns = found.columns(features)
+    columns = found.columns(features, torch.tensor(100.0))
     torch.testing.assert_close(columns["knn"], expected[:, 2], **SINGLE)  # 1 % of 330 are 3
     torch.testing.assert_close(columns["knn/5"], expected[:, 4], **SINGLE)
     assert list(columns) == ["knn", "knn/1", "knn/5", "knn/330"]
@@ -53,14 +59,14 @@ def test_the_score_is_minus_the_squared_distance_to_the_kth_nearest(monkeypatch:
 
 @pytest.mark.parametrize(("size", "k", "curve"), [(1, 1, [1]), (99, 1, [1, 99]), (250, 2, [1, 99, 100])])
 def test_k_is_a_hundredth_of_the_bank_and_never_beyond_it(size: int, k: int, curve: list[int]) -> None:
-    found = Neighbours(unit(size, 4), [1, 99, 100, 500])
-    assert (found.k, found.curve) == (k, curve)
+    found = neighbours(unit(size, 4), [1, 99, 100, 500])
+    assert (found.k, found.variants) == (k, [str(each) for each in curve])
 
 
 def test_what_lies_in_the_banks_cluster_scores_higher_and_more_neighbours_never_do() -> None:
     centre = unit(1, 16)
     near = [F.normalize(centre + 0.1 * unit(count, 16, seed=count), dim=-1) for count in (300, 40)]
-    scores = Neighbours(near[0], []).scores(torch.cat([near[1], unit(40, 16, seed=5)]), [1, 2, 3, 10, 300])
+    scores = neighbours(near[0], []).scores(torch.cat([near[1], unit(40, 16, seed=5)]), [1, 2, 3, 10, 300])
     assert (scores[:40].amin(0) > scores[40:].amax(0)).all()
     assert (scores.diff(dim=1) <= 0).all()
 
@@ -79,7 +85,7 @@ def method(folder: Path) -> CRoFT:
 
 
 def detect(folder: Path, out: Path | None = None, *, sets: dict[str, Any] = cases.TRAIN, **options: Any) -> Any:
-    options = {"scores": ["mcm", "knn"], "headline": "knn", "neighbours": (1, 4, 8, 9)} | options
+    options = {"scores": ["mcm", Neighbours((1, 4, 8, 9))], "headline": "knn"} | options
     callbacks = [OODDetection(**options), RobustEvaluation()]
     writer = ResultsWriter(str(out), name="run") if out else None
     augmentation = Augmentation((0.2, 0.5), flip=True)
@@ -108,7 +114,8 @@ def test_the_bank_is_what_a_fit_learns_from_of_known_classes_with_the_test_trans
     index, labels, bank = seen(fit.plain_train_dataloader(), model)
     assert len(bank) == 11
     samples = [number for number, label in zip(index, labels.tolist(), strict=True) if label >= 0]
-    assert found["knn"] == {"k": 1, "bank": 8, "set": "mixed", "samples": digest(samples)}
+    origin = {"class": "Neighbours", "curve": [1, 4, 8, 9], "k": 1, "bank": 8, "set": "mixed"}
+    assert found["scores"]["knn"] == {**origin, "samples": digest(samples)}
     sides = [seen(loader, model)[2] for loader in (*test.test_dataloader(), *test.unknown_dataloaders().values())]
     scores = [minus_squared_distances(bank[labels >= 0], features) for features in sides]
     pair = found["tasks"]["mixed"]["unknown"]["mixed_unknown"]
@@ -116,9 +123,9 @@ def test_the_bank_is_what_a_fit_learns_from_of_known_classes_with_the_test_trans
     assert pair["scores"]["knn"]["histogram"]["range"] == pytest.approx(
         [float(nearest.min()), float(nearest.max())], abs=SINGLE["atol"]
     )
-    curve, truth = pair["neighbours"], [1] * 9 + [0] * 6
-    assert curve["k"] == [1, 4, 8]
-    for place, k in enumerate(curve["k"]):
+    curve, truth = pair["variants"]["knn"], [1] * 9 + [0] * 6
+    assert curve["names"] == ["1", "4", "8"]
+    for place, k in enumerate([1, 4, 8]):
         known, unknown = (side[:, k - 1] for side in scores)
         expected = roc_auc_score(truth, torch.cat([known, unknown]))
         assert curve["auroc"][place] == pytest.approx(expected, abs=1e-6), k
@@ -149,7 +156,8 @@ def test_cached_features_give_what_images_give(folder: Path, tmp_path: Path, mon
         "--data.test", f"[{{source: {name}, shift: closed}}]", "--data.unknown", "[{source: wds:mixed, classes: 0-2}]",
         "--data.features", str(tmp_path / "cache"), "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1",
     ]  # fmt: skip
-    detection = "{class_path: OODDetection, init_args: {scores: [knn], headline: knn, neighbours: [1, 4]}}"
+    score = "{class_path: Neighbours, init_args: {curve: [1, 4]}}"
+    detection = f"{{class_path: OODDetection, init_args: {{scores: [{score}], headline: knn}}}}"
     assert run(["cache", *options, "--device", "cpu", "--with_test", "true"]) == 0
     results = []
     for has_features in ("false", "true"):
@@ -159,11 +167,11 @@ def test_cached_features_give_what_images_give(folder: Path, tmp_path: Path, mon
         )  # fmt: skip
         results.append(Run.open(tmp_path / has_features).result["detection"])
     images, features = results
-    assert images["knn"] == features["knn"]
-    assert images["knn"]["bank"] == 8
+    assert images["scores"] == features["scores"]
+    assert images["scores"]["knn"]["bank"] == 8
     ours, theirs = (each["tasks"]["mixed"]["unknown"]["mixed_unknown"] for each in results)
     # The order of one of 9 x 6 pairs may change, where two scores are nearly the same.
-    assert theirs["neighbours"]["auroc"] == pytest.approx(ours["neighbours"]["auroc"], abs=1.01 / 54)
+    assert theirs["variants"]["knn"]["auroc"] == pytest.approx(ours["variants"]["knn"]["auroc"], abs=1.01 / 54)
     ends = [each["scores"]["knn"]["histogram"]["range"] for each in (ours, theirs)]
     for one, other in zip(*ends, strict=True):
         # fp16 moves a unit vector by at most 2^-11, a distance d of two by 2^-10, and its square by 2 d 2^-10.
@@ -181,7 +189,6 @@ def test_other_classes_than_the_banks_are_told(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sets", "words"),
     [
-        ({"neighbours": [5, 0]}, {}, r"OODDetection: neighbours must be .*at least 1, got \[5, 0\]"),
         (
             {},
             {"train": []},
@@ -199,6 +206,11 @@ def test_what_gives_no_bank_is_refused(folder: Path, options: dict[str, Any], se
     sets = {key: value.format(folder) if isinstance(value, str) else value for key, value in sets.items()}
     with pytest.raises(ValueError, match=f"^{words}[^\n]*$"):
         detect(folder, sets=sets, **options)
+
+
+def test_a_curve_over_no_neighbour_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Neighbours: curve must be .*at least 1, got \[5, 0\]"):
+        Neighbours([5, 0])
 
 
 def test_no_training_image_is_looked_at_without_the_score(folder: Path) -> None:

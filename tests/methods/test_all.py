@@ -17,6 +17,7 @@ EXPORTED = [getattr(methods, name) for name in methods.__all__]
 FROZEN: dict[type[RobustMethod], dict[str, Any]] = {  # with towers that are, and options for a tiny problem
     methods.APT: {"tokens": 4, "attack": PGD(steps=1)},
     methods.CLIPAdapter: {},
+    methods.FAP: {"depth": 1, "attack": PGD(steps=1)},
     methods.CRoFT: {},
     methods.CoOp: {"tokens": 4},
     methods.TipAdapter: {"beta": 1.0},

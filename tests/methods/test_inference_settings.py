@@ -18,12 +18,13 @@ from robustclip.models.clip import CLIPModel
 # Constructor arguments that define the function of given weights; every other argument must be of training alone.
 PROMPT = {"prompt", "prompt_size", "prompt_tokens"}
 EXPECTED = {
-    **dict.fromkeys(("TeCoA", "AGFT", "UCAT"), PROMPT),
+    **dict.fromkeys(("TeCoA", "AGFT", "CAW", "UCAT"), PROMPT),
     "PMGAFT": PROMPT | {"logit_scale", "normalisation"},
     "CRoFT": {"ratio", "ratio_text"},
     "CLIPAdapter": {"ratio", "narrowing"},
     "TipAdapter": {"alpha", "beta"},
     **{key: {"tokens", "phrase"} for key in ("CoOp", "APT")},
+    "FAP": {"tokens", "phrase", "between", "depth"},
     **{name: {"phrase"} for name in ("UEO", "UPL", "POUF", "DANCE")},
 }
 
@@ -39,7 +40,7 @@ def saved(method: RobustMethod) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in methods.__all__ if name != "RobustMethod"])
 def test_every_argument_is_of_inference_or_of_training(name: str, tiny_model: Path) -> None:
-    options = {"tokens": 4} if name in ("CoOp", "APT") else {}
+    options = {"tokens": 4} if name in ("CoOp", "APT") else {"depth": 1} if name == "FAP" else {}
     method = getattr(methods, name)(pretrained=str(tiny_model), **options)
     ours = method.inference_settings.keys() - method.clip.settings.keys() - {"method", "lora"}
     assert ours == EXPECTED.get(name, set())

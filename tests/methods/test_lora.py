@@ -15,6 +15,7 @@ from robustclip.attacks import PGD
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.methods import (
+    CAW,
     FARE,
     FLYP,
     PMGAFT,
@@ -38,6 +39,7 @@ METHODS: list[tuple[type[RobustMethod], dict[str, Any], tuple[str, ...]]] = [
     (TeCoA, {"last_blocks": 1}, ()),
     (PMGAFT, {}, ()),
     (UCAT, {}, ()),
+    (CAW, {}, ()),
     (TRADES, {}, ()),
     (FARE, {}, ()),
     (AdversarialTraining, {}, ("classifier.weight", "classifier.bias")),

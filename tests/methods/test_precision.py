@@ -22,6 +22,7 @@ TAKES_LOGITS = (F.cross_entropy, F.log_softmax, F.softmax, Tensor.log_softmax, T
 OPTIONS: dict[type[RobustMethod], dict[str, Any]] = {
     methods.ARF: {"caption_weight": 0.0, "anchor_weight": 0.0},
     methods.APT: {"tokens": 4},
+    methods.FAP: {"depth": 1},
     methods.CoOp: {"tokens": 4},
     methods.DiVE: {"average_weight": 0.0, "pair_weight": 0.0},
     methods.DANCE: {"temperature": 0.001},

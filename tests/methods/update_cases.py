@@ -6,10 +6,11 @@ usage: python update_cases.py FOLDER PROCESSES; writes FOLDER/CASE.PROCESSES.RAN
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from helpers import quick_trainer
+from helpers import quick_trainer, tiny_clip
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import on_all
 from torch import Tensor
@@ -19,7 +20,9 @@ from robustclip.data import CLIPDataModule
 from robustclip.methods import (
     AGFT,
     APT,
+    CAW,
     DANCE,
+    FAP,
     FARE,
     FLYP,
     FLYPCE,
@@ -64,10 +67,12 @@ DECOMPOSABLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "clip_adapter": (CLIPAdapter, BEHIND_THE_TOWER),
     "coop": (CoOp, {"tokens": 4, **BEHIND_THE_TOWER}),
     "apt": (APT, {"tokens": 4, "attack": BOX, **BEHIND_THE_TOWER}),
+    "fap": (FAP, {"depth": 1, "attack": BOX, **BEHIND_THE_TOWER}),
     "fine_tuning": (FineTuning, {}),
     "flyp_ce": (FLYPCE, {}),
     "tip_adapter": (TipAdapter, BEHIND_THE_TOWER),
     "agft": (AGFT, {"attack": BOX}),
+    "caw": (CAW, {"attack": BOX}),
     "ucat": (UCAT, {"attack": BOX}),
     "pmg_aft": (PMGAFT, {"attack": BOX}),
     "pmg_aft-block": (PMGAFT, {"attack": BOX, "layer": -1, "distance": "l2", "detach_clean": True}),
@@ -136,8 +141,10 @@ def build(name: str, **options: Any) -> RobustMethod:
     """The method of a case, with an image tower that has left its teacher; a random head is drawn from a fixed seed."""
     cls, kwargs = CASES[name]
     defaults = {"warmup_steps": 0, "optimizer": lambda params: torch.optim.SGD(params, lr=RATE)}
-    torch.manual_seed(1)
-    method = cls(pretrained="shapes", **{**defaults, **kwargs, **options})
+    with TemporaryDirectory() as folder:  # FAP's prompts are in the blocks of transformers
+        pretrained = str(tiny_clip(Path(folder))) if cls is FAP else "shapes"
+        torch.manual_seed(1)
+        method = cls(pretrained=pretrained, **{**defaults, **kwargs, **options})
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in method.clip.net.visual.parameters():

@@ -16,9 +16,10 @@ from robustclip.attacks import PGD
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource
 from robustclip.evaluation import OODDetection
+from robustclip.evaluation.nearest_neighbours import Neighbours
 from robustclip.methods import ZeroShot
 from robustclip.metrics import class_accuracy, harmonic_mean, roc, separation
-from robustclip.objectives.scores import GEN, SCORES, LogitGap, Model, Score, score_of
+from robustclip.objectives.scores import GEN, SCORES, DeltaEnergy, LogitGap, Model, Score, score_of
 from robustclip.results.run import Run
 from robustclip.tools.compare import unlike_unknown
 from robustclip.types import Task
@@ -44,6 +45,7 @@ def by_hand(row: list[float]) -> dict[str, float]:
         "entropy": sum(each * math.log(each) for each in p),
         "logit_gap": (max(row) - sorted(row)[-2]) / float(SCALE),  # half of five classes: the first two
         "gen": -sum((each * (1 - each)) ** 0.1 for each in p),
+        "delta_energy": math.log(sum(exponentials)) - math.log(sum(sorted(exponentials)[:-1]) + 1),
     }
 
 
@@ -110,10 +112,76 @@ def test_scores_order_seven_images_as_worked_out() -> None:
     for score, values, auroc in (
         (LogitGap(5), [0.1125, 0.115, 0.0825, 0.105, 0.0225, 0.085, 0.025], 0.916667),
         (GEN(), [-1.880329, -1.754585, -2.737035, -2.283666, -3.864987, -2.238839, -3.827234], 0.833333),
+        (DeltaEnergy(), [6.871820, 8.448576, 1.311436, 3.048411, 0.760418, 6.561225, 1.011725], 0.833333),
+        (DeltaEnergy(2), [8.981992, 9.306611, 7.304760, 11.640990, 1.303555, 7.593809, 2.044308], 0.916667),
+        (
+            DeltaEnergy(temperature=1.0),
+            [0.060008, 0.056695, 0.051798, 0.062982, 0.046082, 0.050221, 0.041124],
+            1,
+        ),
     ):
         found = score.value(torch.tensor(known + unknown, dtype=torch.float64), torch.tensor(100.0).double())
         assert found.tolist() == pytest.approx(values, abs=1e-6)
         assert float(separation(found[:4], found[4:])["auroc"]) == pytest.approx(auroc, abs=1e-6)
+
+
+E1, E2, E3 = [0.31, 0.24, 0.22, 0.18, 0.15], [0.25, 0.24, 0.24, 0.23, 0.20], [0.90, 0.10, 0.00]
+
+
+@pytest.mark.parametrize(
+    ("row", "tau", "low", "one", "two", "alone"),
+    [
+        (E1, 1.0, 0.0, 0.060008049, 0.107266594, 0.052226001),
+        (E1, 1.0, None, 0.246545921, 0.548591178, 0.237182864),
+        (E1, 0.01, 0.0, 6.871819761, 8.981992118, 3.436365557),
+        (E2, 1.0, 0.0, 0.046082414, 0.092167491, 0.045022827),
+        (E2, 0.01, 0.0, 0.760417899, 1.303555339, 0.489228786),
+        (E3, 0.01, 0.0, 79.999909204, 88.901387711, 39.999954602),
+        (E3, 0.01, None, 79.999954601, 90.0, 39.999977301),
+        (E3, 1.0, 0.0, 0.385300252, 0.419756723, 0.204304745),
+    ],
+)
+def test_delta_energy_is_as_worked_out(
+    row: list[float], tau: float, low: float | None, one: float, two: float, alone: float
+) -> None:
+    outputs, scale = 100 * torch.tensor([row], dtype=torch.float64), torch.tensor(100.0, dtype=torch.float64)
+    for count, crop, expected in ((1, "together", one), (1, "each", one), (2, "together", two), (2, "each", alone)):
+        for temperature in (tau, None) if tau == 0.01 else (tau,):
+            found = DeltaEnergy(count, crop, low, temperature).value(outputs, scale)  # type: ignore[arg-type]
+            assert float(found) == pytest.approx(expected, abs=1e-8), (count, crop)
+    if tau == 1:  # at 0.01 the low value is nothing beside the others
+        shifted = DeltaEnergy(2, "each", low, tau).value(outputs + 5, scale)
+        assert (float(shifted) == pytest.approx(alone, abs=1e-8)) == (low is None)
+
+
+def test_delta_energy_of_one_class_ranks_as_the_softmax_and_of_two_does_not() -> None:
+    rows = logits(300, 10, seed=5)
+    rows = rows[SCORES["msp"].value(rows, SCALE) < 0.999]
+    assert len(rows) > 200
+    softmax, cosines = SCORES["msp"].value(rows, SCALE), SCORES["mcm"].value(rows, SCALE)
+    for score, reference in (
+        (DeltaEnergy(low=None), softmax),
+        (DeltaEnergy(low=None, temperature=1.0), cosines),
+    ):
+        torch.testing.assert_close(score.value(rows, SCALE), -torch.log1p(-reference), rtol=0, atol=1e-12)
+    assert torch.equal(DeltaEnergy(low=None).value(rows, SCALE).argsort(), softmax.argsort())
+    assert not torch.equal(DeltaEnergy(2, low=None).value(rows, SCALE).argsort(), softmax.argsort())
+    permuted = rows[:, torch.randperm(10, generator=torch.Generator().manual_seed(0))]
+    torch.testing.assert_close(DeltaEnergy(3).value(permuted, SCALE), DeltaEnergy(3).value(rows, SCALE))
+    everything = DeltaEnergy(10).value(rows, SCALE)
+    torch.testing.assert_close(everything, rows.logsumexp(1) - math.log(10))
+
+
+def test_delta_energy_measures_its_grid() -> None:
+    score, rows = DeltaEnergy(has_grid=True), logits(4, 4)
+    score.setup(CLIPDataModule(), [Task("few", ("a", "b", "c", "d")), Task("more", tuple("abcdefg"))])
+    assert score.variants == [
+        *("1_together_own", "1_together_1", "2_together_own", "2_together_1", "2_each_own", "2_each_1")
+    ]
+    columns = score.columns(rows, SCALE)
+    assert list(columns) == ["delta_energy", *(f"delta_energy/{name}" for name in score.variants)]
+    assert torch.equal(columns["delta_energy/2_each_1"], DeltaEnergy(2, "each", temperature=1.0).value(rows, SCALE))
+    assert torch.equal(columns["delta_energy/1_together_own"], columns["delta_energy"])
 
 
 def test_gap_of_all_classes_is_mcm_at_a_high_temperature() -> None:
@@ -140,6 +208,10 @@ def test_gen_of_a_certain_image_is_finite_and_has_a_gradient() -> None:
     [
         (lambda: LogitGap(1), "n of logit_gap must be at least 2, got 1"),
         (lambda: LogitGap(6).value(logits(2, 5), SCALE), "n of logit_gap must be at most the 5 classes, got 6"),
+        (lambda: DeltaEnergy(0), "DeltaEnergy: count must be .* at least 1, got 0"),
+        (lambda: DeltaEnergy(low=1.0), "low of delta_energy must be a cosine below 1 or null, got 1"),
+        (lambda: DeltaEnergy(temperature=0.0), "DeltaEnergy: temperature must be .* got 0.0"),
+        (lambda: DeltaEnergy(5, low=None).value(logits(2, 5), SCALE), "count of delta_energy .* 5 for 5 of them"),
         (lambda: GEN(0.0), "gamma of gen must be above 0 and m at least 1, got 0 and 100"),
     ],
 )
@@ -154,6 +226,8 @@ def test_parameters_of_our_scores_are_in_the_settings() -> None:
         "gen": {"class": "GEN", "gamma": 0.5, "m": 100},
         "logit_gap": {"class": "LogitGap", "n": None},
     }
+    callback = OODDetection(scores=[Neighbours([5, 1]), "mcm"])
+    assert callback._settings()["own_scores"] == {"knn": {"class": "Neighbours", "curve": [1, 5]}}
 
 
 def test_evidence_has_a_gradient_where_a_softmax_has_none() -> None:

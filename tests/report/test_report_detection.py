@@ -64,16 +64,28 @@ def test_the_report_shows_the_detection_of_every_run(tmp_path: Path) -> None:
 
 def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None:
     curved, plain = (section(0, has_attack=False) for _ in range(2))
-    curved["knn"] = {"k": 3, "bank": 300}
+    curved["scores"] = {"knn": {"class": "Neighbours", "k": 3, "bank": 300}}
     found = curved["tasks"]["cifar10"]["unknown"]["svhn"]
     found["scores"]["knn"] = {"auroc": 0.75, "aupr": 0.5, "fpr95": 0.25, "h": 0.5}
-    found["neighbours"] = {"k": [1, 5, 100], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
+    curve = {"names": ["1", "5", "100"], "auroc": [0.625, 0.875, None], "fpr95": [0.5, 0.25, None]}
+    found["variants"] = {"knn": curve, "mcm": {"names": ["cold"], "auroc": [0.25], "fpr95": [0.5]}}
     text, reader = shown(tmp_path, a=curved, b=plain)
     assert text.count('aria-label="AUROC of knn over K. TeCoA a: 62.5 % at 1, 87.5 % at 5"') == 1
     assert "<b>cifar10 against svhn</b>" in text
-    assert rows(reader, "Known against unknown classes: AUROC, percent")["cifar10 / svhn: knn"] == ["75.0", MISSING]
+    areas = rows(reader, "Known against unknown classes: AUROC, percent")
+    assert areas["cifar10 / svhn: knn"] == ["75.0", MISSING]
+    assert areas["cifar10 / svhn: mcm, cold"] == ["25.0", MISSING]
+    assert "cifar10 / svhn: knn, 5" not in areas
     (tmp_path / "other").mkdir()
     assert "knn" not in shown(tmp_path / "other", b=plain)[0]
+
+
+def test_the_report_states_how_many_unknown_names_a_score_knows(tmp_path: Path) -> None:
+    part = section(0, has_attack=False)
+    names = {"count": 40, "of_unknown": {"svhn": ["seven", "three"]}}
+    part["tasks"]["cifar10"]["further_names"] = {"neg_label": names}
+    text, _ = shown(tmp_path, a=part)
+    assert "neg_label compares cifar10 with 40 further names, 2 of which are classes of svhn" in text
 
 
 def test_results_without_detection_still_load_and_have_no_section_of_it(tmp_path: Path) -> None:

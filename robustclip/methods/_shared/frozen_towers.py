@@ -63,6 +63,11 @@ class FrozenFeatures(RobustMethod):
         """Encodes images ``(B, 3, H, W)`` in [0, 1], or embeddings ``(B, D)``, as unit features ``(B, D)``."""
         return F.normalize(self.embeddings(images), dim=-1)
 
+    def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes images and their positions as unit features ``(B, D)`` and ``(B, P, D)``, behind the same layers."""
+        whole, local = (part.to(self.clip.mean.dtype) for part in self.clip.embed_grid(images))
+        return self.image_features(whole), self.image_features(local.flatten(0, 1)).view_as(local)
+
     def class_features(self, task: Task) -> Tensor:
         """Encodes the task's classes as unit features ``(C, D)``, once for the same class names and templates."""
         texts = task.class_names, task.templates, task.descriptions
