@@ -10,9 +10,10 @@ from robustclip.evaluation.detection_summary import detected
 from robustclip.evaluation.evidence import Evidence, attack_columns, sample_columns
 from robustclip.evaluation.geometry_summary import GEOMETRY, measured
 from robustclip.evaluation.grading import audit, checks_at
+from robustclip.results.corruption_summary import corrupted
 from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
-from robustclip.results.tables import DETECTION
+from robustclip.results.tables import CORRUPTIONS, DETECTION
 
 FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of every attack that the audit reads
 EFFORT = ("loss", "steps", "targets", "queries")  # further ones, which some attacks have
@@ -64,4 +65,9 @@ def audited(record: Record) -> dict[str, Any]:
     return audit(evidence, checks_at(facts["checks"]))
 
 
-SECTIONS: Mapping[str, Summarise] = {DETECTION: detected, GEOMETRY: measured, "audit": audited}
+SECTIONS: Mapping[str, Summarise] = {
+    DETECTION: detected,
+    GEOMETRY: measured,
+    CORRUPTIONS: corrupted,
+    "audit": audited,
+}

@@ -10,6 +10,7 @@ from robustclip.names import markdown as escape
 from robustclip.names import plain
 from robustclip.report.accuracy import Accuracy, summary, warning_lines
 from robustclip.report.blocks import Block, Cell, Table, Text, tables_of
+from robustclip.report.corrupted import Corrupted
 from robustclip.report.defended import Defended
 from robustclip.report.feature_geometry import Geometry
 from robustclip.report.gallery import Images
@@ -25,6 +26,7 @@ SECTIONS: tuple[type[Section], ...] = (
         TradeOff,
         Accuracy,
         Defended,
+        Corrupted,
         Misclassified,
         Images,
         Interpolation,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
         for task, attacks in facts["members"].items()
     }
     rows = {task: record.rows[task] for task in facts["tasks"]}
-    table = with_averages(accuracies(rows, names, facts["bad_samples"]), facts["averages"])
+    table = with_averages(
+        accuracies(rows, names, facts["bad_samples"], shared_images(facts["protocol"])), facts["averages"]
+    )
     if facts["model"].get("defence") is not None:
         add_undefended(table, rows, names)
     heading = ("method", "is_undefended", "finished", "versions", "commit", "device", "config", "model")
@@ -111,7 +114,10 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
 
 
 def accuracies(
-    rows: Mapping[str, Rows], members: Mapping[str, Mapping[str, Sequence[str]]], bad_samples: Mapping[str, int]
+    rows: Mapping[str, Rows],
+    members: Mapping[str, Mapping[str, Sequence[str]]],
+    bad_samples: Mapping[str, int],
+    images: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Computes the accuracies of every task with and without attack, with 95 % intervals, and their means.
 
@@ -119,6 +125,7 @@ def accuracies(
         rows: rows of every task, by its name.
         members: task and attack to the names of the attack's members.
         bad_samples: number of a task's images that did not decode.
+        images: of tasks that share their images, the name of these; intervals of means take them as dependent.
     """
     tasks: dict[str, dict[str, Any]] = {}
     kinds = [CLEAN, *next(iter(members.values()), {})]
@@ -130,6 +137,7 @@ def accuracies(
             **{kind: _accuracy(count, len(samples)) for kind, count in correct.items()},
             "bad_samples": bad_samples.get(task, 0),
             "seconds": sum(float(row[ledger.TIME_COLUMN]) for row in samples),
+            **({"images_of": images[task]} if task in images else {}),
         }
         for attack, names in members[task].items():
             by = Counter(row[f"{attack}.by"] for row in samples)
@@ -172,7 +180,7 @@ def add_undefended(
     ]:
         for kind in table["mean"]:
             for column in [column for column in COLUMNS if column in tasks[chosen[0]][kind]]:
-                means[kind][column] = _mean([{"n": tasks[t]["n"], kind: tasks[t][kind][column]} for t in chosen], kind)
+                means[kind][column] = _mean([{**tasks[t], kind: tasks[t][kind][column]} for t in chosen], kind)
 
 
 def scalars(table: Mapping[str, Any]) -> dict[str, float]:
@@ -182,7 +190,7 @@ def scalars(table: Mapping[str, Any]) -> dict[str, float]:
         for key, value in values.items():
             if isinstance(value, dict):
                 numbers |= {f"{task}/{key}/{name}": float(value[name]) for name in ("correct", "acc1")}
-            else:
+            elif not isinstance(value, str):
                 numbers[f"{task}/{key}"] = float(value)
     return numbers | {f"mean/{kind}/acc1": values["acc1"] for kind, values in table["mean"].items()}
 
@@ -202,6 +210,18 @@ def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) 
             for kind in table["mean"]
         }
     return table | ({"averages": means} if means else {})
+
+
+def shared_images(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """Returns, for every task that shares its images with others, the name of the set that they come from.
+
+    Args:
+        protocol: axes by task and attack, ``clean`` among the attacks.
+    """
+    sets = {
+        task: attacks[CLEAN]["corruption"]["of"] for task, attacks in protocol.items() if "corruption" in attacks[CLEAN]
+    }
+    return {task: sets.get(task, task) for task in protocol if task in sets or task in sets.values()}
 
 
 def finite(value: float) -> float | None:
@@ -233,4 +253,6 @@ def _mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
-    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
+    tasks = list(tasks)
+    images = [task.get("images_of", number) for number, task in enumerate(tasks)]
+    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks], images=images))
