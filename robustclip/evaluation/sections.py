@@ -10,10 +10,11 @@ from robustclip.evaluation.detection_summary import detected
 from robustclip.evaluation.evidence import Evidence, attack_columns, sample_columns
 from robustclip.evaluation.geometry_summary import GEOMETRY, measured
 from robustclip.evaluation.grading import audit, checks_at
+from robustclip.results.corruption_error import CORRUPTIONS
 from robustclip.results.corruption_summary import corrupted
 from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
-from robustclip.results.tables import CORRUPTIONS, DETECTION
+from robustclip.results.tables import DETECTION
 
 FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of every attack that the audit reads
 EFFORT = ("loss", "steps", "targets", "queries")  # further ones, which some attacks have

@@ -25,13 +25,14 @@ from robustclip.methods import RobustMethod
 from robustclip.models.clip import fingerprint
 from robustclip.paths import local_path
 from robustclip.results import ledger
+from robustclip.results.corruption_error import CORRUPTIONS
 from robustclip.results.corruption_summary import copies, corrupted
 from robustclip.results.ledger import Tidy
 from robustclip.results.protocol import digest
 from robustclip.results.provenance import commit, versions
 from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PARTS, PROTOCOL, RESULT, SHARD, Run
 from robustclip.results.summary import Record, Summarise, finite, summarise, write_result
-from robustclip.results.tables import CORRUPTIONS, check_averages
+from robustclip.results.tables import check_averages
 from robustclip.textfiles import read_text
 from robustclip.types import Share, data_of
 

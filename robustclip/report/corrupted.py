@@ -7,8 +7,7 @@ from typing import Any
 from robustclip.report.blocks import Block, Table, Tables, Text, table_of_measures
 from robustclip.report.section import Section
 from robustclip.report.view import CLEAN, View
-from robustclip.results.corruption_summary import errors_of, mean_corruption_error
-from robustclip.results.tables import CORRUPTIONS, TASKS
+from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
 
 Errors = Sequence[Any]
 """Errors of a test set under one attack per run; empty for a run that did not measure them."""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustclip.names import csv_cell, markdown
+from robustclip.results.corruption_error import CORRUPTIONS, TASKS
 from robustclip.results.run import method_of
 from robustclip.types import TASK_NAME
 
@@ -20,7 +21,6 @@ UNDEFENDED, STATIC, ADAPTIVE = "undefended", "static", "adaptive"
 COLUMNS = (UNDEFENDED, STATIC, ADAPTIVE)
 DETECTION = "detection"
 DETECTION_TITLE = "Known against unknown classes, percent"
-CORRUPTIONS, TASKS = "corruptions", "tasks"  # section of errors on corrupted copies, and its key of their names
 TEXT_COLUMNS = 3  # columns of the table of detection before the numbers
 SEPARATION = {
     "auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95",  # known samples are the positives

@@ -7,9 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from robustclip import display
-from robustclip.results.corruption_summary import errors_of, mean_corruption_error
+from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
 from robustclip.results.run import Run, method_of
-from robustclip.results.tables import CORRUPTIONS, TASKS
 
 
 def table(results: list[Path]) -> None:

@@ -14,7 +14,8 @@ from robustclip.evaluation import ResultsWriter, RobustEvaluation
 from robustclip.intervals import clustered_interval, mean_interval
 from robustclip.methods import ZeroShot
 from robustclip.report import report
-from robustclip.results.corruption_summary import ALEXNET, CATEGORIES, corrupted, mean_corruption_error
+from robustclip.results.corruption_error import ALEXNET, CATEGORIES, mean_corruption_error
+from robustclip.results.corruption_summary import corrupted
 from robustclip.results.ledger import read
 from robustclip.results.run import RESULT, Run
 from robustclip.results.summary import Record
