@@ -1,7 +1,7 @@
 """Uncertainty of accuracies from exact counts: intervals and paired tests."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,7 +65,9 @@ def upper_bound(count: int, n: int, level: float = LEVEL) -> float:
     return 1.0 if count == n else float(stats.beta.ppf(level, count + 1, n - count))
 
 
-def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> Interval:
+def mean_interval(
+    counts: Sequence[tuple[int, int]], level: float = LEVEL, images: Sequence[Hashable] | None = None
+) -> Interval:
     """Computes an interval of the unweighted mean of the tasks' accuracies.
 
     The tasks are fixed, and their samples are drawn. The interval is that of Agresti and Coull
@@ -76,6 +78,8 @@ def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> In
     Args:
         counts: per task the number of correct samples and of all; no task, or a task without samples, gives nan.
         level: nominal coverage in (0, 1).
+        images: per task the name of its images; tasks with the same images are taken as fully dependent, so that the
+            interval holds for any dependence. None for tasks with images of their own.
 
     Raises:
         ValueError: the counts are impossible, or the level is outside (0, 1).
@@ -88,11 +92,38 @@ def mean_interval(counts: Sequence[tuple[int, int]], level: float = LEVEL) -> In
     z = float(stats.norm.ppf((1 + level) / 2))
     added = z**2 * _shares(n)
     shares = (correct + added / 2) / (n + added)
-    half = z * math.sqrt((shares * (1 - shares) / (n + added)).sum()) / len(n)
+    half = z * math.sqrt(_summed(shares * (1 - shares) / (n + added), images)) / len(n)
     return max(0.0, float(shares.mean()) - half), min(1.0, float(shares.mean()) + half)
 
 
-def mean_difference(counts: Sequence[tuple[int, int, int]], level: float = LEVEL) -> Difference:
+def clustered_interval(shares: Sequence[float], level: float = LEVEL) -> Interval:
+    """Computes an interval of the mean over images, each of which has a share of correct answers to several questions.
+
+    It is `mean_interval` of one task with the variance of the shares; for shares of 0 and 1, both are equal.
+
+    Args:
+        shares: per image, in [0, 1]; no image gives nan.
+        level: nominal coverage in (0, 1).
+
+    Raises:
+        ValueError: a share is outside [0, 1], or the level is outside (0, 1).
+    """
+    values = np.asarray(shares, dtype=float)
+    _check(level, len(values))
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"shares must be in [0, 1], got {values.min():.3g} to {values.max():.3g}")
+    if not len(values):
+        return NOTHING
+    z = float(stats.norm.ppf((1 + level) / 2))
+    values, weights = np.append(values, (0.0, 1.0)), np.append(np.ones(len(values)), (z**2 / 2, z**2 / 2))
+    mean = float((weights * values).sum() / weights.sum())
+    half = z * math.sqrt(float((weights * (values - mean) ** 2).sum())) / float(weights.sum())
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def mean_difference(
+    counts: Sequence[tuple[int, int, int]], level: float = LEVEL, images: Sequence[Hashable] | None = None
+) -> Difference:
     """Computes the mean over tasks of the paired difference of accuracies, with an interval that holds for rare pairs.
 
     The interval is that of Bonett and Price (https://doi.org/10.3102/1076998611411915), which adds one sample that A
@@ -102,6 +133,7 @@ def mean_difference(counts: Sequence[tuple[int, int, int]], level: float = LEVEL
     Args:
         counts: per task the numbers of samples that A alone and B alone classifies correctly, and of all.
         level: nominal coverage in (0, 1).
+        images: see `mean_interval`.
 
     Returns:
         Accuracy of A minus accuracy of B; nan without tasks or with a task without samples.
@@ -117,7 +149,7 @@ def mean_difference(counts: Sequence[tuple[int, int, int]], level: float = LEVEL
     added = _shares(n)
     of_a, of_b = (a + added) / (n + 2 * added), (b + added) / (n + 2 * added)
     variances = (of_a + of_b - (of_a - of_b) ** 2) / (n + 2 * added)
-    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(variances.sum()) / len(n)
+    half = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(_summed(variances, images)) / len(n)
     middle, value = float((of_a - of_b).mean()), sum((x - y) / n for x, y, n in counts) / len(counts)
     return Difference(value, max(-1.0, middle - half), min(1.0, middle + half))
 
@@ -214,6 +246,16 @@ def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
     product = both * neither - only_a * only_b
     n = both + only_a + only_b + neither
     return (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins)
+
+
+def _summed(variances: NDArray[np.float64], images: Sequence[Hashable] | None) -> float:
+    """Computes the variance of a sum; terms of the same images add up like their deviations, the largest possible."""
+    if images is None:
+        return float(variances.sum())
+    deviations: dict[Hashable, float] = {}
+    for name, variance in zip(images, variances, strict=True):
+        deviations[name] = deviations.get(name, 0.0) + math.sqrt(variance)
+    return sum(deviation**2 for deviation in deviations.values())
 
 
 def _shares(n: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -36,6 +36,7 @@ OWN = {
     **dict.fromkeys(("croft.yaml", "croft_photographs.yaml", "croft_rn50.yaml", "croft_vlcs.yaml"), FEW),
     **dict.fromkeys(("clip_adapter.yaml", "tip_adapter.yaml"), FEW),
     "apt.yaml": ["--data.shots", "1", "--model.tokens", "4"],
+    "corruptions.yaml": ["--data.corruptions.severities", "[5]"],
     "coop.yaml": [*FEW, "--model.tokens", "4"],  # a text tower of 18 tokens
     "croft_imagenet.yaml": [*SHAPES_UNKNOWN, "--data.shots", "1", "--trainer.callbacks", EVERY_TASK],
     "fare.yaml": ["--evaluation.attacks.apgd_ce.steps", "5", "--evaluation.attacks.apgd_t.steps", "5"],

@@ -10,6 +10,7 @@ from scipy import stats
 
 from robustclip.intervals import (
     Difference,
+    clustered_interval,
     holm,
     mcnemar,
     mean_difference,
@@ -272,3 +273,37 @@ def test_wrong_arguments_are_refused() -> None:
         paired_difference([1, 0], [1])
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         holm([0.5, math.nan])
+
+
+def test_shares_of_zero_and_one_give_the_interval_of_one_task() -> None:
+    assert clustered_interval([1.0] * 7 + [0.0] * 43) == pytest.approx(mean_interval([(7, 50)]), abs=1e-12)
+    assert all(math.isnan(limit) for limit in clustered_interval([]))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        clustered_interval([0.5, 1.5])
+
+
+def test_the_interval_of_shares_keeps_its_level() -> None:
+    """Images of unlike difficulty, each with fifteen answers: simulated coverage at 95 %."""
+    random = np.random.default_rng(0)
+    for a, b in ((2, 2), (0.3, 1.5), (8, 0.5)):
+        difficulty = random.beta(a, b, (1500, 80))
+        limits = np.array([clustered_interval(row) for row in random.binomial(15, difficulty) / 15])
+        coverage = ((limits[:, 0] <= a / (a + b)) & (a / (a + b) <= limits[:, 1])).mean()
+        assert 0.93 <= coverage <= 0.975
+
+
+def test_tasks_with_the_same_images_count_as_one() -> None:
+    assert mean_interval([(30, 40), (30, 40)], images=["x", "x"]) == pytest.approx(_of_shared(30, 40), abs=1e-9)
+    own = mean_interval([(30, 40), (5, 160)])
+    assert mean_interval([(30, 40), (5, 160)], images=["x", "y"]) == own
+    shared = mean_difference([(1, 7, 21), (2, 5, 21)], images=["x", "x"])
+    apart = mean_difference([(1, 7, 21), (2, 5, 21)])
+    assert shared.value == apart.value
+    assert apart.high - apart.low < shared.high - shared.low <= math.sqrt(2) * (apart.high - apart.low) + 1e-12
+
+
+def _of_shared(correct: int, n: int) -> tuple[float, float]:
+    """Two equal tasks, between which the added samples are shared; their mean varies as one of them."""
+    p, size = (correct + Z**2 / 4) / (n + Z**2 / 2), n + Z**2 / 2
+    half = Z * math.sqrt(p * (1 - p) / size)
+    return p - half, p + half

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from robustclip.cli.lightning import EXPECTED_ERRORS, RobustCLI, check_checkpoint, start
+from robustclip.cli.lightning import EXPECTED_ERRORS, RobustCLI, check_checkpoint, main, start
 from robustclip.cli.messages import in_one_line
 from robustclip.data import CLIPDataModule
 from robustclip.methods import RobustMethod
@@ -18,6 +18,7 @@ from robustclip.tools.doctor import Plan
 
 # Settings that determine the method of a run; the seed matters where there are no pre-trained weights.
 METHOD_KEYS = ("seed_everything", "model", "ckpt_path")
+VALIDATION_KEYS = ("seed_everything", "trainer", "data", "evaluation", "model")  # settings that ``validate`` takes
 # Options of a model that replaces one that does not load, so that the data can still be checked.
 STAND_IN = ("--model=ZeroShot", "--model.arch=null", "--model.pretrained=shapes", "--model.image_size=null")
 
@@ -108,6 +109,33 @@ def build_for(checkpoint: Path, arguments: Sequence[str]) -> RobustMethod:
             " give the --config of its method, with model and seed_everything"
         )
     return rebuild(settings, arguments)
+
+
+def held_out_accuracy(checkpoint: Path, arguments: Sequence[str], monitor: str | None) -> float:
+    """Measures a checkpoint on the validation images of its fit.
+
+    Args:
+        checkpoint: file of ``robustclip fit`` or of a soup.
+        arguments: options as on the command line; without ``--config``, the settings in the checkpoint hold.
+        monitor: name of the accuracy; None takes the one that the fit has monitored.
+
+    Raises:
+        ValueError: there is no validation image, or no such accuracy.
+    """
+    settings = settings_of_fit(checkpoint) or {}
+    has_config = any(argument.partition("=")[0] == "--config" for argument in arguments)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "run.yaml"
+        kept = {key: settings[key] for key in VALIDATION_KEYS if key in settings}
+        file.write_text(yaml.safe_dump(kept), encoding="utf-8")
+        config = [] if has_config else ["--config", str(file)]
+        finished = main(["validate", *config, *arguments, "--ckpt_path", str(checkpoint)])
+    known = {name: float(value) for name, value in finished.trainer.callback_metrics.items() if name.endswith("/acc1")}
+    name = monitor or (settings.get("checkpoint") or {}).get("monitor")
+    if name not in known:
+        names = ", ".join(known) or "none, after setting data.holdout or data.val"
+        raise ValueError(f"monitor must be an accuracy of the validation, got {name!r}; give one of {names}")
+    return known[name]
 
 
 def build_fit(arguments: Sequence[str]) -> tuple[RobustMethod, CLIPDataModule, int | None]:

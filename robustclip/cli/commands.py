@@ -105,7 +105,45 @@ def interpolate(checkpoint: Path, out: Path, *options: str, alphas: str = "0,0.2
     """
     from robustclip.cli.build import build_for
     from robustclip.cli.lightning import check_checkpoint
-    from robustclip.tools.interpolate import interpolate, parse_alphas
+    from robustclip.tools.interpolate import interpolate, parse_numbers
 
     check_checkpoint(checkpoint)
-    interpolate(build_for(checkpoint, options), checkpoint, out, alphas=parse_alphas(alphas))
+    interpolate(build_for(checkpoint, options), checkpoint, out, alphas=parse_numbers(alphas, "alphas"))
+
+
+def soup(
+    checkpoints: list[Path],
+    out: Path,
+    *options: str,
+    scales: str = "",
+    held_out: bool = False,
+    monitor: str | None = None,
+) -> None:
+    """Write mixtures of several fine-tuned models of one base model: their mean, or the original plus all changes.
+
+    Further options are those of `robustclip validate`; without --config, the settings in the checkpoints hold. The
+    validation images of these settings, held-out training images by default, can decide: then members that lower the
+    mean's accuracy are left out (a greedy soup), and of several scales the best alone is written.
+
+    Args:
+        checkpoints: files of `robustclip fit`, two at least.
+        out: folder to write; it must not exist.
+        options: options of ``robustclip validate``.
+        scales: factors of the sum of all changes, separated by commas (task arithmetic); empty for the mean.
+        held_out: choose by the accuracy on the validation images.
+        monitor: accuracy that decides, such as val/mean/clean/acc1; null for the one that the fit has monitored.
+    """
+    from robustclip.cli.build import build_for, held_out_accuracy
+    from robustclip.cli.lightning import check_checkpoint
+    from robustclip.tools.interpolate import parse_numbers
+    from robustclip.tools.soup import soup
+
+    for checkpoint in checkpoints:
+        check_checkpoint(checkpoint)
+    soup(
+        lambda checkpoint, *further: build_for(checkpoint, [*options, *further]),
+        checkpoints,
+        out,
+        scales=parse_numbers(scales, "scales") if scales else (),
+        measure=(lambda checkpoint: held_out_accuracy(checkpoint, options, monitor)) if held_out else None,
+    )

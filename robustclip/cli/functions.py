@@ -129,6 +129,8 @@ def _split(arguments: Sequence[str], parameters: Sequence[inspect.Parameter]) ->
     """Separates the arguments of a command from the options of ``fit`` or ``test``."""
     rest, options, names = list(arguments), list[str](), {f"--{parameter.name}" for parameter in parameters}
     count = sum(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)
+    if any(_is_list(parameter) and parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters):
+        count = next((place for place, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     own = [rest.pop(0) for argument in arguments[:count] if not argument.startswith("-")]
     while rest:
         argument = rest.pop(0)

@@ -26,6 +26,7 @@ commands:
   import FILE --arch A --pretrained P --out DIR    convert a foreign checkpoint to a folder for --model.pretrained
   export FILE|RUN --to hf --out DIR                convert a fine-tuned model for open_clip or transformers
   interpolate FILE --alphas 0,0.5,1 --out DIR      write checkpoints between the original and the fine-tuned model
+  soup FILE... --held_out true --out DIR           mix several fine-tuned models: their mean, or --scales of the changes
   caption --data D --captioner MODEL --out FILE    caption the images of a training set by an image-to-text model
   retrieve --data D --pool wds:URL --out DIR       find the image-text pairs of a pool nearest to a training set
   cache --config FILE --data.features DIR          store embeddings by the frozen model, to train without decoding
@@ -59,6 +60,7 @@ TOOLS = {
     "import": "robustclip.convert.importing:import_checkpoint",
     "export": "robustclip.cli.commands:export",
     "interpolate": "robustclip.cli.commands:interpolate",
+    "soup": "robustclip.cli.commands:soup",
     "caption": "robustclip.tools.caption:caption",
     "retrieve": "robustclip.tools.retrieve:retrieve",
     "cache": "robustclip.cli.caching:cache",

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from robustclip.data.corrupted_sets import Corruptions, with_copies
 from robustclip.data.data_source import DataSource
 from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.data.sources.source import Joined, labels_of
@@ -78,21 +79,25 @@ def split_training(
     return kept if shots is None else few_shots(train.dataset, kept, shots), held
 
 
-def open_tests(sources: Sequence[DataSource | str], *, root: str) -> list[OpenedSource]:
+def open_tests(
+    sources: Sequence[DataSource | str], *, root: str, corruptions: Corruptions | None = None
+) -> list[OpenedSource]:
     """Opens data sets for evaluation.
 
     Args:
         sources: descriptions in the configuration.
         root: folder that relative paths start at.
+        corruptions: corrupted copies to add; None for none.
 
     Raises:
-        ValueError: as `open_source`; images of unknown classes; or two sets of one name.
+        ValueError: as `open_source` and `with_copies`; images of unknown classes; or two sets of one name.
     """
     opened = [open_source(source, root=root, split="test") for source in sources]
     for source in opened:
         if source.has_unknown:
             raise ValueError(f"set {source.task.name!r} has images of unknown classes; list these in `data.unknown`")
         _check_has_classes(source)
+    opened = with_copies(opened, corruptions, root=root)
     _check_task_names([source.task.name for source in opened])
     return opened
 

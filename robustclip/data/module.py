@@ -13,6 +13,7 @@ from robustclip.arguments import Count, CountOrZero, Interval, checked
 from robustclip.data._resume import ResumableDataModule
 from robustclip.data.anchors import AuxiliaryData, CaptionedImages, Choice
 from robustclip.data.batch_sizes import BatchSizes, Pieces
+from robustclip.data.corrupted_sets import Corruptions
 from robustclip.data.data_sets import open_tests, open_training, open_unknown, split_training
 from robustclip.data.data_source import SetLike, listed
 from robustclip.data.decoding import Decoder
@@ -21,7 +22,7 @@ from robustclip.data.loader import ImageLoader
 from robustclip.data.opened_source import OpenedSource
 from robustclip.data.process_share import Process, Samples, exact_samples, shuffled_samples
 from robustclip.data.splits import Shots, ShotsRule
-from robustclip.data.transforms import Augmentation, ToPixels, training_pixels
+from robustclip.data.transforms import Augmentation, CorruptedPixels, ToPixels, training_pixels
 from robustclip.paths import local_path
 from robustclip.types import Crop, Done, Share, Task
 
@@ -68,6 +69,7 @@ class CLIPDataModule(ResumableDataModule):
         captioned: folder of images with captions, whose ``test`` split `FeatureGeometry` uses for retrieval.
         features: folder of ``robustclip cache`` with embeddings that replace the images, except in ``test``.
         features_in_test: replace the images in ``test`` too, which excludes attacks.
+        corruptions: corrupted copies of every test set, which are tested beside it; null for none.
         seed: seed of the order, the random crops and the drawn captions of training; the commands pass
             ``seed_everything``.
 
@@ -115,6 +117,7 @@ class CLIPDataModule(ResumableDataModule):
         captioned: str | None = None,
         features: str | None = None,
         features_in_test: bool = False,
+        corruptions: Corruptions | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
@@ -122,6 +125,9 @@ class CLIPDataModule(ResumableDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # the share of a tiny set may be empty
         self.train_sources, self.val_sources = listed(train), listed(val)
         self.test_sources, self.unknown_sources = listed(test), listed(unknown)
+        if features_in_test and corruptions is not None:
+            raise ValueError("data.features_in_test must be false where data.corruptions changes the images")
+        self.corruptions = corruptions
         self.root, self.image_size, self.attack_resolution = root, image_size, attack_resolution
         self.crop, self.decoder = crop, decoder
         self.batch_sizes, self.drop_last = BatchSizes(batch_size, global_batch_size, eval_batch_size), drop_last
@@ -212,6 +218,7 @@ class CLIPDataModule(ResumableDataModule):
             "split": ", ".join(filter(None, (source.task.name, source.split, source.part))),
             "sample_ids": f"{self.max_samples or 'all'} of {'a stream' if size is None else size}",
             "preprocessing": pixels.description,
+            **({} if source.copy is None else {"corruption": source.copy.axis}),
             "attack_space": "native" if pixels.size is None else f"{self.image_size} x {self.image_size}",
         }
 
@@ -236,7 +243,7 @@ class CLIPDataModule(ResumableDataModule):
             if self.val_positions is not None:
                 sets.append(ImageSet("holdout", *train, self.val_positions))
         for kind, sources in {"val": self._val, "test": self._test, "unknown": self._unknown}.items():
-            others = [source for source in sources if source is not self._train]  # without the hold-out
+            others = [source for source in sources if source is not self._train and source.copy is None]
             sets += [ImageSet(f"{kind}/{source.task.name}", source, self._pixels(source)) for source in others]
         return sets
 
@@ -250,7 +257,7 @@ class CLIPDataModule(ResumableDataModule):
         uses_features = self.features is not None and (stage != "test" or self.features_in_test)
         self._cache = FeatureCache(self.features) if self.features and uses_features else None
         if stage == "test":
-            self._test = open_tests(self.test_sources, root=self.root)
+            self._test = open_tests(self.test_sources, root=self.root, corruptions=self.corruptions)
             if not self._test:
                 raise ValueError("nothing to test on: `data.test` lists no data set")
             self._unknown = open_unknown(self.unknown_sources, root=self.root, taken=[t.name for t in self.test_tasks])
@@ -382,7 +389,9 @@ class CLIPDataModule(ResumableDataModule):
         """Returns the transform of a set without augmentation."""
         keeps_size = source.native_size and self.attack_resolution == "native"
         size = None if keeps_size else self.image_size
-        return ToPixels(size, source.border, source.crop or self.crop, self.decoder)
+        options = size, source.border, source.crop or self.crop, self.decoder
+        corruption = None if source.copy is None else source.copy.corruption
+        return ToPixels(*options) if corruption is None else CorruptedPixels(*options, corruption=corruption)
 
     def _process(self) -> Process:
         return Process(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Process(0, 1)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_clip import IMAGENET_CLASSNAMES
 from torch.utils.data import Dataset
@@ -20,6 +20,9 @@ from robustclip.data.task_parts import Part, Role, benchmark, narrowed, part_by_
 from robustclip.data.template_sets import OPENAI, clip_benchmark_templates
 from robustclip.paths import local_path
 from robustclip.types import UNKNOWN, Crop, Task
+
+if TYPE_CHECKING:
+    from robustclip.data.corrupted_sets import Copy
 
 DEFAULT_TEMPLATES = ("This is a photo of a {}",)
 
@@ -41,6 +44,7 @@ class OpenedSource:
         keys: distinct keys of the classes, such as WordNet ids.
         part: description of the classes and images that are kept; empty for all.
         is_unknown: whether the classes of all images are unknown.
+        copy: origin of a corrupted copy of a test set; None for other sets.
     """
 
     sources: tuple[DataSource, ...]
@@ -55,6 +59,7 @@ class OpenedSource:
     keys: tuple[str, ...] = ()
     part: str = ""
     is_unknown: bool = False
+    copy: "Copy | None" = None
 
     @property
     def class_count(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizont
 from torchvision.transforms.v2 import Resize  # keeps 8 bits while it resizes tensors
 
 from robustclip.arguments import PositiveShare, checked
+from robustclip.data.corruptions import Corruption
 from robustclip.data.decoding import MAX_PIXELS, Decoder, ImageError, decoded, decoded_to_tensor
 from robustclip.types import RESIZES, Crop
 
@@ -176,6 +178,25 @@ class AugmentedPixels(ToPixels):
             torch.default_generator.manual_seed(Random(repr((self.seed, *key))).getrandbits(63))
             result: Picture = self._flip(crop(image))
         return result
+
+
+class CorruptedPixels(ToPixels):
+    """Transforms the images of a test set as the other transforms do, and corrupts the result, rounded to 8 bits.
+
+    Args:
+        args: arguments of `ToPixels`.
+        corruption: kind and severity of the corruption.
+    """
+
+    def __init__(self, *args: Any, corruption: Corruption) -> None:
+        super().__init__(*args)
+        self.corruption = corruption
+
+    def stored(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
+        """Transforms one image to ``(3, H, W)`` uint8; the last number of the key is the sample id."""
+        pixels = super().stored(image, key)
+        levels = pixels.double() if pixels.is_floating_point() else pixels.double() / 255
+        return torch.from_numpy(self.corruption(levels.permute(1, 2, 0).numpy(), key[-1])).permute(2, 0, 1)
 
 
 def training_pixels(plain: ToPixels, augmentation: Augmentation | None, seed: int) -> ToPixels:

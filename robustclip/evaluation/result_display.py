@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from robustclip import display
-from robustclip.results.tables import rich_detection, rich_table
+from robustclip.results.tables import rich_corruptions, rich_detection, rich_table
 
 
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
@@ -17,6 +17,8 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
     """
     console = display.console()
     console.print(rich_table(result))
+    for table in rich_corruptions(result):
+        console.print(table)
     if (detected := rich_detection(result)) is not None:
         console.print(detected)
     for check in result["audit"]["checks"]:

@@ -10,6 +10,8 @@ from robustclip.evaluation.detection_summary import detected
 from robustclip.evaluation.evidence import Evidence, attack_columns, sample_columns
 from robustclip.evaluation.geometry_summary import GEOMETRY, measured
 from robustclip.evaluation.grading import audit, checks_at
+from robustclip.results.corruption_error import CORRUPTIONS
+from robustclip.results.corruption_summary import corrupted
 from robustclip.results.run import Run
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
@@ -66,4 +68,9 @@ def audited(record: Record) -> dict[str, Any]:
     return audit(evidence, checks_at(facts["checks"]))
 
 
-SECTIONS: Mapping[str, Summarise] = {DETECTION: detected, GEOMETRY: measured, "audit": audited}
+SECTIONS: Mapping[str, Summarise] = {
+    DETECTION: detected,
+    GEOMETRY: measured,
+    CORRUPTIONS: corrupted,
+    "audit": audited,
+}

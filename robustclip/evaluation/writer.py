@@ -25,6 +25,8 @@ from robustclip.methods import RobustMethod
 from robustclip.models.clip import fingerprint
 from robustclip.paths import local_path
 from robustclip.results import ledger
+from robustclip.results.corruption_error import CORRUPTIONS
+from robustclip.results.corruption_summary import copies, corrupted
 from robustclip.results.ledger import Tidy
 from robustclip.results.protocol import digest
 from robustclip.results.provenance import commit, versions
@@ -215,6 +217,7 @@ class ResultsWriter(Callback):
         rows, facts = journal.merge(tidy), self._facts(trainer, pl_module)
         persistence.atomic_write(path / FACTS, json.dumps(facts, indent=1) + "\n")
         functions = {name: section.summarise for name, section in self.sections.items()} | {"audit": audited}
+        functions |= {CORRUPTIONS: corrupted} if CORRUPTIONS in facts["sections"] else {}
         self._result = summarise(Record(facts, rows), functions) if self.share is None else {}
         for task, attack in self._members:
             keep_examples(path / EXAMPLES / task / attack, rows[task], attack, facts["save_examples"])
@@ -224,6 +227,7 @@ class ResultsWriter(Callback):
         """Collects the content of ``facts.json``: the values that the result needs beside the ledgers."""
         metrics = {name: finite(float(value)) for name, value in trainer.callback_metrics.items()}
         tasks = data_of(trainer).test_tasks
+        further: dict[str, Any] = {CORRUPTIONS: {}} if copies(self._identity["protocol"]) else {}
         of_sections = {name: {**section.settings, **section.facts} for name, section in self.sections.items()}
         return {
             **self._identity,
@@ -241,7 +245,7 @@ class ResultsWriter(Callback):
             "tasks": {task.name: {"classes": words(task), "class_count": len(task.label_names)} for task in tasks},
             "members": stored_members(self._members, [task.name for task in tasks]),
             "tables": list(self._tables),
-            "sections": of_sections | {"audit": {}},
+            "sections": of_sections | {"audit": {}} | further,
             "bad_samples": self.bad_samples,
             "other_metrics": {name: value for name, value in metrics.items() if name not in self.outputs},
         }

@@ -141,6 +141,12 @@ def is_factor(name: str) -> bool:
     return FACTOR.fullmatch(name) is not None
 
 
+def plain_name(name: str) -> str:
+    """Returns the name that a changed matrix has in a model without LoRA; other names stay as they are."""
+    match = FACTOR.fullmatch(name) or ORIGINAL.fullmatch(name)
+    return "".join(match.groups()) if match else name
+
+
 def factors_alone(net: nn.Module, groups: Any, lora: LoRA | None) -> Any:
     """Returns optimiser groups without the parameters of adapted towers that are no factors.
 

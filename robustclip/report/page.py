@@ -6,6 +6,7 @@ from robustclip.arguments import class_at
 from robustclip.names import markdown as escape
 from robustclip.report.accuracy import Accuracy, summary, warning_lines
 from robustclip.report.blocks import Block, Cell, Table, Text, tables_of
+from robustclip.report.corrupted import Corrupted
 from robustclip.report.defended import Defended
 from robustclip.report.feature_geometry import Geometry
 from robustclip.report.gallery import Images
@@ -22,6 +23,7 @@ SECTIONS: tuple[type[Section], ...] = (
         TradeOff,
         Accuracy,
         Defended,
+        Corrupted,
         Misclassified,
         Images,
         Interpolation,

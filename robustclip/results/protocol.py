@@ -1,4 +1,4 @@
-"""The protocol of an accuracy: fourteen axes that comparable numbers share, and a hash over exactly these."""
+"""The protocol of an accuracy: fifteen axes that comparable numbers share, and a hash over exactly these."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ AXES = {
     "sample_ids": "which samples, and their labels",
     "pixels": "the decoded images of these samples",
     "preprocessing": "what happens to an image before an attack sees it",
+    "corruption": "kind, severity and constants of a corrupted copy; absent: none",
     "attack_space": "resolution of the attacked image",
     "eps": "norm and radius of the ball",
     "steps": "algorithm and effort of the attack",

@@ -94,7 +94,8 @@ def summarise(record: Record, sections: Mapping[str, Summarise]) -> dict[str, An
         task: {attack: members[0]["aim"] for attack, members in attacks.items() if members and "aim" in members[0]}
         for task, attacks in facts["members"].items()
     }
-    table = with_averages(accuracies(rows, names, facts["bad_samples"], aims), facts["averages"])
+    images = shared_images(facts["protocol"])
+    table = with_averages(accuracies(rows, names, facts["bad_samples"], aims, images), facts["averages"])
     if facts["model"].get("defence") is not None:
         add_undefended(table, rows, names)
     heading = ("method", "is_undefended", "finished", "versions", "commit", "device", "config", "model")
@@ -120,6 +121,7 @@ def accuracies(
     members: Mapping[str, Mapping[str, Sequence[str]]],
     bad_samples: Mapping[str, int],
     aims: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    images: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Computes the accuracies of every task with and without attack, with 95 % intervals, and their means.
 
@@ -131,6 +133,7 @@ def accuracies(
         members: task and attack to the names of the attack's members.
         bad_samples: number of a task's images that did not decode.
         aims: task and attack to the number of the class that the attack moves images to.
+        images: of tasks that share their images, the name of these; intervals of means take them as dependent.
     """
     tasks: dict[str, dict[str, Any]] = {}
     kinds = [CLEAN, *next(iter(members.values()), {})]
@@ -146,6 +149,7 @@ def accuracies(
             **{kind: _accuracy(count, len(samples)) for kind, count in correct.items()},
             "bad_samples": bad_samples.get(task, 0),
             "seconds": sum(float(row[ledger.TIME_COLUMN]) for row in samples),
+            **({"images_of": images[task]} if task in images else {}),
         }
         for attack, names in members[task].items():
             by = Counter(row[f"{attack}.by"] for row in samples)
@@ -215,7 +219,7 @@ def add_undefended(
     ]:
         for kind in table["mean"]:
             for column in [column for column in COLUMNS if column in tasks[chosen[0]][kind]]:
-                means[kind][column] = _mean([{"n": tasks[t]["n"], kind: tasks[t][kind][column]} for t in chosen], kind)
+                means[kind][column] = _mean([{**tasks[t], kind: tasks[t][kind][column]} for t in chosen], kind)
 
 
 def scalars(table: Mapping[str, Any]) -> dict[str, float]:
@@ -227,7 +231,7 @@ def scalars(table: Mapping[str, Any]) -> dict[str, float]:
                 numbers |= {f"{task}/{key}/{name}": float(value[name]) for name in ("correct", "acc1")}
                 if SUCCESS in value:
                     numbers[f"{task}/{key}/{SUCCESS}"] = float("nan" if (v := value[SUCCESS]["rate"]) is None else v)
-            else:
+            elif not isinstance(value, str):
                 numbers[f"{task}/{key}"] = float(value)
     return numbers | {f"mean/{kind}/acc1": values["acc1"] for kind, values in table["mean"].items()}
 
@@ -248,6 +252,18 @@ def with_averages(table: dict[str, Any], averages: Mapping[str, Sequence[str]]) 
             for kind in table["mean"]
         }
     return table | ({"averages": means} if means else {})
+
+
+def shared_images(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """Returns, for every task that shares its images with others, the name of the set that they come from.
+
+    Args:
+        protocol: axes by task and attack, ``clean`` among the attacks.
+    """
+    sets = {
+        task: attacks[CLEAN]["corruption"]["of"] for task, attacks in protocol.items() if "corruption" in attacks[CLEAN]
+    }
+    return {task: sets.get(task, task) for task in protocol if task in sets or task in sets.values()}
 
 
 def finite(value: float) -> float | None:
@@ -289,4 +305,6 @@ def _mean_success(tasks: Sequence[Mapping[str, Any]], kind: str) -> dict[str, An
 
 
 def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:
-    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks]))
+    tasks = list(tasks)
+    images = [task.get("images_of", number) for number, task in enumerate(tasks)]
+    return list(mean_interval([(task[kind]["correct"], task["n"]) for task in tasks], images=images))

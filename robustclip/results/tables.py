@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustclip.names import csv_cell, markdown
+from robustclip.results.corruption_error import CORRUPTIONS, TASKS
 from robustclip.results.run import method_of
 from robustclip.types import TASK_NAME
 
@@ -57,8 +58,10 @@ def means_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def markdown_table(result: Mapping[str, Any]) -> str:
-    """Renders accuracies, the audit's grade and the detection of unknown classes in Markdown."""
+    """Renders accuracies, the audit's grade, errors under corruption and the detection of unknown classes."""
     tables = [_markdown(readable_rows(result)), f"{audit_line(result)}\n"]
+    for title, rows in corruption_tables(result).items():
+        tables += [f"{title}\n", _markdown(rows)]
     if detected := detection_rows(result):
         tables += [f"{DETECTION_TITLE}\n", _markdown(detected)]
     return "\n".join(tables)
@@ -167,8 +170,54 @@ def detection_rows(result: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def corruption_tables(result: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Returns, per test set with corrupted copies and per attack, a table of errors by its title.
+
+    Each table has a header, a row per kind with the errors by severity and their mean, the means by category and over
+    all kinds, the error without corruption, and mean corruption errors. `readable_rows` leaves out the copies.
+    """
+    sections = result.get(CORRUPTIONS, {})
+    return {
+        f"Errors on corrupted copies of {name}{'' if kind == CLEAN else f' under {kind}'}, percent": _corruption_rows(
+            summary
+        )
+        for name, section in sections.items()
+        for kind, summary in section.items()
+        if kind != TASKS
+    }
+
+
+def _corruption_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    severities = list(next(iter(summary["kinds"].values()))["errors"])
+    means = dict(summary["categories"]) | {"all kinds": summary["error"], "without corruption": summary["uncorrupted"]}
+    for reference, values in summary["relative_to"].items():
+        means |= {f"mCE, relative to {reference}": values["mce"]}
+        means |= {f"relative mCE, relative to {reference}": values["relative_mce"]}
+    interval = summary["interval"]
+    rows = [["kind", *(f"severity {severity}" for severity in severities), "mean"]]
+    for kind, values in summary["kinds"].items():
+        rows.append([kind, *map(_percent, values["errors"].values()), _percent(values["error"])])
+    for name, value in means.items():
+        limits = f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if name == "all kinds" and interval else ""
+        rows.append([name, *[""] * len(severities), f"{_percent(value)}{limits}"])
+    return rows
+
+
+def rich_corruptions(result: Mapping[str, Any]) -> list[Table]:
+    """Renders errors under corruption for a terminal, one table per test set and attack."""
+    tables = []
+    for title, (head, *rows) in corruption_tables(result).items():
+        table = Table(title=title, box=SIMPLE_HEAD)
+        for number, name in enumerate(head):
+            table.add_column(name.removeprefix("severity "), justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
 def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> list[list[str]]:
-    """Lists the rows of the table of accuracies: header, tasks and means.
+    """Lists the rows of the table of accuracies: header, tasks without corrupted copies, and means over all tasks.
 
     Args:
         result: content of ``result.json``.
@@ -178,13 +227,17 @@ def readable_rows(result: Mapping[str, Any], *, in_two_lines: bool = False) -> l
     kinds, headings = list(result["mean"]), list(parts_of(result["mean"]))
     has_bad = any(values.get("bad_samples") for values in result["tasks"].values())
     rows = [["task", "n", *headings, "seconds", *(["left out"] if has_bad else [])]]
+    copies = {task for section in result.get(CORRUPTIONS, {}).values() for task in section[TASKS]}
     for name, values in result["tasks"].items():
+        if name in copies:
+            continue
         bad = [str(values.get("bad_samples", 0))] if has_bad else []
         cells = [percent(part) for part in parts_of({kind: values[kind] for kind in kinds}).values()]
         rows.append([name, str(values["n"]), *cells, f"{values.get('seconds', 0):.1f}", *bad])
     total = sum(values.get("seconds", 0) for values in result["tasks"].values())
     for name, values in means_of(result).items():
         seconds = f"{total:.1f}" if name == NOT_A_TASK else ""
+        name = f"mean of all {len(result['tasks'])}" if copies and name == NOT_A_TASK else name
         cells = [percent(part) for part in parts_of({kind: values[kind] for kind in kinds}).values()]
         rows.append([name, "", *cells, seconds, *([""] if has_bad else [])])
     return rows

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -141,7 +142,7 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
     notes += [*unchecked_images(a, b), *unlike_unknown(a, b), *_unpaired(axes_a, axes_b)]
-    return Comparisons(rows, _means(rows, _averages(a, b)), notes)
+    return Comparisons(rows, _means(rows, _averages(a, b), a.result), notes)
 
 
 def unchecked_images(a: Run, b: Run) -> list[str]:
@@ -299,14 +300,16 @@ def _averages(a: Run, b: Run) -> dict[str, list[str]]:
     return {name: of_a[name]["tasks"] for name in of_a if of_b.get(name, {}).get("tasks") == of_a[name]["tasks"]}
 
 
-def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]]) -> list[Mean]:
+def _means(rows: Sequence[Comparison], averages: Mapping[str, Sequence[str]], result: Mapping[str, Any]) -> list[Mean]:
     """Computes the averages whose tasks are all compared, then the mean over all compared tasks, per attack."""
+    images = {task: values.get("images_of", task) for task, values in result["tasks"].items()}
     means = []
     for name, attack in product([*averages, MEAN], dict.fromkeys(row.attack for row in rows)):
         tasks = averages.get(name)
         chosen = [row for row in rows if row.attack == attack and (tasks is None or row.task in tasks)]
         if tasks is None or len(chosen) == len(tasks):
-            difference = mean_difference([(row.only_b, row.only_a, row.n) for row in chosen])
+            counts = [(row.only_b, row.only_a, row.n) for row in chosen]
+            difference = mean_difference(counts, images=[images.get(row.task, row.task) for row in chosen])
             a, b = (sum(values) / len(chosen) for values in ([row.a for row in chosen], [row.b for row in chosen]))
             means.append(Mean(name, attack, a, b, difference))
     return means

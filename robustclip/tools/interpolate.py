@@ -50,7 +50,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     content = read_checkpoint(checkpoint)
     method.on_load_checkpoint(content)
     original, tuned = {name: value.clone() for name, value in method.state_dict().items()}, content["state_dict"]
-    _check_has_original(method, tuned)
+    check_has_original(method, tuned)
     # With LoRA, W + c (alpha B) A is the mean of the weights; the factors A of both models must be the same.
     original |= {name: value for name, value in tuned.items() if is_factor(name) and name.endswith(".A")}
     method.load_state_dict(original | tuned)
@@ -68,8 +68,12 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     return files
 
 
-def parse_alphas(text: str) -> list[float]:
+def parse_numbers(text: str, option: str) -> list[float]:
     """Parses numbers with commas between them.
+
+    Args:
+        text: numbers of the command line.
+        option: name of the option, for the message.
 
     Raises:
         ValueError: the text is not a list of numbers.
@@ -77,7 +81,7 @@ def parse_alphas(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"alphas must be numbers with commas between them, as in 0,0.5,1; got {text!r}") from None
+        raise ValueError(f"{option} must be numbers with commas between them, as in 0,0.5,1; got {text!r}") from None
 
 
 def between(original: Mapping[str, Tensor], tuned: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -108,7 +112,16 @@ def _check_alphas(alphas: Sequence[float]) -> None:
             raise ValueError(f"alphas must be in [0, 1], got {alpha:g}; 0 is the original model, 1 the fine-tuned one")
 
 
-def _check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
+def check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
+    """Refuses weights that the original model does not have.
+
+    Args:
+        method: method with the original weights.
+        tuned: trained tensors by name.
+
+    Raises:
+        ValueError: the original weights are random, or lack a tensor.
+    """
     if method.clip.pretrained is None:
         raise ValueError(
             "model.pretrained is null, so there is no original model to interpolate with; name the base model"

@@ -13,8 +13,8 @@ from robustclip.results.run import LEDGERS, RESULT, Run
 AXES_OF_A_TEST = {name: f"value of {name}" for name in AXES}
 
 
-def test_there_are_fourteen_axes_and_a_clean_image_has_those_without_an_attack() -> None:
-    assert len(AXES) == 14
+def test_there_are_fifteen_axes_and_a_clean_image_has_those_without_an_attack() -> None:
+    assert len(AXES) == 15
     assert set(AXES) - set(CLEAN_AXES) == {"eps", "steps", "loss", "precision", "stop_rule", "ways"}
 
 

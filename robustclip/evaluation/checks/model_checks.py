@@ -146,13 +146,19 @@ class _SoftmaxHead(AuditCheck):
         )
 
 
+def _uncorrupted(evidence: Evidence) -> dict[str, Any]:
+    """Returns the columns of the tasks that are no corrupted copies, on which any model may be at chance."""
+    axes = {task: evidence.protocols.get(task, {}).get("clean", {}).get("axes", {}) for task in evidence.samples}
+    return {task: columns for task, columns in evidence.samples.items() if "corruption" not in axes[task]}
+
+
 class _BetterThanChance(AuditCheck):
     name = "better_than_chance"
     why = "a model at chance has nothing to lose; look for a second normalisation, or class names in another order"
 
     def grade(self, evidence: Evidence) -> Check:
         guessing = []
-        for task, columns in evidence.samples.items():
+        for task, columns in _uncorrupted(evidence).items():
             n, correct = len(columns["id"]), int((columns["clean"] == columns["label"]).sum())
             if n >= SMALLEST_TASK and wilson(correct, n)[0] <= 1 / evidence.class_counts[task]:
                 guessing.append(task)
@@ -167,7 +173,7 @@ class _PredictionsVary(AuditCheck):
     def grade(self, evidence: Evidence) -> Check:
         stuck = [
             task
-            for task, columns in evidence.samples.items()
+            for task, columns in _uncorrupted(evidence).items()
             if len(columns["id"]) >= SMALLEST_TASK
             and _commonest(columns["clean"]) >= ONE_CLASS > _commonest(columns["label"])
         ]

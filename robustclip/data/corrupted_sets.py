@@ -1,0 +1,137 @@
+"""Adds corrupted copies of the test sets, one task per kind and severity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from robustclip.arguments import checked
+from robustclip.data.corruptions import KINDS, Corruption
+from robustclip.data.opened_source import OpenedSource, open_source
+
+KindName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
+
+
+@checked
+@dataclass(frozen=True)
+class Corruptions:
+    """Corrupted copies of every test set, each a task of its own named ``SET_KIND_SEVERITY``.
+
+    They are computed by `Corruption`, or read from published files, of which only the layout of ImageNet-C is known:
+    ``KIND/SEVERITY/CLASS/IMAGE`` or ``CATEGORY/KIND/SEVERITY/CLASS/IMAGE``. The result gets a section of errors.
+
+    Args:
+        kinds: names of the kinds; ``all`` for the fifteen of ImageNet-C.
+        severities: numbers from 1 to 5.
+        files: folder of published images, with one test set; null computes them.
+        frost: folder of photographs of frost, as in the authors' code; null draws a texture.
+
+    Raises:
+        ValueError: no kind or severity, or one is listed twice; or photographs of frost beside published files.
+    """
+
+    kinds: Literal["all"] | list[KindName] = "all"
+    severities: tuple[Literal[1, 2, 3, 4, 5], ...] = (1, 2, 3, 4, 5)
+    files: str | None = None
+    frost: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, values in (("kinds", self.names), ("severities", self.severities)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"corruptions.{key} must be listed once each, got {list(values)}")
+        if self.files is not None and self.frost is not None:
+            raise ValueError("corruptions.frost must be null where corruptions.files gives images; unset one of them")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the kinds."""
+        return [*KINDS] if self.kinds == "all" else [*self.kinds]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The origin of a corrupted copy of a test set.
+
+    Args:
+        of: name of the test set.
+        kind: kind of the corruption.
+        severity: severity of the corruption.
+        corruption: transform that computes the images; None for published images.
+    """
+
+    of: str
+    kind: str
+    severity: int
+    corruption: Corruption | None
+
+    @property
+    def axis(self) -> dict[str, Any]:
+        """Value for the protocol of a result, in JSON's types."""
+        if self.corruption is None:
+            return {"of": self.of, "kind": self.kind, "severity": self.severity, "constants": "published files"}
+        return {"of": self.of, **self.corruption.identity}
+
+
+def with_copies(tests: Sequence[OpenedSource], settings: Corruptions | None, *, root: str) -> list[OpenedSource]:
+    """Puts the corrupted copies of every test set behind it.
+
+    Args:
+        tests: opened test sets.
+        settings: kinds and severities; None for no copies.
+        root: folder that relative paths start at.
+
+    Raises:
+        ValueError: published images do not exist, have other classes, or would be those of several test sets; or a
+            folder of photographs has none.
+    """
+    if settings is None:
+        return list(tests)
+    if settings.files is not None and len(tests) != 1:
+        raise ValueError(f"corruptions.files has copies of one test set, but data.test lists {len(tests)}; give one")
+    pairs = [(kind, severity) for kind in settings.names for severity in settings.severities]
+    return [one for test in tests for one in (test, *(_copy(test, *pair, settings, root) for pair in pairs))]
+
+
+def _copy(test: OpenedSource, kind: str, severity: int, settings: Corruptions, root: str) -> OpenedSource:
+    task = replace(test.task, name=f"{test.task.name}_{kind}_{severity}")
+    if settings.files is not None:
+        files = _published(test, Path(root).expanduser() / settings.files, kind, severity)
+        return replace(files, task=task, copy=Copy(test.task.name, kind, severity, None))
+    frost = None if settings.frost is None else Path(root).expanduser() / settings.frost
+    corruption = Corruption(kind, severity, frost)
+    _ = corruption.identity  # reads the photographs, so that a wrong folder ends a run before it starts
+    return replace(test, task=task, copy=Copy(test.task.name, kind, severity, corruption))
+
+
+def _published(test: OpenedSource, folder: Path, kind: str, severity: int) -> OpenedSource:
+    """Opens the published images of a kind and severity, which were cropped before they were corrupted."""
+    places = [folder / kind / str(severity), folder / KINDS[kind].category / kind / str(severity)]
+    place = next((place for place in places if place.is_dir()), None)
+    if place is None:
+        raise ValueError(f"corruptions.files needs a folder {places[0]} or {places[1]}, found none; list other kinds")
+    changes: dict[str, Any] = {"source": f"folder:{place}", "name": test.task.name, "split": None}
+    changes |= {"border": 0, "crop": "clip"}  # which leaves images of the model's size as they are
+    opened = open_source(replace(test.sources[0], **changes), root=".", split="test")
+    if opened.task.class_names != test.task.class_names or opened.task.groups != test.task.groups:
+        counts = f"{len(opened.task.label_names)} against {len(test.task.label_names)}"
+        raise ValueError(
+            f"{place} must have the classes of data.test, {test.task.name!r}, found others ({counts}); set its"
+            " class_names"
+        )
+    return opened
