@@ -42,6 +42,7 @@ class RTPT(Defence):
 
     is_random = True
     needs_gradients = True
+    backward = "none"  # of the step alone
 
     def __init__(
         self,
