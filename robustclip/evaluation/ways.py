@@ -18,6 +18,7 @@ from robustclip.defences import Defence
 from robustclip.evaluation.defended_model import Judge, Way, defence_of
 from robustclip.evaluation.engine import ROBUST, WRONG, Rung, StopRule, Verdict, attack_rows, examine
 from robustclip.methods import RobustMethod
+from robustclip.models.tensor_files import digest
 from robustclip.types import Batch
 
 WayName = Literal["replay", "own", "identity", "surrogate", "bare", "black_box"]
@@ -314,6 +315,7 @@ def columns_of(defended: Defended, members: Sequence[Member], through: Sequence[
     return {
         "undefended": [names[number] for number in defended.undefended.by.tolist()],
         "static": [ways[number] for number in defended.static.tolist()],
+        "replayed": [digest(image)[:16] for image in defended.undefended.attacked.cpu()],
         "share": defended.share.tolist(),
     }
 

@@ -57,6 +57,7 @@ DEFENDED_SAMPLE_COLUMNS = {
 DEFENDED_COLUMNS = {
     "undefended": "member that succeeded on the method without the defence; `clean`: misclassified without attack",
     "static": "member whose images of the undefended method succeed when they are replayed; `clean` as above",
+    "replayed": "hash of the attacked image of the method without the defence, which is replayed",
     "share": "share of the judging draws of a random defence that classify the attacked image correctly",
     "own": "1 if the defence's own gradient succeeds on a sample that replayed images misclassify, else 0; empty: not "
     "probed",

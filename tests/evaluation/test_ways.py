@@ -1,6 +1,7 @@
 """A method with a test-time defence is attacked in several ways, and the worst of them counts."""
 
 import math
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -137,6 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "none": outcome(folder, "none", ZeroShot(), ways=Ways(), attacks=LONG),
         "identity": outcome(folder, "identity", ZeroShot(defence=Defence()), ways=Ways(), attacks=LONG),
         "few": outcome(folder, "few", ZeroShot(defence=Shift()), attacks=LONG),
+        "cut": outcome(folder, "cut", ZeroShot(defence=Cut()), attacks=LONG, probes=0),
     }
 
 
@@ -150,7 +152,8 @@ def test_the_identity_defence_equals_no_defence(runs: dict[str, Run]) -> None:
     plain, columned = (run.result["tasks"]["colours"]["pgd"] for run in (without, with_identity))
     for name in ("undefended", "static", "adaptive"):
         assert columned[name] == {key: plain[key] for key in ("acc1", "correct", "interval")}
-    hashes = [{kind: part["hash"] for kind, part in run.result["protocol"]["colours"].items()} for run in runs.values()]
+    names = ("none", "identity", "few")
+    hashes = [{kind: part["hash"] for kind, part in runs[n].result["protocol"]["colours"].items()} for n in names]
     assert hashes[0] == hashes[1]
     assert hashes[0]["clean"] == hashes[2]["clean"]
     assert hashes[0]["pgd"] != hashes[2]["pgd"]
@@ -240,6 +243,22 @@ def test_defended_and_undefended_compare_under_one_protocol_alone(runs: dict[str
     page = (runs["few"].folder / "page.html").read_text()
     assert "Test-time defences" in page
     assert f"{share} static" in page
+
+
+def test_two_defences_on_the_same_weights_are_checked_to_replay_the_same_images(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
+    few, cut = runs["few"], runs["cut"]
+    hashes = [run.result["tasks"]["colours"]["pgd"]["replayed"] for run in (few, cut, runs["identity"])]
+    assert len(set(hashes)) == 1
+    assert not [note for note in pair(few, cut).notes if "attacked images" in note]
+    folder = Path(shutil.copytree(cut.folder, tmp_path / "other"))
+    ledger = folder / "ledger" / "colours.csv"
+    replayed = [row["pgd.replayed"] for row in cut.rows("colours")]
+    assert len(set(replayed)) == COUNT
+    ledger.write_text(ledger.read_text().replace(replayed[3], "0" * 16))
+    (note,) = [note for note in pair(few, Run.open(folder)).notes if "attacked images" in note]
+    assert note.startswith("colours under pgd: undefended and static rest on other attacked images for 1 of 24 samples")
 
 
 @pytest.mark.parametrize("changed", [{"draws": 3}, {"judges": 4}, {"queries": 31}, {"names": ("replay", "own")}])
