@@ -25,6 +25,7 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "MAC": {},
     "DBD": {"views": 7, "kept": 4},
     "CLIPure": {},
+    "RTPT": {"views": 8, "kept": 0.25},  # a text tower per image, draw and step: cheap with few classes alone
 }
 
 

@@ -21,7 +21,20 @@ TEMPLATES = ("a photo of a {c}", "a drawing of a {c}")
 ShardWriter = Callable[..., Path]
 
 # Ends of the names of ledger columns whose last digits depend on the other images of a batch.
-ROUNDED = ("loss", "logit", "distance", "repeat", "logit_sum", "outside", "again", "regrad", "spread", "state", "leak")
+ROUNDED = (
+    "loss",
+    "logit",
+    "distance",
+    "repeat",
+    "logit_sum",
+    "outside",
+    "again",
+    "regrad",
+    "spread",
+    "state",
+    "leak",
+    "draws",
+)
 
 
 def tiny_clip(folder: Path, *, embed_dim: int = 16, **vision: Any) -> Path:

@@ -98,7 +98,7 @@ class Parser(AnsweringParser, LightningArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Shows the most used options first, and those of Lightning's trainer last."""
-        self._action_groups.sort(key=lambda group: OF_TRAINER in str(group.title))
+        self._action_groups = sorted(self._action_groups, key=lambda group: OF_TRAINER in str(group.title))
         text: str = super().format_help(*args, **kwargs)
         if self.description not in DESCRIPTIONS.values():
             return text

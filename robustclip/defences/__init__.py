@@ -7,6 +7,7 @@ from robustclip.defences.et3 import ET3
 from robustclip.defences.gaussian_noise import GaussianNoise
 from robustclip.defences.jpeg import JPEG
 from robustclip.defences.mac import MAC
+from robustclip.defences.r_tpt import RTPT
 from robustclip.defences.resize_and_pad import ResizeAndPad
 from robustclip.defences.ttc import TTC
 
@@ -15,6 +16,7 @@ __all__ = [
     "ET3",
     "JPEG",
     "MAC",
+    "RTPT",
     "TTC",
     "CLIPure",
     "Defence",

@@ -13,6 +13,7 @@ from robustclip.attacks.perturbation_set import stream
 from robustclip.models.clip import CLIPModel
 from robustclip.models.heads import head_logits
 from robustclip.models.tensor_files import digest
+from robustclip.types import Task
 
 PLACE = "model.defence"
 OWN_SEED = 0xDEF  # keeps the random numbers of defences apart from those of attacks
@@ -23,6 +24,7 @@ class Model(Protocol):
 
     clip: CLIPModel
     heads: dict[str, Tensor]
+    tasks: dict[str, Task]
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         """Computes the logits ``(B, C)`` of the method without a defence.
@@ -110,13 +112,14 @@ class Defence(Checked, nn.Module):
         """
         return noise.normal(_given(index), shape, seed=self._seed(draw, part))
 
-    def classify(self, method: Model, features: Tensor, task: str) -> Tensor:
+    def classify(self, method: Model, features: Tensor, task: str, *, head: Tensor | None = None) -> Tensor:
         """Returns the logits ``(B, C)`` of unit features ``(B, D)``.
 
         Args:
             method: method with the classifier.
             features: ``(B, D)``.
             task: name of the task.
+            head: classifier weights in place of the method's.
 
         Raises:
             ValueError: the logits of the method depend on more than the similarity of features.
@@ -127,7 +130,7 @@ class Defence(Checked, nn.Module):
                 f"{PLACE}: {type(self).__name__} changes features, but {owner.__name__} computes logits of its own from"
                 " images; choose a defence that changes pixels"
             )
-        return head_logits(features, method.heads[task], method.clip.logit_scale)
+        return head_logits(features, method.heads[task] if head is None else head, method.clip.logit_scale)
 
     # Members that an evaluation uses
 

@@ -1,13 +1,14 @@
 """The measurements of a finished test for the audit: the ledgers as columns of numbers, and facts beside them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustclip.attacks import Member
+from robustclip.evaluation.ways import WAYS
 from robustclip.results.protocol import differences, is_checked, with_counts
 from robustclip.results.run import Run
 
@@ -15,11 +16,11 @@ Columns = Mapping[str, NDArray[Any]]
 Rows = Sequence[Mapping[str, str]]
 SAMPLE_NUMBERS = (
     *("clean_loss", "largest_logit", "logit_sum", "least_logit", "outside", "repeat", "faithful", "regrad", "spread"),
-    *("random", "autograd", "state", "leak"),
+    *("random", "autograd", "state", "leak", "draws"),
 )
 ATTACK_NUMBERS = (
     *("loss", "steps", "dead", "distance", "excess", "nans", "exact", "again"),
-    *("wider", "longer", "other", "transfer"),
+    *("wider", "longer", "other", "transfer", "borrowed", "own"),
 )
 
 
@@ -36,6 +37,8 @@ class Evidence:
         is_undefended: whether the run declares that its model has no defence.
         is_robust: whether its weights are known to be robust; None if that is not known.
         baseline: test of the base model under the same protocol, if there is one.
+        defence: description of the test-time defence with its declared properties; None without one.
+        ways: settings of the ways through it.
     """
 
     samples: Mapping[str, Columns]
@@ -46,6 +49,23 @@ class Evidence:
     is_undefended: bool
     is_robust: bool | None = None
     baseline: Run | None = None
+    defence: Mapping[str, Any] | None = None
+    ways: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_declared_cut(self) -> bool:
+        """Whether the defence declares that its gradient is cut, so that only the other ways attack it."""
+        return self.defence is not None and self.defence["backward"] == "none"
+
+    @property
+    def omitted_ways(self) -> list[str]:
+        """Ways through the defence that the test left out, and averages that it did not take."""
+        if self.defence is None:
+            return []
+        omitted: list[str] = [name for name in WAYS if name not in self.ways["names"]]
+        if "black_box" not in omitted and not self.ways["queries"]:
+            omitted.append("black_box")
+        return [*omitted, "draws"] if self.defence["is_random"] and self.ways["draws"] == 1 else omitted
 
     def total(self, column: str) -> NDArray[Any]:
         """Joins a column over all tasks and attacks."""

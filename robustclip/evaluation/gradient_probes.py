@@ -2,15 +2,19 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from robustclip.attacks import Attack, perturbation_set
+from robustclip.attacks import Attack, noise, perturbation_set
 from robustclip.attacks.attack import Forward, gradient_of
 from robustclip.attacks.sample_losses import margin
 
-# Gradient fidelity: the change of the loss along the attack's direction against the integral of its gradient.
-LENGTHS = (0.25 / 255, 0.05 / 255)
+# Gradient fidelity: the change of the loss against the integral of its gradient, along the attack's direction and along
+# random signs of blocks of pixels, which also see what a gradient leaves out.
+LENGTHS, BLOCK_LENGTH = (0.25 / 255, 0.05 / 255), 1 / 255
 NODES = 8
-TOLERANCE, ROUNDING = 0.25, 1e-4  # relative to the change, and to the largest logit
+TOLERANCE = 0.25  # relative to the change; along random signs, to the change by chance
+ROUNDING = 1e-4  # relative to the largest logit
+BLOCKS, BLOCK_SEED = 8, 0xB10C  # blocks of an image's side
 APPROACH = 3  # steps of a quarter of the radius that lead to the examined point
 
 
@@ -18,7 +22,8 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
     """Examines the gradient of the margin at a point where the attack works.
 
     The point is reached by three steps of a quarter of the radius. From there the loss is followed along the sign of
-    the gradient, for two lengths that a model must bear outside of the perturbation set too.
+    the gradient for two lengths, and along random signs for a grey level, which a model must bear outside of the
+    perturbation set too.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
@@ -27,9 +32,10 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
         attack: attack of the test, for radius and norm; None examines the clean images.
 
     Returns:
-        ``faithful``: 1 if the integral of the gradient predicts the change of the loss for one of the lengths, else 0;
-        nan without a gradient. ``regrad``: relative L2 difference of two gradients of the batch. ``spread``: the
-        squared sum of the gradient's absolute values over its number of pixels and sum of squares.
+        ``faithful``: 1 if the integral of the gradient predicts the change of the loss along both directions, along the
+        first for one of the lengths, else 0; nan without a gradient. ``regrad``: relative L2 difference of two
+        gradients of the batch. ``spread``: the squared sum of the gradient's absolute values over its number of pixels
+        and sum of squares.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, labels = images.clone(), labels.clone()
@@ -38,15 +44,18 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
         again = margin_gradient(point, labels, forward)[1]
         has_gradient = gradient.flatten(1).abs().amax(1) > 0
         flat = gradient.flatten(1).double()
-        faithful = torch.full_like(value, torch.nan)
-        faithful[has_gradient] = 0.0
-        for step in LENGTHS:
-            if bool((faithful == 0).any()):  # the whole batch, since a model may know its samples by their places
-                scale = logits.abs().amax(-1)
-                holds = _is_faithful(point, labels, forward, gradient.sign(), value, scale, step)
-                faithful = torch.where(holds & has_gradient, 1.0, faithful)
+        by_chance = torch.stack([torch.zeros_like(value), gradient.flatten(1).norm(dim=1)])
+        is_faithful = has_gradient.clone()
+        paths = ((gradient.sign(), LENGTHS), (_blocks(point), (BLOCK_LENGTH,)))
+        for (direction, lengths), norm in zip(paths, by_chance, strict=True):
+            holds = torch.zeros_like(has_gradient)
+            for step in lengths:
+                if not bool(holds[has_gradient].all()):  # the whole batch, as a model may know samples by their places
+                    slack = ROUNDING * logits.abs().amax(-1) + TOLERANCE * step * norm
+                    holds |= _is_faithful(point, labels, forward, direction, value, slack, step)
+            is_faithful &= holds
         return {
-            "faithful": faithful,
+            "faithful": torch.where(has_gradient, is_faithful.float(), torch.nan),
             "regrad": ((again - gradient).norm() / gradient.norm().clamp(min=1e-30)).expand(len(images)),
             "spread": (flat.abs().sum(1) ** 2 / (flat.square().sum(1) * flat.shape[1])).float(),
         }
@@ -78,13 +87,20 @@ def margin_gradient(images: Tensor, labels: Tensor, forward: Forward) -> tuple[T
     return value.detach(), gradient_of(value, images), logits.detach()
 
 
+def _blocks(images: Tensor) -> Tensor:
+    """Draws a sign for every block of pixels and colour of every image."""
+    numbers = torch.arange(len(images), device=images.device)
+    draws = noise.uniform(numbers, (images.shape[1], BLOCKS, BLOCKS), seed=BLOCK_SEED)
+    return F.interpolate((draws - 0.5).sign(), images.shape[-2:])
+
+
 def _is_faithful(
     point: Tensor,
     labels: Tensor,
     forward: Forward,
     direction: Tensor,
     value: Tensor,
-    scale: Tensor,
+    slack: Tensor,
     step: float,
 ) -> Tensor:
     """Compares the change ``(B,)`` of the margin over a step with the sum of the gradients on the way."""
@@ -94,5 +110,5 @@ def _is_faithful(
     for node in range(NODES):
         gradient = margin_gradient(point + step * (node + 0.5) / NODES * direction, labels, forward)[1]
         predicted += (gradient * direction).flatten(1).sum(1) * step / NODES
-    allowed = TOLERANCE * torch.maximum(change.abs(), predicted.abs()) + ROUNDING * scale
+    allowed = TOLERANCE * torch.maximum(change.abs(), predicted.abs()) + slack
     return (change - predicted).abs() <= allowed

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustclip.attacks import Member
 from robustclip.attacks.attack import Forward
-from robustclip.evaluation import probes
-from robustclip.evaluation.defended_model import Judge, Way
-from robustclip.evaluation.engine import ROBUST, Verdict
+from robustclip.evaluation import probes, stand_in_probes
+from robustclip.evaluation.defended_model import Judge, Way, defence_of
+from robustclip.evaluation.engine import ROBUST, StopRule, Verdict
 from robustclip.evaluation.gradient_probes import gradients
 from robustclip.evaluation.journal import Members, Row, fill
 from robustclip.evaluation.precision_ladder import exact
+from robustclip.evaluation.ways import Ways, falls_to_own
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel
 from robustclip.models.heads import encode_heads, head_logits
@@ -67,7 +69,8 @@ class ProbeQueue:
         sizes: task to its number of samples; None where it is not known.
         quota: number of samples to probe per task; 0 for none.
         seed: seed of the attacks.
-        judges: number of draws that judge a random defence.
+        stop: stop rule of the attacks.
+        ways: ways through a test-time defence.
     """
 
     def __init__(
@@ -79,13 +82,14 @@ class ProbeQueue:
         sizes: Mapping[str, int | None],
         quota: int,
         seed: int,
-        judges: int,
+        stop: StopRule,
+        ways: Ways,
     ) -> None:
         self.method, self.members = method, members
         self.tasks = {task.name: task for task in tasks}
         self.shares = {name: probes.share_of(quota, sizes[name]) for name in self.tasks}
         self.fine_shares = {name: probes.share_of(quota // probes.FINE, sizes[name]) for name in self.tasks}
-        self.seed, self.judges, self.capacity = seed, judges, 1
+        self.seed, self.stop, self.ways, self.capacity = seed, stop, ways, 1
         self._waiting: dict[str, Held] = {}
         self._undefended: dict[str, Forward] = {}
         self._base: CLIPModel | None = None
@@ -148,17 +152,18 @@ class ProbeQueue:
         images, forward = held.batch.images, self._answers(task)
         judge = forward
         if self.method.defence is not None:
-            judge = Judge(self.method, task, self.judges, labels=held.batch.labels, index=held.batch.index)
+            judge = Judge(self.method, task, self.ways.judges, labels=held.batch.labels, index=held.batch.index)
         judge = probes.bound(judge, held.batch.index)
         fill(held.rows, range(len(held.rows)), probes.repeat(images, judge, held.logits, clip=self.method.clip))
         for attack, by in held.by.items():
             self._attack_again(task, attack, held, by, forward)
-        # Embeddings have no pixels. A defence declares what these probes look for, and is attacked in ways of its own.
-        if images.ndim != 4 or self.method.defence is not None:
-            return held.rows
         is_fine = probes.draws(held.batch.index) < self.fine_shares[task]
-        if bool(is_fine.any()):
-            self._examine_model(task, held.take(is_fine.nonzero()[:, 0]), forward)
+        if images.ndim == 4 and bool(is_fine.any()):  # embeddings have no pixels
+            part = held.take(is_fine.nonzero()[:, 0])
+            if self.method.defence is None:
+                self._examine_model(task, part, forward)
+            else:
+                self._examine_defence(task, part)
         return held.rows
 
     def _attack_again(self, task: str, attack: str, held: Held, by: Tensor, forward: Forward) -> None:
@@ -166,7 +171,6 @@ class ProbeQueue:
         members = self.members[task, attack]
         if members[0].attack.target is not None:
             return  # the audit judges attacks that aim at any wrong class
-        options: dict[str, Any] = {"seed": self.seed}
         for name, mask, probe in probes.stronger(members[0].attack, by, held.batch.images):
             part = held.take(mask.nonzero()[:, 0])
             self._fill_outcomes(f"{attack}.{name}", part, forward, probe)
@@ -174,11 +178,26 @@ class ProbeQueue:
         if survivors.rows:
             self._fill_outcomes(f"{attack}.other", survivors, forward, probes.other_attack(members))
         if survivors.rows and self.method.defence is None:
-            moved, (images, labels, index) = probes.transferred_attack(members), survivors.batch[:3]
+            moved, (images, labels, index) = stand_in_probes.transferred_attack(members), survivors.batch[:3]
             sources = self._sources(task, images[:1])
-            bound = probes.bound(forward, index)
-            broken = probes.transfers(images, labels, bound, sources, moved, index=index, **options)
+            options: dict[str, Any] = {"index": index, "seed": self.seed}
+            broken = stand_in_probes.transfers(images, labels, forward, sources, moved, **options)
             fill(survivors.rows, range(len(broken)), {f"{attack}.transfer": broken})
+            self._borrow(f"{attack}.borrowed", survivors, forward, sources, members)
+
+    def _borrow(
+        self, column: str, survivors: Held, forward: Forward, sources: Sequence[Forward], members: Sequence[Member]
+    ) -> None:
+        """Attacks the samples that another attack left robust with gradients that are not the model's own."""
+        other = column.replace(".borrowed", ".other")
+        left = survivors.take(
+            torch.tensor([n for n, row in enumerate(survivors.rows) if row.get(other) != 1], dtype=torch.long)
+        )
+        if left.rows:
+            images, labels, index = left.batch[:3]
+            options: dict[str, Any] = {"index": index, "seed": self.seed}
+            outcomes = stand_in_probes.stand_in_outcomes(images, labels, forward, sources, members, **options)
+            fill(left.rows, range(len(outcomes)), {column: outcomes})
 
     def _fill_outcomes(self, column: str, part: Held, forward: Forward, attack: Any) -> None:
         if part.rows:
@@ -187,19 +206,39 @@ class ProbeQueue:
             outcomes = probes.probe_outcomes(images, labels, forward, attack, **options)
             fill(part.rows, range(len(outcomes)), {column: outcomes})
 
-    def _examine_model(self, task: str, part: Held, forward: Forward) -> None:
-        """Examines gradients, random numbers, state and labels, on fewer samples."""
+    def _examine_defence(self, task: str, part: Held) -> None:
+        """Examines whether a defence has the properties that it declares, and whether its own gradient would do."""
+        images, index, defence = part.batch.images, part.batch.index, defence_of(self.method)
+        one, other = (self.method.answers(images, task, index=index, draw=draw).detach() for draw in (0, 1))
+        fill(part.rows, range(len(part.rows)), {"draws": (one - other).abs().amax(-1)})
+        first = self.ways.judges if defence.is_random else 0  # the first draw of the attacks
+        own = Way(self.method, task, "own", range(first, first + 1))
+        self._examine_model(task, part, own, is_cut=defence.backward == "none")
+        for attack, by in part.by.items():
+            through = self.members[task, attack]
+            numbers = [number for number, member in enumerate(through) if member.name.startswith("replay.")]
+            held = part.take(torch.isin(by, by.new_tensor(numbers)).nonzero()[:, 0])
+            if held.rows:
+                options: dict[str, Any] = {"index": held.batch.index, "seed": self.seed, "stop": self.stop}
+                fallen = falls_to_own(self.method, task, *held.batch[:2], through, self.ways, **options)
+                fill(held.rows, range(len(fallen)), {f"{attack}.own": fallen})
+
+    def _examine_model(self, task: str, part: Held, forward: Forward, *, is_cut: bool = False) -> None:
+        """Examines gradients unless they are declared as cut, random numbers, state and labels, on fewer samples."""
         (images, labels, index), count = part.batch[:3], len(part.rows)
         forward = probes.bound(forward, index)
         attacks = [member.attack for attack in part.by for member in self.members[task, attack]]
         columns: dict[str, Any] = {}
         if attacks and part.logits.shape[1] > 1:
-            columns = dict(gradients(images, labels, forward, probes.largest(attacks)))
+            if not is_cut:
+                columns = dict(gradients(images, labels, forward, probes.largest(attacks)))
             columns["random"] = [int(probes.advances_generators(images, labels, forward))] * count
         columns["autograd"] = [probes.autograd_calls(images, forward, self.method.clip.net.visual)] * count
-        columns["state"] = probes.state_change(images, forward, self.method)
         with _no_logging(self.method):
-            step = partial(self._step, part.batch, list(self.tasks).index(task))
+            number = list(self.tasks).index(task)
+            test_step = lambda others: self._step(part.batch._replace(images=others), number, labels)  # noqa: E731
+            columns["state"] = probes.state_change(images, forward, self.method, test_step)
+            step = partial(self._step, part.batch, number)
             columns["leak"] = probes.label_leak(step, labels, part.logits.shape[1])
         for name in ("faithful", "state", "leak"):
             values = columns[name].tolist() if name in columns else [math.nan] * count

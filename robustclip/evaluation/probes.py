@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustclip.attacks import APGD, PGD, Attack, Member, noise, perturbation_set
+from robustclip.attacks import APGD, PGD, Attack, Member, noise
 from robustclip.attacks.attack import Forward
 from robustclip.attacks.perturbation_set import Norm
 from robustclip.attacks.sample_losses import cross_entropy
@@ -28,6 +28,7 @@ ANYTHING = 0.5  # at this radius every image can be made grey, so that no model 
 STEPS = 20  # of the other attack and of the transferred one
 
 REPEATS = 5  # further passes of a sample whose gradients are examined
+NEAR = 4 / 255  # distance of images that a model with a memory still takes for a seen one
 LARGE = 2**20  # numbers in a tensor from which on its content is not read to notice a change
 
 
@@ -47,13 +48,13 @@ def share_of(quota: int, size: int | None) -> float:
 
 
 def passes_of_probes(gradients: Sequence[int]) -> float:
-    """Computes the gradient passes per probed sample, as if no attack stopped early.
+    """Computes the gradient passes per probed sample, as if no attack stopped early, without borrowed gradients.
 
     Args:
         gradients: gradient passes of each attack of the test.
     """
     of_attacks = sum((1 + LONGER) * count + 2 * STEPS for count in gradients)
-    return of_attacks + (APPROACH + len(LENGTHS) * NODES + REPEATS) / FINE
+    return of_attacks + (APPROACH + (len(LENGTHS) + 1) * NODES + REPEATS) / FINE
 
 
 def repeat(images: Tensor, forward: Forward, logits: Tensor, *, clip: CLIPModel) -> dict[str, Tensor]:
@@ -184,25 +185,39 @@ def _counted(count: list[int]) -> Iterator[None]:
             setattr(owner, name, function)
 
 
-def state_change(images: Tensor, forward: Forward, module: nn.Module) -> Tensor:
-    """Measures whether other images change the answers to the first ones, or tensors of the model.
+def state_change(
+    images: Tensor, forward: Forward, module: nn.Module, step: Callable[[Tensor], object] = lambda _: None
+) -> Tensor:
+    """Measures whether other images change the answers to the first ones and to images near them, or change tensors.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
         forward: function from images to logits.
         module: model with its parameters, buffers and other tensors.
+        step: test step of the model on images.
 
     Returns:
         Largest change ``(B,)`` of a logit; infinity where a tensor changed; nan where repeated answers differ as well.
     """
     with torch.inference_mode(False), torch.no_grad():
-        images = images.clone()
-        first, second = forward(images).clone(), forward(images).clone()
-        before = _tensors(module)
-        forward(1 - images.flip(-1))
-        third = forward(images)
-        change = torch.full_like(first[:, 0], torch.inf)
-        return change if _differ(before, _tensors(module)) else _beyond_noise(third, first, second)
+        images, only = images.clone(), torch.zeros(1, dtype=torch.long, device=images.device)
+        draws_of_pixels = noise.uniform(only, images.shape[1:], seed=PROBE_SEED)
+        near = (images + NEAR * (draws_of_pixels - 0.5).sign()).clamp(0, 1)
+
+        def answers() -> Tensor:
+            return torch.cat([forward(images), forward(near)], 1)
+
+        step(images)
+        first, second = answers(), answers()
+        before, others = _tensors(module), 1 - images.flip(-1)
+        forward(others)
+        third = answers()
+        if _differ(before, _tensors(module)):
+            return torch.full_like(first[:, 0], torch.inf)
+        step(others)
+        fourth = answers()
+        step(images)
+        return torch.fmax(_beyond_noise(third, first, second), _beyond_noise(fourth, first, second))
 
 
 def _tensors(module: nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -299,18 +314,6 @@ def other_attack(members: Sequence[Member]) -> Attack | None:
     return APGD(first.eps, STEPS, norm, "margin")
 
 
-def transferred_attack(members: Sequence[Member]) -> Attack | None:
-    """Returns the attack on another model whose images are moved over; it runs to its end. None without a radius.
-
-    Args:
-        members: attacks of the test.
-    """
-    first = largest([member.attack for member in members])
-    if first is None or not first.eps:
-        return None
-    return PGD(first.eps, first.eps / 4, STEPS, "l2" if first.norm == "l2" else "linf", keep="best", loss="ce")
-
-
 def largest(attacks: Sequence[Attack]) -> Attack | None:
     """Returns the first attack of the largest radius, or None if none has a radius."""
     return max((attack for attack in attacks if attack.eps), key=lambda attack: attack.eps or 0, default=None)
@@ -342,52 +345,3 @@ def probe_outcomes(
     members = [Member("probe", attack)]
     verdict = examine(images, labels, forward, members, index=index, seed=seed, clean_logits=logits)
     return [int(number != ROBUST) for number in verdict.by.tolist()]
-
-
-def transfers(
-    images: Tensor,
-    labels: Tensor,
-    forward: Forward,
-    sources: Sequence[Forward],
-    attack: Attack | None,
-    *,
-    index: Tensor,
-    seed: int,
-) -> list[int | str]:
-    """Returns 1 for each sample that an image made on another model misclassifies, else 0.
-
-    A source with the answers and the gradients of the tested model is left out, since its images are those of the test.
-    An image counts only if it deceives its source, which answers correctly without attack; else the cell is empty.
-
-    Args:
-        images: ``(B, 3, H, W)`` in [0, 1].
-        labels: ``(B,)``.
-        forward: tested model.
-        sources: models without the defence, as functions from images to logits; none gives empty cells.
-        attack: attack of the sources; None gives empty cells.
-        index: ``(B,)`` ids of the samples.
-        seed: seed of the attack.
-    """
-    if attack is None or not sources:
-        return [""] * len(images)
-    with torch.inference_mode(False):
-        images, labels, index = images.clone(), labels.clone(), index.clone()
-        is_broken, is_tried = (torch.zeros_like(labels, dtype=torch.bool) for _ in range(2))
-        near = perturbation_set.start(images, attack.eps or 0, attack.norm, index, seed)
-        own = margin_gradient(near, labels, forward)
-        for source in sources:
-            if _is_alike(own, margin_gradient(near, labels, source)):
-                is_tried[:] = True
-                continue
-            moved = attack(images, source, labels, index=index, seed=seed)
-            with torch.no_grad():
-                deceives = (source(images).argmax(-1) == labels) & (source(moved).argmax(-1) != labels)
-                is_tried |= deceives
-                is_broken |= deceives & (forward(moved).argmax(-1) != labels)
-    pairs = zip(is_broken.tolist(), is_tried.tolist(), strict=True)
-    return [int(broken) if tried else "" for broken, tried in pairs]
-
-
-def _is_alike(own: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Returns whether two models have the same gradients and logits at a point."""
-    return all(float((a - b).norm()) <= 1e-4 * float(a.norm()) for a, b in zip(own[1:], other[1:], strict=True))

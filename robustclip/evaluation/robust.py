@@ -279,7 +279,6 @@ class RobustEvaluation(TaskCallback):
             folder = writer.opened / EXAMPLES
             self._examples = Examples(folder, self._through, self.save_examples, self._journal.earlier)
             sizes = {task.name: data_of(trainer).test_size(task.name) for task in tasks}
-            limits: dict[str, Any] = {"sizes": sizes, "quota": self.probes, "seed": self.seed}
-            limits["judges"] = self.ways.judges
-            self._queue = ProbeQueue(method_of(module), tasks, self._through, **limits)
+            limits: dict[str, Any] = {"sizes": sizes, "quota": self.probes, "seed": self.seed, "stop": self.stop}
+            self._queue = ProbeQueue(method_of(module), tasks, self._through, ways=self.ways, **limits)
         return self._journal

@@ -64,6 +64,8 @@ def audited(record: Record) -> dict[str, Any]:
         is_undefended=facts["is_undefended"],
         is_robust=facts.get("is_robust"),
         baseline=None if facts["baseline"] is None else Run.open(Path(facts["baseline"])),
+        defence=facts["model"].get("defence"),
+        ways=facts["model"].get("ways", {}),
     )
     return audit(evidence, checks_at(facts["checks"]))
 

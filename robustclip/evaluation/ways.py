@@ -18,6 +18,7 @@ from robustclip.defences import Defence
 from robustclip.evaluation.defended_model import Judge, Way, defence_of
 from robustclip.evaluation.engine import ROBUST, WRONG, Rung, StopRule, Verdict, attack_rows, examine
 from robustclip.methods import RobustMethod
+from robustclip.models.tensor_files import digest
 from robustclip.types import Batch
 
 WayName = Literal["replay", "own", "identity", "surrogate", "bare", "black_box"]
@@ -181,6 +182,45 @@ def examine_defended(
         return Defended(undefended, static, verdict, judge.share(verdict.attacked))
 
 
+def falls_to_own(
+    method: RobustMethod,
+    task: str,
+    images: Tensor,
+    labels: Tensor,
+    members: Sequence[Member],
+    ways: Ways,
+    *,
+    index: Tensor,
+    seed: int,
+    stop: StopRule,
+) -> list[int]:
+    """Returns 1 for each sample that the defence's own gradient misclassifies, else 0.
+
+    Args:
+        method: method with a defence.
+        task: name of the task.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        members: result of `members_through`.
+        ways: ways to try.
+        index: ``(B,)`` sample ids.
+        seed: see `Attack`.
+        stop: ``worst`` or ``last``.
+    """
+    with torch.inference_mode(False):
+        images, labels, index = (tensor.detach().clone() for tensor in (images, labels, index))
+        judge = Judge(method, task, ways.judges, labels=labels, index=index)
+        verdict = Verdict.before(images, labels, judge(images, index))
+        rung = Rung(_model("own", method, task, ways), is_fp32=True)
+        options: dict[str, Any] = {"index": index, "seed": seed, "check_every": 1}
+        options["stop"] = "last" if defence_of(method).is_random else stop
+        for number, (name, member) in enumerate(_split(members)):
+            rows = (verdict.by == ROBUST).nonzero()[:, 0]
+            if name == "own" and len(rows):
+                attack_rows(verdict, rows, images, labels, rung, judge, member.attack, number=number, **options)
+        return [int(number >= 0) for number in verdict.by.tolist()]
+
+
 def _split(members: Sequence[Member]) -> list[tuple[str, Member]]:
     """Splits names such as ``bare.apgd`` into the way and the member under its own name."""
     parts = [(member.name.split(".", 1), member) for member in members]
@@ -275,6 +315,7 @@ def columns_of(defended: Defended, members: Sequence[Member], through: Sequence[
     return {
         "undefended": [names[number] for number in defended.undefended.by.tolist()],
         "static": [ways[number] for number in defended.static.tolist()],
+        "replayed": [digest(image)[:16] for image in defended.undefended.attacked.cpu()],
         "share": defended.share.tolist(),
     }
 

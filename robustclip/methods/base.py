@@ -105,6 +105,7 @@ class RobustMethod(Checked, LightningModule, ABC):
             compile_towers(self.clip)
         self.defence, self.lora = defence, lora
         self.heads: dict[str, Tensor] = {}
+        self.tasks: dict[str, Task] = {}  # those with a head, by name
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
@@ -263,6 +264,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         # Inference mode is left first: its tensors could not take part in an attack's graph.
         with torch.inference_mode(False), torch.no_grad(), frozen(self), tf32(is_allowed=False):
             self.heads |= encode_heads(self.class_features, tasks)
+        self.tasks |= {task.name: task for task in tasks}
 
     def prepare_training(self, task: Task) -> None:
         """Encodes the training classes, as the task ``train``, for `training_loss`, unless their head learns."""

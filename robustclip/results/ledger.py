@@ -44,17 +44,23 @@ ATTACK_COLUMNS = {
     "probed",
     "transfer": "1 if an image made on the model without its defence succeeds on a robust sample, else 0; empty: not "
     "probed",
+    "borrowed": "1 if an attack succeeds with the gradient of the model without its defence, or of rounded or nearby "
+    "images, where `other` failed, else 0; empty: not probed",
 }
 # Further columns of methods with a test-time defence. The others are about the method with its defence.
 DEFENDED_SAMPLE_COLUMNS = {
     "bare": "class predicted for the clean image without the defence",
     "bare_seconds": "seconds of one answer without the defence",
     "defended_seconds": "seconds of one answer with the defence",
+    "draws": "largest difference of logits between two draws of the defence; empty: not probed",
 }
 DEFENDED_COLUMNS = {
     "undefended": "member that succeeded on the method without the defence; `clean`: misclassified without attack",
     "static": "member whose images of the undefended method succeed when they are replayed; `clean` as above",
+    "replayed": "hash of the attacked image of the method without the defence, which is replayed",
     "share": "share of the judging draws of a random defence that classify the attacked image correctly",
+    "own": "1 if the defence's own gradient succeeds on a sample that replayed images misclassify, else 0; empty: not "
+    "probed",
 }
 TIME_COLUMN = "seconds"
 BATCH_END = b"\n\n"  # an empty line; a batch without it is evaluated again as a whole

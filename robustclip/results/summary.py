@@ -16,7 +16,7 @@ import torch
 from robustclip import persistence
 from robustclip.intervals import mean_interval
 from robustclip.results import ledger
-from robustclip.results.protocol import with_samples
+from robustclip.results.protocol import digest, with_samples
 from robustclip.results.run import FACTS, LEDGERS, RESULT, check_is_whole, read_facts
 from robustclip.results.tables import ADAPTIVE, CLEAN, COLUMNS, STATIC, SUCCESS, UNDEFENDED, csv_table, markdown_table
 
@@ -191,9 +191,9 @@ def add_undefended(
 
     Every task and attack gets ``undefended``: the attack on the method without its defence; ``static``: the defended
     method on these images and on those at the end of that attack; ``adaptive``: the worst case over all ways through
-    the defence, which also is the accuracy of the attack; ``by_way``: the number of samples that each way misclassified
-    first. Clean accuracies get ``undefended``. Every task gets ``cost``: seconds of a defended answer divided by those
-    of an undefended one.
+    the defence, which also is the accuracy of the attack; ``replayed``: a hash of all replayed images; ``by_way``: the
+    number of samples that each way misclassified first. Clean accuracies get ``undefended``. Every task gets ``cost``:
+    seconds of a defended answer divided by those of an undefended one.
 
     Args:
         table: table of `with_averages`, changed in place.
@@ -212,6 +212,9 @@ def add_undefended(
                 values[attack][column] = _accuracy(sum(not row[f"{attack}.{column}"] for row in samples), n)
             values[attack][ADAPTIVE] = {key: accuracy[key] for key in ("acc1", "correct", "interval")}
             by = Counter(row[f"{attack}.by"].partition(".")[0] for row in samples)
+            values[attack]["replayed"] = digest(
+                sorted((int(row["id"]), row.get(f"{attack}.replayed")) for row in samples)
+            )
             values[attack]["by_way"] = {way: by[way] for way in dict.fromkeys(name.partition(".")[0] for name in names)}
     for means, chosen in [
         (table["mean"], list(tasks)),

@@ -141,7 +141,8 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
             rows.append(_row(task, attack, _is_correct(a, task, in_a, attack), _is_correct(b, task, in_b, attack)))
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
-    notes += [*unchecked_images(a, b), *unlike_unknown(a, b), *_unpaired(axes_a, axes_b)]
+    notes += [*unchecked_images(a, b), *unlike_replayed(a, b, keys, ledgers), *unlike_unknown(a, b)]
+    notes += _unpaired(axes_a, axes_b)
     return Comparisons(rows, _means(rows, _averages(a, b), a.result), notes)
 
 
@@ -161,6 +162,36 @@ def unchecked_images(a: Run, b: Run) -> list[str]:
     why = "a result has no hashes of the pixels; test again with this version"
     line = f"{names}: it is not checked that {a.name} and {b.name} used the same images, because {why}"
     return [line] if tasks else []
+
+
+def unlike_replayed(
+    a: Run, b: Run, keys: Sequence[Key], ledgers: Mapping[str, tuple[protocol.Rows, protocol.Rows]]
+) -> list[str]:
+    """Writes one sentence per attack of which two defences on the same weights replayed other images.
+
+    Args:
+        a: first run.
+        b: second run.
+        keys: tasks and attacks that both runs have.
+        ledgers: task to the rows of both runs by sample id.
+    """
+    models = [run.result.get("model") or {} for run in (a, b)]
+    if any("defence" not in model for model in models) or models[0].get("weights") != models[1].get("weights"):
+        return []
+    lines = []
+    for task, attack in keys:
+        name = f"{attack}.replayed"
+        pairs = [
+            (row[name], ledgers[task][1][number][name])
+            for number, row in ledgers[task][0].items()
+            if number in ledgers[task][1] and row.get(name) and ledgers[task][1][number].get(name)
+        ]
+        if unequal := sum(one != other for one, other in pairs):
+            lines.append(
+                f"{task} under {attack}: undefended and static rest on other attacked images for {unequal} of"
+                f" {len(pairs)} samples; test both with one batch size on one kind of device"
+            )
+    return lines
 
 
 def unlike_unknown(a: Run, b: Run) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import decode_jpeg, encode_jpeg
 
-from robustclip.defences import DBD, ET3, JPEG, MAC, TTC, CLIPure, Defence, GaussianNoise, ResizeAndPad
+from robustclip.defences import DBD, ET3, JPEG, MAC, RTPT, TTC, CLIPure, Defence, GaussianNoise, ResizeAndPad
 from robustclip.defences.random_views import Views
 from robustclip.methods import TipAdapter, ZeroShot
 from robustclip.types import Task
@@ -204,6 +204,55 @@ def test_dbd_answers_by_the_head_and_refuses_logits_of_another_kind() -> None:
         defence.classify(TipAdapter(), method.image_features(x), TASK)
 
 
+# R-TPT
+
+
+def test_r_tpt_takes_one_step_of_adamw_down_the_entropy_of_the_surest_views() -> None:
+    """Logits (a v, 0) have less entropy at larger |v|, so that the first step of AdamW is ``lr sign(v)``."""
+    slopes = torch.tensor([3.0, -2.0, 0.01, 0.02, 0.03])
+    seen: list[Tensor] = []
+
+    def logits(vectors: Tensor) -> Tensor:
+        seen.append(vectors)
+        scores = slopes * vectors[0, 0] + torch.tensor([0.0, 0, 0, 0, 1.0]) * vectors[0, 1]
+        return torch.stack([scores, torch.zeros(5)], 1)
+
+    start = torch.tensor([[-2.0, 0.5]])
+    tuned = RTPT(views=5, kept=0.4, lr=0.01).tuned(start, logits)
+    # The two surest views have the slopes 3 and -2; the second number is not theirs, and only decays.
+    assert torch.allclose(tuned, torch.tensor([[-2.0 - 0.01 + 1e-4 * 2.0, 0.5 - 1e-4 * 0.5]]), atol=1e-6)
+    assert torch.equal(start, torch.tensor([[-2.0, 0.5]]))
+    assert not tuned.requires_grad
+    assert seen[0].requires_grad
+
+
+def test_r_tpt_weights_views_by_their_nearest_other_views() -> None:
+    features = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])  # cosines .6, 0 and .8
+    one, two = (torch.tensor(values) for values in ([0.6, 0.8, 0.8], [0.3, 0.7, 0.4]))
+    assert torch.allclose(RTPT(3, neighbours=1, temperature=0.5).weights(features), (one / 0.5).softmax(0))
+    assert torch.allclose(RTPT(3, neighbours=20, temperature=0.5).weights(features), (two / 0.5).softmax(0))
+    with pytest.raises(ValueError, match="views must be at least 2"):
+        RTPT(1)
+
+
+def test_r_tpt_without_its_step_averages_the_logits_of_its_views() -> None:
+    method, defence = ZeroShot().eval(), RTPT(4, kept=0.5)
+    method.prepare([Task(TASK, ("red", "green", "blue"), ("a photo of a {}.",))])
+    x = pictures(2, 32).requires_grad_()
+    views = [x, *(Views().of(x, defence, index=IDS, draw=0, part=part) for part in range(3))]
+    logits = torch.stack([method.logits(view, TASK) for view in views], 1)
+    weights = torch.stack([defence.weights(part) for part in torch.stack([method.image_features(v) for v in views], 1)])
+    expected = (weights[..., None] * logits).sum(1)
+    answer = defence.surrogate(method, x, TASK, index=IDS, draw=0)
+    assert torch.allclose(answer, expected, atol=1e-3)
+    tuned = defence.answer(method, x, TASK, index=IDS)
+    assert not torch.allclose(tuned, answer, atol=1e-3)
+    alone = torch.cat([defence.answer(method, x[[k]], TASK, index=IDS[[k]]) for k in (0, 1)])
+    assert torch.allclose(tuned, alone, atol=1e-3)  # one context per sample
+    (gradient,) = torch.autograd.grad(tuned.sum(), x)
+    assert gradient.abs().amax((1, 2, 3)).min() > 0
+
+
 # Simple defences
 
 
@@ -259,7 +308,9 @@ def test_random_numbers_depend_on_sample_and_draw_alone(defence: Defence) -> Non
         defence.answer(method, x, TASK)
 
 
-@pytest.mark.parametrize("defence", [*RANDOM, JPEG(), ET3(), CLIPure()], ids=lambda defence: type(defence).__name__)
+@pytest.mark.parametrize(
+    "defence", [*RANDOM, JPEG(), ET3(), CLIPure(), RTPT(3)], ids=lambda defence: type(defence).__name__
+)
 def test_a_defence_leaves_no_trace_in_the_method_and_works_in_inference_mode(defence: Defence) -> None:
     method = ZeroShot(defence=defence).eval()
     method.prepare([Task(TASK, ("red", "green", "blue"), ("a {} shape",))])

@@ -26,12 +26,13 @@ from robustclip.evaluation.engine import Verdict, _Watch
 from robustclip.evaluation.evidence import Evidence
 from robustclip.evaluation.grading import audit, checks_at
 from robustclip.evaluation.precision_ladder import ladder
+from robustclip.evaluation.ways import Ways
 from robustclip.methods import RobustMethod, TeCoA, ZeroShot
 from robustclip.results.run import Run
 from robustclip.types import Task
 
 TASKS = ("outlines",)  # the model is right about two thirds of its samples, and sure of few
-SAMPLES = 64  # three of them are probed
+SAMPLES = 32  # with 8 probes, the gradients of two or so are examined
 SETTINGS: dict[str, Any] = {"eps": "5/255", "alpha": "1.25/255", "steps": 10}  # of the shapes demo
 CLASSES = 12
 
@@ -427,7 +428,7 @@ def test_a_baseline_is_a_test_of_the_base_model_of_the_run(tmp_path: Path, intac
 
 
 def test_a_baseline_that_saw_other_images_is_not_used(tmp_path: Path, intact: Run) -> None:
-    """Of the 64 samples of the baseline's ledger, two are said to have had other pixels."""
+    """Of the 32 samples of the baseline's ledger, two are said to have had other pixels."""
     shutil.copytree(intact.folder, tmp_path / "changed")
     ledger = tmp_path / "changed" / "ledger" / "outlines.csv"
     rows = intact.rows("outlines")
@@ -437,12 +438,12 @@ def test_a_baseline_that_saw_other_images_is_not_used(tmp_path: Path, intact: Ru
     ledger.write_text(text)
     result = json.loads((tmp_path / "changed" / "result.json").read_text())
     for protocol in result["protocol"]["outlines"].values():
-        protocol["axes"]["pixels"] = "64, digest of others"
+        protocol["axes"]["pixels"] = "32, digest of others"
     (tmp_path / "changed" / "result.json").write_text(json.dumps(result))
     run = run_test(tmp_path, TeCoA(), PGD(**SETTINGS), baseline=tmp_path / "changed")
     assert found(run.result["audit"], "baseline") == (
         "not_measured",
-        "changed has another protocol for outlines under pgd: pixels: 2 of 64 samples show other images",
+        "changed has another protocol for outlines under pgd: pixels: 2 of 32 samples show other images",
     )
 
 
@@ -543,6 +544,8 @@ def make_evidence(
     attack: Attack | None = None,
     is_undefended: bool = True,
     is_robust: bool | None = None,
+    defence: dict[str, Any] | None = None,
+    ways: dict[str, Any] | None = None,
     **columns: Any,
 ) -> Evidence:
     """A sound ledger of one task with 10 classes; its last samples survive.
@@ -553,6 +556,8 @@ def make_evidence(
         attack: PGD by default.
         is_undefended: see `Evidence`.
         is_robust: see `Evidence`.
+        defence: changes of a defence that declares nothing; None for a model without one.
+        ways: changes of the ways with their default settings.
         columns: replaced columns; a number fills a column, a list its beginning.
     """
     attack = attack or PGD(**SETTINGS)
@@ -571,11 +576,16 @@ def make_evidence(
         "faithful": np.where(is_probed, 1.0, np.nan), "regrad": np.where(is_probed, 0.0, np.nan),
         "spread": np.where(is_probed, 0.4, np.nan), "other": np.where(is_probed & is_survivor, 0.0, np.nan),
         "transfer": np.where(is_probed & is_survivor, 0.0, np.nan),
+        "borrowed": np.where(is_probed & is_survivor, 0.0, np.nan), "own": np.full(n, np.nan),
+        "draws": np.full(n, np.nan),
     } | {name: np.where(is_probed, 0.0, np.nan) for name in ("random", "autograd", "state", "leak")}  # fmt: skip
     for name, values in columns.items():
         listed = values if isinstance(values, list) else [values] * n
         defaults[name][: len(listed)] = listed
-    declared = {"is_undefended": is_undefended, "is_robust": is_robust}
+    declared: dict[str, Any] = {"is_undefended": is_undefended, "is_robust": is_robust}
+    if defence is not None:
+        nothing = {"is_random": False, "needs_gradients": False, "backward": "own"}
+        declared |= {"is_undefended": False, "defence": nothing | defence, "ways": Ways().settings | (ways or {})}
     return Evidence({"a": defaults}, {("a", "pgd"): defaults}, {("a", "pgd"): members}, {"a": 10}, {}, **declared)
 
 
@@ -587,6 +597,11 @@ def found(report: dict[str, Any], name: str) -> tuple[str, str]:
 
 def in_cascade(by_square: int) -> dict[str, Any]:
     return {"attack": Recipe("cascade", "5/255"), "by": ["square"] * by_square}
+
+
+def through(way: str, **columns: Any) -> dict[str, Any]:
+    """Columns of a defence whose samples all fall to one way but for the last twenty."""
+    return {"defence": {}, "by": [f"{way}.pgd"] * 380, **columns}
 
 
 # Wilson's interval of k of 400 has its lower end at 0.0077 for 6, 0.0107 for 8, 0.0990 for 51, 0.1010 for 52.
@@ -682,6 +697,38 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("other_attack", "fail", {"survivors": 400, "other": [*[1.0] * 160, *[0.0] * 240]}),
     ("other_attack", "not_measured", {"survivors": 400, "other": np.nan}),
     ("transfer", "fail", {"survivors": 400, "transfer": [*[1.0] * 160, *[0.0] * 240]}),
+    ("transfer", "pass", {"survivors": 400, "transfer": 1.0, "other": 1.0}),  # the own gradient finds them too
+    ("transfer", "pass", {"survivors": 400, "transfer": [*[1.0] * 12, *[0.0] * 388], "other": 0.0}),  # 0.017 at least
+    ("transfer", "warn", {"survivors": 400, "transfer": [*[1.0] * 14, *[0.0] * 386], "other": 0.0}),  # 0.021
+    ("transfer", "warn", {"transfer": [*[np.nan] * 380, *[1.0] * 20]}),  # all of the 5 % that survive
+    ("borrowed_gradients", "pass", {}),
+    ("borrowed_gradients", "not_measured", {"survivors": 400, "borrowed": np.nan}),
+    ("borrowed_gradients", "fail", {"survivors": 400, "borrowed": [*[1.0] * 60, *[0.0] * 340]}),
+    ("borrowed_gradients", "pass", {"survivors": 400, "borrowed": 1.0, "defence": {}}),  # the ways try this themselves
+    ("ways", "pass", {}),
+    ("ways", "pass", through("own", own=np.nan)),
+    ("ways", "pass", through("replay", own=1.0)),
+    ("ways", "not_measured", through("replay", own=np.nan)),
+    ("ways", "warn", through("replay", own=[0.0] * 4 + [1.0] * 376)),  # 0.004 of 400 at least
+    ("ways", "warn", through("replay", own=[0.0] * 380)),  # a failure, but for all ways being tried
+    ("ways", "warn", through("bare", own=np.nan)),
+    ("ways", "warn", {"defence": {}, "ways": {"names": ["replay", "own"]}}),
+    ("ways", "warn", {"defence": {}, "ways": {"queries": 0}}),
+    ("ways", "warn", {"defence": {"is_random": True}, "ways": {"draws": 1}}),
+    ("gradient_fidelity", "warn", {"defence": {}, "faithful": 0.0}),
+    ("gradient_fidelity", "fail", {"defence": {}, "faithful": 0.0, "ways": {"queries": 0}}),
+    ("gradient_fidelity", "pass", {"defence": {"backward": "none"}, "faithful": 0.0}),
+    ("declared", "pass", {}),
+    ("declared", "not_measured", {"defence": {}}),
+    ("declared", "pass", {"defence": {}, "draws": 0.0}),
+    ("declared", "warn", {"defence": {}, "draws": 0.5}),
+    ("declared", "pass", {"defence": {"is_random": True}, "draws": 0.5}),
+    ("declared", "warn", {"defence": {"is_random": True}, "draws": 0.0}),
+    ("declared", "warn", {"defence": {}, "draws": 0.0, "autograd": 2.0}),
+    ("declared", "pass", {"defence": {"needs_gradients": True}, "draws": 0.0, "autograd": 2.0}),
+    ("declared", "warn", {"defence": {}, "draws": 0.0, "faithful": np.nan}),  # no gradient
+    ("declared", "pass", {"defence": {"backward": "none"}, "draws": 0.0, "faithful": 0.0}),
+    ("autograd_inside", "pass", {"defence": {"needs_gradients": True}, "autograd": 5.0}),
     ("full_recipe", "not_measured", {}),
     ("full_recipe", "pass", {"attack": Recipe("autoattack", "5/255")}),
     ("full_recipe", "not_measured", {"attack": Recipe("autoattack", "5/255", budget=0.5)}),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import masked
+import masked_further
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from robustclip.attacks import APGD, PGD, Member, Recipe
 from robustclip.attacks.attack import Forward
 from robustclip.data import CLIPDataModule
-from robustclip.evaluation import ResultsWriter, RobustEvaluation, gradient_probes, probe_queue, probes
+from robustclip.evaluation import ResultsWriter, RobustEvaluation, gradient_probes, probe_queue, probes, stand_in_probes
 from robustclip.evaluation.audit import ENOUGH, AuditCheck, Check
 from robustclip.evaluation.evidence import Evidence
 from robustclip.intervals import upper_bound
@@ -23,7 +24,7 @@ from robustclip.results.run import Run
 
 NEW = {
     *("gradient_fidelity", "gradient_repeats", "gradient_spread", "random_state", "stateful", "label_leak"),
-    *("autograd_inside", "other_attack", "transfer", "softmax_head"),
+    *("autograd_inside", "other_attack", "transfer", "borrowed_gradients", "softmax_head", "ways", "declared"),
 }
 EPS = 5 / 255
 
@@ -51,30 +52,35 @@ def alarms(run: Run) -> set[str]:
 
 # The collection
 
+COLLECTION: dict[str, type[RobustMethod]] = {**masked.MASKED, **masked_further.FURTHER}
 NOTICED: dict[str, set[str]] = {
     "SteNoisy": {"gradient_repeats", "random_state", "transfer"},
     "SoftThermometer": {"gradient_spread"},
     "LabelLeak": {"label_leak"},
     "AnswerMemory": {"stateful"},
+    "ClosureMemory": {"stateful"},
+    "SteBlue": {"gradient_fidelity"},
 }
 
 
 @pytest.mark.parametrize("name", NOTICED)
 @pytest.mark.slow
 def test_a_defence_that_hides_its_gradients_is_noticed_by_its_check(name: str, tmp_path: Path) -> None:
-    run = outcome(tmp_path, masked.MASKED[name](), samples=16)
+    run = outcome(tmp_path, COLLECTION[name](), samples=16)
     assert alarms(run) >= NOTICED[name], answers(run)
     assert run.result["audit"]["grade"] == "F" if name != "SoftThermometer" else run.result["audit"]["grade"] in "CF"
 
 
 # Robust accuracy of the undefended model under the strongest attack known; these attacks reach it through the defence.
-TRUTH = {"HalfUnderflow": 0.042}
+# SoftBits is smooth, and its own gradient right: APGD and PGD of 30 to 50 steps by own, borrowed and softened gradients
+# leave 18.8 % of 64 samples.
+TRUTH = {"HalfUnderflow": 0.042, "SoftBits": 0.188}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", masked.MASKED)
+@pytest.mark.parametrize("name", COLLECTION)
 def test_every_masked_defence_gets_a_grade_below_b_or_a_number_near_the_truth(name: str, tmp_path: Path) -> None:
-    run = outcome(tmp_path, masked.MASKED[name](), samples=96)
+    run = outcome(tmp_path, COLLECTION[name](), samples=96)
     if name in TRUTH:
         low, high = run.result["tasks"]["colours"]["pgd"]["interval"]
         assert low <= TRUTH[name] <= high
@@ -188,15 +194,18 @@ def pulled(images: Tensor) -> Tensor:
         (lambda x: pulled(masked.through(x, masked.same, lambda g, _: 3 * g)), False),
         (lambda x: pulled(masked.through(x, masked.same, lambda g, _: 1.2 * g)), True),
         (lambda x: pulled(x).detach() + x.mean((1, 2, 3)) - x.mean((1, 2, 3)).detach(), False),
+        (lambda x: pulled(torch.cat([x[:, :1], x[:, 1:].detach()], 1)), False),
+        (lambda x: pulled(x + 0.1 * torch.sin(17.0 * (x.detach() * 255).round())), False),
     ],
-    ids=["smooth", "sign turned", "three times", "a fifth too long", "of another function"],
+    ids=["smooth", "sign turned", "three times", "a fifth too long", "of another function", "of one colour", "bits"],
 )
 def test_fidelity_compares_the_change_with_the_gradient(answer: Answer, is_faithful: bool) -> None:
     images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     columns = gradient_probes.gradients(
         images, torch.zeros(6, dtype=torch.long), logits_of(answer), PGD(EPS, EPS / 4, 10)
     )
-    assert columns["faithful"].tolist() == [float(is_faithful)] * 6
+    faithful = float(columns["faithful"].mean())
+    assert faithful == 1 if is_faithful else faithful <= 0.5  # of a part, random signs may show little
     assert columns["regrad"].max() == 0
 
 
@@ -236,6 +245,70 @@ def test_autograd_inside_an_answer_is_counted_however_it_is_written(tmp_path: Pa
     original = torch.Tensor.backward
     assert original.__name__ == "backward"
     assert not hasattr(original, "__wrapped__"), "the counters are removed again"
+
+
+# Gradients that are not the model's own
+
+EIGHT_BITS = (torch.randint(9, 240, (1, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255).expand(4, 3, 8, 8)
+ZEROS = torch.zeros(4, dtype=torch.long)
+
+
+def near_boundary(images: Tensor) -> Tensor:
+    """Answers wrongly once the mean has grown by half a level of 255."""
+    return 255 * (images - EIGHT_BITS[:1]).mean((1, 2, 3)) + 0.5
+
+
+def borrowed_outcomes(forward: Forward, sources: Any = ()) -> list[Any]:
+    members = [Member("pgd", PGD(2 / 255, 0.5 / 255, 4))]
+    options: dict[str, Any] = {"index": torch.arange(4), "seed": 0}
+    return stand_in_probes.stand_in_outcomes(EIGHT_BITS, ZEROS, forward, sources, members, **options)
+
+
+def test_a_borrowed_gradient_has_the_value_of_the_one_and_the_gradient_of_the_other() -> None:
+    images = EIGHT_BITS.clone().requires_grad_()
+    one, other = logits_of(pulled), logits_of(lambda x: 3 * x[:, 0].mean((1, 2)))
+    model = stand_in_probes.borrowed(one, other)(images)
+    assert torch.equal(model, one(images))
+    assert torch.equal(*(torch.autograd.grad(answer[:, 1].sum(), images)[0] for answer in (model, other(images))))
+    rounded = stand_in_probes.on_grid(one)(images + 0.3 / 255)
+    assert torch.allclose(rounded, one(EIGHT_BITS))
+    (gradient,) = torch.autograd.grad(rounded[:, 1].sum(), images)
+    assert torch.allclose(gradient, 40 * EIGHT_BITS / EIGHT_BITS[0].numel())
+
+
+def test_each_borrowed_gradient_finds_what_the_own_one_misses() -> None:
+    def flat(x: Tensor) -> Tensor:
+        return near_boundary(x).detach() + 0 * x.sum((1, 2, 3))
+
+    def resists_off_grid(x: Tensor) -> Tensor:
+        is_off = ((x * 255) - (x * 255).round()).abs().amax((1, 2, 3)) > 1e-3
+        return torch.where(is_off, near_boundary(x) - 9, near_boundary(x))
+
+    def waves(x: Tensor) -> Tensor:
+        turned = masked.through(x, masked.same, lambda g, y: g * torch.where(y * 255 % 1 < 0.3, 1.0, -1.0))
+        return near_boundary(turned)
+
+    assert borrowed_outcomes(logits_of(flat)) == [0] * 4
+    assert borrowed_outcomes(logits_of(flat), [logits_of(near_boundary)]) == [1] * 4
+    assert borrowed_outcomes(logits_of(resists_off_grid)) == [1] * 4
+    assert borrowed_outcomes(logits_of(waves)) == [1] * 4
+    assert borrowed_outcomes(logits_of(lambda x: near_boundary(x) - 9), [logits_of(near_boundary)]) == [0] * 4
+
+
+def test_a_memory_of_the_test_step_changes_answers_near_its_images() -> None:
+    seen = [torch.zeros_like(EIGHT_BITS)]
+
+    def step(images: Tensor) -> None:
+        seen[0] = images.clone()
+
+    def remembers(images: Tensor) -> Tensor:
+        is_near = (images[:, None] - seen[0][None]).abs().amax((2, 3, 4)).amin(1) < 5 / 255
+        return torch.where(is_near, 0.2, 1.0)[:, None] * logits_of(pulled)(images)
+
+    module = torch.nn.Identity()
+    assert probes.state_change(EIGHT_BITS, remembers, module).max() == 0
+    assert probes.state_change(EIGHT_BITS, remembers, module, step).min() > 1e-2
+    assert probes.state_change(EIGHT_BITS, logits_of(pulled), module, step).max() == 0
 
 
 # Sabotage

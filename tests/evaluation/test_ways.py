@@ -1,6 +1,7 @@
 """A method with a test-time defence is attacked in several ways, and the worst of them counts."""
 
 import math
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import masked
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from robustclip.attacks import APGD, PGD, Member, Recipe, Square, TorchAttack
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
-from robustclip.defences import ET3, JPEG, MAC, TTC, CLIPure, Defence, GaussianNoise
+from robustclip.defences import DBD, ET3, JPEG, MAC, RTPT, TTC, CLIPure, Defence, GaussianNoise, ResizeAndPad
 from robustclip.evaluation import OODDetection, ResultsWriter, RobustEvaluation
 from robustclip.evaluation.defended_model import Carried, Judge, Way, judged
 from robustclip.evaluation.engine import ROBUST
@@ -33,6 +35,9 @@ EPS, COUNT = 5 / 255, 24
 PGD5 = PGD(EPS, 1.25 / 255, 5)
 FEW = Ways(draws=2, judges=3, queries=30)
 LONG = {"pgd": PGD(EPS, 1.25 / 255, 10)}  # leaves few samples for a thousand queries
+REFERENCES = [
+    *(GaussianNoise(0.1, 2), ResizeAndPad(), JPEG(), TTC(), ET3(), MAC(), DBD(7, 4), CLIPure(), RTPT(4, kept=0.5)),
+]
 MEMBERS = [Member("pgd", PGD(EPS, 1.25 / 255, 10))]
 
 
@@ -133,6 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "none": outcome(folder, "none", ZeroShot(), ways=Ways(), attacks=LONG),
         "identity": outcome(folder, "identity", ZeroShot(defence=Defence()), ways=Ways(), attacks=LONG),
         "few": outcome(folder, "few", ZeroShot(defence=Shift()), attacks=LONG),
+        "cut": outcome(folder, "cut", ZeroShot(defence=Cut()), attacks=LONG, probes=0),
     }
 
 
@@ -146,10 +152,75 @@ def test_the_identity_defence_equals_no_defence(runs: dict[str, Run]) -> None:
     plain, columned = (run.result["tasks"]["colours"]["pgd"] for run in (without, with_identity))
     for name in ("undefended", "static", "adaptive"):
         assert columned[name] == {key: plain[key] for key in ("acc1", "correct", "interval")}
-    hashes = [{kind: part["hash"] for kind, part in run.result["protocol"]["colours"].items()} for run in runs.values()]
+    names = ("none", "identity", "few")
+    hashes = [{kind: part["hash"] for kind, part in runs[n].result["protocol"]["colours"].items()} for n in names]
     assert hashes[0] == hashes[1]
     assert hashes[0]["clean"] == hashes[2]["clean"]
     assert hashes[0]["pgd"] != hashes[2]["pgd"]
+
+
+def alarms(run: Run) -> dict[str, str]:
+    """Status by check, of those that warn or fail."""
+    checks = run.result["audit"]["checks"]
+    return {check["name"]: check["status"] for check in checks if check["status"] in ("warn", "fail")}
+
+
+def test_the_identity_defence_raises_no_alarm(runs: dict[str, Run]) -> None:
+    assert alarms(runs["identity"]) == {}
+    statuses = {check["name"]: check["status"] for check in runs["identity"].result["audit"]["checks"]}
+    assert statuses["ways"] == "pass"
+    assert {row["pgd.own"] for row in runs["identity"].rows("colours")} <= {"", "1"}
+
+
+class Turned(Defence):
+    """Leaves the image as it is, and turns the gradient round."""
+
+    def purify(self, method: Any, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
+        return masked.through(images, masked.same, lambda g, x: -g)
+
+
+class Secretive(Defence):
+    """Computes a gradient and depends on the draw without saying so."""
+
+    def purify(self, method: Any, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
+        with torch.enable_grad():
+            x = images.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(method.logits(x, task).sum(), x)
+        return images + 1e-9 * gradient + 0.01 * draw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("defence", "ways", "noticed"),
+    [
+        (Turned(), FEW, {"declared", "gradient_fidelity", "ways"}),
+        (Secretive(), FEW, {"declared", "autograd_inside"}),
+        (Cut(), replace(FEW, names=("replay", "own")), {"ways"}),
+        (GaussianNoise(0.1, 1), replace(FEW, draws=1), {"ways"}),
+        (Shift(), replace(FEW, queries=0), {"ways"}),
+    ],
+    ids=["backward turned round", "not declared", "a missing way", "one draw", "no queries"],
+)
+def test_sabotage_of_an_adaptive_part_lowers_the_grade(
+    defence: Defence, ways: Ways, noticed: set[str], tmp_path: Path
+) -> None:
+    run = outcome(tmp_path, "run", ZeroShot(defence=defence), ways=ways, attacks=LONG)
+    assert set(alarms(run)) >= noticed, run.result["audit"]
+    assert run.result["audit"]["grade"] in ("C", "F")
+    if ways == FEW:
+        assert run.result["audit"]["grade"] == "C"  # all ways were tried
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defence", REFERENCES, ids=lambda defence: type(defence).__name__)
+def test_reference_defences_have_the_properties_that_they_declare(defence: Defence, tmp_path: Path) -> None:
+    few = replace(FEW, names=("replay", "own", "identity", "surrogate", "bare"))
+    run = outcome(
+        tmp_path, "run", ZeroShot(defence=defence), max_samples=8, attacks={"pgd": PGD(EPS, EPS, 1)}, ways=few
+    )
+    (declared,) = [check for check in run.result["audit"]["checks"] if check["name"] == "declared"]
+    assert declared["status"] == "pass", declared
+    assert not {"stateful", "random_state", "repeatable", "label_leak", "autograd_inside"} & set(alarms(run))
 
 
 def test_one_column_is_printed_without_a_defence_and_three_with_one(runs: dict[str, Run]) -> None:
@@ -172,6 +243,22 @@ def test_defended_and_undefended_compare_under_one_protocol_alone(runs: dict[str
     page = (runs["few"].folder / "page.html").read_text()
     assert "Test-time defences" in page
     assert f"{share} static" in page
+
+
+def test_two_defences_on_the_same_weights_are_checked_to_replay_the_same_images(
+    runs: dict[str, Run], tmp_path: Path
+) -> None:
+    few, cut = runs["few"], runs["cut"]
+    hashes = [run.result["tasks"]["colours"]["pgd"]["replayed"] for run in (few, cut, runs["identity"])]
+    assert len(set(hashes)) == 1
+    assert not [note for note in pair(few, cut).notes if "attacked images" in note]
+    folder = Path(shutil.copytree(cut.folder, tmp_path / "other"))
+    ledger = folder / "ledger" / "colours.csv"
+    replayed = [row["pgd.replayed"] for row in cut.rows("colours")]
+    assert len(set(replayed)) == COUNT
+    ledger.write_text(ledger.read_text().replace(replayed[3], "0" * 16))
+    (note,) = [note for note in pair(few, Run.open(folder)).notes if "attacked images" in note]
+    assert note.startswith("colours under pgd: undefended and static rest on other attacked images for 1 of 24 samples")
 
 
 @pytest.mark.parametrize("changed", [{"draws": 3}, {"judges": 4}, {"queries": 31}, {"names": ("replay", "own")}])

@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustclip.attacks.attack import BOX_TOLERANCE
 from robustclip.evaluation.audit import ORDER, STRICT, AuditCheck, Check, Status
-from robustclip.evaluation.evidence import Evidence
+from robustclip.evaluation.evidence import Columns, Evidence
+from robustclip.evaluation.ways import WAYS
 from robustclip.intervals import upper_bound, wilson
 
 # Limits of warning and of failure, for shares. The lower end of a share's 95 % interval is compared with them, so that
@@ -19,6 +22,9 @@ PROBES_RESISTED = (0.02, 0.25)  # 1 sample of 1 is a warning, 2 of 2 a failure
 # Shares of all samples that another attack takes from the robust accuracy. PGD with few steps loses up to 0.13 on sound
 # models too: from `WEAK` on the test is called weak, above the others its gradients mislead.
 WEAK, FURTHER_WINS = 0.05, (0.15, 0.3)
+# Samples that fall to another model's images or gradients alone, after a second attack with the model's own gradients
+# failed too, are next to none on sound models.
+MISLED = (0.02, 0.1)
 BLACK_BOX_WINS = (0.002, 0.02)  # random search finds next to nothing after a sound gradient search
 BASELINE_ROBUST = (0.1, 0.3)  # limits of the mean over tasks; CLIP keeps a few per cent at 1/255 (arXiv:2212.07016)
 # An 8-bit image cannot show less than half a grey level. A quarter of the range (l2: in every pixel of 32 x 32) is
@@ -149,12 +155,18 @@ class _Lost(AuditCheck):
         name: of the check.
         column: column of the ledger, with 1 where the further attack succeeded and 0 where it failed.
         why: see `AuditCheck`.
+        limits: shares above which the answer is a warning and a failure.
+        is_alone: whether samples that the other attack with the model's own gradient misclassifies do not count.
     """
 
-    def __init__(self, name: str, column: str, why: str) -> None:
-        self.name, self.column, self.why = name, column, why
+    def __init__(
+        self, name: str, column: str, why: str, limits: tuple[float, float] = FURTHER_WINS, *, is_alone: bool = False
+    ) -> None:
+        self.name, self.column, self.why, self.limits, self.is_alone = name, column, why, limits, is_alone
 
     def grade(self, evidence: Evidence) -> Check:
+        if self.is_alone and evidence.defence is not None:
+            return self.answer("pass", "the ways through the defence try this on every sample")
         checks = [self._of_attack(evidence, attack) for attack in dict.fromkeys(name for _, name in evidence.attacked)]
         if not checks:
             return self.answer("not_measured", "no attack ran")
@@ -164,7 +176,7 @@ class _Lost(AuditCheck):
         keys = [key for key in evidence.attacked if key[1] == attack]
         samples = sum(len(evidence.samples[task]["id"]) for task, _ in keys)
         columns = [evidence.attacked[key] for key in keys]
-        results = np.concatenate([part[self.column][part["by"] == ""] for part in columns])
+        results = np.concatenate([self._results(part)[part["by"] == ""] for part in columns])
         if not results.size:
             return self.answer("pass" if samples else "not_measured", f"nothing survived {attack}")
         probed, share = results[~np.isnan(results)], results.size / samples
@@ -172,12 +184,16 @@ class _Lost(AuditCheck):
             return self.answer("pass", f"{share:.1%} survive {attack}, none of them was probed")
         count, total = int((probed == 1).sum()), probed.size
         left = share * (1 - count / max(1, total))
-        fault = f"survivors of {attack} fall: robust accuracy {left:.1%} instead of {share:.1%}"
+        alone = " to this alone" if self.is_alone else ""
+        fault = f"survivors of {attack} fall{alone}: robust accuracy {left:.1%} instead of {share:.1%}"
         is_complete = total == results.size
-        check = self.of_probes(count, total, FURTHER_WINS, fault, is_complete=is_complete, weight=share)
+        check = self.of_probes(count, total, self.limits, fault, is_complete=is_complete, weight=share)
         if check.status == "pass" and wilson(count, total)[0] * share > WEAK:
             return self.answer("not_measured", f"{check.measurement}; the attack is weak, run the recipe cascade")
         return check
+
+    def _results(self, columns: Columns) -> NDArray[Any]:
+        return np.where(columns["other"] == 1, 0.0, columns[self.column]) if self.is_alone else columns[self.column]
 
 
 class _FullRecipe(AuditCheck):
@@ -223,6 +239,38 @@ class _BlackBox(AuditCheck):
         return max(checks, key=lambda check: ORDER.index(check.status))
 
 
+class _Ways(AuditCheck):
+    name = "ways"
+    why = "the number is the worst case over all ways through the defence; its own gradient misleads"
+
+    def grade(self, evidence: Evidence) -> Check:
+        if evidence.defence is None:
+            return self.answer("pass", "no test-time defence")
+        if evidence.omitted_ways:
+            return self.answer("warn", f"the test left out {', '.join(evidence.omitted_ways)}")
+        checks = [self._of_attack(evidence, attack) for attack in dict.fromkeys(name for _, name in evidence.attacked)]
+        if not checks:
+            return self.answer("not_measured", "no attack ran")
+        return max(checks, key=lambda check: ORDER.index(check.status))
+
+    def _of_attack(self, evidence: Evidence, attack: str) -> Check:
+        keys = [key for key in evidence.attacked if key[1] == attack]
+        samples = sum(len(evidence.samples[task]["id"]) for task, _ in keys)
+        way = np.array([by.split(".")[0] for key in keys for by in evidence.attacked[key]["by"]], dtype=object)
+        own = np.concatenate([evidence.attacked[key]["own"] for key in keys])
+        # Later ways run on what the own gradient has left. Of the replayed images, probes show what it would have left.
+        later = int(np.isin(way, [name for name in WAYS if name not in ("replay", "own")]).sum())
+        replayed, probed = int((way == "replay").sum()), own[~np.isnan(own)]
+        left = int((probed == 0).sum())
+        share = wilson(later, samples)[0] if samples else 0.0
+        share += wilson(left, probed.size)[0] * replayed / samples if probed.size else 0.0
+        text = f"{later:,} of {samples:,} samples fall to later ways than the own gradient's under {attack}"
+        text += f"; it fails on {left:,} of {probed.size:,} probed samples that replayed images misclassify"
+        check = self.of_share(share, BLACK_BOX_WINS, text)
+        is_open = check.status == "pass" and replayed > 0 and not probed.size
+        return self.answer("not_measured", text) if is_open else check
+
+
 ATTACK_CHECKS: Sequence[AuditCheck] = (
     _Baseline(),
     _Radius(),
@@ -249,7 +297,17 @@ ATTACK_CHECKS: Sequence[AuditCheck] = (
         "transfer",
         "transfer",
         "images of the undefended model succeed where gradients failed: this model's own gradients mislead",
+        MISLED,
+        is_alone=True,
+    ),
+    _Lost(
+        "borrowed_gradients",
+        "borrowed",
+        "gradients of the undefended model, of rounded or of nearby images succeed where the model's own failed",
+        MISLED,
+        is_alone=True,
     ),
     _BlackBox(),
+    _Ways(),
     _FullRecipe(),
 )

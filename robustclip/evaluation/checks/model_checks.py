@@ -16,6 +16,7 @@ ONE_CLASS = 0.95  # share of all predictions; tasks with equally uneven labels a
 REPEAT_TOLERANCE = 1e-3  # share of the largest logit; kernels differ with the batch size
 SAME_SUM = 1e-3  # relative range of the sums of non-negative logits; only probabilities have one sum
 REPEATED = 5e-2  # relative difference of two gradients at one point; 2e-3 to 1e-2 with noise of 1e-6 on the image
+CUT = 0.05  # share of samples whose gradient may mislead, without backward: none
 SMALLEST_TASK = 20  # number of samples from which on a single task is graded
 
 
@@ -77,7 +78,9 @@ class _AutogradInside(_RandomState):
     why = "a model that computes gradients to answer must be attacked through that search; declare it as a defence"
 
     def grade(self, evidence: Evidence) -> Check:
-        return self._of_flags(evidence.clean("autograd"), "samples' answers compute gradients", "warn")
+        is_declared = evidence.defence is not None and evidence.defence["needs_gradients"]
+        status: Status = "pass" if is_declared else "warn"
+        return self._of_flags(evidence.clean("autograd"), "samples' answers compute gradients", status)
 
 
 class _Changed(AuditCheck):
@@ -101,6 +104,33 @@ class _Changed(AuditCheck):
         is_same = bool((change[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
         measurement = f"{self.measurement} by up to {change[probed].max():.2g}, {probed.sum()} samples"
         return self.answer("pass" if is_same else "fail", measurement)
+
+
+class _Declared(AuditCheck):
+    name = "declared"
+    why = "a defence is attacked by what it declares; what it has not declared hides it from the attack"
+
+    def grade(self, evidence: Evidence) -> Check:
+        if evidence.defence is None:
+            return self.answer("pass", "no test-time defence")
+        draws, largest = evidence.clean("draws"), np.maximum(1, evidence.clean("largest_logit"))
+        if np.isnan(draws).all():
+            return self.answer("not_measured", "no sample was probed")
+        faithful, gradients = evidence.clean("faithful"), evidence.clean("regrad")
+        examined = ~np.isnan(gradients)
+        misleads = wilson(int((faithful[examined] != 1).sum()), int(examined.sum()))[0] if examined.any() else 0.0
+        depends = bool((draws > REPEAT_TOLERANCE * largest).any())
+        is_random, needs_gradients = evidence.defence["is_random"], evidence.defence["needs_gradients"]
+        faults = {
+            "is_random is false, but the answer depends on the draw": depends and not is_random,
+            "is_random is true, but the answer does not depend on the draw": is_random and not draws.any(),
+            "needs_gradients is false, but it computes gradients": bool((evidence.clean("autograd") > 0).any())
+            and not needs_gradients,
+            "backward is own, but its gradient is zero or does not predict the loss": misleads > CUT
+            and not evidence.is_declared_cut,
+        }
+        lines = [fault for fault, holds in faults.items() if holds]
+        return self.answer("warn" if lines else "pass", "; ".join(lines) or "as measured")
 
 
 class _NormalisedOnce(AuditCheck):
@@ -197,6 +227,7 @@ MODEL_CHECKS: Sequence[AuditCheck] = (
         "label_leak", "leak", "other labels change the answers", "a model that sees the labels has answered by them"
     ),
     _AutogradInside(),
+    _Declared(),
     _NormalisedOnce(),
     _LogitScale(),
     _SoftmaxHead(),
