@@ -76,7 +76,7 @@ def _option(node: ast.ClassDef) -> str:
     """Returns the word that options take: the attribute ``name`` of a score, else the name of the class."""
     for statement in node.body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "name":
-            return "knn" if node.name == "Neighbours" else ast.unparse(statement.value).strip("'")
+            return ast.unparse(statement.value).strip("'")
     return node.name
 
 

@@ -12,7 +12,8 @@ import robustclip.evaluation
 import robustclip.methods
 from robustclip.cli.main import run
 from robustclip.data.catalog import CATALOG
-from robustclip.objectives.scores import KNN, SCORES
+from robustclip.evaluation.detection import FURTHER
+from robustclip.objectives.scores import SCORES
 from robustclip.tools.datasets import published
 from robustclip.tools.listing import Kind, classes
 
@@ -29,7 +30,7 @@ def names_of(room: object, base: str) -> set[str]:
         ("methods", names_of(robustclip.methods, "RobustMethod")),
         ("attacks", names_of(robustclip.attacks, "Attack")),
         ("defences", names_of(robustclip.defences, "Defence")),
-        ("scores", {*SCORES, KNN}),
+        ("scores", {*SCORES, *FURTHER}),
     ],
 )
 def test_the_list_has_all_classes_that_options_take(kind: Kind, names: set[str]) -> None:
