@@ -1,4 +1,4 @@
-"""Metrics and scores of detection against pytorch-ood's, which benchmarks/detection_metrics.py has recorded on photographs."""
+"""Metrics and scores of detection against pytorch-ood's, which benchmarks/detection_metrics.py has recorded."""
 
 import json
 from pathlib import Path
