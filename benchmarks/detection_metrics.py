@@ -1,4 +1,4 @@
-"""Compares the metrics of detection with those of pytorch-ood, on scores of photographs by a real model.
+"""Compares metrics and scores of detection with pytorch-ood's, on photographs and on random logits.
 
 usage: PYTHONPATH=PEERS python benchmarks/detection_metrics.py --data DATA --model MODEL --work WORK --out FILE
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from once import parser
+from pytorch_ood.detector import GEN, EnergyBased, Entropy, MaxLogit, MaxSoftmax
 from pytorch_ood.metrics.functional import aupr, auroc, autc, fpr_at_tpr
 from torch import Tensor
 
@@ -56,12 +57,31 @@ def theirs(known: Tensor, unknown: Tensor) -> dict[str, float]:
     return {name: round(float(value), DIGITS + 2) for name, value in values.items()}
 
 
+def of_logits() -> dict[str, Any]:
+    """Computes pytorch-ood's outlier scores of random logits, by our names."""
+    logits = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = {
+        "msp": MaxSoftmax.score(logits),
+        "max_logit": MaxLogit.score(logits),
+        "energy": EnergyBased.score(logits),
+        "entropy": Entropy.score(logits),
+        "gen": GEN.score(logits),  # a mean over the classes
+    }
+    return {"logits": logits.tolist()} | {name: outliers.tolist() for name, outliers in values.items()}
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--samples", type=int, default=100, help="images of each set")
     given = options.parse_args()
     folder = scored(given.work / "detection_metrics", given.data, given.model, given.samples)
-    results: dict[str, Any] = {"known": KNOWN, "unknown": UNKNOWN, "commit": commit(), "scores": {}}
+    results: dict[str, Any] = {
+        "known": KNOWN,
+        "unknown": UNKNOWN,
+        "commit": commit(),
+        "scores": {},
+        "of_logits": of_logits(),
+    }
     for score in SCORES:
         sides = {"known": column(folder, KNOWN, score), "unknown": column(folder, UNKNOWN, score)}
         known, unknown = (torch.tensor(values, dtype=torch.float64) for values in sides.values())

@@ -172,15 +172,17 @@ class OODDetection(Callback):
         """Writes the names beside the classes of all scores into the result's folder.
 
         Returns:
-            Known task to score to the number of names, and to those of each unknown set that are among them.
+            Known task to score to the number of names, and to those of each unknown set that are among them; None for a
+            set whose class names are not known.
         """
         data, writer, kept = data_of(trainer), writer_of(trainer), dict[str, dict[str, Any]]()
         known = {task.name: {*map(plain, task.class_names)} for task in data.test_tasks}
         for task, sets in self._pairs.items():
             for score in self._score_by_name.values():
                 if names := list(score.further_names(task)):
-                    classes = {name: {*map(plain, data.unknown_class_names(name))} - known[task] for name in sets}
-                    of_unknown = {name: sorted(classes[name] & {*map(plain, names)}) for name in sets}
+                    classes = {name: {*map(plain, data.unknown_class_names(name))} for name in sets}
+                    shared = {name: sorted((classes[name] - known[task]) & {*map(plain, names)}) for name in sets}
+                    of_unknown = {name: shared[name] if classes[name] else None for name in sets}
                     kept.setdefault(task, {})[score.name] = {"count": len(names), "of_unknown": of_unknown}
                     if writer is not None and trainer.is_global_zero:
                         (writer.opened / NAMES).mkdir(exist_ok=True)

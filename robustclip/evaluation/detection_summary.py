@@ -41,7 +41,9 @@ def detected(record: Record) -> dict[str, Any]:
     for task, sets in settings["pairs"].items():
         names = ["label", "is_right", "confidence", *settings["scores"]]
         names += [column(score, ATTACKED) for score in settings["attacked"]]
-        names += [column(score, variant) for score, several in settings[VARIANTS].items() for variant in several]
+        names += [
+            column(score, variant) for score, several in settings.get(VARIANTS, {}).items() for variant in several
+        ]
         tables = {name: record.rows[table_name(task, name)] for name in (task, *sets)}
         tasks[task] = summarise(
             _columns(tables[task], names),
@@ -49,9 +51,9 @@ def detected(record: Record) -> dict[str, Any]:
             settings["scores"],
             drawn=[settings["headline"], *settings["attacked"]],
             is_correct_only=settings["is_correct_only"],
-            variants=settings[VARIANTS],
+            variants=settings.get(VARIANTS, {}),
         )
-        if names := settings[NAMES].get(task):
+        if names := settings.get(NAMES, {}).get(task):
             tasks[task][NAMES] = names
         for name, summary in tasks[task]["unknown"].items():
             summary["data"] = settings["data"][name] | {

@@ -111,10 +111,7 @@ class CLIPModel(nn.Module):
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Embeds the same images only once inside the context, for scores of one batch that all need them.
-
-        Parameters, prompts and the images must not change inside.
-        """
+        """Embeds the same images only once inside the context, where no parameter, prompt or pixel may change."""
         self._remembered = (None, self.mean)
         try:
             yield

@@ -264,10 +264,11 @@ class DeltaEnergy(Score):
     """Rise of the energy when the highest cosines are set to a low value, https://arxiv.org/abs/2510.11296.
 
     ``E1 - E0`` with ``E0 = -log sum_k exp(s_k / tau)`` and ``E1`` the same with ``count`` cosines set to ``low``. With
-    one of them it is nearly ``-log(1 - p)`` of the highest softmax probability ``p`` at the same temperature: the
-    default only rescales `MSP`, with its ranking, AUROC and FPR95, and at temperature 1 without ``low`` it has those of
-    `MCM`. Two and more are scores of their own. The paper's text could not be had, so all parameters are this project's
-    choice, and ``has_grid`` measures the sensible ones.
+    one of them and no low value it is ``-log(1 - p)`` of the highest softmax probability ``p`` at the same temperature:
+    it only rescales `MSP`, with its ranking, AUROC and FPR95, or `MCM` at temperature 1. So does the default at scale
+    100, where ``exp(0)`` is nothing beside the other terms. At lower scales, and with two cosines and more, the scores
+    are others. The paper's text could not be had, so all parameters are this project's choice, and ``has_grid``
+    measures the sensible ones.
 
     Args:
         count: number of the highest cosines that are set to the low value.

@@ -175,12 +175,14 @@ def _settings(view: View) -> str:
 
 def _further_names(view: View) -> list[str]:
     """Describes the names that scores compare a task with beside its classes, and how many of them are unknown ones."""
-    return [
-        f"{score} compares {task} with {names['count']} further names, {len(unknown)} of which are classes of {name}"
-        for task, summary in _tasks(view).items()
-        for score, names in summary.get(NAMES, {}).items()
-        for name, unknown in names["of_unknown"].items()
-    ]
+    sentences = []
+    for task, summary in _tasks(view).items():
+        for score, names in summary.get(NAMES, {}).items():
+            for name, unknown in names["of_unknown"].items():
+                number = "an unknown number" if unknown is None else len(unknown)
+                beside = f"{score} compares {task} with {names['count']} further names"
+                sentences.append(f"{beside}, {number} of which are classes of {name}")
+    return sentences
 
 
 def _sets(views: Sequence[View]) -> dict[tuple[str, str], None]:

@@ -1,4 +1,4 @@
-"""Metrics of detection against pytorch-ood's, which benchmarks/detection_metrics.py has recorded on photographs."""
+"""Metrics and scores of detection against pytorch-ood's, which benchmarks/detection_metrics.py has recorded."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import auc, precision_recall_curve
 
 from robustclip.metrics import separation
+from robustclip.objectives.scores import SCORES
 
 RECORD = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "detection_metrics.json").read_text())
 
@@ -27,3 +28,11 @@ def test_metrics_are_those_of_pytorch_ood(score: str) -> None:
         precision, recall, _ = precision_recall_curve(labels, values)
         assert auc(recall, precision) == pytest.approx(theirs[name], abs=1e-6)
         assert float(ours[name]) == pytest.approx(theirs[name], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["msp", "max_logit", "energy", "entropy", "gen"])
+def test_scores_are_those_of_pytorch_ood(name: str) -> None:
+    record = RECORD["of_logits"]
+    logits = torch.tensor(record["logits"], dtype=torch.float64)
+    outliers = torch.tensor(record[name], dtype=torch.float64) * (logits.shape[1] if name == "gen" else 1)
+    torch.testing.assert_close(SCORES[name].value(logits, torch.tensor(1.0)), -outliers, rtol=1e-9, atol=1e-9)

@@ -82,10 +82,11 @@ def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None
 
 def test_the_report_states_how_many_unknown_names_a_score_knows(tmp_path: Path) -> None:
     part = section(0, has_attack=False)
-    names = {"count": 40, "of_unknown": {"svhn": ["seven", "three"]}}
+    names = {"count": 40, "of_unknown": {"svhn": ["seven", "three"], "own": None}}
     part["tasks"]["cifar10"]["further_names"] = {"neg_label": names}
     text, _ = shown(tmp_path, a=part)
     assert "neg_label compares cifar10 with 40 further names, 2 of which are classes of svhn" in text
+    assert "an unknown number of which are classes of own" in text
 
 
 def test_results_without_detection_still_load_and_have_no_section_of_it(tmp_path: Path) -> None:
