@@ -55,7 +55,10 @@ def change(kind: str, severity: int, draws: int = 1) -> NDArray[Any]:
     )
 
 
-@pytest.mark.parametrize("kind", RECORDED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("motion_blur", "snow", "fog") else []) for kind in RECORDED],
+)
 def test_the_change_is_that_of_the_authors_code(kind: str) -> None:
     """Fixed kinds to the rounding; random ones to the spread of a few draws, which fog and snow share over an image."""
     for severity, (mean, rms) in zip((1, 3, 5), RECORDED[kind], strict=True):

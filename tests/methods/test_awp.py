@@ -163,6 +163,7 @@ def test_frozen_weights_and_vectors_are_not_moved(tiny_model: Path) -> None:
     assert {n for n, v in whole.named_parameters() if any(v is other for other in matrices(whole))} == kernels(whole)
 
 
+@pytest.mark.slow
 def test_with_lora_the_factors_are_moved(tiny_model: Path) -> None:
     seen = Seen()
     method = fit(TeCoA, tiny_model, seen, awp=AWP(GAMMA), lora=LoRA(rank=2), steps=2)
@@ -175,6 +176,7 @@ def test_with_lora_the_factors_are_moved(tiny_model: Path) -> None:
     assert any(not torch.equal(value, plain.state_dict()[name]) for name, value in method.state_dict().items())
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_count_a_batch_once(tmp_path: Path) -> None:
     model = tiny_clip(tmp_path, layers=[1, 1, 1, 1], width=8)
     plain, moved = (fit(TeCoA, model, has_fixed_batch_norm=False, awp=awp) for awp in (None, AWP(0)))
