@@ -103,7 +103,7 @@ def with_copies(tests: Sequence[OpenedSource], settings: Corruptions | None, *, 
     if settings is None:
         return list(tests)
     if settings.files is not None and len(tests) != 1:
-        raise ValueError(f"corruptions.files has copies of one test set, but data.test lists {len(tests)}; give one")
+        raise ValueError(f"data.corruptions.files has copies of one set, but data.test lists {len(tests)}; give one")
     pairs = [(kind, severity) for kind in settings.names for severity in settings.severities]
     return [one for test in tests for one in (test, *(_copy(test, *pair, settings, root) for pair in pairs))]
 
@@ -124,7 +124,7 @@ def _published(test: OpenedSource, folder: Path, kind: str, severity: int) -> Op
     places = [folder / kind / str(severity), folder / KINDS[kind].category / kind / str(severity)]
     place = next((place for place in places if place.is_dir()), None)
     if place is None:
-        raise ValueError(f"corruptions.files needs a folder {places[0]} or {places[1]}, found none; list other kinds")
+        raise ValueError(f"data.corruptions.files needs {places[0]} or {places[1]}, found none; list other kinds")
     changes: dict[str, Any] = {"source": f"folder:{place}", "name": test.task.name, "split": None}
     changes |= {"border": 0, "crop": "clip"}  # which leaves images of the model's size as they are
     opened = open_source(replace(test.sources[0], **changes), root=".", split="test")

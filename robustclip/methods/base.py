@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Self, cast
@@ -21,6 +22,7 @@ from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
 from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
+from robustclip.methods._shared.weight_perturbation import AWP, WeightPerturbation
 from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
 from robustclip.models.compilation import compile_towers
@@ -52,6 +54,7 @@ class RobustMethod(Checked, LightningModule, ABC):
             reads it from the folder of ``robustclip export``, and else leaves it open.
         lora: train low-rank changes of the towers' matrices in place of the towers; null trains the towers.
         attack: training attack; null for methods that train on clean images.
+        awp: adversarial weight perturbation around the training attack; null for none.
         optimizer: function that builds the optimiser from `parameter_groups()`.
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
         schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
@@ -63,12 +66,12 @@ class RobustMethod(Checked, LightningModule, ABC):
     is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
     # Constructor arguments that are objects, which would break weights_only loading.
-    of_objects: tuple[str, ...] = ("attack", "optimizer", "lora", "defence")
+    of_objects: tuple[str, ...] = ("attack", "optimizer", "lora", "defence", "awp")
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
     of_training: tuple[str, ...] = (
         *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile", "is_robust"),
-        *("attack", "optimizer", "warmup_steps", "schedule", "defence"),
+        *("attack", "optimizer", "warmup_steps", "schedule", "defence", "awp"),
     )
 
     def __init__(
@@ -86,6 +89,7 @@ class RobustMethod(Checked, LightningModule, ABC):
         warmup_steps: CountOrZero = 0,
         schedule: Literal["cosine", "constant"] = "cosine",
         defence: Defence | None = None,
+        awp: AWP | None = None,
     ) -> None:
         super().__init__()
         if attack is not None and attack.target is not None:
@@ -103,7 +107,7 @@ class RobustMethod(Checked, LightningModule, ABC):
             checkpoint_activations(self.clip.net.visual)
         if compile:
             compile_towers(self.clip)
-        self.defence, self.lora = defence, lora
+        self.defence, self.lora, self.awp = defence, lora, None if awp is None else WeightPerturbation(awp, self)
         self.heads: dict[str, Tensor] = {}
         self.tasks: dict[str, Task] = {}  # those with a head, by name
         self.train_task: Task | None = None  # the training classes, where their head learns
@@ -255,7 +259,9 @@ class RobustMethod(Checked, LightningModule, ABC):
         self._attacked_heads = {}
         try:
             with frozen(self), cached():  # no weight changes, so that LoRA's are computed once
-                return self.attack(batch.images, forward, targets, loss, index=batch.index, seed=self.global_step)
+                attack = partial(self.attack, batch.images, forward, targets, loss)
+                attack = partial(attack, index=batch.index, seed=self.global_step)
+                return attack() if self.awp is None else self.awp.attacked(attack)
         finally:
             self._attacked_heads = None
 
@@ -332,6 +338,8 @@ class RobustMethod(Checked, LightningModule, ABC):
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept
             self.trainer.strategy.checkpoint_io = saved_state.RenamedCheckpointIO()
+        if stage == "fit" and self.awp is not None:
+            self.awp.check(self)
         data = data_of(self.trainer)
         check_data(self, data, stage)
         tasks = {"fit": data.val_tasks, "validate": data.val_tasks, "test": data.test_tasks}.get(stage, [])
@@ -374,7 +382,13 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the terms of `training_loss`, and logs them."""
-        return self.total(self.training_loss(batch), batch)
+        loss = partial(self.training_loss, batch)
+        return self.total(loss() if self.awp is None else self.awp.loss(self, loss), batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Runs the backward pass, after which perturbed weights have their own values again."""
+        with nullcontext() if self.awp is None else self.awp.restored():
+            super().backward(loss, *args, **kwargs)
 
     def on_validation_start(self) -> None:
         """Stores the random state, which a checkpoint written during this validation saves."""

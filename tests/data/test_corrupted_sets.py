@@ -121,5 +121,5 @@ def test_published_files_of_other_classes_or_none_are_refused(tmp_path: Path) ->
 
 def test_published_files_belong_to_one_test_set(tmp_path: Path) -> None:
     data = CLIPDataModule(test=["shapes:colours", "shapes:shapes"], corruptions=Corruptions(files=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"copies of one test set, but data\.test lists 2"):
+    with pytest.raises(ValueError, match=r"copies of one set, but data\.test lists 2"):
         data.setup("test")

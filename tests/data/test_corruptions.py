@@ -1,6 +1,7 @@
 """The corruptions against figures of another implementation, against definitions written out, and across sides."""
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def change(kind: str, severity: int, draws: int = 1) -> NDArray[Any]:
     )
 
 
-@pytest.mark.parametrize("kind", RECORDED)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind in ("motion_blur", "snow", "fog") else []) for kind in RECORDED],
+)
 def test_the_change_is_that_of_the_authors_code(kind: str) -> None:
     """Fixed kinds to the rounding; random ones to the spread of a few draws, which fog and snow share over an image."""
     for severity, (mean, rms) in zip((1, 3, 5), RECORDED[kind], strict=True):
@@ -151,6 +155,20 @@ def test_sample_kind_and_severity_alone_determine_the_draw(kind: str) -> None:
     Corruption(kind, 3)(image, 5)
     assert np.array_equal(np.random.get_state()[1], states[0])
     assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_kinds_severities_and_samples_have_draws_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[float] = []
+
+    def note(image: NDArray[Any], constants: Any, draw: np.random.Generator, scale: float) -> NDArray[Any]:
+        numbers.append(draw.random())
+        return image
+
+    noted = {name: kind._replace(function=note) for name, kind in KINDS.items()}
+    monkeypatch.setattr("robustclip.data.corruptions.KINDS", noted)
+    for name, severity, sample in itertools.product(noted, range(1, 6), range(3)):
+        Corruption(name, severity)(np.zeros((2, 2, 3)), sample)
+    assert len(set(numbers)) == len(numbers) == 15 * 5 * 3
 
 
 def test_an_elastic_field_without_strength_changes_nothing() -> None:

@@ -43,6 +43,7 @@ from robustclip.methods import (
     TeCoA,
     TipAdapter,
 )
+from robustclip.methods._shared.weight_perturbation import AWP
 from robustclip.models.lora import LoRA
 from robustclip.types import Batch
 
@@ -84,6 +85,7 @@ OF_THE_WHOLE: dict[str, tuple[type[RobustMethod], dict[str, Any]]] = {
     "dance": (DANCE, {"context_lr": RATE, "weight": 5.0}),
     "upl": (UPL, {"context_lr": RATE}),
     "flyp": (FLYP, {}),
+    "tecoa-awp": (TeCoA, {"attack": BOX, "awp": AWP(0.02)}),
     "apt-perturbed": (APT, {"tokens": 4, "attack": BOX, "strategy": "perturbed", **BEHIND_THE_TOWER}),
     "croft": (CRoFT, BEHIND_THE_TOWER),
     "croft-official": (CRoFT, {"mode": "official", **BEHIND_THE_TOWER}),

@@ -99,6 +99,7 @@ def test_greedy_keeps_members_that_do_not_lower_the_accuracy() -> None:
     assert greedy(3, lambda places: table[tuple(places)]) == [1, 0]
 
 
+@pytest.mark.slow
 def test_the_choice_follows_the_measured_accuracy(members: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     """The measure is the nearness to the second member, so that it alone is kept, and the scale is near."""
     target = weights(members[1])
