@@ -1,17 +1,15 @@
 """The base class of the methods: `RobustMethod` holds everything that they share."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from robustclip.arguments import Checked, Count, CountOrZero
@@ -19,8 +17,9 @@ from robustclip.attacks import Attack, cross_entropy
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.defences import Defence
 from robustclip.methods._shared import saved_state, step_checks
-from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
+from robustclip.methods._shared.clean_accuracy import PREFIX
 from robustclip.methods._shared.data_checks import check_data
+from robustclip.methods._shared.evaluation_steps import EvaluationSteps
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
 from robustclip.methods._shared.weight_perturbation import AWP, WeightPerturbation
 from robustclip.metrics import Top1
@@ -37,7 +36,7 @@ TRAIN = "train"  # name of the task of the training classes
 IMAGE_TOWER = "clip.net.visual."  # prefix of the names of its parameters
 
 
-class RobustMethod(Checked, LightningModule, ABC):
+class RobustMethod(Checked, EvaluationSteps):
     """Base class of every method: zero-shot classifier, training attack, clean accuracy, optimiser and checkpoints.
 
     A method overrides `training_loss` and, where its paper differs, `parameter_groups`, `image_features` and
@@ -115,10 +114,9 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
-        self._random_states: list[dict[str, Any]] = []
         self._watch = step_checks.DivergenceWatch()
         self._stepped: set[int] = set()  # ids of the optimisers whose first step was checked
-        self._pending_gradients: list[dict[str, Tensor]] = []
+        self._resumed: dict[str, list[dict[str, Any]]] = {}  # state of the processes of an interrupted run
         self._before_validation: dict[str, Any] = {}  # random state when validation began
 
     # Hooks that a method may override
@@ -351,13 +349,8 @@ class RobustMethod(Checked, LightningModule, ABC):
 
     def on_train_start(self) -> None:
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
-        if self.global_rank < len(self._random_states):
-            saved_state.set_random_state(self._random_states[self.global_rank], self.device)
-        if self.global_rank < len(self._pending_gradients):
-            for name, gradient in self._pending_gradients[self.global_rank].items():
-                self.get_parameter(name).grad = gradient.to(self.device)
-        self._random_states, self._pending_gradients, self._stepped = [], [], set()
-        saved_state.settle_resumed_loop(self.trainer.fit_loop)
+        saved_state.restore(self, self._resumed)
+        self._resumed, self._stepped = {}, set()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters have a gradient."""
@@ -394,41 +387,6 @@ class RobustMethod(Checked, LightningModule, ABC):
         """Stores the random state, which a checkpoint written during this validation saves."""
         self._before_validation = saved_state.random_state(self.device)
 
-    def on_validation_epoch_start(self) -> None:
-        """Builds the zero-shot classifiers again, since the text side may have been trained."""
-        synchronise_forwards(self, is_on=False)  # ranks may evaluate different numbers of batches
-        self.prepare(data_of(self.trainer).val_tasks)
-
-    def on_test_epoch_start(self) -> None:
-        """Builds the zero-shot classifiers of the test tasks."""
-        self.prepare(data_of(self.trainer).test_tasks)
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Updates the clean accuracy of a batch and returns its logits ``(B, C)``."""
-        return self._evaluate(batch, data_of(self.trainer).val_tasks[dataloader_idx])
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Updates the clean accuracy of a batch and returns its logits ``(B, C)``."""
-        return self._evaluate(batch, data_of(self.trainer).test_tasks[dataloader_idx])
-
-    def _evaluate(self, batch: Batch, task: Task) -> Tensor:
-        in_fp32 = torch.autocast(self.device.type, enabled=False)  # evaluation is fp32 in any precision of the trainer
-        with in_fp32, tf32(is_allowed=False), torch.inference_mode(False), torch.no_grad():
-            # Clones, since a method may enable gradients, which tensors made in inference mode cannot have.
-            logits = self.answers(batch.images.clone(), task.name, index=batch.index.clone())
-        if (key := f"{PREFIX}{task.name}") in self.counts:  # empty where a `RobustEvaluation` counts
-            cast(Top1, self.counts[key]).update(logits.argmax(-1) == batch.labels)
-        return logits
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the clean accuracy of every validation task as ``val/<task>/clean/...``."""
-        log_counts(self, self.counts, "val")
-        synchronise_forwards(self, is_on=True)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the clean accuracy of every test task as ``test/<task>/clean/...``."""
-        log_counts(self, self.counts, "test")
-
     def configure_optimizers(self) -> Any:
         """Builds the optimiser over `parameter_groups()` and its schedule, which is updated every step."""
         optimizer = self.optimizer(self.trained_groups())
@@ -443,22 +401,7 @@ class RobustMethod(Checked, LightningModule, ABC):
             ValueError: the loss or the weights are not finite; nothing is saved.
         """
         self._check_is_finite()
-        if self.run_settings is not None:
-            checkpoint["settings"] = self.run_settings
-        if self.clip.pretrained is not None:
-            frozen = {name for name, _ in self.named_parameters()} - self.learning_names
-            weights = checkpoint["state_dict"].items()
-            checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
-        checkpoint["base_model"] = saved_state.identity(self.clip)
-        checkpoint[saved_state.SETTINGS] = self.inference_settings
-        is_inside = self.trainer.validating and saved_state.is_validation_due(self.trainer)
-        state = self._before_validation if is_inside else saved_state.random_state(self.device)
-        world_size = self.trainer.world_size
-        checkpoint["random_states"] = saved_state.on_rank_zero(state, world_size)
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            saved_state.settle_progress(checkpoint["loops"]["fit_loop"], self.trainer)
-            pending = saved_state.pending_gradients(self, self.trainer)
-            checkpoint["pending_gradients"] = saved_state.on_rank_zero(pending, world_size)
+        saved_state.fill(checkpoint, self, self._before_validation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
@@ -470,6 +413,5 @@ class RobustMethod(Checked, LightningModule, ABC):
         self.freeze_the_rest()
         settings, learning = self.inference_settings, self.learning_names
         saved_state.check_belongs(checkpoint, self, self.clip, settings=settings, learning=learning)
-        self._random_states = checkpoint.get("random_states", [])
-        self._pending_gradients = checkpoint.get("pending_gradients", [])
+        self._resumed = {key: checkpoint.get(key, []) for key in saved_state.RESUMED}
         self.interpolation = checkpoint.get("interpolation")

@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from robustclip.models.clip import CLIPModel
@@ -36,6 +37,8 @@ TYPES: dict[str, Any] = {
     **{"pending_gradients": list, "run": dict, "settings": dict},
     **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
 }
+RANDOM, PENDING = "random_states", "pending_gradients"  # checkpoint keys of the state of every process
+RESUMED = (RANDOM, PENDING)
 COUNTS = ("ready", "started", "processed", "completed")  # Lightning's counters of batches and epochs
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,47 @@ def _checked(content: Any, path: str | Path) -> dict[str, Any]:
     if content["state_dict"] != {}:
         checked_state(content["state_dict"], f"checkpoint {path}")
     return content
+
+
+def fill(checkpoint: dict[str, Any], method: Any, before_validation: Mapping[str, Any]) -> None:
+    """Adds to Lightning's checkpoint all that an exact resume needs, and removes frozen weights.
+
+    Args:
+        checkpoint: content so far.
+        method: method with its trainer; all processes must call this.
+        before_validation: random state when the present validation began.
+    """
+    trainer = method.trainer
+    if method.run_settings is not None:
+        checkpoint["settings"] = method.run_settings
+    if method.clip.pretrained is not None:
+        frozen = {name for name, _ in method.named_parameters()} - method.learning_names
+        weights = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
+    checkpoint["base_model"] = identity(method.clip)
+    checkpoint[SETTINGS] = method.inference_settings
+    is_inside = trainer.validating and is_validation_due(trainer)
+    state = before_validation if is_inside else random_state(method.device)
+    checkpoint[RANDOM] = on_rank_zero(state, trainer.world_size)
+    if trainer.state.fn == TrainerFn.FITTING:
+        settle_progress(checkpoint["loops"]["fit_loop"], trainer)
+        checkpoint[PENDING] = on_rank_zero(pending_gradients(method, trainer), trainer.world_size)
+
+
+def restore(method: Any, resumed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Restores the random states, pending gradients and epoch position of an interrupted run.
+
+    Args:
+        method: method with its trainer.
+        resumed: entries of the checkpoint by the keys in `RESUMED`, one per process; empty for a new run.
+    """
+    rank = method.global_rank
+    if rank < len(states := resumed.get(RANDOM, [])):
+        set_random_state(states[rank], method.device)
+    if rank < len(gradients := resumed.get(PENDING, [])):
+        for name, gradient in gradients[rank].items():
+            method.get_parameter(name).grad = gradient.to(method.device)
+    settle_resumed_loop(method.trainer.fit_loop)
 
 
 class RenamedCheckpointIO(TorchCheckpointIO):
