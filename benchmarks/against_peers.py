@@ -32,7 +32,7 @@ from robustclip.intervals import mcnemar
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.results.provenance import commit
 
-PGD_STEPS, APGD_STEPS, FAB_STEPS, QUERIES, TARGETS = 20, 20, 20, 500, 9
+STEPS, QUERIES, TARGETS = 20, 500, 9  # steps unless --steps is given
 OUTSIDE = 1e-5  # images further out of the perturbation set do not count
 PACKAGES = {"pyautoattack": "pyautoattack", "torchattacks": "torchattacks", "art": "ART", "foolbox": "foolbox"}
 
@@ -63,6 +63,7 @@ class Problem:
     eps: float
     norm: str
     seed: int = 0
+    steps: int = STEPS
 
     @property
     def targets(self) -> int:
@@ -93,12 +94,12 @@ def _autoattack(p: Problem, name: str) -> Tensor:
     shared |= {"device": "cpu"}
     attack: Any
     if name in ("apgd_ce", "apgd_dlr"):
-        attack = APGDAttack(p.model, n_iter=APGD_STEPS, loss=name[5:], use_largereps=p.norm == "l1", **shared)
+        attack = APGDAttack(p.model, n_iter=p.steps, loss=name[5:], use_largereps=p.norm == "l1", **shared)
     elif name == "apgd_t":
         more = {"n_target_classes": p.targets, "use_largereps": p.norm == "l1"}
-        attack = APGDAttack_targeted(p.model, n_iter=APGD_STEPS, **more, **shared)
+        attack = APGDAttack_targeted(p.model, n_iter=p.steps, **more, **shared)
     elif name == "fab_t":
-        attack = FABAttack_PT(p.model, n_iter=FAB_STEPS, targeted=True, n_target_classes=p.targets, **shared)
+        attack = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
     else:
         attack = SquareAttack(p.model, n_queries=QUERIES, **shared)
     attacked: Tensor = attack.perturb(p.images.clone(), p.labels.clone())
@@ -133,7 +134,7 @@ def _foolbox(p: Problem, is_random: bool) -> Tensor:
 
     torch.manual_seed(p.seed)
     attack = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.L1PGD}[p.norm]
-    search = attack(abs_stepsize=p.eps / 4, steps=PGD_STEPS, random_start=is_random)
+    search = attack(abs_stepsize=p.eps / 4, steps=p.steps, random_start=is_random)
     attacked: Tensor = search.run(foolbox.PyTorchModel(p.model, bounds=(0, 1)), p.images, p.labels, epsilon=p.eps)
     return attacked
 
@@ -151,13 +152,13 @@ def _art(p: Problem, name: str, is_random: bool = False) -> Tensor:
     norm = {"linf": np.inf, "l2": 2, "l1": 1}[p.norm]
     shared: dict[str, Any] = {"norm": norm, "eps": p.eps, "batch_size": len(p.images), "verbose": False}
     if name == "pgd":
-        more = {"eps_step": p.eps / 4, "max_iter": PGD_STEPS, "num_random_init": int(is_random)}
+        more = {"eps_step": p.eps / 4, "max_iter": p.steps, "num_random_init": int(is_random)}
         attack: Any = evasion.ProjectedGradientDescentPyTorch(estimator, **more, **shared)
     elif name == "square":
         attack = evasion.SquareAttack(estimator, max_iter=QUERIES, **shared)
     else:
         loss = {"apgd_ce": "cross_entropy", "apgd_dlr": "difference_logits_ratio"}[name]
-        more = {"eps_step": 2 * p.eps, "max_iter": APGD_STEPS, "nb_random_init": 1, "loss_type": loss}
+        more = {"eps_step": 2 * p.eps, "max_iter": p.steps, "nb_random_init": 1, "loss_type": loss}
         attack = evasion.AutoProjectedGradientDescent(estimator, **more, **shared)
     return torch.from_numpy(attack.generate(p.images.numpy().copy(), p.labels.numpy()))
 
@@ -165,34 +166,34 @@ def _art(p: Problem, name: str, is_random: bool = False) -> Tensor:
 PEERS: dict[str, dict[str, Peer]] = {
     "pgd_ce, no random start": {
         "torchattacks": lambda p: _torchattacks(
-            p, "PGD", alpha=p.eps / 4, steps=PGD_STEPS, random_start=False
+            p, "PGD", alpha=p.eps / 4, steps=p.steps, random_start=False
         ),
         "art": lambda p: _art(p, "pgd"),
         "foolbox": lambda p: _foolbox(p, is_random=False),
     },
     "pgd_ce": {
-        "torchattacks": lambda p: _torchattacks(p, "PGD", alpha=p.eps / 4, steps=PGD_STEPS),
+        "torchattacks": lambda p: _torchattacks(p, "PGD", alpha=p.eps / 4, steps=p.steps),
         "art": lambda p: _art(p, "pgd", is_random=True),
         "foolbox": lambda p: _foolbox(p, is_random=True),
     },
     "apgd_ce": {
         "pyautoattack": partial(_autoattack, name="apgd_ce"),
-        "torchattacks": partial(_torchattacks, name="APGD", steps=APGD_STEPS),
+        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps),
         "art": partial(_art, name="apgd_ce"),
     },
     "apgd_dlr": {
         "pyautoattack": partial(_autoattack, name="apgd_dlr"),
-        "torchattacks": partial(_torchattacks, name="APGD", steps=APGD_STEPS, loss="dlr"),
+        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps, loss="dlr"),
         "art": partial(_art, name="apgd_dlr"),
     },
     "apgd_t": {
         "pyautoattack": partial(_autoattack, name="apgd_t"),
-        "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=APGD_STEPS, n_classes=p.targets + 1),
+        "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=p.steps, n_classes=p.targets + 1),
     },
     "fab_t": {
         "pyautoattack": partial(_autoattack, name="fab_t"),
         "torchattacks": lambda p: _torchattacks(
-            p, "FAB", steps=FAB_STEPS, multi_targeted=True, n_classes=p.targets + 1
+            p, "FAB", steps=p.steps, multi_targeted=True, n_classes=p.targets + 1
         ),
     },
     "square": {
@@ -214,17 +215,17 @@ def ours(member: str, p: Problem) -> tuple[Attack, str]:
     norm: Any = p.norm
     if member.startswith("pgd_ce"):  # the others return the last image
         rule = "worst" if member.endswith("every image") else "last"
-        return PGD(p.eps, p.eps / 4, PGD_STEPS, norm, random_start="no random start" not in member), rule
+        return PGD(p.eps, p.eps / 4, p.steps, norm, random_start="no random start" not in member), rule
     attacks: dict[str, Callable[[], Attack]] = {
-        "apgd_ce": lambda: APGD(p.eps, APGD_STEPS, norm, "ce"),
-        "apgd_dlr": lambda: APGD(p.eps, APGD_STEPS, norm, "dlr"),
-        "apgd_t": lambda: APGD(p.eps, APGD_STEPS, norm, "dlr", TARGETS),
+        "apgd_ce": lambda: APGD(p.eps, p.steps, norm, "ce"),
+        "apgd_dlr": lambda: APGD(p.eps, p.steps, norm, "dlr"),
+        "apgd_t": lambda: APGD(p.eps, p.steps, norm, "dlr", TARGETS),
         "fab_t": lambda: TorchAttack(
             "FAB",
             p.eps,
             {
                 "norm": {"linf": "Linf", "l2": "L2"}[p.norm],
-                "steps": FAB_STEPS,
+                "steps": p.steps,
                 "multi_targeted": True,
                 "n_classes": p.targets + 1,
             },
@@ -295,7 +296,17 @@ def problem_of(method: RobustMethod, options: argparse.Namespace, eps: str) -> P
         rows = (model(batch.images).argmax(1) == batch.labels).nonzero()[:, 0]
     radius = pixels(eps, name="radius", limit=None)
     images = batch.images[rows].clone()
-    return Problem(model, images, batch.labels[rows], batch.index[rows], len(task.class_names), radius, options.norm)
+    return Problem(
+        model,
+        images,
+        batch.labels[rows],
+        batch.index[rows],
+        len(task.class_names),
+        radius,
+        options.norm,
+        0,
+        options.steps,
+    )
 
 
 def peers(options: argparse.Namespace) -> dict[str, Any]:
@@ -336,7 +347,7 @@ def cost(repeats: int) -> dict[str, Any]:
         labels = network(images).argmax(1)
         # At this radius hardly a sample is broken, so that all packages take all steps.
         problem = Problem(model, images, labels, torch.arange(batch), 10, 0.0005, "linf")
-        attack = APGD(problem.eps, APGD_STEPS, loss="dlr", targets=TARGETS)
+        attack = APGD(problem.eps, problem.steps, loss="dlr", targets=TARGETS)
         ways: dict[str, Callable[[], Any]] = {
             "robustclip, called": partial(attack, images, model, labels, index=problem.index),
             "robustclip, evaluation": partial(
@@ -368,6 +379,7 @@ def main() -> None:
     parser.add_argument("--radius", default="2/255", help="radius for the undefended model")
     parser.add_argument("--trained-radius", default="8/255", help="radius for the model of the checkpoint")
     parser.add_argument("--members", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of every member but the cascade's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cost", type=int, metavar="REPEATS", help="measure CPU time per evaluation instead")
     parser.add_argument("--out", type=Path)
