@@ -15,7 +15,17 @@ SPARSER_BY, PROGRESS, SHRINKS_BY, SMALLEST_STEP, SPARSE_WINDOW = 1.5, 0.95, 1.5,
 
 
 class Search:
-    """State of one run: positions ``(B, 3, H, W)``, of which the best is kept, and a step size per sample."""
+    """State of one run: positions ``(B, 3, H, W)``, of which the best is kept, and a step size per sample.
+
+    Args:
+        images: ``(B, 3, H, W)``, centres of the balls.
+        start: ``(B, 3, H, W)``, first positions.
+        value: ``(B,)``, loss of the first positions.
+        gradient: ``(B, 3, H, W)``, its gradient.
+        eps: radius.
+        norm: ``linf``, ``l2`` or ``l1``.
+        steps: number of steps of the run.
+    """
 
     def __init__(
         self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str, steps: int
@@ -24,9 +34,18 @@ class Search:
         self.project = perturbation_set.projection(images, eps, norm)
         self.position, self.gradient, self.value = start, gradient, value
         self.best, self.best_gradient, self.best_value = start, gradient, value
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Sets the step sizes and the state that a kind of search has beside the positions."""
 
     def record(self, value: Tensor, gradient: Tensor) -> None:
-        """Records the loss and gradient of the present position."""
+        """Records the loss and gradient of the present position.
+
+        Args:
+            value: loss ``(B,)``.
+            gradient: ``(B, 3, H, W)``.
+        """
         self.value, self.gradient = value, gradient
         is_better = value > self.best_value
         self.best_value = torch.where(is_better, value, self.best_value)
@@ -42,15 +61,13 @@ class Search:
 class DenseSearch(Search):
     """Search in L-infinity and L2: steps along the gradient with momentum, whose size is halved without progress."""
 
-    def __init__(
-        self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str, steps: int
-    ) -> None:
-        super().__init__(images, start, value, gradient, eps=eps, norm=norm, steps=steps)
-        self.before, self.momentum = start, 1.0
-        self.step_size = torch.full_like(value, 2 * eps).view(-1, 1, 1, 1)
-        self.rises, self.last_check = torch.zeros_like(value), 0
-        self.was_halved, self.best_at_check = torch.ones_like(value, dtype=torch.bool), value
-        self.checkpoints = set(checkpoints(steps))
+    def prepare(self) -> None:
+        """Starts at twice the radius, without momentum."""
+        self.before, self.momentum = self.position, 1.0
+        self.step_size = torch.full_like(self.value, 2 * self.eps).view(-1, 1, 1, 1)
+        self.rises, self.last_check = torch.zeros_like(self.value), 0
+        self.was_halved, self.best_at_check = torch.ones_like(self.value, dtype=torch.bool), self.value
+        self.checkpoints = set(checkpoints(self.steps))
 
     def next_position(self) -> Tensor:
         """Moves along the gradient and adds the momentum of the last move."""
@@ -62,7 +79,12 @@ class DenseSearch(Search):
         return self.position
 
     def record(self, value: Tensor, gradient: Tensor) -> None:
-        """Records the loss and gradient of the present position, and whether the loss rose."""
+        """Records the loss and gradient of the present position, and whether the loss rose.
+
+        Args:
+            value: loss ``(B,)``.
+            gradient: ``(B, 3, H, W)``.
+        """
         self.rises = self.rises + (value > self.value)
         super().record(value, gradient)
 
@@ -86,13 +108,11 @@ class DenseSearch(Search):
 class SparseSearch(Search):
     """Search in L1: steps that change few pixels, ever fewer as the best image changes fewer."""
 
-    def __init__(
-        self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str, steps: int
-    ) -> None:
-        super().__init__(images, start, value, gradient, eps=eps, norm=norm, steps=steps)
-        self.step_size = torch.full_like(value, eps).view(-1, 1, 1, 1)
+    def prepare(self) -> None:
+        """Starts at the radius, with two thirds of the pixels that the start changes."""
+        self.step_size = torch.full_like(self.value, self.eps).view(-1, 1, 1, 1)
         self.changed = self._changed_pixels()
-        self.window = max(SPARSE_WINDOW * steps // 100, 1)
+        self.window = max(SPARSE_WINDOW * self.steps // 100, 1)
 
     def next_position(self) -> Tensor:
         """Moves along the signs of the largest entries of the gradient."""
