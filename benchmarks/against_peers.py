@@ -33,6 +33,7 @@ from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.results.provenance import commit
 
 STEPS, QUERIES, TARGETS = 20, 500, 9  # steps unless --steps is given
+QUERIES_PER_STEP = 50  # of the cascade, as in AutoAttack: 100 steps and 5,000 queries
 OUTSIDE = 1e-5  # images further out of the perturbation set do not count
 PACKAGES = {"pyautoattack": "pyautoattack", "torchattacks": "torchattacks", "art": "ART", "foolbox": "foolbox"}
 
@@ -107,13 +108,39 @@ def _autoattack(p: Problem, name: str) -> Tensor:
 
 
 def _standard_autoattack(p: Problem) -> Tensor:
+    """Runs the standard four in AutoAttack's own loop, with the steps of the problem and 50 queries per step."""
     from pyautoattack import AutoAttack
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
 
-    norm = {"linf": "Linf"}.get(p.norm, p.norm.upper())
-    attack = AutoAttack(p.model, eps=p.eps, norm=norm, seed=p.seed, version="standard", device="cpu")
+    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
+    names = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    attack = AutoAttack(p.model, attacks=names, version="custom", device="cpu", **shared)
+    shared |= {"device": "cpu"}
+    attack.apgd = APGDAttack(p.model, n_iter=p.steps, **shared)
+    attack.apgd_targeted = APGDAttack_targeted(p.model, n_iter=p.steps, n_target_classes=p.targets, **shared)
+    attack.fab = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
+    attack.square = SquareAttack(p.model, n_queries=QUERIES_PER_STEP * p.steps, resc_schedule=True, **shared)
     attacked = attack.run_standard_evaluation(p.images.clone(), p.labels.clone(), batch_size=len(p.images))
     result: Tensor = attacked[0] if isinstance(attacked, tuple) else attacked
     return result
+
+
+def _multi_attack(p: Problem) -> Tensor:
+    """Runs the standard four as torchattacks' AutoAttack does, with the same budget."""
+    import torchattacks
+
+    torch.manual_seed(p.seed)
+    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
+    attacks = [
+        torchattacks.APGD(p.model, steps=p.steps, **shared),
+        torchattacks.APGDT(p.model, steps=p.steps, n_classes=p.targets + 1, **shared),
+        torchattacks.FAB(p.model, steps=p.steps, multi_targeted=True, n_classes=p.targets + 1, **shared),
+        torchattacks.Square(p.model, n_queries=QUERIES_PER_STEP * p.steps, **shared),
+    ]
+    attacked: Tensor = torchattacks.MultiAttack(attacks)(p.images.clone(), p.labels.clone())
+    return attacked
 
 
 def _torchattacks(p: Problem, name: str, **settings: Any) -> Tensor:
@@ -203,7 +230,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "autoattack": {
         "pyautoattack": _standard_autoattack,
-        "torchattacks": lambda p: _torchattacks(p, "AutoAttack", n_classes=p.classes),
+        "torchattacks": _multi_attack,
     },
 }  # fmt: skip
 PEERS["pgd_ce, every image"] = PEERS["pgd_ce"]  # as the evaluation judges by default
@@ -231,7 +258,7 @@ def ours(member: str, p: Problem) -> tuple[Attack, str]:
             },
         ),
         "square": lambda: Square(p.eps, QUERIES, norm),
-        "autoattack": lambda: Recipe("autoattack", p.eps, norm),
+        "autoattack": lambda: Recipe("autoattack", p.eps, norm, p.steps / 100),
     }
     return attacks[member](), "worst"
 
@@ -374,12 +401,12 @@ def main() -> None:
     )
     parser.add_argument("--task", default="shapes:colours")
     parser.add_argument("--images", type=int, default=240)
-    parser.add_argument("--cascade", type=int, default=60, help="number of these for the whole cascade")
+    parser.add_argument("--cascade", type=int, default=40, help="number of these for the whole cascade")
     parser.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf")
     parser.add_argument("--radius", default="2/255", help="radius for the undefended model")
     parser.add_argument("--trained-radius", default="8/255", help="radius for the model of the checkpoint")
     parser.add_argument("--members", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of every member but the cascade's")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of every member")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cost", type=int, metavar="REPEATS", help="measure CPU time per evaluation instead")
     parser.add_argument("--out", type=Path)
