@@ -32,7 +32,8 @@ from robustclip.intervals import mcnemar
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.results.provenance import commit
 
-PGD_STEPS, APGD_STEPS, FAB_STEPS, QUERIES, TARGETS = 20, 20, 20, 500, 9
+STEPS, QUERIES, TARGETS = 20, 500, 9  # steps unless --steps is given
+QUERIES_PER_STEP = 50  # of the cascade, as in AutoAttack: 100 steps and 5,000 queries
 OUTSIDE = 1e-5  # images further out of the perturbation set do not count
 PACKAGES = {"pyautoattack": "pyautoattack", "torchattacks": "torchattacks", "art": "ART", "foolbox": "foolbox"}
 
@@ -63,6 +64,7 @@ class Problem:
     eps: float
     norm: str
     seed: int = 0
+    steps: int = STEPS
 
     @property
     def targets(self) -> int:
@@ -93,12 +95,12 @@ def _autoattack(p: Problem, name: str) -> Tensor:
     shared |= {"device": "cpu"}
     attack: Any
     if name in ("apgd_ce", "apgd_dlr"):
-        attack = APGDAttack(p.model, n_iter=APGD_STEPS, loss=name[5:], use_largereps=p.norm == "l1", **shared)
+        attack = APGDAttack(p.model, n_iter=p.steps, loss=name[5:], use_largereps=p.norm == "l1", **shared)
     elif name == "apgd_t":
         more = {"n_target_classes": p.targets, "use_largereps": p.norm == "l1"}
-        attack = APGDAttack_targeted(p.model, n_iter=APGD_STEPS, **more, **shared)
+        attack = APGDAttack_targeted(p.model, n_iter=p.steps, **more, **shared)
     elif name == "fab_t":
-        attack = FABAttack_PT(p.model, n_iter=FAB_STEPS, targeted=True, n_target_classes=p.targets, **shared)
+        attack = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
     else:
         attack = SquareAttack(p.model, n_queries=QUERIES, **shared)
     attacked: Tensor = attack.perturb(p.images.clone(), p.labels.clone())
@@ -106,13 +108,39 @@ def _autoattack(p: Problem, name: str) -> Tensor:
 
 
 def _standard_autoattack(p: Problem) -> Tensor:
+    """Runs the standard four in AutoAttack's own loop, with the steps of the problem and 50 queries per step."""
     from pyautoattack import AutoAttack
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+    from pyautoattack.square import SquareAttack
 
-    norm = {"linf": "Linf"}.get(p.norm, p.norm.upper())
-    attack = AutoAttack(p.model, eps=p.eps, norm=norm, seed=p.seed, version="standard", device="cpu")
+    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
+    names = ["apgd-ce", "apgd-t", "fab-t", "square"]
+    attack = AutoAttack(p.model, attacks=names, version="custom", device="cpu", **shared)
+    shared |= {"device": "cpu"}
+    attack.apgd = APGDAttack(p.model, n_iter=p.steps, **shared)
+    attack.apgd_targeted = APGDAttack_targeted(p.model, n_iter=p.steps, n_target_classes=p.targets, **shared)
+    attack.fab = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
+    attack.square = SquareAttack(p.model, n_queries=QUERIES_PER_STEP * p.steps, resc_schedule=True, **shared)
     attacked = attack.run_standard_evaluation(p.images.clone(), p.labels.clone(), batch_size=len(p.images))
     result: Tensor = attacked[0] if isinstance(attacked, tuple) else attacked
     return result
+
+
+def _multi_attack(p: Problem) -> Tensor:
+    """Runs the standard four as torchattacks' AutoAttack does, with the same budget."""
+    import torchattacks
+
+    torch.manual_seed(p.seed)
+    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
+    attacks = [
+        torchattacks.APGD(p.model, steps=p.steps, **shared),
+        torchattacks.APGDT(p.model, steps=p.steps, n_classes=p.targets + 1, **shared),
+        torchattacks.FAB(p.model, steps=p.steps, multi_targeted=True, n_classes=p.targets + 1, **shared),
+        torchattacks.Square(p.model, n_queries=QUERIES_PER_STEP * p.steps, **shared),
+    ]
+    attacked: Tensor = torchattacks.MultiAttack(attacks)(p.images.clone(), p.labels.clone())
+    return attacked
 
 
 def _torchattacks(p: Problem, name: str, **settings: Any) -> Tensor:
@@ -133,7 +161,7 @@ def _foolbox(p: Problem, is_random: bool) -> Tensor:
 
     torch.manual_seed(p.seed)
     attack = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.L1PGD}[p.norm]
-    search = attack(abs_stepsize=p.eps / 4, steps=PGD_STEPS, random_start=is_random)
+    search = attack(abs_stepsize=p.eps / 4, steps=p.steps, random_start=is_random)
     attacked: Tensor = search.run(foolbox.PyTorchModel(p.model, bounds=(0, 1)), p.images, p.labels, epsilon=p.eps)
     return attacked
 
@@ -151,13 +179,13 @@ def _art(p: Problem, name: str, is_random: bool = False) -> Tensor:
     norm = {"linf": np.inf, "l2": 2, "l1": 1}[p.norm]
     shared: dict[str, Any] = {"norm": norm, "eps": p.eps, "batch_size": len(p.images), "verbose": False}
     if name == "pgd":
-        more = {"eps_step": p.eps / 4, "max_iter": PGD_STEPS, "num_random_init": int(is_random)}
+        more = {"eps_step": p.eps / 4, "max_iter": p.steps, "num_random_init": int(is_random)}
         attack: Any = evasion.ProjectedGradientDescentPyTorch(estimator, **more, **shared)
     elif name == "square":
         attack = evasion.SquareAttack(estimator, max_iter=QUERIES, **shared)
     else:
         loss = {"apgd_ce": "cross_entropy", "apgd_dlr": "difference_logits_ratio"}[name]
-        more = {"eps_step": 2 * p.eps, "max_iter": APGD_STEPS, "nb_random_init": 1, "loss_type": loss}
+        more = {"eps_step": 2 * p.eps, "max_iter": p.steps, "nb_random_init": 1, "loss_type": loss}
         attack = evasion.AutoProjectedGradientDescent(estimator, **more, **shared)
     return torch.from_numpy(attack.generate(p.images.numpy().copy(), p.labels.numpy()))
 
@@ -165,34 +193,34 @@ def _art(p: Problem, name: str, is_random: bool = False) -> Tensor:
 PEERS: dict[str, dict[str, Peer]] = {
     "pgd_ce, no random start": {
         "torchattacks": lambda p: _torchattacks(
-            p, "PGD", alpha=p.eps / 4, steps=PGD_STEPS, random_start=False
+            p, "PGD", alpha=p.eps / 4, steps=p.steps, random_start=False
         ),
         "art": lambda p: _art(p, "pgd"),
         "foolbox": lambda p: _foolbox(p, is_random=False),
     },
     "pgd_ce": {
-        "torchattacks": lambda p: _torchattacks(p, "PGD", alpha=p.eps / 4, steps=PGD_STEPS),
+        "torchattacks": lambda p: _torchattacks(p, "PGD", alpha=p.eps / 4, steps=p.steps),
         "art": lambda p: _art(p, "pgd", is_random=True),
         "foolbox": lambda p: _foolbox(p, is_random=True),
     },
     "apgd_ce": {
         "pyautoattack": partial(_autoattack, name="apgd_ce"),
-        "torchattacks": partial(_torchattacks, name="APGD", steps=APGD_STEPS),
+        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps),
         "art": partial(_art, name="apgd_ce"),
     },
     "apgd_dlr": {
         "pyautoattack": partial(_autoattack, name="apgd_dlr"),
-        "torchattacks": partial(_torchattacks, name="APGD", steps=APGD_STEPS, loss="dlr"),
+        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps, loss="dlr"),
         "art": partial(_art, name="apgd_dlr"),
     },
     "apgd_t": {
         "pyautoattack": partial(_autoattack, name="apgd_t"),
-        "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=APGD_STEPS, n_classes=p.targets + 1),
+        "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=p.steps, n_classes=p.targets + 1),
     },
     "fab_t": {
         "pyautoattack": partial(_autoattack, name="fab_t"),
         "torchattacks": lambda p: _torchattacks(
-            p, "FAB", steps=FAB_STEPS, multi_targeted=True, n_classes=p.targets + 1
+            p, "FAB", steps=p.steps, multi_targeted=True, n_classes=p.targets + 1
         ),
     },
     "square": {
@@ -202,7 +230,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "autoattack": {
         "pyautoattack": _standard_autoattack,
-        "torchattacks": lambda p: _torchattacks(p, "AutoAttack", n_classes=p.classes),
+        "torchattacks": _multi_attack,
     },
 }  # fmt: skip
 PEERS["pgd_ce, every image"] = PEERS["pgd_ce"]  # as the evaluation judges by default
@@ -214,23 +242,23 @@ def ours(member: str, p: Problem) -> tuple[Attack, str]:
     norm: Any = p.norm
     if member.startswith("pgd_ce"):  # the others return the last image
         rule = "worst" if member.endswith("every image") else "last"
-        return PGD(p.eps, p.eps / 4, PGD_STEPS, norm, random_start="no random start" not in member), rule
+        return PGD(p.eps, p.eps / 4, p.steps, norm, random_start="no random start" not in member), rule
     attacks: dict[str, Callable[[], Attack]] = {
-        "apgd_ce": lambda: APGD(p.eps, APGD_STEPS, norm, "ce"),
-        "apgd_dlr": lambda: APGD(p.eps, APGD_STEPS, norm, "dlr"),
-        "apgd_t": lambda: APGD(p.eps, APGD_STEPS, norm, "dlr", TARGETS),
+        "apgd_ce": lambda: APGD(p.eps, p.steps, norm, "ce"),
+        "apgd_dlr": lambda: APGD(p.eps, p.steps, norm, "dlr"),
+        "apgd_t": lambda: APGD(p.eps, p.steps, norm, "dlr", TARGETS),
         "fab_t": lambda: TorchAttack(
             "FAB",
             p.eps,
             {
                 "norm": {"linf": "Linf", "l2": "L2"}[p.norm],
-                "steps": FAB_STEPS,
+                "steps": p.steps,
                 "multi_targeted": True,
                 "n_classes": p.targets + 1,
             },
         ),
         "square": lambda: Square(p.eps, QUERIES, norm),
-        "autoattack": lambda: Recipe("autoattack", p.eps, norm),
+        "autoattack": lambda: Recipe("autoattack", p.eps, norm, p.steps / 100),
     }
     return attacks[member](), "worst"
 
@@ -295,7 +323,17 @@ def problem_of(method: RobustMethod, options: argparse.Namespace, eps: str) -> P
         rows = (model(batch.images).argmax(1) == batch.labels).nonzero()[:, 0]
     radius = pixels(eps, name="radius", limit=None)
     images = batch.images[rows].clone()
-    return Problem(model, images, batch.labels[rows], batch.index[rows], len(task.class_names), radius, options.norm)
+    return Problem(
+        model,
+        images,
+        batch.labels[rows],
+        batch.index[rows],
+        len(task.class_names),
+        radius,
+        options.norm,
+        0,
+        options.steps,
+    )
 
 
 def peers(options: argparse.Namespace) -> dict[str, Any]:
@@ -336,7 +374,7 @@ def cost(repeats: int) -> dict[str, Any]:
         labels = network(images).argmax(1)
         # At this radius hardly a sample is broken, so that all packages take all steps.
         problem = Problem(model, images, labels, torch.arange(batch), 10, 0.0005, "linf")
-        attack = APGD(problem.eps, APGD_STEPS, loss="dlr", targets=TARGETS)
+        attack = APGD(problem.eps, problem.steps, loss="dlr", targets=TARGETS)
         ways: dict[str, Callable[[], Any]] = {
             "robustclip, called": partial(attack, images, model, labels, index=problem.index),
             "robustclip, evaluation": partial(
@@ -363,11 +401,12 @@ def main() -> None:
     )
     parser.add_argument("--task", default="shapes:colours")
     parser.add_argument("--images", type=int, default=240)
-    parser.add_argument("--cascade", type=int, default=60, help="number of these for the whole cascade")
+    parser.add_argument("--cascade", type=int, default=40, help="number of these for the whole cascade")
     parser.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf")
     parser.add_argument("--radius", default="2/255", help="radius for the undefended model")
     parser.add_argument("--trained-radius", default="8/255", help="radius for the model of the checkpoint")
     parser.add_argument("--members", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of every member")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cost", type=int, metavar="REPEATS", help="measure CPU time per evaluation instead")
     parser.add_argument("--out", type=Path)

@@ -24,7 +24,6 @@ from robustclip.attacks.attack import (
     scaled_count,
     scaled_radius,
 )
-from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,
@@ -34,9 +33,9 @@ from robustclip.attacks.sample_losses import (
     targeted_margin,
     without_label,
 )
+from robustclip.attacks.searches import DenseSearch, SparseSearch
 
-MOMENTUM = 0.75  # the paper's alpha: the share of the new step
-FIRST_WINDOW, WINDOW_SHRINKS_BY, SMALLEST_WINDOW = 22, 3, 6  # in percent of the steps; the paper's section 3.3
+LARGER_RADII = ((3, 30), (2, 30))  # factors of the radius, and percent of the steps (section 5 of 2103.01208)
 
 Objective = Callable[[Tensor], Tensor]
 """Maps outputs ``(B, C)`` to the loss ``(B,)`` that one run maximises."""
@@ -51,13 +50,17 @@ class APGD(Attack):
     misclassified image if there was any, and among these, or else among all, the one of the highest loss (targeted: of
     the highest margin).
 
+    In L1 (Croce & Hein, https://arxiv.org/abs/2103.01208) a step changes few pixels, by their share in the best image,
+    and there is no momentum. The search begins at three times and twice the radius, 30 percent of the steps each; these
+    images do not count.
+
     Departures from the authors' code: the first checkpoint compares the first step with the start instead of with 0;
     random starts are drawn by sample id.
 
     Args:
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
-        steps: steps of each run; a run computes one more gradient, that of its start.
-        norm: ``linf`` or ``l2``.
+        steps: steps of each run; a run computes one more gradient, that of its start, in L1 three more.
+        norm: ``linf``, ``l2`` or ``l1``.
         loss: ``ce``, ``margin`` or ``dlr``; for targeted runs ``margin`` or ``dlr``.
         targets: number of targeted runs, towards the highest wrong classes of the clean image; 0 is untargeted.
         restarts: random starts of each run; misclassified samples keep their image and are not attacked further.
@@ -72,6 +75,11 @@ class APGD(Attack):
 
     is_anytime = True
     eps: float
+
+    @property
+    def is_wide(self) -> bool:  # type: ignore[override]  # a class attribute for attacks of one kind
+        """Whether the search begins outside the perturbation set."""
+        return self.norm == "l1"
 
     def __init__(
         self,
@@ -100,7 +108,7 @@ class APGD(Attack):
     def cost(self, classes: int) -> Cost:
         """Passes per image by the settings."""
         runs = self.restarts * max(1, min(self.targets, classes - 1))
-        return Cost(runs * (self.steps + 1), int(self.targets > 0))
+        return Cost(runs * (self.steps + len(self._phases())), int(self.targets > 0))
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "APGD":
         """Returns a copy with radius and number of steps multiplied; the step size follows the radius."""
@@ -115,9 +123,8 @@ class APGD(Attack):
         objectives = self._objectives(images, forward, targets)
         for _ in range(self.restarts):
             for objective in objectives:
-                start = perturbation_set.surface_start(
-                    images, self.eps, self.norm, index, perturbation_set.stream(seed, run)
-                )
+                widest, draw = self._phases()[0][0], perturbation_set.stream(seed, run)
+                start = perturbation_set.surface_start(images, widest, self.norm, index, draw)
                 model = restrict_to_correct(forward, worst.is_misclassified)
                 result = self._run(images, start, model, targets, objective)
                 worst, run = worst.or_worse(result, where=~worst.is_misclassified), run + 1
@@ -144,69 +151,26 @@ class APGD(Attack):
             rank = margin(outputs, labels) if self.targets else value.detach()
             return value.detach(), gradient, Worst(attacked, rank, self.is_success(outputs, labels))
 
-        value, gradient, worst = evaluate(start)
-        search = _Search(images, start, value, gradient, eps=self.eps, norm=self.norm)
-        last_checkpoint, checks = 0, set(checkpoints(self.steps))
-        for step in range(1, self.steps + 1):
-            value, gradient, result = evaluate(search.next_position(1.0 if step == 1 else MOMENTUM))
-            worst = worst.or_worse(result)
-            search.record(value, gradient)
-            if step in checks:
-                search.check(self.rho * (step - last_checkpoint))
-                last_checkpoint = step
+        for eps, steps in self._phases():
+            start = start if self.norm != "l1" else perturbation_set.project(start, images, eps, "l1")
+            value, gradient, worst = evaluate(start)  # of the last phase, which has the radius of the attack
+            kind = SparseSearch if self.norm == "l1" else DenseSearch
+            search = kind(images, start, value, gradient, eps=eps, norm=self.norm, steps=steps)
+            for step in range(1, steps + 1):
+                value, gradient, result = evaluate(search.next_position())
+                worst = worst.or_worse(result)
+                search.record(value, gradient)
+                search.check(step, self.rho)
+            start = search.best
         return worst
 
-
-class _Search:
-    """State of one run: positions ``(B, 3, H, W)`` and a step size ``(B, 1, 1, 1)`` per sample."""
-
-    def __init__(
-        self, images: Tensor, start: Tensor, value: Tensor, gradient: Tensor, *, eps: float, norm: str
-    ) -> None:
-        self.project, self.norm = perturbation_set.projection(images, eps, norm), norm
-        self.position, self.before, self.gradient, self.value = start, start, gradient, value
-        self.best, self.best_gradient, self.best_value = start, gradient, value
-        self.step_size = torch.full_like(value, 2 * eps).view(-1, 1, 1, 1)
-        self.rises = torch.zeros_like(value)
-        self.was_halved, self.best_at_check = torch.ones_like(value, dtype=torch.bool), value
-
-    def next_position(self, momentum: float) -> Tensor:
-        """Moves along the gradient and adds the momentum of the last move."""
-        stepped = self.position + self.step_size * perturbation_set.direction(self.gradient, self.norm)
-        stepped = self.project(stepped)
-        mixed = self.position + momentum * (stepped - self.position) + (1 - momentum) * (self.position - self.before)
-        self.before = self.position
-        self.position = self.project(mixed)
-        return self.position
-
-    def record(self, value: Tensor, gradient: Tensor) -> None:
-        """Records the loss and gradient of the present position."""
-        self.rises = self.rises + (value > self.value)
-        self.value, self.gradient = value, gradient
-        is_better = value > self.best_value
-        self.best_value = torch.where(is_better, value, self.best_value)
-        self.best = replaced(self.best, self.position, is_better)
-        self.best_gradient = replaced(self.best_gradient, gradient, is_better)
-
-    def check(self, enough_rises: float) -> None:
-        """Halves the step size of samples without progress and returns these to their best images."""
-        stands_still = ~self.was_halved & (self.best_value <= self.best_at_check)
-        is_halved = (self.rises <= enough_rises) | stands_still
-        self.was_halved, self.best_at_check = is_halved, self.best_value
-        self.rises = torch.zeros_like(self.rises)
-        self.step_size = torch.where(is_halved.view(-1, 1, 1, 1), self.step_size / 2, self.step_size)
-        self.position = replaced(self.position, self.best, is_halved)
-        self.gradient = replaced(self.gradient, self.best_gradient, is_halved)
-
-
-def checkpoints(steps: int) -> list[int]:
-    """Lists the steps after which step sizes are adapted: at 22%, then after windows 3% shorter each, 6% at least."""
-    percents, window = [FIRST_WINDOW], FIRST_WINDOW
-    while percents[-1] < 100:
-        window = max(window - WINDOW_SHRINKS_BY, SMALLEST_WINDOW)
-        percents.append(percents[-1] + window)
-    rounded_up = [-(-percent * steps // 100) for percent in percents]
-    return sorted({step for step in rounded_up if step <= steps})
+    def _phases(self) -> list[tuple[float, int]]:
+        """Lists radii and their numbers of steps; in L1 the search begins with larger radii."""
+        if self.norm != "l1":
+            return [(self.eps, self.steps)]
+        first = [(factor * self.eps, -(-self.steps * percent // 100)) for factor, percent in LARGER_RADII]
+        first = first if self.steps > sum(steps for _, steps in first) else []
+        return [*first, (self.eps, self.steps - sum(steps for _, steps in first))]
 
 
 def _untargeted(loss: Loss, labels: Tensor, outputs: Tensor) -> Tensor:

@@ -76,14 +76,16 @@ class Attack(Checked, ABC):
     Attributes:
         is_anytime: every image that the attack evaluates is in the perturbation set and the valid pixel range, so that
             each counts as an attack; its forward passes are of the whole batch, in order.
+        is_wide: the search begins outside the perturbation set; these images do not count.
         is_black_box: the attack uses no gradients.
         eps: radius; None for attacks without a perturbation set.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
         target: name of the class that the attack moves images to; None for any wrong class.
         aim: number of that class in the task that is attacked.
     """
 
     is_anytime: bool = False
+    is_wide: bool = False
     is_black_box: bool = False
     eps: float | None = None
     norm: str = "linf"
@@ -346,7 +348,7 @@ def scaled_radius(eps: float, factor: float, norm: str) -> float:
     Args:
         eps: radius.
         factor: factor of the radius.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
     """
     return min(eps * factor, 1.0) if norm == "linf" else eps * factor
 

@@ -8,11 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustclip.attacks import noise
+from robustclip.attacks import l1_ball, noise
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+DenseNorm = Literal["linf", "l2"]
+"""Type of the norms in which a small change of every pixel uses up the radius."""
 
-ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2.0}
+ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+SPARSITY = 0.01  # share of the pixel values that a step in L1 changes, as in SLIDE
 SMALLEST_NORM = 1e-10  # keeps the step of a zero gradient zero
 GOLDEN = 0x9E3779B9  # 2**32 over the golden ratio: spreads small numbers over all 32-bit seeds (Knuth)
 
@@ -28,24 +31,31 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors / norm(vectors)
 
 
-def direction(gradient: Tensor, ball: str) -> Tensor:
-    """Computes the direction of steepest ascent: the sign for ``linf``, the unit gradient for ``l2``.
+def direction(gradient: Tensor, position: Tensor, ball: str) -> Tensor:
+    """Computes the direction of a step: the sign for ``linf``, the unit gradient for ``l2``.
+
+    For ``l1`` it is the sign of the largest entries that the valid pixel range lets move, of L1 norm 1; steepest ascent
+    would change a single value (Tramer & Boneh, https://arxiv.org/abs/1904.13000).
 
     Args:
         gradient: ``(B, 3, H, W)``.
-        ball: ``linf`` or ``l2``.
+        position: ``(B, 3, H, W)``, the images at which the step begins.
+        ball: ``linf``, ``l2`` or ``l1``.
     """
+    if ball == "l1":
+        share = torch.full((len(gradient),), SPARSITY, device=gradient.device)
+        return l1_ball.sparse_direction(l1_ball.movable(gradient, position), share)
     return gradient.sign() if ball == "linf" else unit(gradient)
 
 
 def project(attacked: Tensor, images: Tensor, eps: float, ball: str) -> Tensor:
-    """Projects onto perturbation set and valid pixel range: exactly for ``linf``, up to rounding for ``l2``.
+    """Projects onto perturbation set and valid pixel range: exactly for ``linf`` and ``l1``, up to rounding for ``l2``.
 
     Args:
         attacked: ``(B, 3, H, W)``; for ``l2``, the difference from the images is scaled and the result clipped.
         images: centres of the balls, in [0, 1].
         eps: radius.
-        ball: ``linf`` or ``l2``.
+        ball: ``linf``, ``l2`` or ``l1``.
     """
     return projection(images, eps, ball)(attacked)
 
@@ -56,12 +66,12 @@ def projection(images: Tensor, eps: float, ball: str) -> Callable[[Tensor], Tens
     Args:
         images: centres of the balls, in [0, 1].
         eps: radius.
-        ball: ``linf`` or ``l2``.
+        ball: ``linf``, ``l2`` or ``l1``.
     """
     if ball == "linf":
         low, high = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
         return lambda attacked: attacked.clamp(low, high)
-    return partial(_project_l2, images, eps)
+    return partial(l1_ball.project if ball == "l1" else _project_l2, images, eps)
 
 
 def _project_l2(images: Tensor, eps: float, attacked: Tensor) -> Tensor:
@@ -71,32 +81,38 @@ def _project_l2(images: Tensor, eps: float, attacked: Tensor) -> Tensor:
 
 
 def start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
-    """Draws random points of the perturbation set: uniform for ``linf``; a random direction and length for ``l2``.
+    """Draws random points of the perturbation set: uniform for ``linf``, a random direction and length for others.
 
     Args:
         images: centres of the balls, in [0, 1].
         eps: radius.
-        ball: ``linf`` or ``l2``.
+        ball: ``linf``, ``l2`` or ``l1``.
         index: ``(B,)`` sample ids that determine the draw; None draws from torch's generator.
         seed: selects another draw for the same ids.
     """
     if ball == "linf":
         return project(images + eps * (2 * uniform(images, images.shape[1:], index, seed) - 1), images, eps, ball)
-    towards = normal(images, index, seed)
+    if ball == "l1":
+        towards = l1_ball.laplace(uniform(images, images.shape[1:], index, seed))
+        towards = towards / towards.abs().sum((1, 2, 3), keepdim=True)
+    else:
+        towards = unit(normal(images, index, seed))
     length = uniform(images, (1,), index, ~seed)  # the inverted seed makes the length independent of the direction
-    return project(images + eps * length.view(-1, 1, 1, 1) * unit(towards), images, eps, ball)
+    return project(images + eps * length.view(-1, 1, 1, 1) * towards, images, eps, ball)
 
 
 def surface_start(images: Tensor, eps: float, ball: str, index: Tensor | None, seed: int) -> Tensor:
-    """Draws random points of the ball's surface, clipped to [0, 1], as Auto-PGD starts.
+    """Draws random points of the ball's surface, clipped to [0, 1], as Auto-PGD starts; for ``l1`` sparse ones.
 
     Args:
         images: centres of the balls, in [0, 1].
         eps: radius.
-        ball: ``linf`` or ``l2``.
+        ball: ``linf``, ``l2`` or ``l1``.
         index: ``(B,)`` sample ids that determine the draw; None draws from torch's generator.
         seed: selects another draw for the same ids.
     """
+    if ball == "l1":
+        return project(images + normal(images, index, seed), images, eps, ball)
     if ball == "linf":
         cube = 2 * uniform(images, images.shape[1:], index, seed) - 1
         towards = cube / cube.abs().amax((1, 2, 3), keepdim=True).clamp(min=SMALLEST_NORM)
@@ -146,7 +162,7 @@ def distance(images: Tensor, others: Tensor, ball: str) -> Tensor:
 
     Args:
         images, others: ``(B, 3, H, W)``.
-        ball: ``linf`` or ``l2``.
+        ball: ``linf``, ``l2`` or ``l1``.
     """
     difference = (images - others).flatten(1)
     if ball == "linf":

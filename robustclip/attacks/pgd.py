@@ -35,7 +35,7 @@ class PGD(Attack):
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``1/255``.
         alpha: step size, in the same units.
         steps: number of gradient steps.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
         random_start: start at a random point of the set (uniform; for L2 a random direction and length).
         keep: ``last`` iterate, as the papers do, or each sample's ``best``, that of the highest loss.
         loss: ``ce``, ``margin`` or ``dlr``; null uses the caller's, which is cross-entropy in evaluation.
@@ -96,7 +96,7 @@ class PGD(Attack):
             attacked = attacked.detach()
             if self.keep == "best":
                 best, best_loss = _better(best, best_loss, attacked, value.detach())
-            attacked = project(attacked + self.alpha * perturbation_set.direction(gradient, self.norm))
+            attacked = project(attacked + self.alpha * perturbation_set.direction(gradient, attacked, self.norm))
         if self.keep == "last":
             return attacked
         with torch.no_grad():

@@ -20,20 +20,20 @@ from robustclip.attacks.attack import (
     pixels,
     scaled_radius,
 )
-from robustclip.attacks.perturbation_set import Norm
+from robustclip.attacks.perturbation_set import DenseNorm
 from robustclip.attacks.pgd import PGD
 from robustclip.attacks.sample_losses import margin
 from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack
 
 RecipeName = Literal["pgd10", "pgd100", "cascade", "autoattack"]
-Build = Callable[[float, Norm, int], Attack]
+Build = Callable[[float, DenseNorm, int], Attack]
 """Maps radius, norm and number of classes to an attack."""
 
 TARGETS = 9  # number of AutoAttack's targets, for any number of classes (https://arxiv.org/abs/2003.01690)
 
 
-def _fab_t(eps: float, norm: Norm, classes: int) -> Attack:
+def _fab_t(eps: float, norm: DenseNorm, classes: int) -> Attack:
     kwargs = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "steps": 100, "n_restarts": 1, "multi_targeted": True}
     return TorchAttack("FAB", eps, {**kwargs, "n_classes": min(classes, TARGETS + 1)})
 
@@ -77,13 +77,15 @@ class Recipe(Attack):
 
     eps: float
 
-    def __init__(self, name: RecipeName, eps: Radius = "4/255", norm: Norm = "linf", budget: Positive = 1.0) -> None:
+    def __init__(
+        self, name: RecipeName, eps: Radius = "4/255", norm: DenseNorm = "linf", budget: Positive = 1.0
+    ) -> None:
         self.name, self.norm, self.budget = name, norm, budget
         self.eps = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None)
 
     def members(self, classes: int) -> list[Member]:
         """Lists the recipe's attacks in order, adapted to the number of classes."""
-        norm: Norm = "linf" if self.norm == "linf" else "l2"
+        norm: DenseNorm = "linf" if self.norm == "linf" else "l2"
         members = []
         for name in RECIPES[self.name]:
             attack = ATTACKS[name](self.eps, norm, classes).scaled(steps=self.budget)

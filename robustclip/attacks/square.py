@@ -64,7 +64,7 @@ class Square(Attack):
         self,
         eps: Radius = "4/255",
         queries: Count = 5000,
-        norm: perturbation_set.Norm = "linf",
+        norm: perturbation_set.DenseNorm = "linf",
         p_init: PositiveShare = 0.8,
         loss: LossName = "margin",
         target: Target = None,

@@ -65,7 +65,7 @@ class TorchAttack(Attack):
             self.kwargs[key] = argument(self.kwargs[key], hint, f"TorchAttack: kwargs.{key}")
         self.norm = "l2" if "L2" in name else str(self.kwargs.get("norm", "Linf")).lower()
         for radius in self.kwargs.keys() & {"eps", "alpha"}:
-            limit = None if self.norm == "l2" else 1.0
+            limit = 1.0 if self.norm == "linf" else None
             self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
         self.eps = self.kwargs.get("eps")
         self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs

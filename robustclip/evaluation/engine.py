@@ -290,7 +290,8 @@ class _Watch(SkipsMisclassified):
         """Updates the verdict with the predictions for one image per open sample."""
         rows, verdict = self._open, self.verdict
         excess = self._excess(seen, self.images[rows])
-        verdict.excess[rows] = torch.maximum(verdict.excess[rows], excess)
+        if is_final or not self.attack.is_wide:
+            verdict.excess[rows] = torch.maximum(verdict.excess[rows], excess)
         is_open = verdict.by[rows] <= ROBUST
         is_misclassified = is_open & self.attack.is_success(logits, self.labels[rows]) & (excess <= BOX_TOLERANCE)
         if not self.is_exact:

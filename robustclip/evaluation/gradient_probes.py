@@ -68,7 +68,7 @@ def _approached(images: Tensor, labels: Tensor, forward: Forward, attack: Attack
     point = images
     for _ in range(APPROACH):
         gradient = margin_gradient(point, labels, forward)[1]
-        moved = point + attack.eps / 4 * perturbation_set.direction(gradient, attack.norm)
+        moved = point + attack.eps / 4 * perturbation_set.direction(gradient, point, attack.norm)
         point = perturbation_set.project(moved, images, attack.eps, attack.norm)
     return point
 

@@ -292,7 +292,7 @@ def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tens
     if attack.eps:
         probes = [("wider", is_misclassified, attack.scaled(radius=WIDER))]
         half = ANYTHING * (math.sqrt(images[0].numel()) if attack.norm == "l2" else 1)
-        if attack.eps < half:
+        if attack.eps < half and attack.norm != "l1":  # sparse steps would not reach every pixel
             probes.append(("wider", by == ROBUST, attack.scaled(radius=half / attack.eps)))
     return [*probes, ("longer", is_misclassified, attack.scaled(steps=LONGER))]
 
@@ -308,10 +308,16 @@ def other_attack(members: Sequence[Member]) -> Attack | None:
     first = largest([member.attack for member in members])
     if first is None or not first.eps:
         return None
-    norm: Norm = "l2" if first.norm == "l2" else "linf"
+    norm = norm_of(first)
     if any(isinstance(member.attack, APGD) and member.attack.loss != "ce" for member in members):
         return PGD(first.eps, first.eps / 4, STEPS, norm, loss="margin")
     return APGD(first.eps, STEPS, norm, "margin")
+
+
+def norm_of(attack: Attack) -> Norm:
+    """Returns the norm of an attack; that of other attacks than the package's may have another name."""
+    names: dict[str, Norm] = {"l2": "l2", "l1": "l1"}
+    return names.get(attack.norm, "linf")
 
 
 def largest(attacks: Sequence[Attack]) -> Attack | None:

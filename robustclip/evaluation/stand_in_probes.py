@@ -8,11 +8,11 @@ from torch import Tensor
 
 from robustclip.attacks import PGD, Attack, Member, noise
 from robustclip.attacks.attack import Forward
-from robustclip.attacks.perturbation_set import start
+from robustclip.attacks.perturbation_set import Norm, start
 from robustclip.evaluation.defended_model import Carried
 from robustclip.evaluation.engine import ROBUST, Rung, Verdict, attack_rows
 from robustclip.evaluation.gradient_probes import margin_gradient
-from robustclip.evaluation.probes import STEPS, largest
+from robustclip.evaluation.probes import STEPS, largest, norm_of
 
 LEVELS = 255  # of an 8-bit image
 GRID_TOLERANCE = 1e-3  # in grey levels, of images that come from 8-bit files
@@ -44,7 +44,7 @@ def transferred_attack(members: Sequence[Member]) -> Attack | None:
     first = largest([member.attack for member in members])
     if first is None or not first.eps:
         return None
-    return PGD(first.eps, first.eps / 4, STEPS, "l2" if first.norm == "l2" else "linf", keep="best", loss="ce")
+    return PGD(first.eps, first.eps / 4, STEPS, norm_of(first), keep="best", loss="ce")
 
 
 def transfers(
@@ -136,7 +136,7 @@ def stand_in_outcomes(
 
 def _stand_ins(images: Tensor, forward: Forward, sources: Sequence[Forward], attack: Attack) -> Iterator[StandIn]:
     """Yields attacks with the gradient of the sources, at the rounded image, and as a mean over nearby images."""
-    eps, norm = attack.eps or 0.0, "l2" if attack.norm == "l2" else "linf"
+    eps, norm = attack.eps or 0.0, norm_of(attack)
     for source in sources:
         yield StandIn(borrowed(forward, source), forward, _pgd(eps, norm))
     # Rounding stays in the perturbation set if the image has 8 bits and the radius is a number of grey levels.
@@ -147,8 +147,8 @@ def _stand_ins(images: Tensor, forward: Forward, sources: Sequence[Forward], att
     yield StandIn(smoothed(forward, attack.eps or 0.0 if norm == "linf" else 1 / LEVELS), forward, _pgd(eps, norm))
 
 
-def _pgd(eps: float, norm: str) -> Attack:
-    return PGD(eps, eps / 4, STAND_IN_STEPS, "l2" if norm == "l2" else "linf", loss="margin")
+def _pgd(eps: float, norm: Norm) -> Attack:
+    return PGD(eps, eps / 4, STAND_IN_STEPS, norm, loss="margin")
 
 
 def borrowed(forward: Forward, source: Forward) -> Forward:

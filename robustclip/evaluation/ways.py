@@ -13,7 +13,6 @@ from torch import Tensor
 from robustclip.arguments import Count, CountOrZero, checked
 from robustclip.attacks import Attack, Member, Square
 from robustclip.attacks.attack import Forward, Loss
-from robustclip.attacks.perturbation_set import ORDERS
 from robustclip.defences import Defence
 from robustclip.evaluation.defended_model import Judge, Way, defence_of
 from robustclip.evaluation.engine import ROBUST, WRONG, Rung, StopRule, Verdict, attack_rows, examine
@@ -123,7 +122,7 @@ def _of_way(name: str, members: Sequence[Member], ways: Ways) -> list[Member]:
     if name != "black_box":
         return [member for member in members if member not in blind]
     first = members[0].attack
-    if blind or not first.eps or first.norm not in ORDERS or not ways.queries:
+    if blind or not first.eps or first.norm not in ("linf", "l2") or not ways.queries:
         return blind
     return [Member("square", Square(first.eps, ways.queries, "l2" if first.norm == "l2" else "linf"))]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from robustclip.persistence import atomic_write
 
 NAME = re.compile(r"[a-z0-9_]+")  # names of tasks and attacks that keep a path inside its folder
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 SUFFIX = ".safetensors"
 
 
@@ -33,7 +33,7 @@ class Example(NamedTuple):
         prediction: class predicted for the attacked image.
         by: member of the attack that succeeded; ``clean``: misclassified without attack.
         eps: radius in [0, 1] pixel units; inf for an attack without radius.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
     """
 
     clean: Tensor
@@ -159,4 +159,6 @@ def _check(example: Example, subject: str) -> None:
         shapes = f"{tuple(shape)} and {tuple(example.attacked.shape)}"
         raise ValueError(f"{subject}: expected a clean and an attacked image of one shape (3, H, W), found {shapes}")
     if example.norm not in NORMS or math.isnan(example.eps) or example.eps < 0:
-        raise ValueError(f"{subject}: expected norm linf or l2 and eps >= 0, found {example.norm} and {example.eps}")
+        raise ValueError(
+            f"{subject}: expected norm linf, l2 or l1 and eps >= 0, found {example.norm} and {example.eps}"
+        )

@@ -9,6 +9,7 @@ from rich.table import Table
 from robustclip import display
 from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
 from robustclip.results.run import Run, method_of
+from robustclip.results.tables import SUCCESS
 
 
 def table(results: list[Path]) -> None:
@@ -21,15 +22,14 @@ def table(results: list[Path]) -> None:
         ValueError: a folder holds no result.
     """
     runs = [Run.open(path).result for path in results]
-    columns = [(run, kind) for run in runs for kind in run["mean"]]
+    columns = [(run, heading) for run in runs for heading in _shares(run["mean"])]
     printed = Table(title="top-1 accuracy in percent", show_footer=True)
     printed.add_column("task", footer="mean")
-    for run, kind in columns:
-        mean = f"{100 * run['mean'][kind]['acc1']:.1f}"
-        printed.add_column(f"{method_of(run)}\n{kind}", justify="right", footer=mean)
+    for run, heading in columns:
+        footer = _percent(_shares(run["mean"])[heading])
+        printed.add_column(f"{method_of(run)}\n{heading}", justify="right", footer=footer)
     for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
-        cells = [run["tasks"].get(name, {}).get(kind, {}).get("acc1") for run, kind in columns]
-        printed.add_row(name, *("" if cell is None else f"{100 * cell:.1f}" for cell in cells))
+        printed.add_row(name, *(_percent(_shares(run["tasks"].get(name, {})).get(heading)) for run, heading in columns))
     console = display.console()
     console.print(printed)
     if (errors := _corruptions(runs)).row_count:
@@ -51,3 +51,17 @@ def _corruptions(runs: Sequence[Mapping[str, Any]]) -> Table:
                     texts = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
                     table.add_row(method_of(run), name, kind, *texts)
     return table
+
+
+def _shares(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """Lists the accuracies of a task or mean by the headings of their columns, and the success of targeted attacks."""
+    shares: dict[str, float | None] = {}
+    for kind, accuracy in values.items():
+        if isinstance(accuracy, dict) and "acc1" in accuracy:
+            shares[kind] = accuracy["acc1"]
+            shares |= {f"{kind} {SUCCESS}": accuracy[SUCCESS]["rate"]} if SUCCESS in accuracy else {}
+    return shares
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"

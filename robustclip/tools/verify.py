@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustclip import display
 from robustclip.attacks import pixels
+from robustclip.attacks.perturbation_set import ORDERS
 from robustclip.evaluation.defended_model import answers_of, judged
 from robustclip.evaluation.ways import Ways
 from robustclip.intervals import wilson
@@ -141,7 +142,7 @@ def transfers(run: Run, method: RobustMethod) -> dict[Key, Transfer]:
 def _outside(example: Example, axes: Mapping[str, Any]) -> Iterator[str]:
     """Yields the checks of the pixels that fail; `not ... <=` makes nan fail each of them."""
     delta = (example.attacked.double() - example.clean.double()).flatten()
-    distance = float(delta.abs().max() if example.norm == "linf" else torch.linalg.vector_norm(delta))
+    distance = float(torch.linalg.vector_norm(delta, ord=ORDERS[example.norm]))
     if not distance <= example.eps + TOLERANCE:
         yield "outside the radius"
     for image, name in ((example.clean, "clean"), (example.attacked, "attacked")):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from victims import assert_inside, learnt, linear
 
 from robustclip.attacks import APGD, PGD, Attack
-from robustclip.attacks.apgd import checkpoints
 from robustclip.attacks.attack import SkipsMisclassified
+from robustclip.attacks.searches import checkpoints
 
 HALF_A_POINT = 0.005
 IDS = torch.arange(300)
@@ -18,7 +18,7 @@ IDS = torch.arange(300)
 
 @settings(max_examples=30, deadline=None)
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.floats(0, 1),
     targets=st.integers(0, 4),
     steps=st.integers(1, 12),
@@ -36,8 +36,10 @@ def test_apgd_evaluates_only_images_in_ball_and_box(norm: str, eps: float, targe
 
     attack = APGD(eps, steps, norm, "margin", targets)
     attacked = attack(images, Model(), torch.tensor([0, 1, 2, 0]), index=torch.arange(4))
-    for evaluated in [*seen, attacked]:
-        assert_inside(evaluated, images, eps, norm)
+    assert_inside(attacked, images, eps, norm)
+    widest = 3 if norm == "l1" else 1  # its search begins at three times the radius
+    for evaluated in seen:
+        assert_inside(evaluated, images, widest * eps, norm)
 
 
 LINEAR = {"linf": (0.01, 0.03), "l2": (0.05, 0.15)}
@@ -72,12 +74,12 @@ def test_apgd_is_exact_where_the_box_binds(classes: int) -> None:
         assert torch.equal(victim.model(attacked).argmax(1) == victim.labels, robust)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("targets", [0, 3])
 def test_results_do_not_depend_on_batch_or_order(norm: str, targets: int) -> None:
     victim = learnt()
     images, labels, index = victim.images[:12], victim.labels[:12], 100 + IDS[:12]
-    attack = APGD(0.04 if norm == "linf" else 0.7, 20, norm, "dlr", targets, restarts=2)
+    attack = APGD({"linf": 0.04, "l2": 0.7, "l1": 6.0}[norm], 20, norm, "dlr", targets, restarts=2)
     together = attack(images, victim.model, labels, index=index, seed=3)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     parts = [attack(images[p], victim.model, labels[p], index=index[p], seed=3) for p in order.split(5)]

@@ -11,7 +11,7 @@ from robustclip.attacks import PGD, noise, perturbation_set
 
 
 @settings(max_examples=60, deadline=None)
-@given(norm=st.sampled_from(["linf", "l2"]), eps=st.floats(0, 1), scale=st.floats(0, 3), seed=st.integers(0, 999))
+@given(norm=st.sampled_from(["linf", "l2", "l1"]), eps=st.floats(0, 1), scale=st.floats(0, 3), seed=st.integers(0, 999))
 def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, scale: float, seed: int) -> None:
     torch.manual_seed(seed)
     images = (torch.rand(4, 3, 5, 5) * 1.4 - 0.2).clamp(0, 1)
@@ -23,11 +23,11 @@ def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, scale
         assert_inside(perturbation_set.surface_start(images, eps, norm, index, seed), images, eps, norm)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_what_is_inside_stays_where_it_is(norm: str) -> None:
     images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     inside = (images + 0.01).clamp(0, 1)
-    torch.testing.assert_close(perturbation_set.project(inside, images, 0.5, norm), inside, atol=1e-7, rtol=0)
+    torch.testing.assert_close(perturbation_set.project(inside, images, 0.8, norm), inside, atol=1e-7, rtol=0)
 
 
 def test_large_l2_balls_hold_to_a_millionth() -> None:
@@ -40,7 +40,7 @@ def test_large_l2_balls_hold_to_a_millionth() -> None:
 
 def test_surface_starts_reach_the_surface_of_an_interior_ball() -> None:
     images = torch.full((4, 3, 5, 5), 0.5)
-    for norm in ("linf", "l2"):
+    for norm in ("linf", "l2", "l1"):
         reached = perturbation_set.distance(
             perturbation_set.surface_start(images, 0.2, norm, torch.arange(4), 0), images, norm
         )
@@ -81,12 +81,14 @@ def test_distances_are_norms_of_differences() -> None:
     difference = (images - others).flatten(1)
     torch.testing.assert_close(perturbation_set.distance(images, others, "linf"), difference.abs().max(1).values)
     torch.testing.assert_close(perturbation_set.distance(images, others, "l2"), difference.square().sum(1).sqrt())
+    torch.testing.assert_close(perturbation_set.distance(images, others, "l1"), difference.abs().sum(1))
 
 
 def test_a_zero_gradient_is_a_zero_step() -> None:
     zero = torch.zeros(2, 3, 4, 4)
-    assert torch.equal(perturbation_set.direction(zero, "linf"), zero)
-    assert torch.equal(perturbation_set.direction(zero, "l2"), zero)
+    assert torch.equal(perturbation_set.direction(zero, zero, "linf"), zero)
+    assert torch.equal(perturbation_set.direction(zero, zero, "l2"), zero)
+    assert torch.equal(perturbation_set.direction(zero, zero, "l1"), zero)
 
 
 def test_streams_of_one_seed_differ() -> None:

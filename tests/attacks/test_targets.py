@@ -139,6 +139,11 @@ def test_an_evaluation_reports_the_share_that_moves(tmp_path: Path, capsys: pyte
     before = (tested.folder / "result.json").read_text()
     assert run(["score", str(tested.folder)]) == 0
     assert (tested.folder / "result.json").read_text() == before
+    capsys.readouterr()
+    assert run(["table", str(tested.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "success" in printed
+    assert printed.count(f" {100 * moved / others:.1f} ") == 2, "of the task and of the mean"
     other = robustclip.evaluate(model, data, {**attacks, "to_pink": PGD("12/255", "3/255", 5, target="blue")},
                                 max_samples=24, folder=tmp_path, name="b")  # fmt: skip
     capsys.readouterr()

@@ -16,6 +16,9 @@ def assert_inside(attacked: Tensor, images: Tensor, eps: float, norm: str) -> No
     if norm == "linf":  # the bounds as fp32 has them
         assert (attacked >= images - eps).all()
         assert (attacked <= images + eps).all()
+    elif norm == "l1":  # exact but for the sum itself
+        length = (attacked.double() - images.double()).abs().flatten(1).sum(1)
+        assert (length <= eps * (1 + 1e-12) + 1e-15).all()
     else:
         length = (attacked.double() - images.double()).flatten(1).norm(dim=1)
         assert (length <= eps * (1 + L2_ROUNDING) + L2_ROUNDING).all()

@@ -58,7 +58,7 @@ def test_examples_come_in_the_order_of_task_attack_and_number(tmp_path: Path) ->
         ({"number": -1}, "number must be at least 0, got -1"),
         ({"clean": torch.rand(1, 5, 7)}, r"\(3, H, W\), found \(1, 5, 7\) and \(3, 5, 7\)"),
         ({"attacked": torch.rand(3, 5, 8)}, "one shape"),
-        ({"norm": "l1"}, "norm linf or l2 .* found l1"),
+        ({"norm": "l3"}, "norm linf, l2 or l1 .* found l3"),
         ({"eps": float("nan")}, "eps >= 0, found .* nan"),
     ],
 )

@@ -27,9 +27,9 @@ WEAK, FURTHER_WINS = 0.05, (0.15, 0.3)
 MISLED = (0.02, 0.1)
 BLACK_BOX_WINS = (0.002, 0.02)  # random search finds next to nothing after a sound gradient search
 BASELINE_ROBUST = (0.1, 0.3)  # limits of the mean over tasks; CLIP keeps a few per cent at 1/255 (arXiv:2212.07016)
-# An 8-bit image cannot show less than half a grey level. A quarter of the range (l2: in every pixel of 32 x 32) is
-# several times RobustBench's largest radii, 8/255 and 3; radii in grey levels are above.
-RADII = {"linf": (0.5 / 255, 0.25), "l2": (0.5 / 255, 14.0)}
+# An 8-bit image cannot show less than half a grey level. A quarter of the range (others: in every pixel of 32 x 32) is
+# several times RobustBench's largest radii, 8/255, 3 and 12; radii in grey levels are above.
+RADII = {"linf": (0.5 / 255, 0.25), "l2": (0.5 / 255, 14.0), "l1": (0.5 / 255, 768.0)}
 STEPS, QUERIES = 100, 5000  # of the members of a full recipe
 
 
