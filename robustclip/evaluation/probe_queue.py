@@ -180,6 +180,8 @@ class ProbeQueue:
         if survivors.rows and self.method.defence is None:
             moved, (images, labels, index) = stand_in_probes.transferred_attack(members), survivors.batch[:3]
             sources = self._sources(task, images[:1])
+            if len(sources) > 1 and stand_in_probes.is_alike(forward, sources[0], images[:8], labels[:8]):
+                sources = sources[1:]  # towers to which the method adds nothing
             options: dict[str, Any] = {"index": index, "seed": self.seed}
             broken = stand_in_probes.transfers(images, labels, forward, sources, moved, **options)
             fill(survivors.rows, range(len(broken)), {f"{attack}.transfer": broken})

@@ -63,7 +63,7 @@ class RobustEvaluation(TaskCallback):
         save_examples: number of misclassified attacked images to keep per task and attack.
         ways: how a method with a test-time defence (``model.defence``) is attacked.
         probes: number of samples per task, chosen by id, on which a test with a `ResultsWriter` measures for its audit;
-            they cost about as much as one more attack. 0 for none.
+            each costs about as much as 150 gradients of an attack. 0 for none.
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.

@@ -17,7 +17,7 @@ from robustclip.evaluation.probes import STEPS, largest, norm_of
 LEVELS = 255  # of an 8-bit image
 GRID_TOLERANCE = 1e-3  # in grey levels, of images that come from 8-bit files
 STAND_IN_STEPS = 10  # of each attack with a borrowed gradient
-NEIGHBOURS = 3  # images around the attacked one whose mean gradient an attack follows
+NEIGHBOURS = 2  # images around the attacked one whose mean gradient an attack follows
 NEIGHBOUR_SEED = 0x9E1B
 
 
@@ -77,9 +77,8 @@ def transfers(
         images, labels, index = images.clone(), labels.clone(), index.clone()
         is_broken, is_tried = (torch.zeros_like(labels, dtype=torch.bool) for _ in range(2))
         near = start(images, attack.eps or 0, attack.norm, index, seed)
-        own = margin_gradient(near, labels, forward)
         for source in sources:
-            is_tried |= _is_alike(own, margin_gradient(near, labels, source))
+            is_tried |= is_alike(forward, source, near, labels)
             moved = attack(images, source, labels, index=index, seed=seed)
             with torch.no_grad():
                 deceives = (source(images).argmax(-1) == labels) & (source(moved).argmax(-1) != labels)
@@ -89,9 +88,18 @@ def transfers(
     return [int(broken) if tried else "" for broken, tried in pairs]
 
 
-def _is_alike(own: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Returns whether two models have the same gradients and logits at a point."""
-    return all(float((a - b).norm()) <= 1e-4 * float(a.norm()) for a, b in zip(own[1:], other[1:], strict=True))
+def is_alike(forward: Forward, source: Forward, images: Tensor, labels: Tensor) -> bool:
+    """Returns whether two models have the same logits and gradients of the margin.
+
+    Args:
+        forward: one model.
+        source: other model.
+        images: ``(B, 3, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+    """
+    with torch.inference_mode(False):
+        one, other = (margin_gradient(images.clone(), labels.clone(), model)[1:] for model in (forward, source))
+    return all(float((a - b).norm()) <= 1e-4 * float(a.norm()) for a, b in zip(one, other, strict=True))
 
 
 def stand_in_outcomes(
