@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 # Control characters, line separators, direction marks, and surrogates, which stand for bytes that are not UTF-8.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+TASK_NAME = re.compile(r"[a-z0-9_]+")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # first characters that make spreadsheets compute a formula
 
 

@@ -1,7 +1,6 @@
-"""Types that the whole package shares; this module imports no other of the package but `arguments`."""
+"""Types that the whole package shares."""
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from robustclip.arguments import checked
+from robustclip.names import TASK_NAME
 
-TASK_NAME = re.compile(r"[a-z0-9_]+")
 UNKNOWN = -1
 """Label of an image whose class is not among the task's class names."""
 

@@ -78,9 +78,10 @@ def test_averages_are_over_sets_that_the_run_tests(name: str) -> None:
     run = yaml.safe_load((CONFIGS / name).read_text())
     data = yaml.safe_load((CONFIGS / run["data"]).read_text()) if isinstance(run["data"], str) else run["data"]
     sets = data.get("init_args", data).get("test", [])
-    names = [each if isinstance(each, str) else each.get("name", each["source"]) for each in sets]
+    sources = [each if isinstance(each, str) else each.get("name", each["source"]) for each in sets]
+    names = {each.rpartition(":")[2] for each in sources}
     for tasks in run.get("results", {}).get("averages", {}).values():
-        assert set(tasks) <= {each.removeprefix("wds:") for each in names}
+        assert set(tasks) <= names
 
 
 def test_every_part_belongs_to_a_run_or_to_an_option_in_the_docs() -> None:

@@ -31,11 +31,12 @@ from robustclip.evaluation.writer import share_of, writer_of
 from robustclip.methods import RobustMethod
 from robustclip.models.layers import frozen
 from robustclip.models.tf32 import tf32
+from robustclip.names import TASK_NAME
 from robustclip.results import ledger
 from robustclip.results.run import EXAMPLES
 from robustclip.results.summary import accuracies, scalars
 from robustclip.results.tables import NOT_A_TASK
-from robustclip.types import TASK_NAME, Batch, Task, data_of
+from robustclip.types import Batch, Task, data_of
 
 RESERVED = ("clean", "n", "seconds", "bad_samples")  # keys that stand beside the attacks in the result of a task
 

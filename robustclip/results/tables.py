@@ -10,10 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from robustclip.names import csv_cell, markdown
+from robustclip.names import TASK_NAME, csv_cell, markdown
 from robustclip.results.corruption_error import CORRUPTIONS, TASKS
 from robustclip.results.run import method_of
-from robustclip.types import TASK_NAME
 
 NOT_A_TASK = "mean"
 CLEAN = "clean"
