@@ -48,6 +48,9 @@ format: .venv/ready ## rewrite the sources in the project's format
 	@.venv-docs/bin/python -m pip install --quiet --requirement docs/requirements.txt
 	@touch .venv-docs/ready
 
+tour: .venv/ready ## fine-tune the shapes model by all five methods, with one table and one report (minutes)
+	$(BIN)/python -W ignore::FutureWarning benchmarks/tour.py
+
 docs: .venv-docs/ready ## build the documentation into build/site, without network; warnings are errors
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
@@ -55,4 +58,4 @@ bench: .venv/ready ## time training step and evaluation against the official way
 	$(BIN)/python benchmarks/step.py --out benchmarks/results/step.json
 	$(BIN)/python benchmarks/evaluation.py --out benchmarks/results/evaluation.json
 
-.PHONY: help demo test test-slow check format docs bench
+.PHONY: help demo test test-slow check format tour docs bench
