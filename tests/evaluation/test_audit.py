@@ -355,7 +355,12 @@ BREAKAGES = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKAGES)
+OFTEN = {"wrong sign", "wrong labels", "quantised input", "verdict on clean images", "half of the samples attacked"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in BREAKAGES]
+)
 def test_breakage_lowers_the_grade(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intact: Run) -> None:
     case = BREAKAGES[name]
     case.patch(monkeypatch)
