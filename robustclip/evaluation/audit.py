@@ -1,8 +1,12 @@
 """The contract of the audit's checks: each grades one property of a finished test from the ledgers' columns."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from robustclip.evaluation.evidence import Evidence
 from robustclip.intervals import upper_bound, wilson
@@ -103,3 +107,29 @@ class AuditCheck(ABC):
         check = self.of_share(wilson(count, total)[0] * weight, limits, text)
         is_enough = is_complete or bound <= STRICT or (count == 0 and total >= ENOUGH)
         return check if is_enough or check.status != "pass" else self.answer("not_measured", text)
+
+
+class ProbedCheck(AuditCheck):
+    """Grades values that probes measured; a subclass sets `columns` and defines `of_values`.
+
+    - ``columns``: columns of the ledger; a sample counts if the first has a number and the others finite ones.
+    - ``of_values(*values)``: returns a `Check` from one array ``(n,)`` per column, ``n`` at least 1.
+    """
+
+    columns: Sequence[str] = ()
+
+    def grade(self, evidence: Evidence) -> Check:
+        """Grades the values; ``not_measured`` where no sample was probed."""
+        first, *others = (evidence.clean(column) for column in self.columns)
+        probed = np.logical_and.reduce([~np.isnan(first), *map(np.isfinite, others)])
+        if not probed.any():
+            return self.answer("not_measured", "no sample was probed")
+        return self.of_values(*(values[probed] for values in (first, *others)))
+
+    @abstractmethod
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        """Grades the measured values.
+
+        Args:
+            values: ``(n,)`` per column.
+        """

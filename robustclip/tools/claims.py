@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from importlib import resources
 from itertools import groupby
@@ -28,7 +29,8 @@ DIFFERENCES = (
 Row = TypeVar("Row")
 
 
-class Claim(NamedTuple):
+@dataclass(frozen=True)
+class Claim:
     """A figure that a paper, a README or a re-run by others prints; nothing of it was measured here.
 
     Attributes:
@@ -50,6 +52,21 @@ class Claim(NamedTuple):
     trained: str
     eps: str
     source: str
+
+
+@dataclass(frozen=True)
+class Measured(Claim):
+    """A figure that was measured with this package.
+
+    Attributes:
+        images: number of images.
+        seed: seed of the training.
+        commit: commit of this package.
+    """
+
+    images: str
+    seed: str
+    commit: str
 
 
 def claims(method: str = "", /, *, check: Path | None = None) -> None:
@@ -88,36 +105,6 @@ def claims(method: str = "", /, *, check: Path | None = None) -> None:
 def _conditions(claim: Claim) -> str:
     """Describes the training, the model and the source of a claim."""
     return f"{claim.backbone}; training: {claim.trained}; {claim.source}"
-
-
-class Measured(NamedTuple):
-    """A figure that was measured with this package.
-
-    Attributes:
-        method: class of the method.
-        set: name of the data set, or of an average.
-        metric: ``clean``, or the attack.
-        value: accuracy in percent.
-        backbone: model that was trained or tested.
-        trained: training set and attack.
-        eps: radius of the attack in L-infinity.
-        images: number of images.
-        seed: seed of the training.
-        commit: commit of this package.
-        source: section of ``benchmarks/README.md`` with the command.
-    """
-
-    method: str
-    set: str
-    metric: str
-    value: str
-    backbone: str
-    trained: str
-    eps: str
-    images: str
-    seed: str
-    commit: str
-    source: str
 
 
 def read(name: str, kind: Callable[..., Row]) -> list[Row]:

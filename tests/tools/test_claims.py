@@ -1,6 +1,7 @@
 """`robustclip claims`: every figure has its source, contradictions stand together, runs are compared with claims."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ OVERVIEW = Path(__file__).parents[2] / "benchmarks/results/overview.json"
 def test_every_claim_has_a_source_and_a_protocol() -> None:
     assert len(CLAIMS) > 600
     for claim in CLAIMS:
-        assert all(claim), claim
+        assert all(astuple(claim)), claim
         assert 0 <= float(claim.value) <= 100
         assert len(claim.source) < 100, "a reference, not a sentence of the source"
 

@@ -1,10 +1,12 @@
 """Checks of the gradients: whether they exist, repeat, predict the loss, and use the whole image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from robustclip.evaluation.audit import AuditCheck, Check
+from robustclip.evaluation.audit import AuditCheck, Check, ProbedCheck
 from robustclip.evaluation.checks.model_checks import REPEATED
 from robustclip.evaluation.evidence import Evidence
 
@@ -55,35 +57,33 @@ class _GradientFidelity(AuditCheck):
         return self.of_probes(int((probed == 0).sum()), probed.size, UNFAITHFUL, fault, is_complete=is_complete)
 
 
-class _GradientRepeats(AuditCheck):
-    name = "gradient_repeats"
-    why = "two gradients of one image must be equal; else the attack needs the mean over many"
+class _UncutCheck(ProbedCheck):
+    """Grades a property of the gradient, unless a defence declares that it is cut."""
 
     def grade(self, evidence: Evidence) -> Check:
-        if evidence.is_declared_cut:
-            return self.answer("pass", CUT)
-        difference = evidence.clean("regrad")
-        difference = difference[~np.isnan(difference)]
-        if not difference.size:
-            return self.answer("not_measured", "no sample was probed")
+        return self.answer("pass", CUT) if evidence.is_declared_cut else super().grade(evidence)
+
+
+class _GradientRepeats(_UncutCheck):
+    name = "gradient_repeats"
+    why = "two gradients of one image must be equal; else the attack needs the mean over many"
+    columns = ("regrad",)
+
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        (difference,) = values
         measurement = f"two gradients differ by up to {difference.max():.2g} of their length, {difference.size} samples"
         return self.answer("fail" if difference.max() > REPEATED else "pass", measurement)
 
 
-class _GradientSpread(AuditCheck):
+class _GradientSpread(_UncutCheck):
     name = "gradient_spread"
     why = "a gradient of few pixels, or alike in all, is correct and useless: the attack moves as if blind"
+    columns = ("spread",)
 
-    def grade(self, evidence: Evidence) -> Check:
-        if evidence.is_declared_cut:
-            return self.answer("pass", CUT)
-        spread = evidence.clean("spread")
-        spread = spread[~np.isnan(spread)]
-        if not spread.size:
-            return self.answer("not_measured", "no sample was probed")
-        median = float(np.median(spread))
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        median, size = float(np.median(values[0])), values[0].size
         warns = median < FEW_PIXELS[0] or median > ALL_ALIKE
-        measurement = f"spread of the gradient {median:.2g}, median of {spread.size} samples; 0.64 for Gaussian ones"
+        measurement = f"spread of the gradient {median:.2g}, median of {size} samples; 0.64 for Gaussian ones"
         return self.answer("fail" if median < FEW_PIXELS[1] else "warn" if warns else "pass", measurement)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustclip.evaluation.audit import AuditCheck, Check, Status
+from robustclip.evaluation.audit import AuditCheck, Check, ProbedCheck, Status
 from robustclip.evaluation.evidence import Evidence
 from robustclip.intervals import wilson
 
@@ -30,20 +30,6 @@ class _Fp32Verdict(AuditCheck):
         if (change[probed] > REPEAT_TOLERANCE * np.maximum(1, loss[probed])).any():
             return self.answer("fail", f"in fp32, an attacked image's loss differs by {change[probed].max():.2g}")
         return self.of_count(int((exact == 0).sum()), exact.size, NOT_IN_FP32, "attacked samples decided without fp32")
-
-
-class _Repeatable(AuditCheck):
-    name = "repeatable"
-    why = "a model whose answer depends on chance or on the rest of the batch (dropout, BatchNorm) blinds the attack"
-
-    def grade(self, evidence: Evidence) -> Check:
-        difference, largest = evidence.clean("repeat"), evidence.clean("largest_logit")
-        probed = np.isfinite(difference) & np.isfinite(largest)
-        if not probed.any():
-            return self.answer("not_measured", "no sample was probed")
-        is_same = bool((difference[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
-        measurement = f"largest difference of a logit {difference[probed].max():.2g}, {probed.sum()} samples"
-        return self.answer("pass" if is_same else "fail", measurement)
 
 
 class _RandomState(AuditCheck):
@@ -83,7 +69,7 @@ class _AutogradInside(_RandomState):
         return self._of_flags(evidence.clean("autograd"), "samples' answers compute gradients", status)
 
 
-class _Changed(AuditCheck):
+class _Changed(ProbedCheck):
     """Grades the change of logits that should stay as they are.
 
     Args:
@@ -94,15 +80,13 @@ class _Changed(AuditCheck):
     """
 
     def __init__(self, name: str, column: str, measurement: str, why: str) -> None:
-        self.name, self.column, self.measurement, self.why = name, column, measurement, why
+        self.name, self.measurement, self.why = name, measurement, why
+        self.columns = (column, "largest_logit")
 
-    def grade(self, evidence: Evidence) -> Check:
-        change, largest = evidence.clean(self.column), evidence.clean("largest_logit")
-        probed = ~np.isnan(change) & np.isfinite(largest)
-        if not probed.any():
-            return self.answer("not_measured", "no sample was probed")
-        is_same = bool((change[probed] <= REPEAT_TOLERANCE * np.maximum(1, largest[probed])).all())
-        measurement = f"{self.measurement} by up to {change[probed].max():.2g}, {probed.sum()} samples"
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        change, largest = values
+        is_same = bool((change <= REPEAT_TOLERANCE * np.maximum(1, largest)).all())
+        measurement = f"{self.measurement} by up to {change.max():.2g}, {change.size} samples"
         return self.answer("pass" if is_same else "fail", measurement)
 
 
@@ -133,17 +117,15 @@ class _Declared(AuditCheck):
         return self.answer("warn" if lines else "pass", "; ".join(lines) or "as measured")
 
 
-class _NormalisedOnce(AuditCheck):
+class _NormalisedOnce(ProbedCheck):
     name = "normalised_once"
     why = "pixels far outside a normalised image's range were normalised twice, or are grey levels"
+    columns = ("outside",)
 
-    def grade(self, evidence: Evidence) -> Check:
-        outside = evidence.clean("outside")
-        outside = outside[np.isfinite(outside)]
-        if not outside.size:
-            return self.answer("not_measured", "no sample was probed")
-        measurement = f"the tower receives pixels {outside.max():.0%} of the range outside of it"
-        return self.answer("warn" if outside.max() > OUTSIDE else "pass", measurement)
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        outside = values[0].max()
+        measurement = f"the tower receives pixels {outside:.0%} of the range outside of it"
+        return self.answer("warn" if outside > OUTSIDE else "pass", measurement)
 
 
 class _LogitScale(AuditCheck):
@@ -218,7 +200,12 @@ def _commonest(classes: NDArray[Any]) -> float:
 
 MODEL_CHECKS: Sequence[AuditCheck] = (
     _Fp32Verdict(),
-    _Repeatable(),
+    _Changed(
+        "repeatable",
+        "repeat",
+        "a repeated answer changes a logit",
+        "a model whose answer depends on chance or on the rest of the batch (dropout, BatchNorm) blinds the attack",
+    ),
     _RandomState(),
     _Changed(
         "stateful", "state", "other images change the answers", "a model that remembers images answers the attack alone"
