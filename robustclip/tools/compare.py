@@ -142,8 +142,20 @@ def pair(a: Run, b: Run, *, shared_samples: bool = False) -> Comparisons:
     adjusted = holm([row.p for row in rows])
     rows = [replace(row, adjusted=value) for row, value in zip(rows, adjusted, strict=True)]
     notes += [*unchecked_images(a, b), *unlike_replayed(a, b, keys, ledgers), *unlike_unknown(a, b)]
-    notes += _unpaired(axes_a, axes_b)
+    notes += [*_unpaired(axes_a, axes_b), *_unlike_origin(a, b)]
     return Comparisons(rows, _means(rows, _averages(a, b), a.result), notes)
+
+
+def _unlike_origin(a: Run, b: Run) -> list[str]:
+    """Writes one sentence each where two runs have other seeds or were made by other commits of the package."""
+    seeds = [(run.result.get("config") or {}).get("seed_everything") for run in (a, b)]
+    commits = [run.result.get("commit") for run in (a, b)]
+    notes = []
+    if None not in seeds and seeds[0] != seeds[1]:
+        notes.append(f"the runs have seeds {seeds[0]} and {seeds[1]}; intervals do not cover the spread over seeds")
+    if None not in commits and commits[0] != commits[1]:
+        notes.append(f"the runs were made by commits {commits[0]} and {commits[1]} of the package")
+    return notes
 
 
 def unchecked_images(a: Run, b: Run) -> list[str]:

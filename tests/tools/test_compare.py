@@ -221,3 +221,15 @@ def test_a_result_without_axes_is_refused(tmp_path: Path) -> None:
     (a / RESULT).write_text(json.dumps(result | {"protocol": {"digits": {"clean": "0123"}}}))
     with pytest.raises(ValueError, match="needs axes per task and attack"):
         compare(a, a)
+
+
+def test_other_seeds_and_commits_are_noted(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, {"digits": outcomes("rrr")}) for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        result = json.loads((folder / RESULT).read_text())
+        result |= {"commit": f"c{number}", "config": {"seed_everything": number}}
+        (folder / RESULT).write_text(json.dumps(result))
+    seeds, commits = pair(*map(Run.open, folders)).notes
+    assert "seeds 0 and 1" in seeds
+    assert "commits c0 and c1" in commits
+    assert pair(Run.open(folders[0]), Run.open(folders[0])).notes == []
