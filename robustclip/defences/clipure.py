@@ -11,7 +11,7 @@ from robustclip.defences.defence import Defence, Model
 class CLIPure(Defence):
     """CLIPure-Cos (Zhang et al., ICLR 2025, arXiv:2502.18176).
 
-    The unit feature ``u`` of the image is changed ``steps`` times, where ``b`` is the unit feature of a blank text::
+    The unit feature ``u`` of the image is changed ``steps`` times, where ``b`` is the unit feature of a blank text:
 
         u <- normalise(u + length t),  t = unit vector of the gradient of cos(u, b)
 

@@ -14,7 +14,7 @@ from robustclip.defences.random_views import Views
 class DBD(Defence):
     """DBD, directional-bias defence (ICLR 2026).
 
-    Of random views with unit features ``u_i``, those with the predictions of least entropy are kept::
+    Of random views with unit features ``u_i``, those with the predictions of least entropy are kept:
 
         m = mean_i (u_i - u_0),  q = mean_i cos(u_i - u_0, m)
         answer = z(normalise(u_0 + s m)),  s = factor if q > coherence else 1

@@ -16,7 +16,7 @@ class MAC(Defence):
     """MAC, multi-view adaptive counterattack (CVPR 2026).
 
     The views ``v`` are the image and random changes of it. Each moves away from its own embedding ``f(v)``, as far as
-    a further random change ``a`` moves the embedding::
+    a further random change ``a`` moves the embedding:
 
         c = |f(a(v)) - f(v)| / |f(v)|,  w = sigmoid((c - tau) / width)
         answer = mean over v of z(v + w d),  d by the counterattack of `TTC`, from a random start

@@ -18,7 +18,7 @@ class RTPT(Defence):
     """R-TPT, robust test-time prompt tuning (Sheng et al., CVPR 2025, arXiv:2504.11195).
 
     The views are the image and random changes of it, with unit features ``u_i`` and logits ``z_i(v)``, which depend on
-    the context ``v`` before the class names. One step of AdamW on the views ``K`` of least entropy ``H``, per image::
+    the context ``v`` before the class names. One step of AdamW on the views ``K`` of least entropy ``H``, per image:
 
         v <- v - lr (grad / |grad| + decay v),  grad of mean over i in K of H(softmax z_i(v))
         answer = sum_i w_i z_i(v),  w = softmax(s / temperature)

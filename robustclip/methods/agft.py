@@ -20,7 +20,7 @@ class AGFT(TeCoA):
     """AGFT (Cui et al., CVPR 2026, https://arxiv.org/abs/2603.29410): TeCoA with soft targets instead of labels.
 
     The targets ``q`` are answers of the frozen pre-trained tower ``f_0`` for the clean image ``x``, at a lower scale
-    than the student's. The method minimises, and its attack maximises::
+    than the student's. The method minimises, and its attack maximises:
 
         -sum_k q_k log softmax(s cos(f(x'), t))_k,    q = softmax(gamma s cos(f_0(x), t))
 

@@ -16,7 +16,7 @@ class ARF(FLYP):
     """ARF (Han et al., CVPR 2024, https://arxiv.org/abs/2404.06244): FLYP, anchored by two auxiliary sets of texts.
 
     ``L_ctr`` is the loss of FLYP. With the batch's images ``Z``, their class prompts ``T``, a caption ``C`` for each of
-    the images, and image-text pairs ``(Z_r, T_r)`` retrieved from data like those of pre-training, ARF minimises::
+    the images, and image-text pairs ``(Z_r, T_r)`` retrieved from data like those of pre-training, ARF minimises:
 
         L_ctr(Z, T) + a L_ctr(Z, C) + b L_ctr(Z_r, T_r)
 

@@ -19,7 +19,7 @@ class CAW(TeCoA):
     """CAW (Naghavian and Tavassolipour, 2025, https://arxiv.org/abs/2510.02913): TeCoA, and a guide where it is unsure.
 
     With ``P'`` the student's softmax for the adversarial image ``x'``, ``P_0`` that of the frozen original model for
-    the clean image ``x``, and ``f``, ``f_0`` the unit features of both, the method minimises::
+    the clean image ``x``, and ``f``, ``f_0`` the unit features of both, the method minimises:
 
         CE(P', y) + alpha KL(P' || P_0) (1 - P'_y) + beta || f(x') - f_0(x') ||
 

@@ -34,7 +34,7 @@ class CRoFT(FrozenFeatures):
 
     Linear adapters that start at the identity follow both towers, ``u = r x A^T + (1 - r) x`` and
     ``v = r_t t B^T + (1 - r_t) t``. A generator ``G`` makes features under a covariate shift, ``z = (u^ G^T + u^)^``,
-    where ``^`` scales to unit length. With ``CE`` of ``s cos``, adapters and generator are trained in turn::
+    where ``^`` scales to unit length. With ``CE`` of ``s cos``, adapters and generator are trained in turn:
 
         A, B:  CE(u) + lambda1 CE(z') + lambda2 (L_e(x) + L_e(z)),   z' = r z A^T + (1 - r) z
         G:     CE(z) + lambda1 D(z, u),   D = sum_{y_i = y_j} <z_i, u^_j> / N^2

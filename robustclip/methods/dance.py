@@ -20,7 +20,7 @@ class DANCE(ContextAndNorms):
     Each image moves towards its neighbours, other images or classes. The entropy of a prediction moves away from half
     of its maximum, unless it is close to that. The matrix ``F`` holds unit features of all N training images and of
     the C classes; an image's feature is that of its last batch, and the present batch has gradients. With predictions
-    ``p_i = softmax(s cos(f_i, t))``, DANCE minimises::
+    ``p_i = softmax(s cos(f_i, t))``, DANCE minimises:
 
         q_ij = exp(f_i F_j / tau) / sum_(k != i) exp(f_i F_k / tau),   j != i
         w mean_i H(q_i) - w mean_i (d_i if d_i > m else 0),   d_i = |H(p_i) - log(C) / 2|

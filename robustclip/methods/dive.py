@@ -18,7 +18,7 @@ class DiVE(FLYP):
 
     For reference image-text pairs, ``u_j`` and ``v_j`` are the differences between the unit features of the trained and
     of the pre-trained towers, for image and text. If all differences are equal, the features are only translated. With
-    FLYP's loss ``L_ctr`` on the labelled images, DiVE minimises::
+    FLYP's loss ``L_ctr`` on the labelled images, DiVE minimises:
 
         L_ctr + a mean_j (|u_j - m|^2 + |v_j - m|^2) + b mean_j |u_j - v_j|^2
 

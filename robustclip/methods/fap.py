@@ -21,7 +21,7 @@ class FAP(CoOp):
     """FAP (Zhou et al., NeurIPS 2024, https://arxiv.org/abs/2403.14774): deep prompts before both frozen towers.
 
     With logits ``z`` and unit features ``f`` of the prompted towers, softmax ``p``, the clean image ``x`` and the
-    adversarial image ``x'``, the method minimises::
+    adversarial image ``x'``, the method minimises:
 
         CE(z(x), y) + weight KL(p(x) || p(x')) (cos(f(x), f(x')) + 1)
 

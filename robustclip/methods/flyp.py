@@ -24,7 +24,7 @@ MAX_LOGIT_SCALE = 100.0  # CLIP, section 2.5
 class FLYP(RobustMethod):
     """FLYP (Goyal et al., CVPR 2023, https://arxiv.org/abs/2212.00638).
 
-    Minimises InfoNCE between the batch's images and their class prompts, each from one random template::
+    Minimises InfoNCE between the batch's images and their class prompts, each from one random template:
 
         L_ctr(Z, T) = (CE(s Z T^T, arange) + CE(s T Z^T, arange)) / 2
 

@@ -26,7 +26,7 @@ class PMGAFT(TeCoA):
     """PMG-AFT (Wang et al., CVPR 2024, https://arxiv.org/abs/2401.04350): TeCoA, guided by a frozen teacher.
 
     Let ``z = s cos(f(.), t)`` be logits and ``P = softmax(z)``: ``z_a`` and ``z_c`` are the student's on adversarial
-    and on clean images, ``z_o`` are the pre-trained teacher's on the same adversarial images. The method minimises::
+    and on clean images, ``z_o`` are the pre-trained teacher's on the same adversarial images. The method minimises:
 
         CE(z_a, y) + alpha KL(P_o || P_a) + beta KL(P_c || P_a)
 

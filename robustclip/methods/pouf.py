@@ -18,7 +18,7 @@ class POUF(ContextAndNorms):
 
     Transports images to classes and classes to images, at a cost of 1 - cos. With cosines
     ``S_ic = cos(f(x_i), t_c)``, each image is distributed over the classes by ``p_ic = softmax_c(s S)_ic``, and each
-    class over the images of the batch by ``r_ic = softmax_i(s S)_ic``. InfoMax is added::
+    class over the images of the batch by ``r_ic = softmax_i(s S)_ic``. InfoMax is added:
 
         mean_i sum_c p_ic (1 - S_ic) + mean_c sum_i r_ic (1 - S_ic) + w (mean_i H(p_i) - H(mean_i p_i))
 

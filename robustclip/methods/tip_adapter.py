@@ -19,7 +19,7 @@ from robustclip.types import UNKNOWN, Batch, Task, data_of
 class TipAdapter(FrozenFeatures):
     """Tip-Adapter-F, and Tip-Adapter without training (Zhang et al., ECCV 2022, https://arxiv.org/abs/2111.03930).
 
-    Minimises the cross-entropy of::
+    Minimises the cross-entropy of:
 
         s x t^T + alpha exp(-beta (1 - x K^T)) V
 

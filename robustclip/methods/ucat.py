@@ -21,7 +21,7 @@ class UCAT(TeCoA):
     """UCAT (Lu et al., ICML 2026, https://arxiv.org/abs/2512.12997): TeCoA and a pull towards the original evidence.
 
     Cosines ``c`` of the adversarial image and ``o`` of the frozen original model on the clean image are read as
-    Dirichlet concentrations ``a = exp((c + 1) / tau)`` and ``b = exp((o + 1) / tau)``. The method minimises::
+    Dirichlet concentrations ``a = exp((c + 1) / tau)`` and ``b = exp((o + 1) / tau)``. The method minimises:
 
         CE(s c, y) + w / (1 + exp(2 / tau)) KL(Dir(a) || Dir(b))
 

@@ -21,7 +21,7 @@ class UEO(ContextAndNorms):
 
     Trains on images without labels, some of which may show none of the named classes. Each image has one confidence of
     the zero-shot model, under the test transform: ``w_i = max_c softmax(cos(f_0(x_i), t_0) / tau)_c``. With
-    ``p_i = softmax(s cos(f(x_i), t))`` and ``H(p) = -sum_c p_c log(p_c + 1e-5)``, UEO minimises::
+    ``p_i = softmax(s cos(f(x_i), t))`` and ``H(p) = -sum_c p_c log(p_c + 1e-5)``, UEO minimises:
 
         sum_i v_i H(p_i) - m H(sum_i u_i p_i),   v_i = w_i / sum_j w_j,   u_i = (1 / w_i) / sum_j (1 / w_j)
 

@@ -18,7 +18,7 @@ class VisualPrompt(nn.Module):
     """Visual prompt that TeCoA trains instead of weights (https://arxiv.org/abs/2212.07016, section 3.2).
 
     A prompt ``P`` is added to the resized and normalised pixels (Bahng et al., https://arxiv.org/abs/2203.17274), and
-    ``n`` tokens follow the patches into the tower (VPT-shallow, Jia et al., https://arxiv.org/abs/2203.12119)::
+    ``n`` tokens follow the patches into the tower (VPT-shallow, Jia et al., https://arxiv.org/abs/2203.12119):
 
         v = N(R(x)) + P,   [CLS + e_0, patches + e, tokens] -> ln_pre -> blocks -> the output of CLS
 

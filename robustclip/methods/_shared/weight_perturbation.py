@@ -27,7 +27,7 @@ class AWP:
     """Adversarial weight perturbation (Wu et al., NeurIPS 2020, https://arxiv.org/abs/2004.05884).
 
     The gradient of a step is taken at the weights ``W_l + v_l``, where one step upwards of the method's loss has moved
-    every matrix and convolution kernel ``W_l`` that is trained::
+    every matrix and convolution kernel ``W_l`` that is trained:
 
         v_l = gamma |W_l| g_l / |g_l|,    g_l = gradient of the loss at W, for the whole batch of all processes
 
