@@ -3,6 +3,7 @@
 Slow imports wait until a fixture is asked for, since the process that shares out the tests runs none.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from helpers import ShardWriter
 
+sys.path.append(str(Path(__file__).parent / "evaluation"))  # cases that tests of other folders take from there
 SHARED = Path(__file__).parents[2] / "shared"
 
 
