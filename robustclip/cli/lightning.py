@@ -62,6 +62,7 @@ ENTRIES |= {f"data.{role}": SETS for role in ("train", "val", "test", "unknown")
 ENTRIES |= {"trainer.callbacks": Callback, "trainer.callbacks+": Callback}
 CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
+MOST_PROCESSES = 100_000
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DESCRIPTIONS = {
     "fit": "Fine-tune a model.",
@@ -177,6 +178,9 @@ class RobustCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         check_strategy(settings["strategy"])
         devices, nodes = str(settings["devices"]), str(settings["num_nodes"])
+        for name, number in (("devices", devices), ("num_nodes", nodes)):
+            if number.isdecimal() and int(number) > MOST_PROCESSES:
+                raise ValueError(f"trainer.{name} must be at most {MOST_PROCESSES:,}, got {number}")
         if devices.isdecimal() and nodes.isdecimal():
             # Before Lightning, which refuses some variables of SLURM with another reason.
             check_processes(int(devices), int(nodes))

@@ -274,3 +274,8 @@ def test_the_help_of_a_run_begins_with_the_most_used_options(capsys: pytest.Capt
         text.index(word) for word in ("most used options", "--model.help", "--data.help", "--trainer.accelerator")
     ]
     assert places == sorted(places)
+
+
+def test_a_number_of_devices_beyond_all_machines_is_refused_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["test", "--config", "zero_shot", "--trainer.devices", str(10**30)]) == 2
+    assert "trainer.devices must be at most 100,000" in capsys.readouterr().err
