@@ -105,3 +105,8 @@ def test_a_checkpoint_of_a_program_is_refused_with_the_remedy(tmp_path: Path) ->
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(ValueError, match="holds no settings"):
         robustclip.load(tmp_path / "own.ckpt")
+
+
+def test_logits_of_a_task_that_was_not_prepared_name_the_remedy() -> None:
+    with pytest.raises(ValueError, match="ZeroShot has no classifier for task 'colours'; call `prepare`"):
+        ZeroShot().logits(torch.rand(1, 3, 32, 32), "colours")

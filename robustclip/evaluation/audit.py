@@ -63,6 +63,15 @@ class AuditCheck(ABC):
         """
         return Check(self.name, status, measurement, self.why)
 
+    def worst(self, checks: Sequence[Check], missing: str) -> Check:
+        """Returns the worst of several answers.
+
+        Args:
+            checks: answers, such as one per attack.
+            missing: measurement of the answer ``not_measured`` where there is none.
+        """
+        return max(checks, key=lambda check: ORDER.index(check.status), default=self.answer("not_measured", missing))
+
     def of_share(self, share: float, limits: tuple[float, float], measurement: str) -> Check:
         """Grades a share.
 

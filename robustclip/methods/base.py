@@ -158,9 +158,16 @@ class RobustMethod(Checked, EvaluationSteps):
 
         The head of the training classes is encoded anew at every call, with gradients, if `class_features` depends on a
         trained parameter. All other heads are constants that `prepare` has encoded.
+
+        Raises:
+            ValueError: `prepare` was not called with the task.
         """
         if task == TRAIN and self.train_task is not None:
             return encode_head(self.class_features, self.train_task)
+        if task not in self.heads:
+            raise ValueError(
+                f"{type(self).__name__} has no classifier for task {task!r}; call `prepare` with the task first"
+            )
         return self.heads[task]
 
     # Members that a method may use

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustclip.attacks.attack import BOX_TOLERANCE
-from robustclip.evaluation.audit import ORDER, STRICT, AuditCheck, Check, Status
+from robustclip.evaluation.audit import STRICT, AuditCheck, Check, Status
 from robustclip.evaluation.evidence import Columns, Evidence
 from robustclip.evaluation.ways import WAYS
 from robustclip.intervals import upper_bound, wilson
@@ -168,9 +168,7 @@ class _Lost(AuditCheck):
         if self.is_alone and evidence.defence is not None:
             return self.answer("pass", "the ways through the defence try this on every sample")
         checks = [self._of_attack(evidence, attack) for attack in dict.fromkeys(name for _, name in evidence.attacked)]
-        if not checks:
-            return self.answer("not_measured", "no attack ran")
-        return max(checks, key=lambda check: ORDER.index(check.status))
+        return self.worst(checks, "no attack ran")
 
     def _of_attack(self, evidence: Evidence, attack: str) -> Check:
         keys = [key for key in evidence.attacked if key[1] == attack]
@@ -233,10 +231,7 @@ class _BlackBox(AuditCheck):
             self.of_count(won[name], samples[name], BLACK_BOX_WINS, f"misclassified by it alone, {name}")
             for name in samples
         ]
-        if not checks:
-            measurement = "no black-box attack after others; the recipes cascade and autoattack have one"
-            return self.answer("not_measured", measurement)
-        return max(checks, key=lambda check: ORDER.index(check.status))
+        return self.worst(checks, "no black-box attack after others; the recipes cascade and autoattack have one")
 
 
 class _Ways(AuditCheck):
@@ -249,9 +244,7 @@ class _Ways(AuditCheck):
         if evidence.omitted_ways:
             return self.answer("warn", f"the test left out {', '.join(evidence.omitted_ways)}")
         checks = [self._of_attack(evidence, attack) for attack in dict.fromkeys(name for _, name in evidence.attacked)]
-        if not checks:
-            return self.answer("not_measured", "no attack ran")
-        return max(checks, key=lambda check: ORDER.index(check.status))
+        return self.worst(checks, "no attack ran")
 
     def _of_attack(self, evidence: Evidence, attack: str) -> Check:
         keys = [key for key in evidence.attacked if key[1] == attack]
