@@ -39,11 +39,12 @@ def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Builds a parser with the options for the folders."""
+def parser(description: str | None, *, data: bool = True) -> argparse.ArgumentParser:
+    """Builds a parser with the options for the folders, those of data and model only if `data` is true."""
     found = argparse.ArgumentParser(description=description)
-    found.add_argument("--data", required=True, help="folder of the data sets")
-    found.add_argument("--model", required=True, help="folder of the model")
+    if data:
+        found.add_argument("--data", required=True, help="folder of the data sets")
+        found.add_argument("--model", required=True, help="folder of the model")
     found.add_argument("--work", type=Path, required=True, help="folder of all that is made")
     found.add_argument("--out", type=Path, help="JSON file to write")
     return found

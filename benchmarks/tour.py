@@ -17,7 +17,7 @@ from robustclip.cli.main import run
 from robustclip.data.sources.shapes import ShapesDataset
 
 ATTACK = ("--model.attack", "PGD", "--model.attack.eps", "5/255", "--model.attack.alpha", "3.75/255")
-COLOURS = '{source: "shapes:colours", split: test, classes: 0-5%s}'
+COLOURS = '{source: "shapes:colours", classes: 0-5%s}'  # of the training split
 METHODS: dict[str, tuple[str, ...]] = {
     "TeCoA": (*ATTACK, "--model.optimizer.lr", "3e-3"),
     "PMGAFT": (*ATTACK, "--model.optimizer.lr", "3e-3"),

@@ -128,11 +128,19 @@ def test_larger_words_cover_more_pixels() -> None:
     assert means[3] > 3 * means[1]
 
 
+@pytest.mark.parametrize("name", ["source", "colours"])
+def test_training_images_are_not_test_images(name: str) -> None:
+    train, test = (
+        {dataset[i][0].tobytes() for i in range(240)} for dataset in map(ShapesDataset, [name] * 2, ["train", "test"])
+    )
+    assert not train & test
+
+
 def test_unknown_names_and_splits_are_answered_with_what_exists() -> None:
     with pytest.raises(ValueError, match=r"name must be one of source, colours, .*; got 'cats'"):
         ShapesDataset("cats")
-    with pytest.raises(ValueError, match=r"split of shapes set 'colours' must be one of test; got 'train'"):
-        ShapesDataset("colours", "train")
+    with pytest.raises(ValueError, match=r"split of shapes set 'sizes' must be one of test; got 'train'"):
+        ShapesDataset("sizes", "train")
     with pytest.raises(IndexError, match=r"index of shapes set 'colours' must be in \[0, 239\], got 240"):
         ShapesDataset("colours")[240]
 

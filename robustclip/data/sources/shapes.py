@@ -159,8 +159,8 @@ def _source() -> _Set:
     return _Set(classes, ("{}", "a picture of {}", "an image of {}"), {"train": 28 * len(classes), "test": 288})
 
 
-def _zero_shot(words: Sequence[tuple[str, Fixed]], *templates: str) -> _Set:
-    return _Set(dict(words), templates, {"test": 240})
+def _zero_shot(words: Sequence[tuple[str, Fixed]], *templates: str, train: int = 0) -> _Set:
+    return _Set(dict(words), templates, {"test": 240} | ({"train": train} if train else {}))
 
 
 def _fields(field: str, words: Sequence[str], **others: Any) -> list[tuple[str, Fixed]]:
@@ -187,7 +187,7 @@ _PLAIN: dict[str, Any] = {"background": "plain"}
 
 _MAKERS: dict[str, Callable[[], _Set]] = {
     "source": _source,
-    "colours": lambda: _zero_shot(_fields("colour", _COLOUR_NAMES), *_WORD_TEMPLATES),
+    "colours": lambda: _zero_shot(_fields("colour", _COLOUR_NAMES), *_WORD_TEMPLATES, train=480),
     "shapes": lambda: _zero_shot(_fields("shape", SHAPES, count=1), *_SHAPE_TEMPLATES),
     "textures": lambda: _zero_shot(_fields("texture", TEXTURES, **_PLAIN), *_WORD_TEMPLATES),
     "counts": lambda: _zero_shot(_counted(("shape",)), "{}", "a picture of {}", "an image of {}"),
@@ -227,7 +227,7 @@ class ShapesDataset(Dataset[tuple[Image.Image, int]]):
 
     Args:
         name: one of `SHAPES_SETS`.
-        split: ``test``; the set ``source`` also has ``train``.
+        split: ``test``; the sets ``source`` and ``colours`` also have ``train``.
 
     Raises:
         ValueError: the set or the split does not exist.
