@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
-from robustclip.arguments import CountOrZero, NonNegative, Share
+from robustclip.arguments import CountOrZero, NonNegative, Positive, Share
 from robustclip.methods._shared.distributed import all_gather_rows
 from robustclip.methods._shared.frozen_towers import FrozenFeatures
 from robustclip.objectives.energy import Branch, Reduction, adapted, batch_penalty, sample_penalty
@@ -65,14 +65,24 @@ class CRoFT(FrozenFeatures):
             energy.
         reduction: reduction of ``batch``; ``sum`` is the code's for its ImageNet split, where the same ``lambda2``
             weighs ``(N C / D)^2`` times as much.
+        energy_scale: scale of the cosines in the energy of ``sample``; null for the model's, with which scores and
+            predictions are computed.
         kwargs: arguments of `FrozenFeatures`; adapters and generator have an optimiser each.
 
     Raises:
-        ValueError: an option is unknown, a ratio is outside [0, 1], a number is negative, or the penalty is ``sample``
-            in an official mode.
+        ValueError: an option is unknown, a ratio is outside [0, 1], a number is negative, the penalty is ``sample`` in
+            an official mode, or ``batch``, whose sum has no scale, has one.
     """
 
-    of_training: tuple[str, ...] = ("mode", "generator_steps", "lambda1", "lambda2", "penalty", "reduction")
+    of_training: tuple[str, ...] = (
+        "mode",
+        "generator_steps",
+        "lambda1",
+        "lambda2",
+        "penalty",
+        "reduction",
+        "energy_scale",
+    )
 
     def __init__(
         self,
@@ -84,13 +94,14 @@ class CRoFT(FrozenFeatures):
         lambda2: NonNegative = 5.0,
         penalty: Literal["batch", "sample"] = "batch",
         reduction: Reduction = "mean",
+        energy_scale: Positive | None = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.automatic_optimization = False
         self.mode, self.ratio, self.ratio_text = mode, ratio, ratio_text
         self.generator_steps, self.lambda1, self.lambda2 = generator_steps, lambda1, lambda2
-        self.penalty, self.reduction = penalty, reduction
+        self.penalty, self.reduction, self.energy_scale = penalty, reduction, energy_scale
         self._check()
         self.image_adapter, self.text_adapter, self.generator = (nn.Parameter(torch.eye(self.width)) for _ in range(3))
         self.texts = self.text_gram = torch.empty(0)
@@ -100,6 +111,8 @@ class CRoFT(FrozenFeatures):
             raise ValueError(f"generator_steps must be at least 1 in mode 'clean', got {self.generator_steps}")
         if self.mode != "clean" and self.penalty == "sample":
             raise ValueError(f"penalty must be 'batch' in mode {self.mode!r}, got 'sample'; the code has no other")
+        if self.penalty == "batch" and self.energy_scale != 1:
+            raise ValueError(f"energy_scale must be 1 where penalty is 'batch', got {self.energy_scale}; set 'sample'")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns two groups, the adapters and the generator."""
@@ -174,7 +187,8 @@ class CRoFT(FrozenFeatures):
 
     def _penalty(self, images: Branch, texts: Branch) -> Tensor:
         if self.penalty == "sample":
-            return sample_penalty(images, texts)
+            scale = self.clip.logit_scale if self.energy_scale is None else self.energy_scale
+            return sample_penalty(images, texts, temperature=scale)
         return batch_penalty(images, texts, reduction=self.reduction)
 
     def _official_terms(self, view: View, labels: Tensor) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def batch_penalty(images: Branch, texts: Branch, *, reduction: Reduction = "mean
     return squares if reduction == "mean" else squares / a.shape[1] ** 2
 
 
-def sample_penalty(images: Branch, texts: Branch, *, temperature: float = 1.0) -> Tensor:
+def sample_penalty(images: Branch, texts: Branch, *, temperature: float | Tensor = 1.0) -> Tensor:
     """Computes the squared gradient of each image's energy, averaged over the images.
 
     The energy is ``E = -log sum_k exp(tau cos(u, v_k))``. With ``S_k = cos(u, v_k)``, ``p = softmax(tau S)`` and unit

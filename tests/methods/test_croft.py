@@ -217,6 +217,28 @@ def test_mixed_precision_encodes_and_the_rest_is_fp32(tiny_model: Path) -> None:
     assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
 
 
+@pytest.mark.parametrize("scale", [1.0, 7.0, None])
+def test_each_images_energy_has_the_scale_of_the_option(scale: float | None, tiny_model: Path) -> None:
+    method = build(tiny_model, penalty="sample", energy_scale=scale, lambda1=0.0, lambda2=1.0).double()
+    method.prepare_training(CLIPDataModule(train="shapes:source", image_size=32).train_task)
+    embeddings, labels = torch.randn(4, method.width, dtype=torch.float64), torch.arange(4)
+    view, factor = method.view(Batch(embeddings, labels, labels)), scale or float(method.clip.logit_scale.detach())
+    generated = norm(method.generate(view.images.unit)).detach()
+
+    def energies(images: Tensor) -> Tensor:
+        u = norm(R * images @ method.image_adapter.T + (1 - R) * images)
+        v = norm(R_T * method.texts @ method.text_adapter.T + (1 - R_T) * method.texts)
+        return (factor * u @ v.T).logsumexp(1)
+
+    adapters, expected = [method.image_adapter, method.text_adapter], 0.0
+    for images in (view.images.inputs, generated):
+        for energy in energies(images):
+            expected += (
+                sum(float(g.square().sum()) for g in torch.autograd.grad(energy, adapters, retain_graph=True)) / 4
+            )
+    assert float(method.adapter_loss(view, labels)["energy"].detach()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_accumulation_is_refused_in_one_line(tiny_model: Path) -> None:
     with pytest.raises(MisconfigurationException, match="accumulation is not supported for manual optimization"):
         fit(build(tiny_model), accumulate_grad_batches=2)
@@ -234,6 +256,7 @@ def test_accumulation_is_refused_in_one_line(tiny_model: Path) -> None:
         ({"generator_steps": -1, "mode": "official"}, "generator_steps must be .*at least 0, got -1"),
         ({"lambda2": -1.0}, "lambda2 must be at least 0, got -1.0"),
         ({"mode": "official", "penalty": "sample"}, "penalty must be 'batch' in mode 'official'"),
+        ({"energy_scale": 10.0}, "energy_scale must be 1 where penalty is 'batch', got 10.0"),
     ],
 )
 def test_what_cannot_be_is_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
