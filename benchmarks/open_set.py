@@ -50,10 +50,15 @@ class Target:
         work: folder of features, fits and tests.
         shared: options of every command: where data and model lie.
         views: number of augmented views of each image.
+        known: number of known classes of Tiny-ImageNet.
+        shots: training images of each class.
     """
 
-    def __init__(self, name: str, *, work: Path, shared: Sequence[str], views: str) -> None:
+    def __init__(
+        self, name: str, *, work: Path, shared: Sequence[str], views: str, known: int = KNOWN, shots: int = 16
+    ) -> None:
         self.name, self.work, self.shared, self.views = name, work / name, list(shared), views
+        self.known, self.shots = known, shots
 
     def rows(self, seeds: Sequence[int], methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Runs the missing fits and tests, and returns the measures."""
@@ -62,13 +67,20 @@ class Target:
             yield self._test("zero_shot", seed, [*self._data(seed), *zero_shot])
         for method in methods:
             model, chosen = METHODS[method][0], self.chosen(method, seeds[0])
-            yield from (self._row(method, model, chosen, seed) for seed in seeds)
+            yield from (self.row(method, model, chosen, seed) for seed in seeds)
 
     def by_penalty(self, seed: int) -> Iterator[dict[str, Any]]:
         """Tests CRoFT at every weight of the penalty; the other weight is the best one without penalty."""
         without = self.chosen("croft_no_penalty", seed)
         for weight in PENALTIES:
-            yield self._row(f"lambda2={weight}", "CRoFT", without | {LAMBDA2: weight}, seed)
+            yield self.row(f"lambda2={weight}", "CRoFT", without | {LAMBDA2: weight}, seed)
+
+    def row(self, method: str, model: str, options: dict[str, str], seed: int) -> dict[str, Any]:
+        """Fits and tests a method if needed, and returns its measures."""
+        features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
+        words = [*self._data(seed), *_words(model, options), *features]
+        row = self._test(method, seed, [*words, "--ckpt_path", str(self._fit(model, options, seed))])
+        return row | {"chosen": options}
 
     def features(self, seed: int) -> Path:
         """Creates the feature cache of a seed if needed, and returns its folder."""
@@ -90,9 +102,9 @@ class Target:
         return max(float(row["val/mean/clean/acc1"]) for row in rows if row["val/mean/clean/acc1"])
 
     def _data(self, seed: int) -> list[str]:
-        words = [*self.shared, "--data.shots_seed", str(seed)]
+        words = [*self.shared, "--data.shots_seed", str(seed), "--data.shots", str(self.shots)]
         if self.name == TINY:
-            known = [{"source": f"wds:{TINY}", "known": KNOWN, "known_seed": seed}]
+            known = [{"source": f"wds:{TINY}", "known": self.known, "known_seed": seed}]
             names = {"train": known, "test": known, "unknown": [{**known[0], "name": f"{TINY}_unknown"}]}
             return [*words, *(f"--data.{key}={json.dumps(value)}" for key, value in names.items())]
         sources = [f"wds:{domain}" for domain in DOMAINS if domain != self.name]
@@ -105,12 +117,6 @@ class Target:
         places = ("--data.features", str(self.features(seed)), "--seed_everything", str(seed))
         folder = self.work / "fits" / f"{'_'.join([model, *options.values()])}_seed{seed}"
         return fit_once(folder, [*words, *places])
-
-    def _row(self, method: str, model: str, options: dict[str, str], seed: int) -> dict[str, Any]:
-        features = ("--data.features", str(self.features(seed)), "--data.features_in_test", "true")
-        words = [*self._data(seed), *_words(model, options), *features]
-        row = self._test(method, seed, [*words, "--ckpt_path", str(self._fit(model, options, seed))])
-        return row | {"chosen": options}
 
     def _test(self, method: str, seed: int, words: Sequence[str]) -> dict[str, Any]:
         result = test_once(self.work / "tests" / f"{method}_seed{seed}", ["--config", CONFIG, *words])
