@@ -10,11 +10,14 @@ import json
 import tarfile
 from pathlib import Path
 
+import matplotlib
 import pyarrow as pa
+from matplotlib.figure import Figure
 from pyarrow import parquet
 
 from robustclip.cli.main import run
 from robustclip.data.sources.shapes import ShapesDataset
+from robustclip.results.run import Run
 
 ATTACK = ("--model.attack", "PGD", "--model.attack.eps", "5/255", "--model.attack.alpha", "3.75/255")
 COLOURS = '{source: "shapes:colours", classes: 0-5%s}'  # of the training split
@@ -26,6 +29,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "CRoFT": ("--data.train", COLOURS % "", "--data.shots", "16"),
 }
 PAIRS = 240  # anchors of ARF, drawn from a set that is not tested
+LESS, MORE, ORIGINAL = "#c2572b", "#2a7f62", "#6b7280"
 
 
 def anchors(folder: Path) -> list[str]:
@@ -53,6 +57,39 @@ def anchors(folder: Path) -> list[str]:
 def _table(path: Path, column: str, kind: pa.DataType, lists: list[list[object]]) -> None:
     columns = [pa.array(range(len(lists)), pa.int64()), pa.array(lists, pa.list_(kind))]
     parquet.write_table(pa.table(columns, ["index", column]), path)
+
+
+def measures(test: Run) -> dict[str, float]:
+    """Reads what the picture shows, in percent."""
+    result = test.result
+    unknown = result["detection"]["tasks"]["colours"]["unknown"]["other_colours"]
+    shares = {
+        "same style": result["averages"]["same_style"]["clean"]["acc1"],
+        "under attack": result["averages"]["same_style"]["pgd10"]["acc1"],
+        "other styles": result["averages"]["shifts"]["clean"]["acc1"],
+        "unknown colours (AUROC)": unknown["scores"]["mcm"]["auroc"],
+    }
+    return {name: 100 * share for name, share in shares.items()}
+
+
+def picture(tests: list[Run], path: Path) -> None:
+    """Draws gains and losses of every method, one panel per measure; the dashed line is the original model."""
+    original, rows = measures(tests[0]), [measures(test) for test in tests[1:]]
+    names = [test.method for test in tests[1:]]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tour", "font.size": 10}):
+        figure = Figure(figsize=(10, 2.4), layout="constrained", facecolor="white")
+        for axes, name in zip(figure.subplots(1, len(original), sharey=True), original, strict=True):
+            values = [row[name] for row in rows]
+            colours = [MORE if value >= original[name] else LESS for value in values]
+            bars = axes.barh(names, values, color=colours, height=0.62)
+            axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+            axes.axvline(original[name], color=ORIGINAL, linestyle="--", linewidth=1)
+            axes.set(title=name, xlim=(0, 112), xticks=[0, 50, 100])
+            axes.title.set_fontsize(10.5)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        figure.savefig(path, metadata={"Date": None})
 
 
 def command(*words: str) -> None:
@@ -95,6 +132,7 @@ def main() -> None:
             ]
             command("test", *model, *more, *short, *quiet)
         runs.append(result)
+    picture([Run.open(folder) for folder in runs], work / "picture.svg")
     command("table", *map(str, runs))
     command("report", *map(str, runs), "--out", str(work / "report.html"))
 

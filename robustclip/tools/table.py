@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from robustclip import display
 from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
-from robustclip.results.run import Run, method_of
-from robustclip.results.tables import SUCCESS
+from robustclip.results.run import Run
+from robustclip.results.tables import DETECTION, NOT_A_TASK, SUCCESS, means_of
+
+Column = tuple[Run, str]
+"""A test, and the heading of one of its accuracies."""
 
 
 def table(results: list[Path]) -> None:
-    """Prints the accuracies of several tests side by side, in percent, and their mean corruption errors.
+    """Prints the accuracies of several tests side by side, in percent, and what else they measured.
+
+    Where all accuracies do not fit on one line, there is one table for each of them: without attack, and per attack.
 
     Args:
         results: folders that ``robustclip test`` wrote.
@@ -21,35 +27,85 @@ def table(results: list[Path]) -> None:
     Raises:
         ValueError: a folder holds no result.
     """
-    runs = [Run.open(path).result for path in results]
-    columns = [(run, heading) for run in runs for heading in _shares(run["mean"])]
-    printed = Table(title="top-1 accuracy in percent", show_footer=True)
+    runs = [Run.open(path) for path in results]
+    names = _names(runs)
+    columns = [(run, heading) for run in runs for heading in _shares(run.result["mean"])]
+    console = display.console()
+    tables = [_accuracies("top-1 accuracy in percent", columns, names)]
+    if not _fits(tables[0], console):
+        by_heading = {heading: [column for column in columns if column[1] == heading] for _, heading in columns}
+        tables = [
+            _accuracies(f"{heading}: top-1 accuracy in percent", chosen, names)
+            for heading, chosen in by_heading.items()
+        ]
+    for printed in (*tables, _detection(runs, names), _corruptions(runs, names)):
+        if printed.row_count:
+            console.print(printed)
+
+
+def _names(runs: Sequence[Run]) -> dict[Path, str]:
+    """Returns the methods of the tests by their folders, with the folder where several tests are of one method."""
+    methods = [run.method for run in runs]
+    return {run.folder: run.method if methods.count(run.method) == 1 else f"{run.method} {run.name}" for run in runs}
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width
+
+
+def _accuracies(title: str, columns: Sequence[Column], names: Mapping[Path, str]) -> Table:
+    """Tabulates accuracies by set, their averages, and the grades of the audits."""
+    printed = Table(title=title, show_footer=True)
     printed.add_column("task", footer="mean")
     for run, heading in columns:
-        footer = _percent(_shares(run["mean"])[heading])
-        printed.add_column(f"{method_of(run)}\n{heading}", justify="right", footer=footer)
-    for name in dict.fromkeys(name for run in runs for name in run["tasks"]):
-        printed.add_row(name, *(_percent(_shares(run["tasks"].get(name, {})).get(heading)) for run, heading in columns))
-    console = display.console()
-    console.print(printed)
-    if (errors := _corruptions(runs)).row_count:
-        console.print(errors)
+        footer = _percent(_shares(run.result["mean"])[heading])
+        printed.add_column(f"{names[run.folder]}\n{heading}", justify="right", footer=footer)
+    results = [(run.result, heading) for run, heading in columns]
+    for name in dict.fromkeys(name for result, _ in results for name in result["tasks"]):
+        printed.add_row(
+            name, *(_percent(_shares(result["tasks"].get(name, {})).get(heading)) for result, heading in results)
+        )
+    printed.add_section()
+    averages = [means_of(result) for result, _ in results]
+    for name in dict.fromkeys(name for means in averages for name in means if name != NOT_A_TASK):
+        shares = (_shares(means.get(name, {})).get(column[1]) for means, column in zip(averages, columns, strict=True))
+        printed.add_row(name, *map(_percent, shares))
+    grades = [result.get("audit", {}).get("grade", "") for result, _ in results]
+    if any(grades):
+        printed.add_row("audit", *grades)
+    printed.add_section()
+    return printed
 
 
-def _corruptions(runs: Sequence[Mapping[str, Any]]) -> Table:
+def _detection(runs: Sequence[Run], names: Mapping[Path, str]) -> Table:
+    """Tabulates AUROC and H of the headline score, per known and unknown set."""
+    printed = Table(title="known against unknown classes in percent")
+    for name in ("test", "known", "unknown", "score", "AUROC", "attacked", "H"):
+        printed.add_column(name, justify="right" if name in ("AUROC", "attacked", "H") else "left")
+    for run in runs:
+        section = run.result.get(DETECTION) or {"tasks": {}}
+        for task, summary in section["tasks"].items():
+            for name, unknown in summary["unknown"].items():
+                values = unknown["scores"][section["headline"]]
+                numbers = (values["auroc"], values.get("attacked", {}).get("auroc"), values["h"])
+                printed.add_row(names[run.folder], task, name, section["headline"], *map(_percent, numbers))
+    return printed
+
+
+def _corruptions(runs: Sequence[Run], names: Mapping[Path, str]) -> Table:
     """Tabulates the mean errors on corrupted copies, and the mean corruption errors relative to the first test."""
     table = Table(title="error on corrupted copies in percent")
     for name in ("test", "set", "attack", "mean error", "mCE", "relative mCE"):
         table.add_column(name, justify="left" if name in ("test", "set", "attack") else "right")
     for run in runs:
-        for name, section in run.get(CORRUPTIONS, {}).items():
+        for name, section in run.result.get(CORRUPTIONS, {}).items():
             for kind, errors in section.items():
                 if kind != TASKS:
-                    reference = errors_of(runs[0], run, name, kind)
+                    reference = errors_of(runs[0].result, run.result, name, kind)
                     ratios = {} if reference is None else mean_corruption_error(errors, reference)
                     cells = [errors["error"], ratios.get("mce"), ratios.get("relative_mce")]
                     texts = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
-                    table.add_row(method_of(run), name, kind, *texts)
+                    table.add_row(names[run.folder], name, kind, *texts)
     return table
 
 
