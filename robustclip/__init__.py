@@ -6,7 +6,7 @@ Public names are imported at their first use, since PyTorch Lightning takes seco
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "robustclip.api": ("evaluate", "load"),

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from robustclip import __version__
 from robustclip.cli.lightning import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CITATION = (ROOT / "CITATION.cff").read_text()
+CHANGES = (ROOT / "CHANGELOG.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def test_citation_and_changelog_have_the_version_of_the_package() -> None:
+    assert re.search(r"^version: (.+)$", CITATION, re.MULTILINE)[1] == __version__
+    assert re.search(r"^## (\S+)", CHANGES, re.MULTILINE)[1] == __version__
 
 
 def test_the_method_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
