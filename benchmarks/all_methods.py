@@ -76,7 +76,9 @@ METHODS = {
     "FARE": Method(attacked("FARE"), TOWER),
     "CleanFineTuning": Method(("--model", "CleanFineTuning"), PAIRS),
     "FLYP": Method(("--model", "FLYP"), PAIRS),
-    "UEO": Method(("--model", "UEO"), training=("--data.train", COLOURS % ", images: 0-11")),
+    "UEO": Method(
+        ("--model", "UEO", "--model.phrase", "a picture of a"), training=("--data.train", COLOURS % ", images: 0-11")
+    ),
     "CRoFT": Method(("--model", "CRoFT"), training=("--data.train", COLOURS % "", "--data.shots", "16")),
 }
 

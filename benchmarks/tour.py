@@ -25,7 +25,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "TeCoA": (*ATTACK, "--model.optimizer.lr", "3e-3"),
     "PMGAFT": (*ATTACK, "--model.optimizer.lr", "3e-3"),
     "ARF": ("--model.optimizer.lr", "3e-4"),
-    "UEO": ("--data.train", COLOURS % ", images: 0-11"),
+    "UEO": (
+        "--data.train",
+        COLOURS % ", images: 0-11",
+        "--model.phrase",
+        "a picture of a",
+    ),  # the model knows no photos
     "CRoFT": ("--data.train", COLOURS % "", "--data.shots", "16"),
 }
 PAIRS = 240  # anchors of ARF, drawn from a set that is not tested
