@@ -78,16 +78,20 @@ def measures(test: Run) -> dict[str, float]:
 
 
 def picture(tests: list[Run], path: Path) -> None:
-    """Draws gains and losses of every method, one panel per measure; the dashed line is the original model."""
+    """Draws gains and losses of every method, one panel per measure; the dashed line is the original model.
+
+    A bar is green if the method gains a point or more, red if it loses one, and grey in between.
+    """
     original, rows = measures(tests[0]), [measures(test) for test in tests[1:]]
     names = [test.method for test in tests[1:]]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tour", "font.size": 10}):
         figure = Figure(figsize=(10, 2.4), layout="constrained", facecolor="white")
         for axes, name in zip(figure.subplots(1, len(original), sharey=True), original, strict=True):
             values = [row[name] for row in rows]
-            colours = [MORE if value >= original[name] else LESS for value in values]
+            changes = [round(value - original[name]) for value in values]
+            colours = [ORIGINAL if change == 0 else MORE if change > 0 else LESS for change in changes]
             bars = axes.barh(names, values, color=colours, height=0.62)
-            axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+            axes.bar_label(bars, fmt="%.0f", padding=-17, fontsize=9, color="white")
             axes.axvline(original[name], color=ORIGINAL, linestyle="--", linewidth=1)
             axes.set(title=name, xlim=(0, 112), xticks=[0, 50, 100])
             axes.title.set_fontsize(10.5)
