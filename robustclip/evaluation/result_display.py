@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from robustclip import display
-from robustclip.results.tables import rich_corruptions, rich_detection, rich_table
+from robustclip.results.tables import open_checks, rich_corruptions, rich_detection, rich_table
 
 
 def print_result(result: Mapping[str, Any], folder: Path) -> None:
@@ -21,7 +21,6 @@ def print_result(result: Mapping[str, Any], folder: Path) -> None:
         console.print(table)
     if (detected := rich_detection(result)) is not None:
         console.print(detected)
-    for check in result["audit"]["checks"]:
-        if check["status"] != "pass":
-            console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
+    for check in open_checks(result):
+        console.print(f"{check['status']:>12}  {check['name']}: {check['found']}")
     console.print(f"Table, ledgers and protocol are in\n{folder}", soft_wrap=True)

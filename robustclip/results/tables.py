@@ -279,7 +279,19 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def audit_line(result: Mapping[str, Any]) -> str:
     """Formats the grade and the checks that did not pass, as in ``Audit: B; not measured: baseline``."""
     by_status: dict[str, list[str]] = {}
-    for check in result["audit"]["checks"]:
+    for check in open_checks(result):
         by_status.setdefault(check["status"].replace("_", " "), []).append(check["name"])
-    rest = [f"{status}: {', '.join(names)}" for status, names in by_status.items() if status != "pass"]
+    rest = [f"{status}: {', '.join(names)}" for status, names in by_status.items()]
+    rest += [] if has_attack(result) else ["no attack ran, and the checks of attacks were not measured"]
     return "; ".join([f"Audit: {result['audit']['grade']}", *rest])
+
+
+def open_checks(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Lists the checks that did not pass; in a test without attacks, those that were not measured are left out."""
+    hidden = {"pass"} if has_attack(result) else {"pass", "not_measured"}
+    return [check for check in result["audit"]["checks"] if check["status"] not in hidden]
+
+
+def has_attack(result: Mapping[str, Any]) -> bool:
+    """Returns whether the test measured any accuracy under attack."""
+    return bool(set(result["mean"]) - {CLEAN})

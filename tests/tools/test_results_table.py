@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from robustclip.results.tables import audit_line
 from robustclip.tools.table import table
 
 METHODS = ("ZeroShot", "TeCoA", "PMGAFT", "ARF", "UEO", "CRoFT")
@@ -64,3 +65,12 @@ def test_averages_and_detection_stand_beside_the_accuracies(tmp_path: Path, caps
     shown = capsys.readouterr().out
     for text in ("12.3", "4.5", "87.1", "3.1", "others"):
         assert text in shown
+
+
+def test_a_test_without_attacks_says_so_in_place_of_twenty_checks() -> None:
+    checks = [{"name": name, "status": "not_measured", "found": "no attack ran"} for name in ("transfer", "black_box")]
+    audit = {"grade": "B", "checks": [*checks, {"name": "chance", "status": "warn", "found": "at chance"}]}
+    clean = {"audit": audit, "mean": {"clean": {}}}
+    assert audit_line(clean) == "Audit: B; warn: chance; no attack ran, and the checks of attacks were not measured"
+    attacked = {"audit": audit, "mean": {"clean": {}, "pgd10": {}}}
+    assert audit_line(attacked) == "Audit: B; not measured: transfer, black_box; warn: chance"
