@@ -5,7 +5,6 @@ training images. Each fit and each test is an ordinary command of robustclip and
 that an interrupted script resumes and a later one adds methods and seeds.
 """
 
-import csv
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from once import fit_once, parser, test_once, write
-from tour import COLOURS, anchors
+from once import fit_once, held_out, parser, test_once, write
+from tour import COLOURS, anchors, drawn_pairs
 
 from robustclip.cli.main import run as command
 from robustclip.intervals import mean_difference, mean_interval
@@ -103,7 +102,7 @@ class Comparison:
         words = [*SHARED, *self.model(name, seed), *method.training, *holdout, "--seed_everything", str(seed)]
         words += ["--model.optimizer.lr", rate] if rate else []
         if method.needs_anchors and not folder.is_dir():
-            self._anchors = self._anchors or anchors(self.work)
+            self._anchors = self._anchors or anchors(self.work, drawn_pairs())
             words += self._anchors
         words += ["--evaluation.fit_attacks", json.dumps({"pgd2": PGD2} if holdout else {})]
         return fit_once(folder, words, method=name, rate=rate, seed=seed)
@@ -130,9 +129,7 @@ class Comparison:
 
     def held_out(self, name: str, rate: str) -> float:
         """Reads the mean of clean and attacked accuracy on the held-out images, in [0, 1]."""
-        rows = list(csv.DictReader((self.fit(name, rate, 0).parents[1] / "metrics.csv").open()))
-        last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
-        return statistics.mean(float(last[f"val/mean/{kind}/acc1"]) for kind in ("clean", "pgd2"))
+        return statistics.mean(held_out(self.fit(name, rate, 0), "clean", "pgd2").values())
 
     def test(self, name: str, seed: int) -> None:
         """Tests if needed: all images without attack and with attacked detection, and some under the full recipe."""

@@ -6,7 +6,6 @@ fit and each test is an ordinary command of robustclip and is skipped if its fol
 therefore share the work, and an interrupted script resumes.
 """
 
-import csv
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from once import RUN, fit_once, parser, test_once, write
+from once import RUN, fit_once, held_out, parser, test_once, write
 
 from robustclip.cli.main import run as command
 from robustclip.intervals import mean_interval
@@ -93,9 +92,7 @@ class Family:
 
     def held_out(self, cell: Cell) -> dict[str, float]:
         """Reads clean and attacked accuracy on the held-out images, in [0, 1]."""
-        rows = list(csv.DictReader((self.fit(cell).parents[1] / "metrics.csv").open()))
-        last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
-        return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in ("clean", "pgd2")}
+        return held_out(self.fit(cell), "clean", "pgd2")
 
     def best_rate(self, method: str) -> str:
         """Fits at every rate, and chooses by the held-out images."""

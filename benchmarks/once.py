@@ -1,6 +1,7 @@
 """Runs each fit and test once, so that an interrupted script resumes, and formats tables; shared by several scripts."""
 
 import argparse
+import csv
 import json
 import shlex
 import statistics
@@ -27,6 +28,13 @@ def fit_once(folder: Path, words: Sequence[str], **told: Any) -> Path:
         cost = {"cpu_seconds": round(time.process_time() - started)}
         (folder / RUN).write_text(json.dumps(told | cost) + "\n")
     return folder / "checkpoints" / "last.ckpt"
+
+
+def held_out(checkpoint: Path, *kinds: str) -> dict[str, float]:
+    """Reads the last accuracies on the held-out images of a fit, in [0, 1], by kind, such as ``clean`` and ``pgd2``."""
+    rows = list(csv.DictReader((checkpoint.parents[1] / "metrics.csv").open()))
+    last = next(row for row in reversed(rows) if row["val/mean/clean/acc1"])
+    return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in kinds}
 
 
 def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import argparse
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import pyarrow as pa
 from matplotlib.figure import Figure
+from PIL import Image
 from pyarrow import parquet
 
 from robustclip.cli.main import run
@@ -33,29 +35,38 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),  # the model knows no photos
     "CRoFT": ("--data.train", COLOURS % "", "--data.shots", "16"),
 }
+Pair = tuple[Image.Image, str]
 PAIRS = 240  # anchors of ARF, drawn from a set that is not tested
 LESS, MORE, ORIGINAL = "#c2572b", "#2a7f62", "#6b7280"
 
 
-def anchors(folder: Path) -> list[str]:
-    """Writes captions and anchors in the layout of `robustclip caption` and `retrieve`, and returns their options."""
-    source, pool = ShapesDataset("source", "train"), ShapesDataset("colour_shapes")
+def drawn_pairs() -> list[Pair]:
+    """Draws images with captions from a set that no table shows."""
+    pool = ShapesDataset("colour_shapes")
+    return [(pool[number][0], pool.caption(number)) for number in range(PAIRS)]
+
+
+def anchors(folder: Path, pairs: Sequence[Pair]) -> list[str]:
+    """Writes captions and anchors in the layout of `robustclip caption` and `retrieve`, and returns their options.
+
+    Args:
+        folder: is created.
+        pairs: images with their captions; the training images take turns with them.
+    """
+    source = ShapesDataset("source", "train")
     base = folder / "anchors" / "train"
     base.mkdir(parents=True, exist_ok=True)
     (base / "nshards.txt").write_text("1")
     with tarfile.open(base / "0.tar", "w") as archive:
-        for number in range(PAIRS):
+        for number, (image, caption) in enumerate(pairs):
             buffer = io.BytesIO()
-            pool[number][0].save(buffer, format="png")
-            for name, content in (
-                (f"{number:05}.png", buffer.getvalue()),
-                (f"{number:05}.txt", pool.caption(number).encode()),
-            ):
+            image.save(buffer, format="png")
+            for name, content in ((f"{number:05}.png", buffer.getvalue()), (f"{number:05}.txt", caption.encode())):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     _table(folder / "captions.parquet", "captions", pa.string(), [[source.caption(i)] for i in range(len(source))])
-    _table(base.parent / "neighbours.parquet", "neighbours", pa.int32(), [[i % PAIRS] for i in range(len(source))])
+    _table(base.parent / "neighbours.parquet", "neighbours", pa.int32(), [[i % len(pairs)] for i in range(len(source))])
     return ["--data.captions", str(folder / "captions.parquet"), "--data.anchors", json.dumps(str(base.parent))[1:-1]]
 
 
@@ -126,7 +137,7 @@ def main() -> None:
         model = ("--config", "tour", "--model", name, *options)
         if not fitted.is_dir():
             part = fitted.with_suffix(".part")  # an interrupted fit resumes
-            more = anchors(work) if name == "ARF" else []
+            more = anchors(work, drawn_pairs()) if name == "ARF" else []
             more += ["--ckpt_path", str(part / "last.ckpt")] if (part / "last.ckpt").is_file() else []
             command("fit", *model, *more, "--checkpoint.dirpath", str(part), "--evaluation.fit_attacks", "{}", *quiet)
             part.rename(fitted)
