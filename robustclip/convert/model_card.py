@@ -43,6 +43,7 @@ def model_card(
     clip, name = method.clip, type(method).__name__
     base = str(clip.arch or Path(str(clip.pretrained)).name)
     base += f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
+    base = " at commit ".join(clip.source.values()) or base
     facts = {"method": name, "base model": base, **_facts(training)}
     table = "".join(f"| {key} | {markdown(value)} |\n" for key, value in facts.items())
     return f"""{_header(clip, to, training)}
@@ -82,6 +83,8 @@ def _header(clip: CLIPModel, to: str, training: Mapping[str, Any] | None) -> str
     arch = str(clip.arch).removesuffix("-quickgelu")
     if clip.pretrained == "openai" and arch in OPENAI:
         lines["base_model"] = OPENAI[arch]
+    if repository := clip.source.get("repository"):
+        lines["base_model"] = repository
     if names:
         lines["datasets"] = [re.sub(r"^\w+:", "", name) for name in names]
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"

@@ -146,6 +146,8 @@ def _with_own_files(text_config: Mapping[str, Any], folder: Path) -> dict[str, A
     tokenizer_options = dict(text_config.get("tokenizer_kwargs") or {})
     if "bpe_path" in tokenizer_options:
         tokenizer_options["bpe_path"] = str(folder / tokenizer_options["bpe_path"])
+    if text_config.get("hf_tokenizer_name"):
+        tokenizer_options["trust_remote_code"] = False  # else the library would ask whether to run code of the folder
     paths: dict[str, Any] = {"tokenizer_kwargs": tokenizer_options}
     if "hf_model_name" in text_config:
         paths |= {"hf_model_name": str(folder / text_config["hf_model_name"]), "hf_model_pretrained": False}
