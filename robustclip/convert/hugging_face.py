@@ -11,13 +11,12 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
+from robustclip.convert.open_clip_folder import PROBE, Logits, config_of, probe_images
 from robustclip.convert.tensor_names import Naming
 from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
 from robustclip.models.tensor_files import one_line
 from robustclip.textfiles import read_text
-from robustclip.types import RESIZES, Crop
 
 NAMES = Naming(
     beginnings=(
@@ -136,12 +135,13 @@ def _library_vocabulary(tokenizer: Any) -> dict[str, int]:
     return {own.get(token, token): number for token, number in tokenizer.encoder.items()}
 
 
-def clip_config(model: dict[str, Any]) -> Any:
-    """Converts open_clip's ``model_cfg`` to a ``transformers.CLIPConfig``.
+def library_config(clip: CLIPModel) -> Any:
+    """Converts a model's configuration to a ``transformers.CLIPConfig``.
 
     Raises:
         ValueError: the extra is not installed, or the model is not of OpenAI's ViT type.
     """
+    model = config_of(clip)
     _check_type(model)
     vision, text = CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])
     activation = next(name for name, is_quick in ACTIVATIONS.items() if is_quick == model.get("quick_gelu", False))
@@ -161,13 +161,12 @@ def clip_config(model: dict[str, Any]) -> Any:
     return library().CLIPConfig(projection_dim=model["embed_dim"], vision_config=towers[0], text_config=towers[1])
 
 
-def write_tokenizer(clip: CLIPModel, folder: Path, crop: Crop) -> None:
-    """Writes CLIP's byte-pair tokenizer and the image preprocessing, so that the folder can be used offline.
+def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
+    """Writes CLIP's byte-pair tokenizer, so that the folder can be used offline.
 
     Args:
         clip: model with CLIP's own tokenizer.
         folder: folder to write to.
-        crop: crop of the images.
     """
     vocabulary = _library_vocabulary(clip.tokenizer)
     merges = "".join(f"{' '.join(pair)}\n" for pair in clip.tokenizer.bpe_ranks)
@@ -177,16 +176,6 @@ def write_tokenizer(clip: CLIPModel, folder: Path, crop: Crop) -> None:
     length = clip.tokenizer.context_length
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
-    size, resize = clip.image_size, RESIZES[crop]
-    images = {
-        "image_processor_type": "CLIPImageProcessor",
-        "image_mean": clip.mean.flatten().tolist(),
-        "image_std": clip.std.flatten().tolist(),
-        "size": {"shortest_edge": resize.short_side(size)},
-        "crop_size": {"height": size, "width": size},
-        "resample": {"bilinear": 2, "bicubic": 3}[resize.interpolation],  # Pillow's numbers
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2), encoding="utf-8")
 
 
 def library_similarities(folder: Path, clip: CLIPModel) -> Logits:

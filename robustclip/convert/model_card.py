@@ -15,10 +15,7 @@ from robustclip.results.tables import markdown_table
 from robustclip.types import RESIZES, Crop
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # by the format; names as the Hub spells them
-LOADING = {
-    "open_clip": 'model = open_clip.create_model("local-dir:THIS_FOLDER")',
-    "hf": 'model = transformers.CLIPModel.from_pretrained("THIS_FOLDER")',
-}
+LIBRARY_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # by the library's ``model_type``
 # Repositories of the Hub with OpenAI's weights by open_clip's architectures.
 OPENAI = {
     "ViT-B-32": "openai/clip-vit-base-patch32",
@@ -55,7 +52,7 @@ Fine-tuned and exported by robustclip.
 | --- | --- |
 {table}
 ```python
-{LOADING[to]}
+{_loading(clip, to)}
 ```
 
 {_pixels(to, clip, crop)}
@@ -67,6 +64,17 @@ Fine-tuned and exported by robustclip.
 
 {_citation(method)}
 """
+
+
+def _loading(clip: CLIPModel, to: str) -> str:
+    """Writes the line that loads the folder with its library."""
+    if to == "hf":
+        return (
+            f'model = transformers.{LIBRARY_CLASSES["siglip" if clip.tower else "clip"]}.from_pretrained("THIS_FOLDER")'
+        )
+    if clip.tower:  # timm searches for the tower's definition in the working folder
+        return 'model = open_clip.create_model("local-dir:.")  # in this folder'
+    return 'model = open_clip.create_model("local-dir:THIS_FOLDER")'
 
 
 def _header(clip: CLIPModel, to: str, training: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Image preprocessing of a Hugging Face folder, read strictly and written for open_clip."""
+"""Image preprocessing in the files of the Hugging Face library: read strictly, and written."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from typing import Any
 
 import open_clip
 
+from robustclip.models.clip import CLIPModel
 from robustclip.textfiles import read_text
+from robustclip.types import RESIZES, Crop
 
 FILES = ("processor_config.json", "preprocessor_config.json")  # of version 5 of the library, and before it
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -44,6 +46,31 @@ def read_pixels(folder: Path, image_size: int, *, is_needed: bool) -> dict[str, 
         reason = f"resample {error} is neither 2 nor 3" if isinstance(error, KeyError) else error
         raise ValueError(f"{file} is not understood: {reason}") from error
     return {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": mode}
+
+
+def write_pixels(clip: CLIPModel, folder: Path, crop: Crop | None) -> None:
+    """Writes the image preprocessing of a Hugging Face folder.
+
+    Args:
+        clip: model.
+        folder: folder to write to.
+        crop: crop of the images in training and test; None for that of the base model, if it squashed them, else for
+            CLIP's own.
+    """
+    size, own = clip.image_size, clip.net.visual.preprocess_cfg
+    square = {"height": size, "width": size}
+    numbers = {name: number for number, name in INTERPOLATIONS.items()}
+    kind: dict[str, Any]
+    if crop is None and own["resize_mode"] == "squash":
+        kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
+        kind["resample"] = numbers[own["interpolation"]]
+    else:
+        resize = RESIZES[crop or "clip"]
+        kind = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": resize.short_side(size)}}
+        kind |= {"crop_size": square, "resample": numbers[resize.interpolation]}
+    pixels = {"image_mean": clip.mean.flatten().tolist(), "image_std": clip.std.flatten().tolist()}
+    text = json.dumps({**kind, **pixels}, indent=2)
+    (folder / FILES[-1]).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_steps(processor: Mapping[str, Any]) -> None:

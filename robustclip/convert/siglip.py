@@ -8,6 +8,7 @@ library's configuration. Plain open_clip reads such a folder as the working fold
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robustclip.convert.hugging_face import class_logits, library, mlp_ratio
-from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
+from robustclip.convert.open_clip_folder import PROBE, Logits, config_of, probe_images
 from robustclip.convert.tensor_names import Naming
 from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
@@ -58,6 +59,7 @@ TEXT_NAMES = Naming(
 )
 ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}  # names in the library, and approximations in PyTorch
 TIMM_ACTIVATIONS = {"none": "gelu", "tanh": "gelu_tanh"}
+SPECIAL = ("pad", "bos", "eos")  # kinds of tokens that the library's configuration names
 EPS = 1e-6  # of the norms in timm's towers, which have no option for it
 ARCHITECTURE = "vit_base_patch16_siglip_224"  # any of timm's SigLIP towers, since `model_args` replace all sizes
 TOWER = "config.json"
@@ -176,6 +178,68 @@ def tower_config(config: Any) -> dict[str, Any]:
         },
         "pretrained_cfg": {"input_size": [3, size, size], "fixed_input_size": True},
     }
+
+
+def library_config(clip: CLIPModel) -> Any:
+    """Converts a model's configuration to a ``transformers.SiglipConfig``.
+
+    Raises:
+        ValueError: the extra is not installed, or the model is not as `model_config` and `tower_config` define it.
+    """
+    model, image = config_of(clip), {**clip.tower["model_args"], "img_size": clip.image_size}
+    text = model["text_cfg"]
+    names = {approximation: name for name, approximation in ACTIVATIONS.items()}
+    timm_names = {name: names[approximation] for approximation, name in TIMM_ACTIVATIONS.items()}
+    special = {f"{kind}_token_id": getattr(clip.tokenizer.tokenizer, f"{kind}_token_id") for kind in SPECIAL}
+    try:
+        sizes = [image[key] for key in ("embed_dim", "mlp_ratio", "depth", "num_heads")]
+        vision_config = _library_tower(sizes, timm_names[image["act_layer"]])
+        vision_config |= {"image_size": clip.image_size, "patch_size": image["patch_size"]}
+        sizes = [text[key] for key in ("width", "mlp_ratio", "layers", "heads")]
+        text_config = _library_tower(sizes, names[text["act_kwargs"]["approximate"]]) | special
+        text_config |= {"vocab_size": text["vocab_size"], "max_position_embeddings": text["context_length"]}
+        text_config |= {"layer_norm_eps": text["norm_kwargs"]["eps"], "projection_size": model["embed_dim"]}
+        config = library().SiglipConfig(text_config=text_config, vision_config=vision_config)
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"the model lacks the option {error} of SigLIP; export --to open_clip instead") from error
+    again = {"model_cfg": model_config(config), "model_args": tower_config(config)["model_args"]}
+    if (option := _difference({"model_cfg": model, "model_args": image}, again)) is not None:
+        raise ValueError(f"transformers.SiglipModel has no {option}; export --to open_clip instead")
+    return config
+
+
+def _difference(own: Any, again: Any, key: str = "") -> str | None:
+    """Returns the first option, with its value, that has another value after a conversion and back."""
+    if not isinstance(own, dict) or not isinstance(again, dict):
+        return None if own == again else f"{key} = {own!r}"
+    differences = (
+        _difference(own.get(name), again.get(name), f"{key}.{name}".lstrip("."))
+        for name in sorted(own.keys() | again.keys())
+    )
+    return next((option for option in differences if option is not None), None)
+
+
+def _library_tower(sizes: Sequence[Any], activation: str) -> dict[str, Any]:
+    """Names the options of a tower; the sizes are width, ratio of the MLP, layers and heads."""
+    width, ratio, layers, heads = sizes
+    return {
+        "hidden_size": width,
+        "intermediate_size": int(width * ratio),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+    }
+
+
+def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
+    """Copies the tokenizer of a model.
+
+    Args:
+        clip: model that was imported from a ``SiglipModel``.
+        folder: folder to write to.
+    """
+    if clip.folder is not None:
+        copy_tokenizer(clip.folder, folder)
 
 
 def write_files(source: Path, config: Any, folder: Path) -> None:

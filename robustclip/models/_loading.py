@@ -174,7 +174,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if not is_triple or not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
             raise ValueError(f"preprocess_cfg.{key} of {file} must be three numbers, got {values!r:.80}")
     source = _section(content.get("source") or {}, "source", file)
-    return config, {str(key): str(value) for key, value in source.items()}
+    return config, {key: str(source[key]) for key in ("repository", "commit") if key in source}
 
 
 def _section(value: Any, key: str, file: Path) -> dict[str, Any]:

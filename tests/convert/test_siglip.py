@@ -7,10 +7,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from library_cases import CONTEXT, SIZE, change, write_siglip
+from library_cases import CONTEXT, SIZE, change, randomised, write_siglip
 from safetensors.torch import load_file, save_file
 
+from robustclip.convert.exporting import export
 from robustclip.convert.importing import import_checkpoint
+from robustclip.methods import ZeroShot
 from robustclip.models.clip import CLIPModel
 
 transformers = pytest.importorskip("transformers")
@@ -172,6 +174,54 @@ def assert_refused(folder: Path, words: str) -> None:
         import_checkpoint(folder / "in", folder / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in folder.iterdir()] == ["in"]
+
+
+def trained(folder: Path) -> ZeroShot:
+    """A model whose tensors have all moved from the imported ones."""
+    method = ZeroShot(pretrained=str(folder), image_size=48)
+    randomised(method, seed=3)
+    return method
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip"])
+def test_a_changed_model_goes_out_and_comes_back(to: str, imported: Path, tmp_path: Path) -> None:
+    method = trained(imported)
+    export(method, tmp_path / "out", to=to)
+    again = tmp_path / "out"
+    if to == "hf":
+        images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+        theirs, _ = library_outputs(again, (images - method.clip.mean) / method.clip.std)
+        with torch.no_grad():
+            ours = method.clip.encode_image(images) @ method.clip.encode_text(TEXTS).T * method.clip.logit_scale
+        torch.testing.assert_close(theirs.logits_per_image, ours + method.clip.net.logit_bias, rtol=1e-5, atol=1e-5)
+        processor = transformers.AutoImageProcessor.from_pretrained(again)
+        assert (processor.size["height"], processor.size["width"], processor.resample) == (48, 48, 3)
+        import_checkpoint(again, tmp_path / "again")
+        again = tmp_path / "again"
+    expected, state = method.clip.net.state_dict(), CLIPModel(pretrained=str(again)).net.state_dict()
+    assert expected.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("transformers.SiglipModel" if to == "hf" else 'create_model("local-dir:.")') in card
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "words"),
+    [
+        ("text_cfg", {"pool_type": "first"}, "text_cfg.pool_type = 'first'"),
+        ("text_cfg", {"act_kwargs": None}, "lacks the option"),
+        ("vision_cfg", {"timm_proj": "linear"}, "vision_cfg.timm_proj = 'linear'"),
+    ],
+)
+def test_what_the_library_has_no_place_for_does_not_go_out(
+    section: str, option: dict[str, Any], words: str, imported: Path, tmp_path: Path
+) -> None:
+    method = trained(imported)
+    method.clip.config[section] |= option
+    with pytest.raises(ValueError, match=f"{words}.*export --to open_clip instead") as caught:
+        export(method, tmp_path / "out", to="hf")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_swapped_keys_and_values_are_noticed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
