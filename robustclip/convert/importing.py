@@ -49,10 +49,12 @@ def import_checkpoint(
 ) -> None:
     """Writes a folder in open_clip's local-dir layout, and checks that it gives the logits of the checkpoint.
 
+    Files may be those of TeCoA's and PMG-AFT's authors (``.pth.tar``), visual state dicts as FARE's, and state dicts of
+    open_clip (``.pt``, ``.safetensors``). Folders and repositories hold a CLIPModel or SiglipModel of the Hugging Face
+    library. A repository, as in ``hf-hub:google/siglip-base-patch16-224``, is downloaded from the Hub.
+
     Args:
-        source: ``.pth.tar`` of TeCoA's or PMG-AFT's authors, visual state dict as FARE's, open_clip state dict (``.pt``
-            or ``.safetensors``), folder of a Hugging Face ``CLIPModel`` or ``SiglipModel``, or ``hf-hub:ORG/NAME`` for
-            such a repository of the Hub, also at ``hf-hub:ORG/NAME@REVISION``.
+        source: file, folder, or repository as ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``.
         out: folder to write; it must not exist.
         arch: open_clip architecture of the checkpoint; None for folders and repositories, which define their own.
         pretrained: base model (tag, file or folder) for missing parts, such as the text tower.

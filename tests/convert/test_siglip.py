@@ -7,6 +7,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from checkpoint_cases import fitted
 from library_cases import CONTEXT, SIZE, change, randomised, write_siglip
 from safetensors.torch import load_file, save_file
 
@@ -203,6 +204,19 @@ def test_a_changed_model_goes_out_and_comes_back(to: str, imported: Path, tmp_pa
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.items())
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("transformers.SiglipModel" if to == "hf" else 'create_model("local-dir:.")') in card
+
+
+@pytest.mark.slow
+def test_a_siglip_is_trained_under_attack_and_goes_out(imported: Path, tmp_path: Path) -> None:
+    method = fitted(imported, tmp_path / "last.ckpt")
+    export(method, tmp_path / "out", to="hf")
+    before, after = (
+        transformers.SiglipModel.from_pretrained(folder).state_dict()
+        for folder in (imported.parent / "siglip", tmp_path / "out")
+    )
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed
+    assert all(name.startswith("vision_model.") for name in changed)
 
 
 @pytest.mark.parametrize(

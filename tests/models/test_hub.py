@@ -1,5 +1,6 @@
 """Repositories of the Hub, served on the loopback interface: read at one commit, and refused in one line."""
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,3 +125,21 @@ def test_the_command_line_answers_in_one_line(server: Hub, tmp_path: Path, capsy
         error = capsys.readouterr().err
         assert words in error.splitlines()[-1]
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_result_states_the_commit(server: Hub, tmp_path: Path) -> None:
+    server.publish("lab/shapes", SHAPES)
+    options = ["--config", "demo", "--model", "ZeroShot", "--model.pretrained", "hf-hub:lab/shapes", "--data.test"]
+    options += [
+        "[shapes:colours]",
+        "--evaluation.max_samples",
+        "4",
+        "--results.folder",
+        str(tmp_path),
+        "--results.name",
+    ]
+    assert run(["test", *options, "run", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]) == 0
+    model = json.loads((tmp_path / "run" / "result.json").read_text())["model"]
+    assert model["pretrained"] == "hf-hub:lab/shapes"
+    assert model["source"] == {"repository": "lab/shapes", "commit": NEW}
