@@ -95,7 +95,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("a model was loaded before the arguments were checked")
 
-    monkeypatch.setattr(robustclip.models.clip, "_load", load)
+    monkeypatch.setattr(robustclip.models.clip, "load", load)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -24,6 +24,7 @@ commands:
   verify RUN                                       check that a result's adversarial examples still fool its model
   replay RUN --model.pretrained DIR                evaluate another model on a result's adversarial examples
   import FILE --arch A --pretrained P --out DIR    convert a foreign checkpoint to a folder for --model.pretrained
+  import FOLDER|hf-hub:ORG/NAME --out DIR          convert a Hugging Face CLIP or SigLIP
   export FILE|RUN --to hf --out DIR                convert a fine-tuned model for open_clip or transformers
   interpolate FILE --alphas 0,0.5,1 --out DIR      write checkpoints between the original and the fine-tuned model
   soup FILE... --held_out true --out DIR           mix several fine-tuned models: their mean, or --scales of the changes

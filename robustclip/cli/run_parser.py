@@ -14,7 +14,7 @@ DESCRIPTIONS = {
 MOST_USED = """most used options:
   --config NAME                          configuration of the package, or a file; comes first
   --model CLASS                          method; --model.help CLASS lists its options
-  --model.arch A --model.pretrained P    base model: open_clip's names, or a folder
+  --model.arch A --model.pretrained P    base model: open_clip's names, a folder, or hf-hub:ORG/NAME
   --model.attack.eps 2/255               any argument of the training attack
   --model.optimizer.lr 1e-5              any argument of the optimiser
   --model.defence CLASS                  test-time defence

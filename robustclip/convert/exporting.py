@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from robustclip.convert import hugging_face, open_clip_folder
-from robustclip.convert.model_card import LIBRARIES, model_card
+from robustclip.convert import hugging_face, open_clip_folder, siglip
+from robustclip.convert.model_card import LIBRARIES, LIBRARY_CLASSES, model_card
+from robustclip.convert.pixel_settings import write_pixels
 from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
@@ -34,7 +36,8 @@ def export(
     Args:
         method: method with its trained weights.
         out: folder to write; it must not exist.
-        to: ``open_clip`` for its local-dir layout, ``hf`` for a Hugging Face ``CLIPModel``.
+        to: ``open_clip`` for its local-dir layout, ``hf`` for a Hugging Face ``CLIPModel``, or for a ``SiglipModel`` if
+            the base model was imported from one.
         training: settings of ``robustclip fit``, for the model card.
         results: folder of a finished test of this model, for the model card.
 
@@ -94,11 +97,11 @@ def _write_open_clip(clip: CLIPModel, folder: Path, crop: Crop | None) -> float:
 
 
 def _write_hugging_face(clip: CLIPModel, folder: Path, crop: Crop | None) -> float:
-    settings = hugging_face.clip_config(open_clip_folder.config_of(clip))
-    settings.architectures = ["CLIPModel"]
+    kind: ModuleType = siglip if clip.tower else hugging_face
+    settings = kind.library_config(clip)
+    settings.architectures = [LIBRARY_CLASSES[settings.model_type]]
     settings.save_pretrained(folder)
-    open_clip_folder.write_weights(folder / "model.safetensors", hugging_face.from_open_clip(merged_state(clip.net)))
-    hugging_face.write_tokenizer(clip, folder, crop or "clip")
-    return open_clip_folder.check_parity(
-        open_clip_folder.similarities(clip), hugging_face.library_similarities(folder, clip)
-    )
+    open_clip_folder.write_weights(folder / "model.safetensors", kind.from_open_clip(merged_state(clip.net)))
+    kind.write_tokenizer(clip, folder)
+    write_pixels(clip, folder, crop)
+    return open_clip_folder.check_parity(open_clip_folder.similarities(clip), kind.library_similarities(folder, clip))

@@ -5,42 +5,39 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.convert.open_clip_folder import PROBE, Logits, probe_images
+from robustclip.convert.open_clip_folder import PROBE, Logits, config_of, probe_images
+from robustclip.convert.tensor_names import Naming
 from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
-from robustclip.types import RESIZES, Crop
+from robustclip.models.tensor_files import one_line
+from robustclip.textfiles import read_text
 
-# Prefixes of names in the library and in open_clip; a longer prefix precedes those that it contains.
-BEGINNINGS = (
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    ("visual_projection.weight", "visual.proj"),
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("text_projection.weight", "text_projection"),
-    ("logit_scale", "logit_scale"),
+NAMES = Naming(
+    beginnings=(
+        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+        ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+        ("vision_model.pre_layrnorm.", "visual.ln_pre."),
+        ("vision_model.post_layernorm.", "visual.ln_post."),
+        ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+        ("visual_projection.weight", "visual.proj"),
+        ("text_model.embeddings.token_embedding.", "token_embedding."),
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.final_layer_norm.", "ln_final."),
+        ("text_model.encoder.layers.", "transformer.resblocks."),
+        ("text_projection.weight", "text_projection"),
+        ("logit_scale", "logit_scale"),
+    ),
+    transposed=("visual.proj", "text_projection"),
 )
-INSIDE_BLOCKS = (
-    (".self_attn.out_proj.", ".attn.out_proj."),
-    (".layer_norm1.", ".ln_1."),
-    (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-)
-TRANSPOSED = ("visual.proj", "text_projection")  # matrices in open_clip, linear layers in the library
 VOCABULARY = 49408  # size of the vocabulary of CLIP's tokenizer
-QKV = "qkv"  # order of the rows of the joint projection
+START, END = "<|startoftext|>", "<|endoftext|>"
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 # Options of a tower in open_clip, and their names in the library; numbers of heads and widths of MLPs differ in kind.
 VISION = {"image_size": "image_size", "layers": "num_hidden_layers", "width": "hidden_size", "patch_size": "patch_size"}
@@ -63,30 +60,12 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a ``CLIPModel`` has no tensor of that name.
     """
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name.endswith(".position_ids"):  # a counter that old versions stored
-            continue
-        new = _translated(name, there=0)
-        renamed[new] = tensor.T.contiguous() if new in TRANSPOSED else tensor
-    for name in [name for name in renamed if ".self_attn.q_proj." in name]:
-        parts = [renamed.pop(name.replace("q_proj", f"{letter}_proj")) for letter in QKV]
-        renamed[name.replace(".self_attn.q_proj.", ".attn.in_proj_")] = torch.cat(parts)
-    return renamed
+    return NAMES.to_open_clip(state)
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames tensors of open_clip to the names of ``transformers.CLIPModel``."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        new = _translated(name, there=1)
-        tensor = tensor.T.contiguous() if name in TRANSPOSED else tensor
-        if ".attn.in_proj_" in new:
-            for letter, part in zip(QKV, tensor.chunk(3), strict=True):
-                renamed[new.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part.contiguous()
-        else:
-            renamed[new] = tensor
-    return renamed
+    return NAMES.from_open_clip(state)
 
 
 def model_config(config: Any) -> dict[str, Any]:
@@ -114,15 +93,55 @@ def model_config(config: Any) -> dict[str, Any]:
 def _open_clip(tower: Any, names: dict[str, str]) -> dict[str, Any]:
     """Reads open_clip's options of a tower from the library's configuration of it."""
     options = {own: getattr(tower, name) for own, name in names.items()}
-    return {**options, "mlp_ratio": tower.intermediate_size / tower.hidden_size}
+    return {**options, "mlp_ratio": mlp_ratio(tower)}
 
 
-def clip_config(model: dict[str, Any]) -> Any:
-    """Converts open_clip's ``model_cfg`` to a ``transformers.CLIPConfig``.
+def mlp_ratio(tower: Any) -> float:
+    """Returns the width of a tower's MLP over the tower's width, so that `int` of the product is the former again."""
+    ratio: float = tower.intermediate_size / tower.hidden_size
+    is_exact = int(tower.hidden_size * ratio) == tower.intermediate_size
+    return ratio if is_exact else (tower.intermediate_size + 0.5) / tower.hidden_size
+
+
+def write_files(source: Path, config: Any, folder: Path) -> None:
+    """Checks that a folder has the tokenizer of OpenAI's CLIP, which open_clip needs no files for.
+
+    Args:
+        source: folder of a ``CLIPModel``.
+        config: its ``CLIPConfig``.
+        folder: folder to write to.
+
+    Raises:
+        ValueError: the folder has another vocabulary.
+    """
+    vocabularies: list[Any] = []
+    try:
+        if (file := source / "vocab.json").is_file():
+            vocabularies.append(json.loads(read_text(file)))
+        if (file := source / "tokenizer.json").is_file():
+            vocabularies.append(json.loads(read_text(file))["model"]["vocab"])
+        own = _library_vocabulary(open_clip.SimpleTokenizer()) if vocabularies else {}
+        # The two special tokens may stand elsewhere.
+        numbers = [{START: VOCABULARY - 2, END: VOCABULARY - 1, **vocabulary} for vocabulary in vocabularies]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read: {one_line(error)}") from error
+    if any(vocabulary != own for vocabulary in numbers):
+        raise ValueError(f"{source} has another vocabulary than OpenAI's CLIP, whose tokenizer open_clip would use")
+
+
+def _library_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Returns the vocabulary of open_clip's tokenizer by the library's names of the two special tokens."""
+    own = {"<start_of_text>": START, "<end_of_text>": END}
+    return {own.get(token, token): number for token, number in tokenizer.encoder.items()}
+
+
+def library_config(clip: CLIPModel) -> Any:
+    """Converts a model's configuration to a ``transformers.CLIPConfig``.
 
     Raises:
         ValueError: the extra is not installed, or the model is not of OpenAI's ViT type.
     """
+    model = config_of(clip)
     _check_type(model)
     vision, text = CLIPVisionCfg(**model["vision_cfg"]), CLIPTextCfg(**model["text_cfg"])
     activation = next(name for name, is_quick in ACTIVATIONS.items() if is_quick == model.get("quick_gelu", False))
@@ -142,34 +161,21 @@ def clip_config(model: dict[str, Any]) -> Any:
     return library().CLIPConfig(projection_dim=model["embed_dim"], vision_config=towers[0], text_config=towers[1])
 
 
-def write_tokenizer(clip: CLIPModel, folder: Path, crop: Crop) -> None:
-    """Writes CLIP's byte-pair tokenizer and the image preprocessing, so that the folder can be used offline.
+def write_tokenizer(clip: CLIPModel, folder: Path) -> None:
+    """Writes CLIP's byte-pair tokenizer, so that the folder can be used offline.
 
     Args:
         clip: model with CLIP's own tokenizer.
         folder: folder to write to.
-        crop: crop of the images.
     """
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    own = {"<start_of_text>": start, "<end_of_text>": end}
-    vocabulary = {own.get(token, token): number for token, number in clip.tokenizer.encoder.items()}
+    vocabulary = _library_vocabulary(clip.tokenizer)
     merges = "".join(f"{' '.join(pair)}\n" for pair in clip.tokenizer.bpe_ranks)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
-    tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    tokens = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
     length = clip.tokenizer.context_length
     tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2), encoding="utf-8")
-    size, resize = clip.image_size, RESIZES[crop]
-    images = {
-        "image_processor_type": "CLIPImageProcessor",
-        "image_mean": clip.mean.flatten().tolist(),
-        "image_std": clip.std.flatten().tolist(),
-        "size": {"shortest_edge": resize.short_side(size)},
-        "crop_size": {"height": size, "width": size},
-        "resample": {"bilinear": 2, "bicubic": 3}[resize.interpolation],  # Pillow's numbers
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2), encoding="utf-8")
 
 
 def library_similarities(folder: Path, clip: CLIPModel) -> Logits:
@@ -183,11 +189,23 @@ def library_similarities(folder: Path, clip: CLIPModel) -> Logits:
     prompts = [prompt for prompts in PROBE.prompts for prompt in prompts]
     with torch.no_grad(), frozen(model):
         pixels = (probe_images(clip.image_size) - clip.mean) / clip.std
-        embeddings = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
+        images = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
         texts = model.text_projection(model.text_model(input_ids=clip.tokenizer(prompts)).pooler_output)
-    texts = F.normalize(texts, dim=-1).view(len(PROBE.class_names), len(PROBE.templates), -1)
-    classes = F.normalize(texts.mean(1), dim=-1)
-    return Logits(F.normalize(embeddings, dim=-1) @ classes.T, float(model.logit_scale.detach().exp()))
+    return class_logits(images, texts, scale=float(model.logit_scale.detach().exp()))
+
+
+def class_logits(images: Tensor, texts: Tensor, *, scale: float, bias: float = 0.0) -> Logits:
+    """Computes the logits of the probe's classes, each the mean of its prompts' unit features.
+
+    Args:
+        images: embeddings ``(B, D)``.
+        texts: embeddings ``(N, D)`` of all prompts.
+        scale: scale of the logits.
+        bias: bias of the logits, 0 for models without one.
+    """
+    prompts = F.normalize(texts, dim=-1).view(len(PROBE.class_names), len(PROBE.templates), -1)
+    classes = F.normalize(prompts.mean(1), dim=-1)
+    return Logits(F.normalize(images, dim=-1) @ classes.T, scale, bias)
 
 
 def library() -> Any:
@@ -220,21 +238,3 @@ def _check_type(model: dict[str, Any]) -> None:
                 )
     if not isinstance(model["vision_cfg"].get("layers", 12), int):
         raise ValueError("transformers.CLIPModel has no ResNet tower; export --to open_clip instead")
-
-
-def _translated(name: str, *, there: int) -> str:
-    """Translates the name of a tensor between the library and open_clip.
-
-    Args:
-        name: name of the tensor.
-        there: 0 for a name of the library, 1 for a name of open_clip.
-    """
-    for pair in BEGINNINGS:
-        if name.startswith(pair[there]):
-            name = pair[1 - there] + name.removeprefix(pair[there])
-            break
-    else:
-        raise ValueError(f"{name!r} is no tensor of an OpenAI-type CLIP")
-    for pair in INSIDE_BLOCKS:
-        name = name.replace(pair[there], pair[1 - there])
-    return name

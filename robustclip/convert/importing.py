@@ -1,6 +1,5 @@
 """The command ``robustclip import``, which converts another project's checkpoint for ``--model.pretrained``."""
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +10,11 @@ import open_clip
 import torch
 from torch import Tensor
 
-from robustclip.convert import hugging_face, open_clip_folder
-from robustclip.models import tensor_files
+from robustclip.convert import library_folder, open_clip_folder
+from robustclip.models import hub, tensor_files
 from robustclip.models.clip import CLIPModel
 from robustclip.names import excerpt
 from robustclip.persistence import atomic_folder
-from robustclip.textfiles import read_text
 
 NEAR = 0.5  # cosine between the weights of a model and its base; unrelated weights have about 0
 ACTIVATIONS = {True: "QuickGELU", False: "GELU"}
@@ -51,11 +49,14 @@ def import_checkpoint(
 ) -> None:
     """Writes a folder in open_clip's local-dir layout, and checks that it gives the logits of the checkpoint.
 
+    Files may be those of TeCoA's and PMG-AFT's authors (``.pth.tar``), visual state dicts as FARE's, and state dicts of
+    open_clip (``.pt``, ``.safetensors``). Folders and repositories hold a CLIPModel or SiglipModel of the Hugging Face
+    library. A repository, as in ``hf-hub:google/siglip-base-patch16-224``, is downloaded from the Hub.
+
     Args:
-        source: ``.pth.tar`` of TeCoA's or PMG-AFT's authors, visual state dict as FARE's, open_clip state dict (``.pt``
-            or ``.safetensors``), or folder of a Hugging Face ``CLIPModel``.
+        source: file, folder, or repository as ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION``.
         out: folder to write; it must not exist.
-        arch: open_clip architecture of the checkpoint; None for Hugging Face folders, which define their own.
+        arch: open_clip architecture of the checkpoint; None for folders and repositories, which define their own.
         pretrained: base model (tag, file or folder) for missing parts, such as the text tower.
         activation: ``quickgelu`` or ``gelu``, which the weights were trained with, if neither file nor base defines it.
 
@@ -64,10 +65,10 @@ def import_checkpoint(
             logits differ, or ``out`` exists.
     """
     with atomic_folder(out) as aside:
-        if source.is_dir():
+        if hub.is_hub_name(source) or source.is_dir():
             if arch or pretrained or activation:
                 raise ValueError(f"{source} defines its own architecture; omit --arch, --pretrained, --activation")
-            difference = _import_folder(source, aside)
+            difference = library_folder.convert(str(source), aside)
         else:
             difference = _import_file(source, aside, arch, pretrained, activation)
     sys.stdout.write(f"the logits are the checkpoint's (cosines within {difference:.0e})\n{out}\n")
@@ -97,43 +98,6 @@ def _import_file(source: Path, aside: Path, arch: str | None, pretrained: str | 
     module.load_state_dict(weights.state)
     open_clip_folder.write(base, aside)
     return open_clip_folder.check_folder(aside, base)
-
-
-def _import_folder(source: Path, aside: Path) -> float:
-    if (source / open_clip_folder.CONFIG).is_file():
-        raise ValueError(f"{source} can be used as it is: --model.pretrained {source}")
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json; a folder must hold a Hugging Face CLIPModel")
-    try:
-        library = hugging_face.library()
-        config = library.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        model = hugging_face.model_config(config) if config.model_type == "clip" else None
-    except (OSError, KeyError, TypeError) as error:  # a ValueError has a clear message already
-        raise ValueError(f"{source}/config.json cannot be read: {str(error).splitlines()[0][:200]}") from error
-    if model is None:
-        raise ValueError(f"{source} holds a {config.model_type!r}; only model_type 'clip' is imported")
-    state = hugging_face.to_open_clip(_read_folder(source))
-    open_clip_folder.write_config(aside, model, _pixels(source))
-    open_clip_folder.write_weights(aside / open_clip_folder.WEIGHTS, state)
-    written = CLIPModel(pretrained=str(aside))
-    return open_clip_folder.check_parity(
-        hugging_face.library_similarities(source, written), open_clip_folder.similarities(written)
-    )
-
-
-def _pixels(source: Path) -> dict[str, Any]:
-    """Reads the image normalisation of a Hugging Face folder; without one, returns OpenAI's."""
-    processor: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):  # of version 5 of the library, and before it
-        if (source / name).is_file():
-            content = json.loads(read_text(source / name))
-            processor = content.get("image_processor", content)
-    return {
-        "mean": processor.get("image_mean", open_clip.OPENAI_DATASET_MEAN),
-        "std": processor.get("image_std", open_clip.OPENAI_DATASET_STD),
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    }
 
 
 def _check_activation(weights: Weights, asked: str | None, base: CLIPModel) -> None:
@@ -190,14 +154,6 @@ def _read(path: Path) -> Weights:
     if towers == {True}:
         state = {name.removeprefix("visual."): tensor for name, tensor in state.items()}
     return Weights(state, is_image_tower=len(towers) == 1)
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a Hugging Face folder, by the library's names."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # large models have several files
-        if files := sorted(folder.glob(pattern)):
-            return {name: tensor for file in files for name, tensor in _tensors(_load(file), file).items()}
-    raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 
 def _check_fits(state: Mapping[str, Tensor], module: torch.nn.Module, of: str) -> None:

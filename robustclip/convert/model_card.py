@@ -15,10 +15,7 @@ from robustclip.results.tables import markdown_table
 from robustclip.types import RESIZES, Crop
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers"}  # by the format; names as the Hub spells them
-LOADING = {
-    "open_clip": 'model = open_clip.create_model("local-dir:THIS_FOLDER")',
-    "hf": 'model = transformers.CLIPModel.from_pretrained("THIS_FOLDER")',
-}
+LIBRARY_CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # by the library's ``model_type``
 # Repositories of the Hub with OpenAI's weights by open_clip's architectures.
 OPENAI = {
     "ViT-B-32": "openai/clip-vit-base-patch32",
@@ -43,6 +40,7 @@ def model_card(
     clip, name = method.clip, type(method).__name__
     base = str(clip.arch or Path(str(clip.pretrained)).name)
     base += f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
+    base = " at commit ".join(clip.source.values()) or base
     facts = {"method": name, "base model": base, **_facts(training)}
     table = "".join(f"| {key} | {markdown(value)} |\n" for key, value in facts.items())
     return f"""{_header(clip, to, training)}
@@ -54,7 +52,7 @@ Fine-tuned and exported by robustclip.
 | --- | --- |
 {table}
 ```python
-{LOADING[to]}
+{_loading(clip, to)}
 ```
 
 {_pixels(to, clip, crop)}
@@ -66,6 +64,17 @@ Fine-tuned and exported by robustclip.
 
 {_citation(method)}
 """
+
+
+def _loading(clip: CLIPModel, to: str) -> str:
+    """Writes the line that loads the folder with its library."""
+    if to == "hf":
+        return (
+            f'model = transformers.{LIBRARY_CLASSES["siglip" if clip.tower else "clip"]}.from_pretrained("THIS_FOLDER")'
+        )
+    if clip.tower:  # timm searches for the tower's definition in the working folder
+        return 'model = open_clip.create_model("local-dir:.")  # in this folder'
+    return 'model = open_clip.create_model("local-dir:THIS_FOLDER")'
 
 
 def _header(clip: CLIPModel, to: str, training: Mapping[str, Any] | None) -> str:
@@ -82,6 +91,8 @@ def _header(clip: CLIPModel, to: str, training: Mapping[str, Any] | None) -> str
     arch = str(clip.arch).removesuffix("-quickgelu")
     if clip.pretrained == "openai" and arch in OPENAI:
         lines["base_model"] = OPENAI[arch]
+    if repository := clip.source.get("repository"):
+        lines["base_model"] = repository
     if names:
         lines["datasets"] = [re.sub(r"^\w+:", "", name) for name in names]
     return "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "---\n"

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from robustclip.models import tensor_files
-from robustclip.models.clip import SHAPES_MODEL, CLIPModel
+from robustclip.models.clip import CLIPModel
 from robustclip.models.layers import frozen
 from robustclip.models.lora import merged_state
 from robustclip.types import RESIZES, Crop, Task
 
+TOWER = "config.json"  # timm's definition of an image tower that it has no name for
 CONFIG, WEIGHTS, README = "open_clip_config.json", "open_clip_model.safetensors", "README.md"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Tolerance of cosines in float32: another order of summation changes them by 1e-7, another activation by 1e-3 or more.
@@ -32,10 +33,12 @@ class Logits(NamedTuple):
     Args:
         cosines: ``(B, C)``.
         scale: scale of the logits.
+        bias: constant that a model of the sigmoid loss adds to each logit.
     """
 
     cosines: Tensor
     scale: float
+    bias: float = 0.0
 
 
 def config_of(clip: CLIPModel) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def write(clip: CLIPModel, folder: Path, crop: Crop | None = None) -> None:
             states its interpolation, but has no place for the short side of ``tecoa``.
     """
     config = config_of(clip)
-    base = _folder(clip.pretrained)
+    base = clip.folder
     if base is not None:
         for file in base.iterdir():
             if file.is_file() and file.suffix not in WEIGHT_SUFFIXES and file.name not in (CONFIG, README):
@@ -71,19 +74,33 @@ def write(clip: CLIPModel, folder: Path, crop: Crop | None = None) -> None:
         kept = {"interpolation": RESIZES[crop].interpolation, "resize_mode": "shortest"}
     # The pixel statistics are those of the model, which a method may have changed.
     kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
+    if clip.tower:
+        _write_tower(clip, folder)
     write_config(folder, config, kept)
     write_weights(folder / WEIGHTS, merged_state(clip.net))
 
 
-def write_config(folder: Path, model: dict[str, Any], preprocessing: dict[str, Any]) -> None:
+def _write_tower(clip: CLIPModel, folder: Path) -> None:
+    """Writes timm's definition of an image tower with the image size that the model has now."""
+    tower, size = deepcopy(dict(clip.tower)), clip.image_size
+    tower["model_args"]["img_size"] = size
+    tower["pretrained_cfg"] = {**tower.get("pretrained_cfg", {}), "input_size": [3, size, size]}
+    (folder / TOWER).write_text(json.dumps(tower, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(
+    folder: Path, model: dict[str, Any], preprocessing: dict[str, Any], source: dict[str, str] | None = None
+) -> None:
     """Writes the configuration file ``open_clip_config.json``.
 
     Args:
         folder: folder to write to.
         model: ``model_cfg``.
         preprocessing: ``preprocess_cfg``.
+        source: repository of the Hub and its commit; None for weights of another origin.
     """
-    text = json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}, indent=2)
+    content = {"model_cfg": model, "preprocess_cfg": preprocessing} | ({"source": source} if source else {})
+    text = json.dumps(content, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
@@ -119,7 +136,9 @@ def similarities(
     """
     with torch.no_grad(), frozen(clip):
         images = (image_features or clip.encode_image)(probe_images(clip.image_size))
-        return Logits(images @ (class_features or clip.encode_classes)(PROBE).T, float(clip.logit_scale))
+        cosines = images @ (class_features or clip.encode_classes)(PROBE).T
+        bias = getattr(clip.net, "logit_bias", None)
+        return Logits(cosines, float(clip.logit_scale), 0.0 if bias is None else float(bias.detach()))
 
 
 def check_folder(folder: Path, clip: CLIPModel) -> float:
@@ -140,19 +159,15 @@ def check_parity(expected: Logits, actual: Logits) -> float:
         actual: logits of the model that was written and loaded again.
 
     Raises:
-        ValueError: the difference exceeds `TOLERANCE`, or the logit scales differ by more than that, relatively.
+        ValueError: the difference exceeds `TOLERANCE`, or logit scales or biases differ by more than that, relatively.
     """
     difference = float((expected.cosines - actual.cosines).abs().max())
     scale = abs(actual.scale / expected.scale - 1)
-    if not (difference <= TOLERANCE and scale <= TOLERANCE):  # nan is refused too
+    bias = abs(actual.bias - expected.bias) / max(1.0, abs(expected.bias))
+    if not (difference <= TOLERANCE and scale <= TOLERANCE and bias <= TOLERANCE):  # nan is refused too
         raise ValueError(
-            f"the written model gives other logits (cosines differ by {difference:.1e}, logit scales by {scale:.1e};"
+            f"the written model gives other logits (cosines differ by {difference:.1e}, logit scales by {scale:.1e},"
+            f" biases by {bias:.1e};"
             f" {TOLERANCE:.0e} is allowed), so it was not kept; is its architecture the one of the weights?"
         )
     return difference
-
-
-def _folder(pretrained: str | None) -> Path | None:
-    """Returns the folder that ``pretrained`` names; None if it names no folder."""
-    source = SHAPES_MODEL if pretrained == "shapes" else Path(pretrained or "")
-    return source if pretrained is not None and source.is_dir() else None

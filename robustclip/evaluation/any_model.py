@@ -78,7 +78,7 @@ class _Function(nn.Module):
 class _Tower(nn.Module):
     """The attributes of a `CLIPModel` that a test reads; pixels are not normalised before the model."""
 
-    arch = pretrained = None
+    arch = pretrained = source = None
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
         super().__init__()

@@ -297,6 +297,7 @@ class ResultsWriter(Callback):
         return {
             "arch": clip.arch,
             "pretrained": clip.pretrained,
+            **({"source": dict(clip.source)} if clip.source else {}),
             "image_size": clip.image_size,
             "fingerprint": clip.fingerprint,
             "is_pretrained": _is_pretrained(method),

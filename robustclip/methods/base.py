@@ -43,8 +43,8 @@ class RobustMethod(Checked, EvaluationSteps):
     `class_features`. The trainer's data module provides ``train_task``, ``val_tasks`` and ``test_tasks``.
 
     Args:
-        arch: open_clip architecture; null when ``pretrained`` is a folder.
-        pretrained: open_clip tag, weights file, local-dir folder, ``shapes``, or null for random weights.
+        arch: open_clip architecture; null when ``pretrained`` is a folder or repository.
+        pretrained: open_clip tag, weights file, local-dir folder, ``hf-hub:ORG/NAME``, ``shapes``, or null (random).
         image_size: side of the image tower's input in pixels; null takes the model's own.
         has_fixed_batch_norm: keep the pre-trained BatchNorm statistics during training.
         has_activation_checkpointing: recompute the image tower's activations in backward passes, to save memory.
@@ -97,7 +97,7 @@ class RobustMethod(Checked, EvaluationSteps):
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
-        self.origin = read_origin(pretrained)
+        self.origin = read_origin(self.clip.folder)
         is_trained_so = None if self.origin is None else self.origin["training_attack"] is not None
         self.is_robust = is_trained_so if is_robust is None else is_robust
         if lora is not None:

@@ -22,14 +22,13 @@ def write_origin(folder: Path, *, method: str, training_attack: str | None, base
     (folder / ORIGIN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def read_origin(pretrained: str | None) -> dict[str, Any] | None:
-    """Reads the origin of the weights of ``model.pretrained``; None where there is none.
+def read_origin(folder: Path | None) -> dict[str, Any] | None:
+    """Reads the origin of the weights of a model's folder; None where there is none.
 
     Raises:
         ValueError: the file is damaged.
     """
-    file = Path(pretrained or "") / ORIGIN
-    if not pretrained or not file.is_file():
+    if folder is None or not (file := folder / ORIGIN).is_file():
         return None
     try:
         facts = json.loads(read_text(file))

@@ -21,10 +21,8 @@ from robustclip.results.run import EXAMPLES, FACTS, LEDGERS, PROTOCOL, SHARD, re
 from robustclip.results.summary import Record, ledger_names, summarise, write_result
 
 EQUAL = ("is_undefended", "baseline", "averages", "checks", "tasks", "members", "tables")
-OF_MACHINE = (
-    "checkpoint",
-    "pretrained",
-)  # paths of the model, which may differ; the fingerprints of the weights do not
+# Paths and repository of the model, which may differ; the fingerprints of the weights do not.
+OF_MACHINE = ("checkpoint", "pretrained", "source")
 SHOWN = 3  # differences or shards in a message
 
 
