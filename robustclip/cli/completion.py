@@ -14,7 +14,7 @@ from robustclip.cli.functions import find, options_of
 from robustclip.cli.main import COMMANDS, TOOLS, TRAINER_COMMANDS
 from robustclip.data.catalog import CATALOG
 from robustclip.tools.configs import FOLDER, PARTS
-from robustclip.tools.listing import Kind, classes
+from robustclip.tools.listing import Kind, Listed, classes
 
 Shell = Literal["bash"]
 NO_OPTIONS = (".class_path", ".init_args")  # ends of keys that only a file has
@@ -59,7 +59,7 @@ def completion(shell: Shell) -> None:
     for name, target in TOOLS.items():
         own, takes_run_options = options_of(find(target))
         options[name] = [f"--{option}" for option in own] + (run if takes_run_options else [])
-    operands = {"completion": get_args(Shell), "list": get_args(Kind), "datasets": CATALOG}
+    operands = {"completion": get_args(Shell), "list": get_args(Listed), "datasets": CATALOG}
     operands["claims"] = classes("methods")
     text = SCRIPT.format(
         commands=" ".join([*COMMANDS, "--help", "--version"]),

@@ -31,7 +31,7 @@ commands:
   retrieve --data D --pool wds:URL --out DIR       find the image-text pairs of a pool nearest to a training set
   cache --config FILE --data.features DIR          store embeddings by the frozen model, to train without decoding
   configs --copy DIR                               list or copy the configurations of the package
-  list methods|attacks|defences|scores|callbacks   list the classes that options take by name
+  list methods|attacks|defences|scores|callbacks   list the names that options take; also list configs|datasets
   datasets [NAME] --root DATA                      list the published data sets, their licences and origins
   claims [METHOD] --check RUN                      print what papers claim beside what was measured here
   completion bash                                  print a script that completes commands and options by the tab key
