@@ -1,6 +1,7 @@
 """Hook of mkdocs that generates pages from the sources: start, methods, reference, catalogue, measurements, changes."""
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from robustclip.tools.datasets import published
 from robustclip.tools.listing import classes
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs/tutorials/first_steps.ipynb"
 # Page to its source; links between the sources become links between the pages.
 COPIES = {
     "index.md": "README.md",
@@ -27,6 +29,7 @@ MOVED = {
     "robustclip/attacks/attack.py": "reference/attacks.md",
     "robustclip/objectives/scores.py": "reference/scores.md",
     "robustclip/types.py": "reference/types.md",
+    "docs/tutorials/first_steps.ipynb": "tutorials/first_steps.md",
     **{source: page for page, source in COPIES.items()},
     **{
         f"docs/{page.relative_to(ROOT / 'docs')}": str(page.relative_to(ROOT / "docs"))
@@ -86,6 +89,7 @@ def pages() -> dict[str, str]:
     lines = [f"- [{title}]({name}.md)" for name, title in titles.items()]
     made["reference/index.md"] = "# Reference\n\nEvery public name, from its docstring.\n\n" + "\n".join(lines) + "\n"
     made["catalogue.md"] = _catalogue()
+    made["tutorials/first_steps.md"] = _notebook(NOTEBOOK)
     return made
 
 
@@ -138,6 +142,15 @@ def _modules(title: str, paths: list[str]) -> str:
 
 def _entry(path: str) -> str:
     return f"::: {path}\n    options:\n      heading_level: 2\n"
+
+
+def _notebook(path: Path) -> str:
+    """Makes a page of the cells of a notebook."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [(cell["cell_type"] == "code", "".join(cell["source"])) for cell in cells]
+    title, *rest = [f"```python\n{text}\n```" if is_code else text for is_code, text in texts]
+    link = f'This page is a notebook: <a href="../{path.name}" download>{path.name}</a>.'  # mkdocs copies the file
+    return "\n\n".join([title, link, *rest]) + "\n"
 
 
 def _index_of_methods() -> str:

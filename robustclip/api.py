@@ -24,6 +24,16 @@ def load(path: str | Path) -> RobustMethod:
 
     Raises:
         ValueError: no such file or folder, or its weights belong to another model.
+
+    Examples:
+        >>> import robustclip
+        >>> from robustclip.cli.main import run
+        >>> short = "--data.test shapes:colours --evaluation.max_samples 4 --trainer.enable_progress_bar false"
+        >>> run(["test", "--config", "zero_shot", "--results.name", "tested", *short.split()])
+        ZeroShot: top-1 accuracy in percent...
+        0
+        >>> robustclip.load("runs/results/tested").training
+        False
     """
     path = Path(path)
     if path.is_dir():
@@ -66,6 +76,17 @@ def evaluate(
 
     Raises:
         ValueError: outputs, data or attacks do not fit.
+
+    Examples:
+        >>> import robustclip
+        >>> def red_or_blue(images):
+        ...     return 9 * images[:, [0, 2]].mean((2, 3))  # logits of two classes
+        >>> data = robustclip.DataSource("shapes:colours", classes="0,2", name="red_or_blue")
+        >>> attacks = {"square": robustclip.Square("5/255", queries=20)}
+        >>> run = robustclip.evaluate(red_or_blue, data, attacks, image_size=32, max_samples=8, name="mine")
+        AnyModel: top-1 accuracy in percent...
+        >>> sorted(run.result["mean"])
+        ['clean', 'square']
     """
     method = model if isinstance(model, RobustMethod) else AnyModel(model, image_size, name)
     if not isinstance(data, LightningDataModule):

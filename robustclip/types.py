@@ -66,6 +66,13 @@ class Batch(NamedTuple):
         captions: ``B`` texts, empty where an image has none; None where the data have no captions.
         anchors: image-text pairs of another set; None where there is none.
         digests: ``B`` hashes of the images' pixels; None but in evaluation of images.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> batch.captions is None
+        True
     """
 
     images: Tensor
@@ -92,6 +99,12 @@ class Task:
     Raises:
         ValueError: a name or template is malformed, there are no classes, a group has an unknown position, or
             descriptions are not of all classes.
+
+    Examples:
+        >>> from robustclip import Task
+        >>> task = Task("pets", ("cat", "dog"), ("a photo of a {}.", "a drawing of a {}."))
+        >>> task.class_names.index("dog")
+        1
     """
 
     name: str

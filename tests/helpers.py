@@ -2,6 +2,9 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +72,23 @@ def save_clip(folder: Path, config: dict[str, Any], net: torch.nn.Module) -> Pat
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
     save_file(net.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def build_wheel(folder: Path) -> Path:
+    """Builds the wheel of the package without network; returns its path.
+
+    Args:
+        folder: folder of the wheel and of a copy of the sources, since a build leaves files behind that the next packs.
+    """
+    root, source = Path(__file__).parents[1], folder / "source"
+    shutil.copytree(root / "robustclip", source / "robustclip", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def write_shards(

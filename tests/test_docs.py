@@ -1,17 +1,20 @@
 """The tutorials run as printed, in a new folder and offline; the reference has every public name."""
 
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from robustclip.cli.main import COMMANDS, run
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "docs/tutorials/first_steps.ipynb"
 TUTORIALS = sorted((ROOT / "docs/tutorials").glob("*.md"))
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 BUILDER = ROOT / ".venv-docs/bin/mkdocs"
@@ -42,6 +45,38 @@ def test_a_tutorial_runs_as_printed(
             else:
                 assert words[0] == "python"
                 subprocess.run([sys.executable, *words[1:]], check=True)
+
+
+@pytest.mark.slow
+def test_the_notebook_defends_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    values: dict[str, Any] = {}
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), values)
+    before, after = (values[name].result["mean"]["pgd10"]["acc1"] for name in ("before", "after"))
+    assert after > before + 0.3
+    batch, place = values["batch"], values["place"]
+    assert values["answer"](values["original"], values["attacked"])[place] != batch.labels[place]
+    assert (values["attacked"] - batch.images).abs().max() <= 5 / 255 + 1e-6
+    assert (tmp_path / "adversarial_image.png").stat().st_size > 10_000
+
+
+def test_the_notebook_is_small_and_has_no_outputs() -> None:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert NOTEBOOK.stat().st_size < 60_000
+    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+def test_the_notebook_is_a_page_of_the_site() -> None:
+    pytest.importorskip("rich")
+    from pages import pages
+
+    page = pages()["tutorials/first_steps.md"]
+    code = "\n".join(code for language, _, code in BLOCK.findall(page) if language == "python")
+    assert "trainer.fit(tecoa, data)" in code
+    compile(code, "notebook", "exec")
 
 
 def test_tutorials_use_only_commands_that_exist() -> None:

@@ -78,7 +78,7 @@ def commands() -> list[str]:
     """Commands of all pages that configure a run; a word in capitals stands for a folder of the user."""
     text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
     lines = re.findall(r"^robustclip +((?:fit|test) .*)$", text, re.MULTILINE)
-    own = ("consistency", "margin.yaml", "smooth", "signs", "median", "flipped", "colours.Colours")
+    own = ("consistency", "brighter", "margin.yaml", "smooth", "signs", "median", "flipped", "colours.Colours")
     return [line for line in lines if not any(word in line for word in own) and line.count("'") % 2 == 0]
 
 

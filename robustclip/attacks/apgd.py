@@ -71,6 +71,15 @@ class APGD(Attack):
     Raises:
         ValueError: a radius is not in [0, 1], a count is too small, a targeted run has cross-entropy, or both
             ``targets`` and ``target`` are set.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import APGD
+        >>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
+        >>> attack = APGD("4/255", steps=5)
+        >>> attacked = attack(images, lambda x: x.mean((2, 3)), labels)  # the mean colour as logits
+        >>> bool((attacked - images).abs().max() <= 4 / 255 + 1e-6)
+        True
     """
 
     is_anytime = True

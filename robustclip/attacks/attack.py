@@ -82,6 +82,21 @@ class Attack(Checked, ABC):
         norm: ``linf``, ``l2`` or ``l1``.
         target: name of the class that the attack moves images to; None for any wrong class.
         aim: number of that class in the task that is attacked.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Attack
+        >>> class Darken(Attack):
+        ...     '''Reduces every pixel by the radius.'''
+        ...
+        ...     is_anytime = True
+        ...     eps = 4 / 255
+        ...
+        ...     def perturb(self, images, forward, targets, loss, *, index, seed):
+        ...         return (images - self.eps).clamp(0, 1)
+        >>> attacked = Darken()(torch.ones(1, 3, 32, 32), lambda x: x.mean((2, 3)), torch.tensor([0]))
+        >>> round(float(attacked.mean()) * 255)
+        251
     """
 
     is_anytime: bool = False

@@ -44,6 +44,15 @@ class PGD(Attack):
 
     Raises:
         ValueError: a radius is not in [0, 1], or the number of steps is negative.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import PGD
+        >>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
+        >>> attack = PGD("4/255", alpha="1/255", steps=5)
+        >>> attacked = attack(images, lambda x: x.mean((2, 3)), labels)  # the mean colour as logits
+        >>> bool((attacked - images).abs().max() <= 4 / 255 + 1e-6)
+        True
     """
 
     is_anytime = True

@@ -73,6 +73,11 @@ class Recipe(Attack):
 
     Raises:
         ValueError: there is no such recipe, the radius is not in [0, 1], or the budget is not positive.
+
+    Examples:
+        >>> from robustclip import Recipe
+        >>> [member.name for member in Recipe("cascade", "4/255").members(classes=10)]
+        ['pgd_ce', 'pgd_margin', 'apgd_ce', 'apgd_t', 'square']
     """
 
     eps: float

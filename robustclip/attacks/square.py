@@ -54,6 +54,15 @@ class Square(Attack):
 
     Raises:
         ValueError: the radius is not in [0, 1], there is no query, or the share is outside (0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Square
+        >>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
+        >>> attack = Square("4/255", queries=20)
+        >>> attacked = attack(images, lambda x: x.mean((2, 3)), labels)  # the mean colour as logits
+        >>> bool((attacked - images).abs().max() <= 4 / 255 + 1e-6)
+        True
     """
 
     is_anytime = True

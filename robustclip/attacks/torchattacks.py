@@ -41,6 +41,15 @@ class TorchAttack(Attack):
     Raises:
         ValueError: torchattacks is not installed or has no such attack, the attack has no such argument, or the loss
             is not cross-entropy.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import TorchAttack
+        >>> images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
+        >>> attack = TorchAttack("PGD", "4/255", {"alpha": "1/255", "steps": 5})
+        >>> attacked = attack(images, lambda x: x.mean((2, 3)), labels)  # the mean colour as logits
+        >>> bool((attacked - images).abs().max() <= 4 / 255 + 1e-6)
+        True
     """
 
     def __init__(self, name: str, eps: Radius | None = None, kwargs: dict[str, Any] | None = None) -> None:

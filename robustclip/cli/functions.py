@@ -57,15 +57,13 @@ def call(function: Function, arguments: Sequence[str], command: str) -> int:
     Returns:
         Exit status: 1 after a function that returns a number of faults above 0, else 0.
     """
-    signature, hints = inspect.signature(function), get_type_hints(function)
-    groups: dict[str, Any] = {name: hints[name] for name in signature.parameters if is_dataclass(hints.get(name))}
+    signature, groups = inspect.signature(function), _groups(function)
     names = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
     parameters = [
         entry.replace(kind=entry.KEYWORD_ONLY) if entry.name in names else entry
         for entry in _parameters(function, groups)
     ]
-    takes_options = any(entry.kind is entry.VAR_POSITIONAL for entry in signature.parameters.values())
-    own, options = _split(arguments, parameters) if takes_options else (list(arguments), [])
+    own, options = _split(arguments, parameters) if _takes_options(function) else (list(arguments), [])
     values = vars(_parser([function, *groups.values()], parameters, command).parse_args(own))
     for parameter in parameters:
         name, value = parameter.name, values[parameter.name]
@@ -78,6 +76,21 @@ def call(function: Function, arguments: Sequence[str], command: str) -> int:
     bound = signature.bind_partial(*first, **values)
     faults = function(*bound.args, *options, **bound.kwargs)
     return int(isinstance(faults, int) and not isinstance(faults, bool) and faults > 0)
+
+
+def options_of(function: Function) -> tuple[list[str], bool]:
+    """Returns the names of a command's parameters, and whether it takes the options of a run too."""
+    return [parameter.name for parameter in _parameters(function, _groups(function))], _takes_options(function)
+
+
+def _groups(function: Function) -> dict[str, Any]:
+    """Returns the dataclasses among the types of the parameters, by the parameters' names."""
+    hints = get_type_hints(function)
+    return {name: hints[name] for name in inspect.signature(function).parameters if is_dataclass(hints.get(name))}
+
+
+def _takes_options(function: Function) -> bool:
+    return any(entry.kind is entry.VAR_POSITIONAL for entry in inspect.signature(function).parameters.values())
 
 
 def _parameters(function: Function, groups: Mapping[str, Any]) -> Iterator[inspect.Parameter]:

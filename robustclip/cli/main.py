@@ -32,9 +32,10 @@ commands:
   retrieve --data D --pool wds:URL --out DIR       find the image-text pairs of a pool nearest to a training set
   cache --config FILE --data.features DIR          store embeddings by the frozen model, to train without decoding
   configs --copy DIR                               list or copy the configurations of the package
-  list methods|attacks|defences|scores|callbacks   list the classes that options take by name
+  list methods|attacks|defences|scores|callbacks   list the names that options take; also list configs|datasets
   datasets [NAME] --root DATA                      list the published data sets, their licences and origins
   claims [METHOD] --check RUN                      print what papers claim beside what was measured here
+  completion bash                                  print a script that completes commands and options by the tab key
 
 FILE is a configuration, one of the package by its name, or a checkpoint; RUN is a folder that `robustclip test` wrote.
 `robustclip COMMAND --help` lists all options; for fit, validate and test this takes some seconds.
@@ -69,6 +70,7 @@ TOOLS = {
     "list": "robustclip.tools.listing:listing",
     "datasets": "robustclip.tools.datasets:datasets",
     "claims": "robustclip.tools.claims:claims",
+    "completion": "robustclip.cli.completion:completion",
 }
 INTERRUPTED, UNREAD, TERMINATED = (128 + number for number in (2, 13, 15))  # SIGINT, SIGPIPE, SIGTERM, as in a shell
 COMMANDS = (*TRAINER_COMMANDS, *TOOLS)

@@ -161,7 +161,7 @@ def unknown_key(key: str, keys: Iterable[str]) -> str:
     leaves = {name: name.rpartition(".")[2] for name in known}
     siblings = {leaves[name]: name for name in known if name.rpartition(".")[0] == parent}
     below = [name for name in known if leaves[name] == leaf and name.startswith(f"{parent}." if parent else "")]
-    close = below[:1] + [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
+    close = below[:1] or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     alike = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.8)
     close = close or [name for name in known if leaves[name] in alike][:2]

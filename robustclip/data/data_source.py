@@ -41,6 +41,14 @@ class DataSource:
             ``open_partial``.
         known: number of known classes, the first of the list; null uses the benchmark whose name begins the `name`.
         known_seed: seed that draws the known classes from all names at random; null takes the first ones.
+
+    Examples:
+        >>> from robustclip import CLIPDataModule, DataSource
+        >>> primary = DataSource("shapes:colours", name="primary", classes="0-2", templates="a {} thing")
+        >>> data = CLIPDataModule(test=primary, image_size=32)
+        >>> data.setup("test")
+        >>> data.test_tasks[0].class_names
+        ('red', 'green', 'blue')
     """
 
     source: str | Dataset | Source  # type: ignore[type-arg]  # the parser of the command line cannot read Dataset[Any]

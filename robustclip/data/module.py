@@ -75,6 +75,15 @@ class CLIPDataModule(ResumableDataModule):
 
     Raises:
         ValueError: a data set does not fit, at the setup of a stage.
+
+    Examples:
+        >>> from robustclip import CLIPDataModule
+        >>> data = CLIPDataModule(test="shapes:colours", image_size=32, batch_size=8)
+        >>> data.setup("test")
+        >>> data.test_tasks[0].class_names[:3]
+        ('red', 'green', 'blue')
+        >>> next(iter(data.test_dataloader()[0])).images.shape
+        torch.Size([8, 3, 32, 32])
     """
 
     max_samples: int | None = None

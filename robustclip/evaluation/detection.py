@@ -65,6 +65,17 @@ class OODDetection(Callback):
         ValueError: a headline or attacked score that is not among the scores, an attack with a loss of its own;
             when a test is set up, no unknown set, a name that the data do not have, embeddings to attack, or data that
             a score cannot use.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import CLIPDataModule, DataSource, OODDetection, ZeroShot
+        >>> half = DataSource("shapes:colours", classes="0-5")  # the images of the other six colours are unknown
+        >>> data = CLIPDataModule(test=half, unknown=half, image_size=32)
+        >>> callbacks = [OODDetection(scores=["mcm"], headline="mcm")]
+        >>> trainer = Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False)
+        >>> (metrics,) = trainer.test(ZeroShot(), data, verbose=False)
+        >>> metrics["test/colours/detection/colours_unknown/mcm/auroc"] > 0.9
+        True
     """
 
     def __init__(

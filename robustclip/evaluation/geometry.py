@@ -55,6 +55,14 @@ class FeatureGeometry(TaskCallback):
 
     Raises:
         ValueError: fewer than three samples, or random weights in the place of pre-trained ones.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import CLIPDataModule, FeatureGeometry, ZeroShot
+        >>> trainer = Trainer(accelerator="cpu", callbacks=[FeatureGeometry()], logger=False, enable_progress_bar=False)
+        >>> (metrics,) = trainer.test(ZeroShot(), CLIPDataModule(test="shapes:colours", image_size=32), verbose=False)
+        >>> round(metrics["test/colours/geometry/pearson"], 3)  # nothing was trained
+        1.0
     """
 
     def __init__(self, max_samples: Annotated[int, Interval(3)] = 500) -> None:

@@ -39,6 +39,16 @@ class HessianDifference(TaskCallback):
     Raises:
         ValueError: a number below 1; when a stage is set up, no two tasks of the same classes; when it starts, a method
             without learning parameters.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import CLIPDataModule, DataSource, HessianDifference, TeCoA
+        >>> callbacks = [HessianDifference(max_samples=4, iterations=2)]
+        >>> trainer = Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False)
+        >>> domains = [DataSource("shapes:colours", name=name) for name in ("one", "other")]  # the same images twice
+        >>> _ = trainer.test(TeCoA(), CLIPDataModule(test=domains, image_size=32), verbose=False)
+        >>> float(trainer.callback_metrics["test/one_other/hessian/difference"])
+        0.0
     """
 
     def __init__(self, max_samples: Count = 256, iterations: Count = 20) -> None:

@@ -68,6 +68,15 @@ class RobustEvaluation(TaskCallback):
 
     Raises:
         ValueError: an attack name that could not be a key of the results, or a number out of range.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import PGD, CLIPDataModule, RobustEvaluation, ZeroShot
+        >>> evaluation = RobustEvaluation({"pgd": PGD("5/255", alpha="2/255", steps=3)}, max_samples=8)
+        >>> trainer = Trainer(accelerator="cpu", callbacks=[evaluation], logger=False, enable_progress_bar=False)
+        >>> (metrics,) = trainer.test(ZeroShot(), CLIPDataModule(test="shapes:colours", image_size=32), verbose=False)
+        >>> metrics["test/mean/pgd/acc1"] < metrics["test/mean/clean/acc1"]
+        True
     """
 
     def __init__(

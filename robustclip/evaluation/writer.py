@@ -98,6 +98,17 @@ class ResultsWriter(Callback):
     Raises:
         ValueError: before the test starts, if an average has no task, an unknown task or a name in use, or if the
             baseline has other weights.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import CLIPDataModule, ResultsWriter, RobustEvaluation, ZeroShot
+        >>> callbacks = [RobustEvaluation({}, max_samples=8), ResultsWriter("results", "clean")]
+        >>> trainer = Trainer(accelerator="cpu", callbacks=callbacks, logger=False, enable_progress_bar=False)
+        >>> _ = trainer.test(ZeroShot(), CLIPDataModule(test="shapes:colours", image_size=32), verbose=False)
+        ZeroShot: top-1 accuracy in percent...
+        >>> Path("results/clean/result.json").is_file()
+        True
     """
 
     def __init__(

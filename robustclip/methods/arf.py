@@ -33,6 +33,16 @@ class ARF(FLYP):
 
     Raises:
         ValueError: a weight is negative.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import ARF, Batch, Task
+        >>> model = ARF(caption_weight=0.5, anchor_weight=0)
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> images, captions = torch.rand(2, 3, 32, 32), ("something red", "a blue dot")
+        >>> batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), captions)
+        >>> sorted(model.training_loss(batch))
+        ['caption_nce', 'prompt_nce']
     """
 
     of_training: tuple[str, ...] = ("caption_weight", "anchor_weight")

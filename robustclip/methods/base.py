@@ -58,6 +58,19 @@ class RobustMethod(Checked, EvaluationSteps):
         warmup_steps: optimiser steps of linear warm-up; 0 for none.
         schedule: ``cosine`` to 0 over the run after the warm-up, or ``constant``.
         defence: test-time defence, which evaluation puts before the model and attacks; null for none.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, RobustMethod, Task
+        >>> class Clean(RobustMethod):
+        ...     '''Trains the image tower by the cross-entropy on clean images.'''
+        ...
+        ...     def training_loss(self, batch):
+        ...         return {"ce": torch.nn.functional.cross_entropy(self.logits(batch.images), batch.labels)}
+        >>> model = Clean(pretrained="shapes")
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> sorted(model.training_loss(Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))))
+        ['ce']
     """
 
     of_original: tuple[str, ...] = ("clip.net.",)  # name prefixes of tensors that the pre-trained model determines

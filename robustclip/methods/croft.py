@@ -72,6 +72,15 @@ class CRoFT(FrozenFeatures):
     Raises:
         ValueError: an option is unknown, a ratio is outside [0, 1], a number is negative, the penalty is ``sample`` in
             an official mode, or ``batch``, whose sum has no scale, has one.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, CRoFT, Task
+        >>> model = CRoFT(lambda1=1.0, lambda2=5.0)
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> sorted(model.training_loss(batch))
+        ['clean_ce', 'energy', 'generated']
     """
 
     of_training: tuple[str, ...] = (

@@ -32,6 +32,15 @@ class FARE(RobustMethod):
 
     Raises:
         ValueError: the initial weights are random, ``pretrained: null``.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, FARE, PGD, Task
+        >>> model = FARE(attack=PGD("5/255", alpha="2/255", steps=2))
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> sorted(model.training_loss(batch))
+        ['squared_distance']
     """
 
     def __init__(

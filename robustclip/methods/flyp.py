@@ -51,6 +51,15 @@ class FLYP(RobustMethod):
 
     Raises:
         ValueError: a micro-batch has no image, or BatchNorm that is not fixed.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, FLYP, Task
+        >>> model = FLYP(pretrained="shapes")
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> sorted(model.training_loss(batch))
+        ['prompt_nce']
     """
 
     of_training: tuple[str, ...] = ("decay_all", "clamp", "micro_batch")

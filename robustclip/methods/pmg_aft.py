@@ -59,6 +59,15 @@ class PMGAFT(TeCoA):
     Raises:
         ValueError: a weight is negative, the scale is not positive, the tower has no such block, or the block is
             compiled.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, PGD, PMGAFT, Task
+        >>> model = PMGAFT(attack=PGD("5/255", alpha="2/255", steps=2), beta=0.5)
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> sorted(model.training_loss(batch))
+        ['adversarial_ce', 'clean_pull', 'guidance']
     """
 
     of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")

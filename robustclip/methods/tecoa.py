@@ -40,6 +40,15 @@ class TeCoA(TeCoARecipe):
     Raises:
         ValueError: ``last_blocks`` is not between 1 and the tower's number of blocks, or is set for a frozen tower; the
             tower cannot use the prompt; or pseudo-labels would come from random weights.
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Batch, PGD, Task, TeCoA
+        >>> model = TeCoA(attack=PGD("5/255", alpha="2/255", steps=2))
+        >>> model.prepare_training(Task("colours", ("red", "blue"), ("a {} shape",)))
+        >>> batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2))
+        >>> sorted(model.training_loss(batch))
+        ['adversarial_ce']
     """
 
     of_training: tuple[str, ...] = ("last_blocks", "prompt_lr", "prompts_only", "pseudo_labels")

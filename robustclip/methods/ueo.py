@@ -45,6 +45,16 @@ class UEO(ContextAndNorms):
 
     Raises:
         ValueError: the kind of weights is unknown, or a temperature is not positive.
+
+    Examples:
+        >>> from lightning.pytorch import Trainer
+        >>> from robustclip import UEO, CLIPDataModule
+        >>> data = CLIPDataModule("shapes:source", shots=1, batch_size=8, image_size=32)  # labels are not used
+        >>> options = {"limit_val_batches": 0, "enable_progress_bar": False, "enable_checkpointing": False}
+        >>> trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_model_summary=False, **options)
+        >>> trainer.fit(UEO(weights="confidence"), data)
+        >>> sorted(trainer.callback_metrics)
+        ['train/entropy', 'train/loss', 'train/marginal_entropy']
     """
 
     of_training: tuple[str, ...] = ("weights", "weight_temperature", "marginal_weight", "exact_entropy")

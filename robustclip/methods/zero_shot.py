@@ -9,7 +9,16 @@ from robustclip.types import Batch
 
 
 class ZeroShot(RobustMethod):
-    """The pre-trained model without training (CLIP, https://arxiv.org/abs/2103.00020)."""
+    """The pre-trained model without training (CLIP, https://arxiv.org/abs/2103.00020).
+
+    Examples:
+        >>> import torch
+        >>> from robustclip import Task, ZeroShot
+        >>> model = ZeroShot(pretrained="shapes")
+        >>> model.prepare([Task("colours", ("red", "blue"), ("a {} shape",))])
+        >>> model.logits(torch.rand(2, 3, 32, 32), "colours").shape
+        torch.Size([2, 2])
+    """
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns no parameters, so that everything is frozen."""

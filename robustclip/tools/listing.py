@@ -1,4 +1,4 @@
-"""``robustclip list`` prints the classes that options take by name, with the first sentence of their documentation."""
+"""``robustclip list`` prints the names that options take, classes with the first sentence of their documentation."""
 
 import ast
 import re
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from robustclip.textfiles import read_text
+from robustclip.tools.configs import configs
+from robustclip.tools.datasets import datasets
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = {
@@ -18,20 +20,24 @@ FOLDERS = {
     "callbacks": ("Callback", ["evaluation"]),
 }
 Kind = Literal["methods", "attacks", "defences", "scores", "callbacks"]
+Listed = Literal[Kind, "configs", "datasets"]
 
 
-def listing(kind: Kind) -> None:
-    """Lists the classes that options take by name, with one line each.
-
-    ``robustclip datasets`` lists data sets, and ``robustclip configs`` configurations.
+def listing(kind: Listed) -> None:
+    """Lists the names that options take, with one line each: classes, configurations or published data sets.
 
     Args:
-        kind: methods, attacks, defences, scores or callbacks.
+        kind: methods, attacks, defences, scores, callbacks, configs or datasets.
     """
+    if kind == "configs":
+        return configs()
+    if kind == "datasets":
+        return datasets()
     lines = sorted(classes(kind).items(), key=lambda line: line[0].lower())
     width = max(len(name) for name, _ in lines)
     for name, sentence in lines:
         sys.stdout.write(f"{name:<{width}}  {sentence}\n")
+    return None
 
 
 def classes(kind: Kind) -> dict[str, str]:

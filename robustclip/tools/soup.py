@@ -138,16 +138,16 @@ def soup(
     everyone = range(len(checkpoints))
     mixtures = {f"scale-{scale:g}.ckpt": ([*everyone], scale) for scale in scales}
     mixtures = mixtures or {"mean.ckpt": ([*everyone], 1 / len(checkpoints))}
-    if measure is not None:
-        with TemporaryDirectory() as folder:
-            taste = _Taste(kitchen, measure, Path(folder) / "soup.ckpt")
-            if scales:
-                best = max(mixtures, key=lambda name: taste(*mixtures[name]))
-                mixtures = {best: mixtures[best]}
-            else:
-                kept = greedy(len(checkpoints), lambda places: taste(places, 1 / len(places)))
-                mixtures = {"greedy.ckpt": (kept, 1 / len(kept))}
-    with atomic_folder(out) as aside:
+    with atomic_folder(out) as aside:  # refuses an existing folder before anything is measured
+        if measure is not None:
+            with TemporaryDirectory() as folder:
+                taste = _Taste(kitchen, measure, Path(folder) / "soup.ckpt")
+                if scales:
+                    best = max(mixtures, key=lambda name: taste(*mixtures[name]))
+                    mixtures = {best: mixtures[best]}
+                else:
+                    kept = greedy(len(checkpoints), lambda places: taste(places, 1 / len(places)))
+                    mixtures = {"greedy.ckpt": (kept, 1 / len(kept))}
         for name, mixture in mixtures.items():
             torch.save(kitchen.mixed(*mixture), aside / name)
     files = [out / name for name in mixtures]

@@ -255,7 +255,7 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "value without an option": (f"{TEST} stray", nothing, ("'stray'", "--KEY")),
     "option with one dash": (f"{TEST} -trainer.max_epochs 3", nothing, ("'-trainer.max_epochs'", "--KEY")),
     "shortened key": (f"{FIT} --trainer.max_epoch 3", nothing, ("trainer.max_epoch;", "trainer.max_epochs")),
-    "key of the optimizer without it": (f"{FIT} --model.lr 1e-4", nothing, ("model.lr", "model.optimizer.lr")),
+    "key of the optimizer without it": (f"{FIT} --model.lr 1e-4", nothing, ("model.lr;", "mean model.optimizer.lr?")),
     "option before the config": (
         f"fit --trainer.max_epochs 3 {FIT[4:]} --config run.yaml".replace("--trainer.max_epochs 1 ", ""),
         text("run.yaml", "trainer: {max_epochs: 2}\n"),

@@ -1,19 +1,15 @@
 """Configurations of the package: found by name from any folder, listed, copied, and part of the wheel."""
 
-import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import build_wheel
 
 from robustclip.cli.main import run
 from robustclip.cli.settings import located
 from robustclip.tools.configs import FOLDER, packaged
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +65,14 @@ def test_the_list_has_a_sentence_for_every_configuration(capsys: pytest.CaptureF
     assert all(len(sentence) > 20 for _, sentence in lines)
 
 
+@pytest.mark.parametrize("kind", ["configs", "datasets"])
+def test_list_knows_configurations_and_data_sets(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["list", kind]) == 0
+    listed = capsys.readouterr().out
+    assert run([kind]) == 0
+    assert listed == capsys.readouterr().out != ""
+
+
 def test_a_copy_is_complete_and_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "mine"
     assert run(["configs", "--copy", str(copy)]) == 0
@@ -89,14 +93,7 @@ def test_fifteen_are_the_zero_shot_sets_of_the_training_configuration() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_configurations(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # a build leaves files behind, which a later one would pack
-    shutil.copytree(ROOT / "robustclip", source / "robustclip", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
-    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
-    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"robustclip/configs/{path.relative_to(FOLDER)}" for path in FOLDER.rglob("*.yaml")} <= names
     assert wheel.stat().st_size < 4e6

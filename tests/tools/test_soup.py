@@ -128,6 +128,14 @@ def test_wrong_arguments_are_refused(
         soup(builder(tiny_model), [members[0]] * 2, tmp_path / "out")
 
 
+def test_an_existing_folder_is_refused_before_anything_is_measured(
+    members: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists and is never overwritten"):
+        soup(builder(tiny_model), members, tmp_path / "out", measure=lambda checkpoint: pytest.fail("measured"))
+
+
 @pytest.mark.slow
 def test_other_bases_methods_and_parameters_are_refused(members: list[Path], tiny_model: Path, tmp_path: Path) -> None:
     other, path = tiny_clip(tmp_path / "model", width=48), tmp_path / "other.ckpt"
