@@ -31,6 +31,7 @@ ROUNDED = (
     "again",
     "regrad",
     "spread",
+    "steady",
     "state",
     "leak",
     "draws",
