@@ -6,6 +6,7 @@ from typing import Any
 
 import masked
 import masked_further
+import masked_others
 import numpy as np
 import pytest
 import torch
@@ -52,7 +53,7 @@ def alarms(run: Run) -> set[str]:
 
 # The collection
 
-COLLECTION: dict[str, type[RobustMethod]] = {**masked.MASKED, **masked_further.FURTHER}
+COLLECTION: dict[str, type[RobustMethod]] = {**masked.MASKED, **masked_further.FURTHER, **masked_others.OTHERS}
 NOTICED: dict[str, set[str]] = {
     "SteNoisy": {"gradient_repeats", "random_state", "transfer"},
     "SoftThermometer": {"gradient_spread"},
@@ -60,6 +61,8 @@ NOTICED: dict[str, set[str]] = {
     "AnswerMemory": {"stateful"},
     "ClosureMemory": {"stateful"},
     "SteBlue": {"gradient_fidelity"},
+    "SlowSign": {"gradient_steadiness"},
+    "DetachedTop": {"gradient_fidelity"},
 }
 
 
