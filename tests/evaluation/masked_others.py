@@ -79,17 +79,6 @@ class MarginCap(ZeroShot):
         return torch.where(z > second, second + 0.5 * torch.tanh(8 * (z - second)), z)
 
 
-class SharpAttention(Inside):
-    """A stage's map is replaced by its place of the largest energy, by a sharp softmax."""
-
-    stage = "layer4"
-
-    def change(self, maps: Tensor) -> Tensor:
-        energy = maps.square().mean(1).flatten(1)
-        weights = (60 * energy / energy.mean(1, keepdim=True).detach()).softmax(-1).view(len(maps), 1, *maps.shape[2:])
-        return 0.5 * maps + 0.5 * (maps * weights).sum((2, 3), keepdim=True)
-
-
 # Features and heads
 
 
@@ -203,18 +192,6 @@ class KeyedPatches(Filtered):
         return images * mask + 0.5 * (1 - mask)
 
 
-class TopPatches(Filtered):
-    """Half of the patches, those of the largest variance, are kept; the others become their mean."""
-
-    def change(self, images: Tensor) -> Tensor:
-        mean = F.avg_pool2d(images, 4)
-        variance = (F.avg_pool2d(images.square(), 4) - mean.square()).mean(1, keepdim=True)
-        least = variance.flatten(1).median(1).values.view(-1, 1, 1, 1)
-        kept = F.interpolate((variance >= least).float(), scale_factor=4)
-        smooth = F.interpolate(mean, scale_factor=4)
-        return images * kept + smooth * (1 - kept)
-
-
 class WrongBranch(ZeroShot):
     """The answer is of the image; the gradient is of a transposed copy, whose size it has."""
 
@@ -301,8 +278,8 @@ OTHERS: dict[str, type[RobustMethod]] = {
     cls.__name__: cls
     for cls in (
         SlowSign, SlowSign300, SlowSign500, SlowSign1000, SlowSignMid, FeatureStairs, FeatureWave, LogitSquash,
-        MarginCap, SharpAttention, FeatureBits, IntegerFeatures, NearestPrototype, ConfidenceGate, DetachedTop,
-        DetachedGain, VotesOfCrops, SoftVotesOfCrops, LogTable, PixelTable, CodeBook, KeyedPatches, TopPatches,
+        MarginCap, FeatureBits, IntegerFeatures, NearestPrototype, ConfidenceGate, DetachedTop,
+        DetachedGain, VotesOfCrops, SoftVotesOfCrops, LogTable, PixelTable, CodeBook, KeyedPatches,
         WrongBranch, DitherSelf, ZeroBackward, MixedSigns, AwayFromClean, FirstSeen, FirstSeenOutside,
     )
 }  # fmt: skip
