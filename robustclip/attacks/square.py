@@ -43,8 +43,8 @@ class Square(Attack):
     https://arxiv.org/abs/2103.01208): the same with steeper pyramids, whose sum of changes is shared out, and with the
     projection onto perturbation set and valid pixel range at once. A candidate is kept if it is worse for the model.
 
-    Departures from the authors' code: squares may touch the last row and column; every sample draws its own squares;
-    misclassified samples are attacked until the end of their block of 64 queries.
+    Departures from the authors' code: squares may touch the last row and column, except in L1; every sample
+    draws its own squares; misclassified samples are attacked until the end of their block of 64 queries.
 
     Args:
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
@@ -177,8 +177,10 @@ def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, ep
     size = delta.abs() ** order
     spent = perturbation_set.norm(delta).square() if ball == "l2" else size.sum((1, 2, 3), keepdim=True)
     unspent = (eps**order - spent).clamp(min=0)
-    filled = _window(delta, draws[:, 0], draws[:, 1], side)
-    emptied = _window(delta, draws[:, 2], draws[:, 3], side)
+    # In L1 squares stay off the last row and column, as the authors' do: large ones then coincide, which is stronger.
+    places = 0 if ball == "l1" else 1
+    filled = _window(delta, draws[:, 0], draws[:, 1], side, places)
+    emptied = _window(delta, draws[:, 2], draws[:, 3], side, places)
     rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
     union = rest.index_put(filled, torch.zeros((), device=delta.device))  # both squares emptied
     in_both = (size - union.abs() ** order).sum((2, 3), keepdim=True).clamp(min=0)
@@ -221,12 +223,14 @@ def _pyramid(height: int, width: int, device: torch.device, ball: str) -> Tensor
     return _unit(bump, ball)
 
 
-def _window(delta: Tensor, down: Tensor, across: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _window(
+    delta: Tensor, down: Tensor, across: Tensor, side: int, further: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the indices of one square per sample, over all colours."""
     batch, colours, height, width = delta.shape
     cells = torch.arange(side, device=delta.device)
-    rows = _corner(down, height, side)[:, None] + cells
-    columns = _corner(across, width, side)[:, None] + cells
+    rows = (down * (height - side + further)).long()[:, None] + cells
+    columns = (across * (width - side + further)).long()[:, None] + cells
     samples = torch.arange(batch, device=delta.device)[:, None, None, None]
     channels = torch.arange(colours, device=delta.device)[None, :, None, None]
     return samples, channels, rows[:, None, :, None], columns[:, None, None, :]
