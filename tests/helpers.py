@@ -34,6 +34,7 @@ ROUNDED = (
     "again",
     "regrad",
     "spread",
+    "steady",
     "state",
     "leak",
     "draws",

@@ -11,8 +11,6 @@ from torch import Tensor
 from robustclip.attacks import l1_ball, noise
 
 Norm = Literal["linf", "l2", "l1"]
-DenseNorm = Literal["linf", "l2"]
-"""Type of the norms in which a small change of every pixel uses up the radius."""
 
 ORDERS: dict[str, float] = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 SPARSITY = 0.01  # share of the pixel values that a step in L1 changes, as in SLIDE

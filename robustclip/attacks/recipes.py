@@ -20,21 +20,22 @@ from robustclip.attacks.attack import (
     pixels,
     scaled_radius,
 )
-from robustclip.attacks.perturbation_set import DenseNorm
+from robustclip.attacks.perturbation_set import Norm
 from robustclip.attacks.pgd import PGD
 from robustclip.attacks.sample_losses import margin
 from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack
 
 RecipeName = Literal["pgd10", "pgd100", "cascade", "autoattack"]
-Build = Callable[[float, DenseNorm, int], Attack]
+Build = Callable[[float, Norm, int], Attack]
 """Maps radius, norm and number of classes to an attack."""
 
 TARGETS = 9  # number of AutoAttack's targets, for any number of classes (https://arxiv.org/abs/2003.01690)
 
 
-def _fab_t(eps: float, norm: DenseNorm, classes: int) -> Attack:
-    kwargs = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "steps": 100, "n_restarts": 1, "multi_targeted": True}
+def _fab_t(eps: float, norm: Norm, classes: int) -> Attack:
+    spelled = {"linf": "Linf", "l2": "L2"}[norm]
+    kwargs = {"norm": spelled, "steps": 100, "n_restarts": 1, "multi_targeted": True}
     return TorchAttack("FAB", eps, {**kwargs, "n_classes": min(classes, TARGETS + 1)})
 
 
@@ -63,16 +64,18 @@ class Recipe(Attack):
     ``pgd10``: 10 steps of eps/4. ``pgd100``: the papers' test attack, 100 steps of eps, last iterate. ``cascade``:
     from cheap to strong, PGD-10 with cross-entropy and with the margin, APGD-CE, APGD-T with DLR, Square.
     ``autoattack``: the standard four of Croce & Hein (https://arxiv.org/abs/2003.01690), APGD-CE, APGD-T, FAB-T and
-    Square.
+    Square. Only the cascade has L1: its APGD and Square are then those of https://arxiv.org/abs/2103.01208, and its PGD
+    takes sparse steps.
 
     Args:
         name: name of the recipe.
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2``, or ``l1`` for ``cascade``.
         budget: factor of all steps and queries, for tests and quick evaluations.
 
     Raises:
-        ValueError: there is no such recipe, the radius is not in [0, 1], or the budget is not positive.
+        ValueError: there is no such recipe, or not in this norm, the radius is not in [0, 1], or the budget is not
+            positive.
 
     Examples:
         >>> from robustclip import Recipe
@@ -81,19 +84,20 @@ class Recipe(Attack):
     """
 
     eps: float
+    norm: Norm
 
-    def __init__(
-        self, name: RecipeName, eps: Radius = "4/255", norm: DenseNorm = "linf", budget: Positive = 1.0
-    ) -> None:
+    def __init__(self, name: RecipeName, eps: Radius = "4/255", norm: Norm = "linf", budget: Positive = 1.0) -> None:
+        if norm == "l1" and name != "cascade":
+            reason = "FAB of torchattacks fails in it" if name == "autoattack" else "its paper does not define it"
+            raise ValueError(f"norm: {name} has no l1, since {reason}; take cascade, or PGD or APGD with norm l1")
         self.name, self.norm, self.budget = name, norm, budget
         self.eps = pixels(eps, name="eps", limit=1.0 if norm == "linf" else None)
 
     def members(self, classes: int) -> list[Member]:
         """Lists the recipe's attacks in order, adapted to the number of classes."""
-        norm: DenseNorm = "linf" if self.norm == "linf" else "l2"
         members = []
         for name in RECIPES[self.name]:
-            attack = ATTACKS[name](self.eps, norm, classes).scaled(steps=self.budget)
+            attack = ATTACKS[name](self.eps, self.norm, classes).scaled(steps=self.budget)
             if attack is None:
                 raise ValueError(f"{name} cannot scale its steps by {self.budget}")
             members += [member._replace(name=name) for member in attack.members(classes)]

@@ -1,7 +1,7 @@
 """Square Attack (Andriushchenko et al., https://arxiv.org/abs/1912.00049): random search over square patches."""
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 SCHEDULE_QUERIES = 10_000  # number of queries for which the paper defines when the patch area halves
 HALVE_AREA_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 BLOCK = 64  # queries drawn at once, and between two checks for misclassified samples; part of the meaning of a seed
-DRAWS = 9  # per query: row, column (twice for l2), orientation, and one sign per colour
-SMALLEST_SIDE_L2, TILES_L2 = 3, 5  # the paper's section 3.4
+DRAWS = 9  # per query: row, column (twice for l2 and l1), orientation, and one sign per colour
+SMALLEST_SIDE, TILES = 3, 5  # for l2 and l1; the paper's section 3.4
+ORDERS = {"l2": 2, "l1": 1}
+DECAY = {"l2": 2, "l1": 4}  # power by which pyramids fall from their centre
 COLOURS = 3
 
 
@@ -37,16 +39,17 @@ class Square(Attack):
     """Square Attack, a random search that queries the model without gradients; every sample has its own patches.
 
     L-infinity: vertical stripes of ``+-eps``; then each query sets a random square to ``+-eps`` per colour. L2: a grid
-    of two-sided pyramids; then each query moves the norm of one square to another. A candidate is kept if it is worse
-    for the model.
+    of two-sided pyramids; then each query moves the norm of one square to another. L1 (Croce & Hein,
+    https://arxiv.org/abs/2103.01208): the same with steeper pyramids, whose sum of changes is shared out, and with the
+    projection onto perturbation set and valid pixel range at once. A candidate is kept if it is worse for the model.
 
-    Departures from the authors' code: squares may touch the last row and column; every sample draws its own squares;
-    misclassified samples are attacked until the end of their block of 64 queries.
+    Departures from the authors' code: squares may touch the last row and column, except in L1; every sample
+    draws its own squares; misclassified samples are attacked until the end of their block of 64 queries.
 
     Args:
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.
         queries: evaluations of the model per image, including the first.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf``, ``l2`` or ``l1``.
         p_init: share of the image that the first squares cover.
         loss: ``margin``, ``ce`` or ``dlr``.
         target: name of the class that images of other classes are moved to, or a class per task by the task's name;
@@ -73,7 +76,7 @@ class Square(Attack):
         self,
         eps: Radius = "4/255",
         queries: Count = 5000,
-        norm: perturbation_set.DenseNorm = "linf",
+        norm: perturbation_set.Norm = "linf",
         p_init: PositiveShare = 0.8,
         loss: LossName = "margin",
         target: Target = None,
@@ -108,8 +111,9 @@ class Square(Attack):
             return Worst(attacked, loss(outputs, targets), self.is_success(outputs, targets))
 
         is_linf = self.norm == "linf"
-        worst = evaluate(_stripes(images, self.eps, index, seed) if is_linf else _tiles(images, self.eps, index, seed))
-        propose = _square if is_linf else _moved_square
+        options = (self.eps, index, seed)
+        worst = evaluate(_stripes(images, *options) if is_linf else _tiles(images, *options, self.norm))
+        propose = _square if is_linf else partial(_moved_square, ball=self.norm)
         for first in range(0, self.queries - 1, BLOCK):
             draws = perturbation_set.uniform(
                 images, (BLOCK, DRAWS), index, perturbation_set.stream(seed, 1 + first // BLOCK)
@@ -158,68 +162,84 @@ def _square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: flo
     return torch.where(inside, (images + eps * signs).clamp(0, 1), worst)
 
 
-def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int) -> Tensor:
-    """Draws a grid of pyramids with a sign per tile and colour, of norm eps before clipping to [0, 1]."""
+def _tiles(images: Tensor, eps: float, index: Tensor | None, seed: int, ball: str) -> Tensor:
+    """Draws a grid of pyramids with a sign per tile and colour; in L2 of norm eps, in L1 of norm 1 per tile at most."""
     batch, colours, height, width = images.shape
-    side = max(min(height, width) // TILES_L2, 1)
+    side = max(min(height, width) // TILES, 1)
     down, across = height // side, width // side
     draw = perturbation_set.uniform(images, (colours * down * across + 1,), index, perturbation_set.stream(seed, 0))
     signs = _signs(draw[:, 1:]).view(batch, colours, down, across)
-    bumps = _turned(pyramids(side, images.device), draw[:, 0])[:, None].repeat(1, 1, down, across)
+    bumps = _turned(pyramids(side, images.device, ball), draw[:, 0])[:, None].repeat(1, 1, down, across)
     tiled = bumps * signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
     delta = torch.zeros_like(images)
     top, left = (height - side * down) // 2, (width - side * across) // 2
     delta[:, :, top : top + side * down, left : left + side * across] = tiled
+    return _on_surface(images, delta, eps, ball)
+
+
+def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float, *, ball: str) -> Tensor:
+    """Empties one square of each perturbation and adds its norm, and the unused norm, to another square."""
+    height, width = images.shape[2:]
+    side = max(round(math.sqrt(share * height * width)), SMALLEST_SIDE)
+    side = min(side + (side + 1) % 2, height, width)  # odd, so that a pyramid has a centre
+    delta, order, colours = worst - images, ORDERS[ball], images.shape[1]
+    size = delta.abs() ** order
+    spent = perturbation_set.norm(delta).square() if ball == "l2" else size.sum((1, 2, 3), keepdim=True)
+    unspent = (eps**order - spent).clamp(min=0)
+    # In L1 squares stay off the last row and column, as the authors' do: large ones then coincide, which is stronger.
+    places = 0 if ball == "l1" else 1
+    filled = _window(delta, draws[:, 0], draws[:, 1], side, places)
+    emptied = _window(delta, draws[:, 2], draws[:, 3], side, places)
+    rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
+    union = rest.index_put(filled, torch.zeros((), device=delta.device))  # both squares emptied
+    in_both = (size - union.abs() ** order).sum((2, 3), keepdim=True).clamp(min=0)
+    bump = _turned(pyramids(side, delta.device, ball), draws[:, 4])[:, None]
+    bump = bump * _signs(draws[:, -COLOURS:])[:, :colours, None, None]
+    length = (unspent / colours + in_both) ** (1 / order)
+    # In L1 the new square is larger than what is free, and the projection takes from all pixels, as the authors' does.
+    length = length * colours if ball == "l1" else length
+    new = _unit(bump + _unit(delta[filled], ball), ball) * length
+    return _on_surface(images, rest.index_put(filled, new), eps, ball)
+
+
+def _on_surface(images: Tensor, delta: Tensor, eps: float, ball: str) -> Tensor:
+    """Adds a perturbation: in L2 scaled to the radius and clipped, in L1 projected."""
+    if ball == "l1":
+        return perturbation_set.project(images + delta, images, eps, ball)
     return (images + eps * perturbation_set.unit(delta)).clamp(0, 1)
 
 
-def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, eps: float) -> Tensor:
-    """Empties one square of each perturbation and adds its norm, and the unused norm, to another square."""
-    height, width = images.shape[2:]
-    side = max(round(math.sqrt(share * height * width)), SMALLEST_SIDE_L2)
-    side = min(side + (side + 1) % 2, height, width)  # odd, so that a pyramid has a centre
-    delta = worst - images
-    unspent = (eps**2 - perturbation_set.norm(delta).square()).clamp(min=0)
-    filled = _window(delta, draws[:, 0], draws[:, 1], side)
-    emptied = _window(delta, draws[:, 2], draws[:, 3], side)
-    rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
-    union = rest.index_put(filled, torch.zeros((), device=delta.device))  # both squares emptied
-    norm_of_both = (delta.square() - union.square()).sum((2, 3), keepdim=True).clamp(min=0)
-    old = delta[filled]
-    bump = _turned(pyramids(side, delta.device), draws[:, 4])[:, None] * _signs(draws[:, -COLOURS:])[:, :, None, None]
-    new = _unit(bump[:, : images.shape[1]] + _unit(old))
-    new = new * (unspent / images.shape[1] + norm_of_both).sqrt()
-    return (images + eps * perturbation_set.unit(rest.index_put(filled, new))).clamp(0, 1)
-
-
 @cache
-def pyramids(side: int, device: torch.device) -> Tensor:
+def pyramids(side: int, device: torch.device, ball: str = "l2") -> Tensor:
     """Computes the paper's eta ``(side, side)``: a pyramid over the upper half, its negative over the lower, of norm 1.
 
     Args:
         side: side of the square, in pixels.
         device: device of the result.
+        ball: ``l2`` or ``l1``.
     """
-    upper = _pyramid(side // 2, side, device)
-    both = torch.cat([upper, -_pyramid(side - side // 2, side, device)])
-    return _unit(both)
+    upper = _pyramid(side // 2, side, device, ball)
+    both = torch.cat([upper, -_pyramid(side - side // 2, side, device, ball)])
+    return _unit(both, ball)
 
 
-def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
-    """Sums ``1 / (k + 1)**2`` over the square rings ``k`` that contain a cell, scaled to norm 1 (paper, equation 2)."""
+def _pyramid(height: int, width: int, device: torch.device, ball: str) -> Tensor:
+    """Sums ``(k + 1)**-power`` over the square rings ``k`` that contain a cell, of norm 1 (paper, equation 2)."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     ring = torch.maximum((rows - height // 2).abs()[:, None], (columns - width // 2).abs()[None, :])
-    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=device).square()
+    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, device=device) ** DECAY[ball]
     bump = weights.flip(0).cumsum(0).flip(0)[ring]
-    return _unit(bump)
+    return _unit(bump, ball)
 
 
-def _window(delta: Tensor, down: Tensor, across: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _window(
+    delta: Tensor, down: Tensor, across: Tensor, side: int, further: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes the indices of one square per sample, over all colours."""
     batch, colours, height, width = delta.shape
     cells = torch.arange(side, device=delta.device)
-    rows = _corner(down, height, side)[:, None] + cells
-    columns = _corner(across, width, side)[:, None] + cells
+    rows = (down * (height - side + further)).long()[:, None] + cells
+    columns = (across * (width - side + further)).long()[:, None] + cells
     samples = torch.arange(batch, device=delta.device)[:, None, None, None]
     channels = torch.arange(colours, device=delta.device)[None, :, None, None]
     return samples, channels, rows[:, None, :, None], columns[:, None, None, :]
@@ -238,9 +258,7 @@ def _turned(patch: Tensor, draw: Tensor) -> Tensor:
     return torch.where((draw < 0.5)[:, None, None], patch, patch.T)
 
 
-def _unit(patches: Tensor) -> Tensor:
+def _unit(patches: Tensor, ball: str) -> Tensor:
     """Scales patches ``(..., S, S)`` to norm 1 each; zero remains zero."""
-    length: Tensor = torch.linalg.vector_norm(patches, dim=(-2, -1), keepdim=True).clamp(
-        min=perturbation_set.SMALLEST_NORM
-    )
-    return patches / length
+    length: Tensor = torch.linalg.vector_norm(patches, ord=ORDERS[ball], dim=(-2, -1), keepdim=True)
+    return patches / length.clamp(min=perturbation_set.SMALLEST_NORM)

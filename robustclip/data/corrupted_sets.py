@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from robustclip.arguments import checked
+from robustclip.data.catalog import CATALOG
 from robustclip.data.corruptions import KINDS, Corruption
 from robustclip.data.opened_source import OpenedSource, open_source
+from robustclip.data.sources.arrays import LABELS
+from robustclip.data.sources.source import labels_of
 
 KindName = Literal[
     "gaussian_noise",
@@ -33,8 +36,9 @@ KindName = Literal[
 class Corruptions:
     """Corrupted copies of every test set, each a task of its own named ``SET_KIND_SEVERITY``.
 
-    They are computed by `Corruption`, or read from published files, of which only the layout of ImageNet-C is known:
-    ``KIND/SEVERITY/CLASS/IMAGE`` or ``CATEGORY/KIND/SEVERITY/CLASS/IMAGE``. The result gets a section of errors.
+    They are computed by `Corruption`, or read from published files, in the layout of ImageNet-C,
+    ``KIND/SEVERITY/CLASS/IMAGE`` or ``CATEGORY/KIND/SEVERITY/CLASS/IMAGE``, or in that of CIFAR-10-C, ``KIND.npy`` and
+    ``labels.npy``. The result gets a section of errors.
 
     Args:
         kinds: names of the kinds; ``all`` for the fifteen of ImageNet-C.
@@ -121,17 +125,39 @@ def _copy(test: OpenedSource, kind: str, severity: int, settings: Corruptions, r
 
 def _published(test: OpenedSource, folder: Path, kind: str, severity: int) -> OpenedSource:
     """Opens the published images of a kind and severity, which were cropped before they were corrupted."""
+    if (folder / LABELS).is_file() or (folder / f"{kind}.npy").is_file():
+        return _of_arrays(test, folder / f"{kind}.npy", severity)
     places = [folder / kind / str(severity), folder / KINDS[kind].category / kind / str(severity)]
     place = next((place for place in places if place.is_dir()), None)
     if place is None:
         raise ValueError(f"data.corruptions.files needs {places[0]} or {places[1]}, found none; list other kinds")
-    changes: dict[str, Any] = {"source": f"folder:{place}", "name": test.task.name, "split": None}
-    changes |= {"border": 0, "crop": "clip"}  # which leaves images of the model's size as they are
-    opened = open_source(replace(test.sources[0], **changes), root=".", split="test")
+    opened = _opened_like(test, source=f"folder:{place}", split=None)
     if opened.task.class_names != test.task.class_names or opened.task.groups != test.task.groups:
         counts = f"{len(opened.task.label_names)} against {len(test.task.label_names)}"
         raise ValueError(
             f"{place} must have the classes of data.test, {test.task.name!r}, found others ({counts}); set its"
             " class_names"
+        )
+    return opened
+
+
+def _opened_like(test: OpenedSource, **changes: Any) -> OpenedSource:
+    """Opens published images with the other settings of the test set, at the size that they have."""
+    changes |= {"name": test.task.name, "border": 0, "crop": "clip"}  # which leaves images of the model's size alone
+    return open_source(replace(test.sources[0], **changes), root=".", split="test")
+
+
+def _of_arrays(test: OpenedSource, file: Path, severity: int) -> OpenedSource:
+    """Opens one severity of a NumPy file, whose labels are numbers in the order of the published classes."""
+    if test.part or test.task.groups is not None:
+        raise ValueError(f"{file} is for a whole set with one name per class; unset classes, images and shift")
+    names = [*test.task.class_names]
+    opened = _opened_like(test, source=f"npy:{file}", split=str(severity), class_names=names)
+    entry = CATALOG.get(test.task.name)
+    is_published_order = entry is not None and [*entry.class_names] == names
+    if not is_published_order and labels_of(opened.dataset) != labels_of(test.dataset):
+        raise ValueError(
+            f"{file.parent / LABELS} must have the labels of data.test, {test.task.name!r}, found others; test that set"
+            " in its published order, or a set of the catalogue"
         )
     return opened

@@ -19,9 +19,10 @@ class DataSource:
 
     Args:
         source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH`` of a text file with
-            ``{split}`` in its name, ``shapes:NAME``, a name of the catalogue, which brings the papers' class names and
-            prompts, or an own class: its path such as ``my_module.MySet``, an object, or a mapping of ``class_path``
-            and ``init_args``. The class is a `Source` or a ``torch.utils.data.Dataset``.
+            ``{split}`` in its name, ``npy:FILE`` of CIFAR-10-C with a severity as split, ``shapes:NAME``, a name of the
+            catalogue, which brings the papers' class names and prompts, or an own class: its path such as
+            ``my_module.MySet``, an object, or a mapping of ``class_path`` and ``init_args``. The class is a `Source` or
+            a ``torch.utils.data.Dataset``.
         name: name of the task in metrics and results, ``[a-z0-9_]+``; null derives it from the source.
         split: name of the split; null for ``train`` in training and ``test`` in evaluation.
         class_names: names in label order, or a mapping from folders to names; null takes the names that come with the

@@ -1,4 +1,4 @@
-"""Probes of the gradient: whether it exists, repeats, predicts the loss, and uses the whole image."""
+"""Probes of the gradient: whether it exists, repeats, predicts the loss, uses the whole image, and keeps its size."""
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
 
     Returns:
         ``faithful``: 1 if the integral of the gradient predicts the change of the loss along both directions, along the
-        first for one of the lengths, else 0; nan without a gradient. ``regrad``: relative L2 difference of two
-        gradients of the batch. ``spread``: the squared sum of the gradient's absolute values over its number of pixels
-        and sum of squares.
+        first for one of the lengths, else 0; nan where there is no gradient and the loss stays as it is. ``regrad``:
+        relative L2 difference of two gradients of the batch. ``spread``: the squared sum of the gradient's absolute
+        values over its number of pixels and sum of squares. ``steady``: the least over the largest size of the gradient
+        within one step of the attack, a quarter of the radius.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, labels = images.clone(), labels.clone()
@@ -45,20 +46,36 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
         has_gradient = gradient.flatten(1).abs().amax(1) > 0
         flat = gradient.flatten(1).double()
         by_chance = torch.stack([torch.zeros_like(value), gradient.flatten(1).norm(dim=1)])
-        is_faithful = has_gradient.clone()
+        is_faithful = torch.ones_like(has_gradient)
         paths = ((gradient.sign(), LENGTHS), (_blocks(point), (BLOCK_LENGTH,)))
         for (direction, lengths), norm in zip(paths, by_chance, strict=True):
             holds = torch.zeros_like(has_gradient)
             for step in lengths:
-                if not bool(holds[has_gradient].all()):  # the whole batch, as a model may know samples by their places
+                if not bool(holds.all()):  # the whole batch, as a model may know samples by their places
                     slack = ROUNDING * logits.abs().amax(-1) + TOLERANCE * step * norm
                     holds |= _is_faithful(point, labels, forward, direction, value, slack, step)
             is_faithful &= holds
         return {
-            "faithful": torch.where(has_gradient, is_faithful.float(), torch.nan),
+            "faithful": torch.where(has_gradient | ~is_faithful, is_faithful.float(), torch.nan),
             "regrad": ((again - gradient).norm() / gradient.norm().clamp(min=1e-30)).expand(len(images)),
             "spread": (flat.abs().sum(1) ** 2 / (flat.square().sum(1) * flat.shape[1])).float(),
+            "steady": _steadiness(point, labels, forward, gradient, _step_of(attack)),
         }
+
+
+def _step_of(attack: Attack | None) -> float:
+    """Returns a quarter of the radius in L-infinity, else a grey level."""
+    return attack.eps / 4 if attack is not None and attack.eps and attack.norm == "linf" else BLOCK_LENGTH
+
+
+def _steadiness(point: Tensor, labels: Tensor, forward: Forward, gradient: Tensor, step: float) -> Tensor:
+    """Divides the least size ``(B,)`` of the gradient along its own sign by the largest; nan without a gradient."""
+    sizes = [gradient.flatten(1).abs().sum(1)]
+    for node in range(1, NODES + 1):
+        further = margin_gradient(point + step * node / NODES * gradient.sign(), labels, forward)[1]
+        sizes.append(further.flatten(1).abs().sum(1))
+    least, largest = torch.stack(sizes).aminmax(dim=0)
+    return least / largest
 
 
 def _approached(images: Tensor, labels: Tensor, forward: Forward, attack: Attack | None) -> Tensor:

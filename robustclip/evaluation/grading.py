@@ -9,7 +9,10 @@ from robustclip.evaluation.audit import GRADES, ORDER, AuditCheck, Check
 from robustclip.evaluation.checks import CHECKS
 from robustclip.evaluation.evidence import Evidence
 
-SOUND = ("gradient_fidelity", "gradient_spread", "pixel_gradients", "gradient_repeats", "loss_rises", "uses_radius")
+SOUND = (
+    *("gradient_fidelity", "gradient_spread", "gradient_steadiness", "gradient_repeats", "pixel_gradients"),
+    *("loss_rises", "uses_radius"),
+)
 OTHERS = (
     "black_box",
     "transfer",
@@ -22,7 +25,10 @@ OTHERS = (
 )
 
 # Checks of a defence's own gradient; the other ways through it do not need that.
-OF_OWN_GRADIENT = ("gradient_fidelity", "gradient_spread", "gradient_repeats", "pixel_gradients", "ways", "black_box")
+OF_OWN_GRADIENT = (
+    *("gradient_fidelity", "gradient_spread", "gradient_steadiness", "gradient_repeats", "pixel_gradients"),
+    *("ways", "black_box"),
+)
 
 
 def audit(evidence: Evidence, further: Sequence[AuditCheck] = ()) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from victims import assert_inside, learnt
 
-from robustclip.attacks import APGD, PGD, Recipe, Square, l1_ball, perturbation_set
+from robustclip.attacks import APGD, PGD, Recipe, TorchAttack, l1_ball, perturbation_set
 from robustclip.attacks.attack import Member
+from robustclip.attacks.recipes import RECIPES, RecipeName
 from robustclip.cli.main import run
 from robustclip.evaluation.engine import ROBUST, examine
 from robustclip.intervals import mcnemar
@@ -115,10 +116,27 @@ def test_apgd_misclassifies_about_as_many_samples_as_the_authors_code() -> None:
     assert int((victim.model(weak).argmax(1) != labels).sum()) < int(others.sum()) - 10, "a weak attack is told apart"
 
 
-def test_square_and_the_recipes_have_no_l1() -> None:
-    for refused in (lambda: Square(1, norm="l1"), lambda: Recipe("cascade", 1, "l1")):  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="norm must be"):
-            refused()
+def test_attacks_without_l1_are_refused() -> None:
+    reasons: dict[RecipeName, str] = {"pgd10": "paper", "pgd100": "paper", "autoattack": "FAB"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"norm: {name} has no l1, since .*{reason}.*; take cascade"):
+            Recipe(name, 1, "l1")
+    with pytest.raises(ValueError, match=r"kwargs\.norm: FAB of torchattacks fails in L1"):
+        TorchAttack("FAB", 1, {"norm": "L1"})
+
+
+@pytest.mark.slow
+def test_every_member_of_the_cascade_in_l1_stays_in_its_ball_and_succeeds_alone() -> None:
+    victim, eps = learnt(), 9.0
+    images, labels = victim.images[:30], victim.labels[:30]
+    clean = int((victim.model(images).argmax(1) != labels).sum())
+    members = Recipe("cascade", eps, "l1", budget=0.1).members(6)
+    assert [member.name for member in members] == list(RECIPES["cascade"])
+    for member in members:
+        assert member.attack.norm == "l1"
+        attacked = member.attack(images, victim.model, labels, index=IDS[:30])
+        assert_inside(attacked, images, eps, "l1")
+        assert int((victim.model(attacked).argmax(1) != labels).sum()) > clean + 3, member.name
 
 
 @pytest.mark.slow

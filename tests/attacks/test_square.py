@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from victims import assert_inside, learnt, linear
 
-from robustclip.attacks import Square
+from robustclip.attacks import Square, perturbation_set
 from robustclip.attacks.attack import SkipsMisclassified
 from robustclip.attacks.sample_losses import margin
-from robustclip.attacks.square import area, pyramids
+from robustclip.attacks.square import DRAWS, _moved_square, area, pyramids
 
 IDS = torch.arange(300)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.floats(0, 1),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
@@ -45,7 +45,7 @@ def test_square_evaluates_only_images_in_ball_and_box(
         assert_inside(evaluated, images, eps, norm)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_square_asks_for_no_gradient_and_its_loss_never_falls(norm: str) -> None:
     victim = learnt()
     images, labels = victim.images[:40], victim.labels[:40]
@@ -64,19 +64,19 @@ def test_square_asks_for_no_gradient_and_its_loss_never_falls(norm: str) -> None
         values.append(best)
         return outputs
 
-    attacked = Square(0.03 if norm == "linf" else 0.8, 60, norm)(images, watched, labels, index=IDS[:40])
+    attacked = Square({"linf": 0.03, "l2": 0.8, "l1": 6.0}[norm], 60, norm)(images, watched, labels, index=IDS[:40])
     torch.testing.assert_close(margin(victim.model(attacked), labels), values[-1], atol=1e-5, rtol=0)
     assert values[-1].mean() > values[0].mean()
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_results_do_not_depend_on_batch_or_order(norm: str) -> None:
     """On a linear model whose sums are exact: with weights and pixels on a coarse grid no batch size rounds."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-8, 9, (192, 4), generator=generator) / 8
     images = torch.randint(0, 65, (12, 3, 8, 8), generator=generator) / 64
     labels, index = (images.flatten(1) @ weights).argmax(1), 100 + IDS[:12]
-    attack = Square(0.03125 if norm == "linf" else 0.5, 150, norm)
+    attack = Square({"linf": 0.03125, "l2": 0.5, "l1": 2.0}[norm], 150, norm)
 
     def forward(x: Tensor) -> Tensor:
         return (x.flatten(1).double() @ weights.double()).mul(2**20).round() / 2**20
@@ -148,6 +148,28 @@ def test_the_pyramid_of_side_6_is_that_of_the_formula() -> None:
     torch.testing.assert_close(pyramids(6, torch.device("cpu")), expected)
 
 
+def test_pyramids_of_l1_are_steeper_and_their_sum_is_1() -> None:
+    """Of side 3: a row of middle ``1 + 1/16`` between ``1/16``, and minus a block of two rows around it."""
+    outer, inner = 1 / 16, 1 + 1 / 16
+    upper, lower = torch.tensor([[outer, inner, outer]]), torch.tensor([[outer, outer, outer], [outer, inner, outer]])
+    expected = torch.cat([upper / upper.sum(), -lower / lower.sum()]) / 2
+    torch.testing.assert_close(pyramids(3, torch.device("cpu"), "l1"), expected)
+
+
+def test_a_step_in_l1_shares_out_the_freed_and_the_unused_radius_and_projects() -> None:
+    """Both squares are the whole image of side 3: per colour 0.1 is freed and 0.1 of 0.6 unused, three times that."""
+    images, delta = torch.full((1, 3, 3, 3), 0.5), torch.zeros(1, 3, 3, 3)
+    delta[0, :, 0, 0] = 0.1
+    draws = torch.zeros(1, DRAWS)  # the pyramid is not transposed, and every sign is minus
+    new = -pyramids(3, torch.device("cpu"), "l1")
+    new[0, 0] += 1
+    new = new / new.abs().sum() * 0.6
+    expected = perturbation_set.project(images + new, images, 0.6, "l1")
+    moved = _moved_square(images, images + delta, draws, 1.0, 0.6, ball="l1")
+    torch.testing.assert_close(moved, expected)
+    assert float((moved - images).abs().sum()) == pytest.approx(0.6, rel=1e-5)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"queries must be .*at least 1"):
         Square(0.1, 0)
@@ -155,7 +177,7 @@ def test_wrong_arguments_are_refused() -> None:
         Square(0.1, p_init=0)
 
 
-@pytest.mark.parametrize(("norm", "name", "eps"), [("linf", "Linf", 16 / 255), ("l2", "L2", 1.7)])
+@pytest.mark.parametrize(("norm", "name", "eps"), [("linf", "Linf", 16 / 255), ("l2", "L2", 1.7), ("l1", "L1", 14.0)])
 @pytest.mark.slow
 def test_square_is_as_strong_as_the_authors(norm: str, name: str, eps: float) -> None:
     reference = pytest.importorskip("pyautoattack.square", reason="pyautoattack, the reference, is missing")

@@ -11,6 +11,8 @@ from PIL import Image
 from robustclip.data import CLIPDataModule
 from robustclip.data.corrupted_sets import Corruptions
 from robustclip.data.corruptions import Corruption
+from robustclip.data.data_source import DataSource
+from robustclip.data.opened_source import open_source
 
 PAIR = Corruptions(["gaussian_noise", "contrast"], (1, 4))
 NAMES = ["colours", *(f"colours_{kind}_{level}" for kind in ("gaussian_noise", "contrast") for level in (1, 4))]
@@ -123,3 +125,89 @@ def test_published_files_belong_to_one_test_set(tmp_path: Path) -> None:
     data = CLIPDataModule(test=["shapes:colours", "shapes:shapes"], corruptions=Corruptions(files=str(tmp_path)))
     with pytest.raises(ValueError, match=r"copies of one set, but data\.test lists 2"):
         data.setup("test")
+
+
+# The layout of CIFAR-10-C: a file per kind, with the severities one after another.
+
+
+def write_arrays(folder: Path, *, labels: Any = (0, 1), kinds: tuple[str, ...] = ("fog", "contrast")) -> None:
+    """Two images per severity, whose red level is ten times the severity plus the image's number."""
+    folder.mkdir(exist_ok=True)
+    reds = np.array([10 * severity + number for severity in range(1, 6) for number in range(2)], dtype=np.uint8)
+    for kind in kinds:
+        np.save(folder / f"{kind}.npy", np.broadcast_to(reds[:, None, None, None], (10, 32, 32, 3)))
+    np.save(folder / "labels.npy", np.tile(np.array(labels, dtype=np.uint8), 5))
+
+
+def of_arrays(folder: Path, **settings: Any) -> CLIPDataModule:
+    if not (folder / "clean").exists():
+        write_images(folder / "clean", 7)
+    corruptions = Corruptions(["fog", "contrast"], (2, 5), files=str(folder / "published"))
+    data = CLIPDataModule(test=f"folder:{folder / 'clean'}", corruptions=corruptions, image_size=32, **settings)
+    data.setup("test")
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_numpy_files_give_the_images_and_labels_of_their_severities(tmp_path: Path, workers: int) -> None:
+    write_arrays(tmp_path / "published")
+    data = of_arrays(tmp_path, num_workers=workers)
+    names = ["clean", "clean_fog_2", "clean_fog_5", "clean_contrast_2", "clean_contrast_5"]
+    assert [task.name for task in data.test_tasks] == names
+    batches = [next(iter(loader)) for loader in data.test_dataloader()[1:]]
+    reds = [batch.images[:, 0, 0, 0].mul(255).round().tolist() for batch in batches]
+    assert reds == [[20, 21], [50, 51]] * 2
+    assert all(batch.labels.tolist() == [0, 1] for batch in batches)
+    assert data.protocol("clean_fog_5")["corruption"] == {
+        "of": "clean", "kind": "fog", "severity": 5, "constants": "published files",
+    }  # fmt: skip
+
+
+def test_a_numpy_file_is_a_source_of_all_severities_or_of_one(tmp_path: Path) -> None:
+    write_arrays(tmp_path)
+    source = {"source": "npy:fog.npy", "class_names": ["cat", "dog"]}
+    data = CLIPDataModule(
+        test=[DataSource(**source, name="all"), DataSource(**source, name="three", split="3")],
+        root=str(tmp_path), image_size=32,
+    )  # fmt: skip
+    data.setup("test")
+    batches = [next(iter(loader)) for loader in data.test_dataloader()]
+    assert [len(batch.labels) for batch in batches] == [10, 2]
+    assert batches[1].images[:, 0, 0, 0].mul(255).round().tolist() == [30, 31]
+    with pytest.raises(ValueError, match="severity from '1' to '5'"):
+        open_source(DataSource(**source, split="6"), root=str(tmp_path), split="test")
+
+
+def test_labels_of_another_order_are_refused_where_no_catalogue_has_the_order(tmp_path: Path) -> None:
+    write_arrays(tmp_path / "published", labels=(1, 0))
+    with pytest.raises(ValueError, match=r"labels\.npy must have the labels of data\.test, 'clean', found others"):
+        of_arrays(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("fog.npy", np.zeros((9, 32, 32, 3), np.uint8), r"found \(9, 32, 32, 3\) of uint8"),
+        ("fog.npy", np.zeros((10, 3, 32, 32), np.uint8), r"found \(10, 3, 32, 32\)"),
+        ("fog.npy", np.zeros((10, 32, 32, 3), np.float32), "of float32"),
+        ("fog.npy", np.array([None]), "must be a NumPy file"),
+        ("fog.npy", b"no array", "must be a NumPy file"),
+        ("fog.npy", None, "is no file"),
+        ("labels.npy", None, "is no file"),
+        ("labels.npy", np.zeros(2, np.uint8), r"must have 10 integer labels, one per image, found \(2,\)"),
+        ("labels.npy", np.zeros(10), "of float64"),
+        ("labels.npy", np.arange(10), "labels of one severity five times"),
+    ],
+)
+def test_numpy_files_of_another_layout_are_refused(tmp_path: Path, file: str, content: Any, words: str) -> None:
+    write_arrays(tmp_path / "published")
+    path = tmp_path / "published" / file
+    path.unlink()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=words) as error:
+        of_arrays(tmp_path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """The kinds of data sources, by their prefix in a configuration."""
 
+from robustclip.data.sources.arrays import ArraySource
 from robustclip.data.sources.folder import Folder
 from robustclip.data.sources.list import ListSource
 from robustclip.data.sources.shapes import Shapes
@@ -12,5 +13,6 @@ KINDS: dict[str, type[LocatedSource]] = {
     "torchvision": Torchvision,
     "folder": Folder,
     "list": ListSource,
+    "npy": ArraySource,
     "shapes": Shapes,
 }

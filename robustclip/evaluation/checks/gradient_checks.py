@@ -18,6 +18,8 @@ UNFAITHFUL = (0.05, 0.25)  # share of samples whose gradient does not predict th
 # Median over the samples: 0.64 for Gaussian gradients, 0.35 to 0.46 for CLIP, 0.05 for an image clipped to [0.3, 0.7].
 FEW_PIXELS = (0.02, 0.002)
 ALL_ALIKE = 0.95  # of a constant image
+# Median over the samples: 0.75 and more for CLIP, 0.3 for features through tanh(200 f), 0.16 through tanh(300 f).
+JUMPS = (0.2, 0.02)
 
 
 class _PixelGradients(AuditCheck):
@@ -87,9 +89,25 @@ class _GradientSpread(_UncutCheck):
         return self.answer("fail" if median < FEW_PIXELS[1] else "warn" if warns else "pass", measurement)
 
 
+class _GradientSteadiness(_UncutCheck):
+    name = "gradient_steadiness"
+    why = "a gradient that grows or vanishes within one step of the attack (saturation) is correct and leads nowhere"
+    columns = ("steady", "clean", "label")
+
+    def of_values(self, *values: NDArray[Any]) -> Check:
+        steady, clean, label = values
+        attacked = steady[clean == label]
+        if not attacked.size:
+            return self.answer("not_measured", "no probed sample is correctly classified")
+        median, size = float(np.median(attacked)), attacked.size
+        measurement = f"within one step, the gradient keeps {median:.2g} of its size, median of {size} samples"
+        return self.answer("fail" if median < JUMPS[1] else "warn" if median < JUMPS[0] else "pass", measurement)
+
+
 GRADIENT_CHECKS: Sequence[AuditCheck] = (
     _PixelGradients(),
     _GradientFidelity(),
     _GradientRepeats(),
     _GradientSpread(),
+    _GradientSteadiness(),
 )
