@@ -144,7 +144,7 @@ def test_an_empty_set_is_refused(tmp_path: Path, write_shards: ShardWriter) -> N
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("s3:bucket", "must begin with one of wds:, torchvision:, folder:, list:, shapes:"),
+        ("s3:bucket", "must begin with one of wds:, torchvision:, folder:, list:, npy:, shapes:"),
         ("cifar", "did you mean"),
         ("torchvision:Nothing", "torchvision has no data set 'Nothing'"),
         ("wds:nothing", "no such data set; check the path and `root`"),
