@@ -60,7 +60,7 @@ METHODS = {
     "AGFT": Method(attacked("AGFT"), TOWER),
     "UCAT": Method(attacked("UCAT"), TOWER),
     "CAW": Method(attacked("CAW"), TOWER),
-    "APT": Method(("--model", "APT", "--model.attack", json.dumps(PGD2)), CONTEXT, base="TeCoA"),
+    "APT": Method(("--model", "APT", "--model.attack", json.dumps(PGD2), "--model.tokens", "4"), CONTEXT, base="TeCoA"),
     "ARF": Method(("--model", "ARF"), PAIRS, needs_anchors=True),
     "DiVE": Method(("--model", "DiVE"), PAIRS, needs_anchors=True),
     # Controls: TeCoA at AGFT's rate and scale (PMG-AFT without its terms), plain soft labels, a constant level.

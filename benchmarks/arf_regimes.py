@@ -34,7 +34,7 @@ GROUPS = {
     "shifts": ["outlines", "mosaics", "faint_prints"],
 }
 TESTS = [f"shapes:{name}" for names in GROUPS.values() for name in names]
-SHARED = ("--config", "tour", f"--data.test={json.dumps(TESTS)}", "--data.unknown=null", "--trainer.callbacks=[]")
+SHARED = ("--config", "tour", f"--data.test={json.dumps(TESTS)}", "--data.unknown=[]", "--trainer.callbacks=[]")
 
 
 class Regimes:
