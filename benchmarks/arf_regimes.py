@@ -29,7 +29,7 @@ POOLS = {"filled": FILLED, "all styles": (*FILLED, *OTHERS), "other styles": OTH
 WEIGHTS_OF_PAIRS = (("0", "1"), ("0.1", "0.1"), ("1", "1"), ("10", "10"))  # of captions and of anchors
 WEIGHTS = (("1", "0"), *WEIGHTS_OF_PAIRS)
 GROUPS = {
-    "source": ["source"],
+    "training_classes": ["source"],
     "same_style": ["textures", "backgrounds", "shapes"],
     "shifts": ["outlines", "mosaics", "faint_prints"],
 }
@@ -101,7 +101,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         by_name.setdefault(name, []).append(row)
     for name, found in by_name.items():
         cells = [f"{100 * statistics.mean(row[group] for row in found):.1f}" for group in groups]
-        if "over_flyp_source" in found[0]:
+        if "over_flyp_shifts" in found[0]:
             for group in groups:
                 gains = [100 * row[f"over_flyp_{group}"] for row in found]
                 cells.append(f"{statistics.mean(gains):+.1f} [{min(gains):+.1f}, {max(gains):+.1f}]")
