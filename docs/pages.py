@@ -33,7 +33,8 @@ MOVED = {
     **{source: page for page, source in COPIES.items()},
     **{
         f"docs/{page.relative_to(ROOT / 'docs')}": str(page.relative_to(ROOT / "docs"))
-        for page in (ROOT / "docs").rglob("*.md")
+        for kind in ("md", "svg")
+        for page in (ROOT / "docs").rglob(f"*.{kind}")
     },
 }
 ROOMS = {
