@@ -16,8 +16,8 @@ UNKNOWN = -1
 """Label of an image whose class is not among the task's class names."""
 
 
-Crop = Literal["tecoa", "clip"]
-"""Name of the resize before a centre crop: that of TeCoA's and PMG-AFT's code, or that of CLIP's own evaluation."""
+Crop = Literal["tecoa", "clip", "squash"]
+"""Name of the resize before a centre crop: that of TeCoA's and PMG-AFT's code, of CLIP, or of SigLIP."""
 
 
 class Resize(NamedTuple):
@@ -26,10 +26,12 @@ class Resize(NamedTuple):
     Attributes:
         ratio: short side after the resize over the side of the crop.
         interpolation: ``bilinear`` or ``bicubic``.
+        is_squashed: whether both sides get the size of the crop, so that the whole image is kept and its shape is not.
     """
 
     ratio: float
     interpolation: Literal["bilinear", "bicubic"]
+    is_squashed: bool = False
 
     def short_side(self, size: int) -> int:
         """Returns the short side in pixels before a crop of ``size`` pixels."""
@@ -37,7 +39,11 @@ class Resize(NamedTuple):
 
 
 RESIZES: Mapping[Crop, Resize] = MappingProxyType(
-    {"tecoa": Resize(256 / 224, "bilinear"), "clip": Resize(1.0, "bicubic")}
+    {
+        "tecoa": Resize(256 / 224, "bilinear"),
+        "clip": Resize(1.0, "bicubic"),
+        "squash": Resize(1.0, "bicubic", is_squashed=True),
+    }
 )
 
 

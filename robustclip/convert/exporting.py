@@ -87,8 +87,8 @@ def _crop(training: Mapping[str, Any] | None, run: Run | None) -> Crop | None:
     data = dict((config or {}).get("data") or {})
     if not data or not str(data.get("class_path", DATA_MODULE)).endswith(DATA_MODULE):
         return None
-    crop = (data.get("init_args") or data).get("crop", "tecoa")  # older settings lack the key, and had this crop
-    return "clip" if crop == "clip" else "tecoa"
+    crop: Crop = (data.get("init_args") or data).get("crop", "tecoa")  # older settings lack the key, and had this crop
+    return crop
 
 
 def _write_open_clip(clip: CLIPModel, folder: Path, crop: Crop | None) -> float:

@@ -114,9 +114,11 @@ def _pixels(to: str, clip: CLIPModel, crop: Crop | None) -> str:
     size, resize = clip.image_size, RESIZES[crop]
     side = resize.short_side(size)
     how = f"short side {side} ({resize.interpolation}, antialiased), centre crop {size}"
+    if resize.is_squashed:
+        how = f"squashed to {size} x {size} ({resize.interpolation}, antialiased)"
     start = f"Images were prepared by `crop: {crop}`: {how}. {rest}"
-    if to == "hf" or crop == "clip":
-        return f"{start} The folder's own preprocessing does the same crop."
+    if to == "hf" or crop != "tecoa":
+        return f"{start} The folder's own preprocessing does the same."
     mean, std = (tuple(round(value, 8) for value in tensor.flatten().tolist()) for tensor in (clip.mean, clip.std))
     return f"""{start} open_clip's configuration cannot state this short side, so use this transform instead of
 open_clip's:

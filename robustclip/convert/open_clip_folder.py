@@ -71,7 +71,8 @@ def write(clip: CLIPModel, folder: Path, crop: Crop | None = None) -> None:
     preprocessing = clip.net.visual.preprocess_cfg
     kept = {name: preprocessing[name] for name in ("interpolation", "resize_mode")}
     if crop is not None:
-        kept = {"interpolation": RESIZES[crop].interpolation, "resize_mode": "shortest"}
+        resize = RESIZES[crop]
+        kept = {"interpolation": resize.interpolation, "resize_mode": "squash" if resize.is_squashed else "shortest"}
     # The pixel statistics are those of the model, which a method may have changed.
     kept |= {name: tensor.flatten().tolist() for name, tensor in (("mean", clip.mean), ("std", clip.std))}
     if clip.tower:

@@ -61,9 +61,9 @@ def write_pixels(clip: CLIPModel, folder: Path, crop: Crop | None) -> None:
     square = {"height": size, "width": size}
     numbers = {name: number for number, name in INTERPOLATIONS.items()}
     kind: dict[str, Any]
-    if crop is None and own["resize_mode"] == "squash":
+    if crop == "squash" or (crop is None and own["resize_mode"] == "squash"):
         kind = {"image_processor_type": "SiglipImageProcessor", "size": square}
-        kind["resample"] = numbers[own["interpolation"]]
+        kind["resample"] = numbers[own["interpolation"] if crop is None else RESIZES[crop].interpolation]
     else:
         resize = RESIZES[crop or "clip"]
         kind = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": resize.short_side(size)}}
@@ -101,7 +101,7 @@ def _resize_mode(processor: Mapping[str, Any], image_size: int) -> str:
     sizes = {name: value for name, value in size.items() if value is not None} if isinstance(size, Mapping) else {}
     if sizes == square and crop in (None, square):
         sys.stdout.write(
-            f"this checkpoint's images were squashed to {image_size}x{image_size}; data.crop keeps their shape\n"
+            f"this checkpoint's images were squashed to {image_size}x{image_size}; set data.crop to squash\n"
         )
         return "squash"
     if sizes.keys() != {"shortest_edge"} or crop is None or {key: crop.get(key) for key in square} != square:

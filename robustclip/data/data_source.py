@@ -32,7 +32,7 @@ class DataSource:
             of clip_benchmark for this set.
         descriptions: JSON file of class name to list of sentences, as CuPL publishes them; it replaces the templates.
         native_size: attack images at their own size instead of a crop of the model's size; null uses the catalogue.
-        crop: resize before the centre crop, ``tecoa`` or ``clip``; null uses ``data.crop``.
+        crop: resize before the centre crop, ``tecoa`` or ``clip``, or ``squash``; null uses ``data.crop``.
         border: number of pixels that are cut off on every side of an image first; null uses the catalogue.
         length: number of samples; only needed to train from a remote source.
         classes: labels of the classes that are kept and renumbered, such as ``0-14,25-27``; null for all.

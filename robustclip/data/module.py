@@ -43,7 +43,8 @@ class CLIPDataModule(ResumableDataModule):
         root: folder that relative paths start at.
         image_size: side in pixels of the crop to which larger images are reduced before an attack.
         crop: resize before the centre crop of larger images: ``tecoa`` (short side 256/224 of ``image_size``, bilinear)
-            or ``clip``, which is open_clip's own (short side ``image_size``, bicubic).
+            or ``clip``, which is open_clip's own (short side ``image_size``, bicubic); ``squash`` resizes to a square
+            (bicubic), as SigLIP does.
         decoder: library that decodes and resizes: ``pillow``, as in the papers, or ``torchvision``, which is faster and
             rounds resized pixels differently.
         attack_resolution: ``native`` leaves sets of small images (CIFAR, STL-10) at their own size, so that an attack

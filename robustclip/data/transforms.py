@@ -47,14 +47,16 @@ class ToPixels:
     Args:
         size: side of the crop in pixels; None keeps the image's own size.
         border: number of pixels that are cut off on every side first.
-        crop: ``tecoa`` or ``clip``, which differ in the resize before the centre crop.
+        crop: ``tecoa`` or ``clip``, which differ in the resize before the centre crop, or ``squash``, which resizes to
+            a square.
         decoder: ``pillow``, or ``torchvision``, which is faster and resizes with another rounding.
     """
 
     def __init__(self, size: int | None, border: int = 0, crop: Crop = "tecoa", decoder: Decoder = "pillow") -> None:
         self.size, self.border, self.crop, self.decoder = size, border, crop, decoder
         if size is not None:
-            self._resize = Resize(self._short_side, InterpolationMode(RESIZES[crop].interpolation))
+            target = (size, size) if RESIZES[crop].is_squashed else self._short_side
+            self._resize = Resize(target, InterpolationMode(RESIZES[crop].interpolation))
             self._crop = CenterCrop(size)
 
     @property
@@ -68,9 +70,11 @@ class ToPixels:
         start = f"RGB, border of {self.border} cut off" if self.border else "RGB"
         if self.size is None:
             return f"{start}, own size"
-        resize = f"short side {self._short_side} {RESIZES[self.crop].interpolation} antialiased"
-        resize += " by torchvision" if self.decoder == "torchvision" else ""
-        return f"{start}, {resize}, centre crop {self.size}"
+        resize = RESIZES[self.crop]
+        how = f"{resize.interpolation} antialiased{' by torchvision' if self.decoder == 'torchvision' else ''}"
+        if resize.is_squashed:
+            return f"{start}, squashed to {self.size} x {self.size} {how}"
+        return f"{start}, short side {self._short_side} {how}, centre crop {self.size}"
 
     def __call__(self, image: Picture, key: tuple[int, ...] = ()) -> Tensor:
         """Transforms one image to ``(3, H, W)`` float32 in [0, 1].
@@ -112,7 +116,11 @@ class ToPixels:
         short, long = sorted((width - 2 * self.border, height - 2 * self.border))
         if short < 1:
             raise ImageError(f"{width} x {height} pixels leave nothing without a border of {self.border}")
-        if self.size is not None and self._short_side**2 * long / short > MAX_PIXELS:
+        if (
+            self.size is not None
+            and not RESIZES[self.crop].is_squashed
+            and self._short_side**2 * long / short > MAX_PIXELS
+        ):
             raise ImageError(f"{width} x {height} pixels are too many to resize to a short side of {self.size}")
 
     def fitted(self, image: Picture, key: tuple[int, ...]) -> Picture:

@@ -20,16 +20,18 @@ from robustclip.data import CLIPDataModule, DataSource
 from robustclip.data.transforms import ToPixels
 from robustclip.methods import ZeroShot
 from robustclip.models.clip import CLIPModel
+from robustclip.types import Crop
 
 SETS = ("caltech101", "oxford_pets", "food101_10", "dtd_10", "pacs_photo", "pacs_sketch", "imagenet1k", "tiny_imagenet")
+CROPS: tuple[Crop, ...] = ("tecoa", "clip", "squash")
 SIZE = 96
 
 SHAPES = [(1, 1), (1, 77), (500, 3), (224, 224), (225, 224), (224, 225), (223, 500), (333, 37), (97, 96), (96, 191)]
 
 
-def open_clip_pixels(size: int) -> Any:
+def open_clip_pixels(size: int, resize_mode: str = "shortest") -> Any:
     """open_clip's evaluation transform with a normalisation that changes nothing."""
-    return image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    return image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=resize_mode)
 
 
 def noise(height: int, width: int, channels: int = 3) -> Image.Image:
@@ -37,9 +39,10 @@ def noise(height: int, width: int, channels: int = 3) -> Image.Image:
     return Image.fromarray(values if channels > 1 else values[..., 0])
 
 
+@pytest.mark.parametrize(("crop", "mode"), [("clip", "shortest"), ("squash", "squash")])
 @pytest.mark.parametrize("size", [32, 33, 96, 97])
-def test_clip_gives_the_pixels_of_open_clip_for_odd_sizes_and_shapes(size: int) -> None:
-    ours, theirs = ToPixels(size, crop="clip"), open_clip_pixels(size)
+def test_clip_and_squash_give_the_pixels_of_open_clip(size: int, crop: Crop, mode: str) -> None:
+    ours, theirs = ToPixels(size, crop=crop), open_clip_pixels(size, mode)
     for height, width in SHAPES:
         for channels in (3, 1):
             image = noise(height, width, channels)
@@ -59,6 +62,7 @@ def test_the_crops_differ_in_pixels_and_in_their_description() -> None:
     assert not torch.equal(tecoa(image), clip(image))
     assert tecoa.description == "RGB, short side 64 bilinear antialiased, centre crop 56"
     assert clip.description == "RGB, short side 56 bicubic antialiased, centre crop 56"
+    assert ToPixels(56, crop="squash").description == "RGB, squashed to 56 x 56 bicubic antialiased"
 
 
 def test_a_tensor_is_cropped_as_an_image_and_stays_in_range() -> None:
@@ -111,14 +115,16 @@ def _first(folder: Path) -> Image.Image:
 def test_training_and_captions_follow_the_crop(tmp_path: Path, write_shards: ShardWriter) -> None:
     write_shards(tmp_path, "set", "train", [3], size=40)
     pixels = {}
-    for crop in ("tecoa", "clip"):
+    for crop in CROPS:
         data = module(tmp_path, crop=crop, holdout=0, captioned="pairs")
         (batch,) = data.train_dataloader()
         pixels[crop] = batch.images[batch.index.argsort()]
         image = data._opened_train().dataset[0][0]  # type: ignore[index]
         assert torch.equal(pixels[crop][0], ToPixels(24, crop=crop)(image))  # type: ignore[arg-type]
         assert data.image_sets[0].transform.crop == crop
-    assert not torch.equal(*pixels.values())
+    assert not torch.equal(pixels["tecoa"], pixels["clip"])
+    # The images are square, so that a squashed one is the clip crop.
+    assert torch.equal(pixels["squash"], pixels["clip"])
     by_source = module(tmp_path, train=DataSource("wds:set", crop="clip"), holdout=0)
     (batch,) = by_source.train_dataloader()
     assert torch.equal(batch.images[batch.index.argsort()], pixels["clip"])
@@ -139,9 +145,9 @@ def tests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = ["test", "--model", "ZeroShot", "--model.pretrained", "shapes", "--data.test", "[wds:set]"]
     words += ["--data.root", str(folder), "--evaluation.attacks", "{}", "--results.folder", str(folder / "results")]
     words += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"]
-    for crop in ("tecoa", "clip"):
+    for crop in CROPS:
         assert run([*words, "--data.image_size", "32", "--data.crop", crop, "--results.name", crop]) == 0
-    return {crop: folder / "results" / crop for crop in ("tecoa", "clip")}
+    return {crop: folder / "results" / crop for crop in CROPS}
 
 
 @pytest.mark.slow
@@ -154,34 +160,36 @@ def test_unlike_crops_refuse_to_compare(tests: dict[str, Path], capsys: pytest.C
     assert run(["compare", str(tests["clip"]), str(tests["clip"])]) == 0
 
 
-@pytest.mark.parametrize("crop", ["tecoa", "clip"])
+@pytest.mark.parametrize("crop", CROPS)
 def test_an_exported_model_states_the_crop_of_its_test(crop: str, tests: dict[str, Path], tmp_path: Path) -> None:
     assert run(["export", str(tests[crop]), "--out", str(tmp_path / "out")]) == 0
     size = CLIPModel(pretrained=str(tmp_path / "out")).image_size
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"`crop: {crop}`" in card
     image = noise(120, 90)
-    if crop == "clip":  # the folder alone gives the pixels of the measurement
+    if crop != "tecoa":  # the folder alone gives the pixels of the measurement
         _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     else:  # the model card's code does
         scope: dict[str, Any] = {}
         exec(card.split("```python\n")[-1].split("```")[0], scope)
         preprocess = scope["preprocess"]
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["preprocess_cfg"]
-    assert config["interpolation"] == ("bicubic" if crop == "clip" else "bilinear")
+    assert config["interpolation"] == ("bilinear" if crop == "tecoa" else "bicubic")
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     expected = (ToPixels(size, crop=crop)(image) - mean) / std  # type: ignore[arg-type]
     torch.testing.assert_close(preprocess(image), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("crop", ["tecoa", "clip"])
+@pytest.mark.parametrize("crop", CROPS)
 def test_a_hugging_face_folder_crops_as_the_training_did(crop: str, tiny_model: Path, tmp_path: Path) -> None:
     training = {"model": {}, "data": {"class_path": "robustclip.data.CLIPDataModule", "init_args": {"crop": crop}}}
     export(ZeroShot(pretrained=str(tiny_model)), tmp_path / "out", to="hf", training=training)
     settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    sides = {"tecoa": (37, 2), "clip": (32, 3)}  # round(32 * 256 / 224); Pillow's bilinear and bicubic
-    assert (settings["size"]["shortest_edge"], settings["resample"]) == sides[crop]
-    assert settings["crop_size"] == {"height": 32, "width": 32}
+    square = {"height": 32, "width": 32}
+    sides = {"tecoa": {"shortest_edge": 37}, "clip": {"shortest_edge": 32}, "squash": square}  # round(32 * 256 / 224)
+    assert settings["size"] == sides[crop]
+    assert settings["resample"] == (2 if crop == "tecoa" else 3)  # Pillow's bilinear and bicubic
+    assert settings.get("crop_size") == (None if crop == "squash" else square)
 
 
 def test_a_model_without_a_record_claims_no_crop(tiny_model: Path, tmp_path: Path) -> None:
