@@ -101,7 +101,7 @@ class Comparison:
         holdout = ["--data.holdout", "0.1"] if method.rates or method.rate_of else []
         words = [*SHARED, *self.model(name, seed), *method.training, *holdout, "--seed_everything", str(seed)]
         words += ["--model.optimizer.lr", rate] if rate else []
-        if method.needs_anchors and not folder.is_dir():
+        if method.needs_anchors:
             self._anchors = self._anchors or anchors(self.work, drawn_pairs())
             words += self._anchors
         words += ["--evaluation.fit_attacks", json.dumps({"pgd2": PGD2} if holdout else {})]
