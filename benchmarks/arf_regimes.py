@@ -60,7 +60,7 @@ class Regimes:
         values = [option for option in options if not option.startswith("--")]
         folder = self.work / "fits" / "_".join([name, rate, *values, *(pool or "").split(), f"seed{seed}"])
         words = [*SHARED, *model, "--seed_everything", str(seed), "--model.optimizer.lr", rate, "--data.holdout", "0.1"]
-        words += self.anchors(pool) if pool and not folder.is_dir() else []
+        words += self.anchors(pool) if pool else []
         return fit_once(folder, [*words, "--evaluation.fit_attacks={}"], seed=seed, rate=rate)
 
     def row(self, name: str, seed: int, rate: str, *options: str, pool: str | None = None) -> dict[str, Any]:
