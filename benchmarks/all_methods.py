@@ -1,7 +1,8 @@
-"""Fine-tunes the shapes model by every method and several seeds, and tests all under the full recipe.
+"""Fine-tunes one model by every method and several seeds, and tests all under one protocol.
 
-The rate of a method is the one of three whose seed-0 model has the best mean of clean and attacked accuracy on held-out
-training images. Each fit and each test is an ordinary command of robustclip and is skipped if its folder exists, so
+Without `--data` and `--model`, the model is that of the shapes; with them, one of photographs (`worlds.py` defines
+both). The rate of a method is the one of three whose seed-0 model has the best mean of clean and attacked accuracy on
+held-out training images. Each fit and each test is an ordinary command of robustclip and is skipped if it is done, so
 that an interrupted script resumes and a later one adds methods and seeds.
 """
 
@@ -9,107 +10,48 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from once import fit_once, held_out, parser, test_once, write
-from tour import COLOURS, anchors, drawn_pairs
+from worlds import PGDS, World, world
 
 from robustclip.cli.main import run as command
 from robustclip.intervals import mean_difference, mean_interval
 from robustclip.results.run import Run
 
-SHARED = ("--config", "tour")
-PGD2 = {"class_path": "PGD", "init_args": {"eps": "5/255", "alpha": "3.75/255", "steps": 2}}
-CASCADE = {"cascade": {"class_path": "Recipe", "init_args": {"name": "cascade", "eps": "5/255"}}}
-PGD10 = {"class_path": "PGD", "init_args": {"eps": "5/255", "alpha": "1.25/255", "steps": 10, "keep": "best"}}
-DETECTION = {"class_path": "OODDetection", "init_args": {"known": ["colours"], "headline": "mcm", "attack": PGD10}}
-OWN_SCALE = 25.9926  # of the shapes model
-
-
-class Method(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-        options: of fit and test.
-        rates: learning rates to choose from, or the one that another method chose.
-        rate_of: method whose rate is used.
-        training: options of the fit alone.
-        needs_anchors: whether the fit needs captions and anchors.
-        base: method over whose model of the same seed this one trains.
-    """
-
-    options: tuple[str, ...]
-    rates: tuple[str, ...] = ()
-    rate_of: str | None = None
-    training: tuple[str, ...] = ()
-    needs_anchors: bool = False
-    base: str | None = None
-
-
-def attacked(name: str, *options: str) -> tuple[str, ...]:
-    """Returns the options of a method that trains the image tower on attacked images, with one optimiser for all."""
-    adamw = ("--model.optimizer", "torch.optim.AdamW", "--model.optimizer.weight_decay", "1e-4")
-    return ("--model", name, "--model.attack", json.dumps(PGD2), *adamw, "--model.warmup_steps", "20", *options)
-
-
-TOWER, PAIRS, CONTEXT = ("1e-3", "3e-3", "1e-2"), ("1e-4", "3e-4", "1e-3"), ("2e-3", "2e-2", "2e-1")
-METHODS = {
-    "TeCoA": Method(attacked("TeCoA"), TOWER),
-    "PMGAFT": Method(attacked("PMGAFT"), TOWER),
-    "AGFT": Method(attacked("AGFT"), TOWER),
-    "UCAT": Method(attacked("UCAT"), TOWER),
-    "CAW": Method(attacked("CAW"), TOWER),
-    "APT": Method(("--model", "APT", "--model.attack", json.dumps(PGD2), "--model.tokens", "4"), CONTEXT, base="TeCoA"),
-    "ARF": Method(("--model", "ARF"), PAIRS, needs_anchors=True),
-    "DiVE": Method(("--model", "DiVE"), PAIRS, needs_anchors=True),
-    # Controls: TeCoA at AGFT's rate and scale (PMG-AFT without its terms), plain soft labels, a constant level.
-    "TeCoA_as_AGFT": Method(
-        attacked("PMGAFT", "--model.alpha=0", "--model.beta=0", f"--model.logit_scale={1.8 * OWN_SCALE}"),
-        rate_of="AGFT",
-    ),
-    "AGFT_plain": Method(attacked("AGFT", "--model.gamma=1", f"--model.scale={OWN_SCALE}"), rate_of="AGFT"),
-    "UCAT_constant": Method(attacked("UCAT", "--model.level=10.5"), rate_of="UCAT"),
-    # Logits without scale and sums over the batch, as in PMG-AFT's released code.
-    "PMGAFT_code": Method(attacked("PMGAFT", "--model.logit_scale=1", "--model.reduction=sum"), TOWER),
-    "FARE": Method(attacked("FARE"), TOWER),
-    "CleanFineTuning": Method(("--model", "CleanFineTuning"), PAIRS),
-    "FLYP": Method(("--model", "FLYP"), PAIRS),
-    "UEO": Method(
-        ("--model", "UEO", "--model.phrase", "a picture of a"), training=("--data.train", COLOURS % ", images: 0-11")
-    ),
-    "CRoFT": Method(("--model", "CRoFT"), training=("--data.train", COLOURS % "", "--data.shots", "16")),
-}
+KINDS = ("clean", "pgd", "cascade")
 
 
 class Comparison:
     """Fits and tests, each once.
 
     Args:
+        world: training and test of every method.
         work: folder of fits and tests.
         samples: images of every set under attack.
     """
 
-    def __init__(self, work: Path, samples: str) -> None:
-        self.work, self.samples = work, samples
+    def __init__(self, world: World, work: Path, samples: str) -> None:
+        self.world, self.work, self.samples = world, work, samples
         self._anchors: list[str] | None = None
 
     def fit(self, name: str, rate: str | None, seed: int) -> Path:
         """Fits if needed, and returns the checkpoint."""
-        method = METHODS[name]
+        method = self.world.methods[name]
         folder = self.work / "fits" / f"{name}_{rate or 'default'}_seed{seed}"
         holdout = ["--data.holdout", "0.1"] if method.rates or method.rate_of else []
-        words = [*SHARED, *self.model(name, seed), *method.training, *holdout, "--seed_everything", str(seed)]
+        words = [*method.training, *self.model(name, seed), *holdout, "--seed_everything", str(seed)]
         words += ["--model.optimizer.lr", rate] if rate else []
         if method.needs_anchors:
-            self._anchors = self._anchors or anchors(self.work, drawn_pairs())
+            self._anchors = self._anchors or self.world.anchors(self.work)
             words += self._anchors
-        words += ["--evaluation.fit_attacks", json.dumps({"pgd2": PGD2} if holdout else {})]
+        words += ["--evaluation.fit_attacks", json.dumps(self.world.selection if holdout else {})]
         return fit_once(folder, words, method=name, rate=rate, seed=seed)
 
     def model(self, name: str, seed: int) -> list[str]:
         """Returns the options that build the model; one with a base starts from the base's exported model."""
-        method = METHODS[name]
+        method = self.world.methods[name]
         if method.base is None:
             return list(method.options)
         folder = self.work / "bases" / f"{method.base}_seed{seed}"
@@ -122,52 +64,64 @@ class Comparison:
 
     def rate(self, name: str) -> str | None:
         """Chooses a rate by the held-out images, or takes that of another method; None is the method's default."""
-        method = METHODS[name]
+        method = self.world.methods[name]
         if method.rate_of is not None:
             return self.rate(method.rate_of)
         return max(method.rates, key=lambda rate: self.held_out(name, rate), default=None)
 
     def held_out(self, name: str, rate: str) -> float:
         """Reads the mean of clean and attacked accuracy on the held-out images, in [0, 1]."""
-        return statistics.mean(held_out(self.fit(name, rate, 0), "clean", "pgd2").values())
+        return statistics.mean(held_out(self.fit(name, rate, 0), "clean", *self.world.selection).values())
 
     def test(self, name: str, seed: int) -> None:
-        """Tests if needed: all images without attack and with attacked detection, and some under the full recipe."""
+        """Tests if needed: all images without attack, and some under attack."""
+        world = self.world
         if name == "ZeroShot":
-            model, baseline = list(SHARED), ["--results.is_undefended", "true"]
+            model, baseline = list(world.test), ["--results.is_undefended", "true"]
         else:
             checkpoint = ["--ckpt_path", str(self.fit(name, self.rate(name), seed))]
-            model = [*SHARED, *self.model(name, seed), *checkpoint]
+            model = [*world.test, *self.model(name, seed), *checkpoint]
             baseline = ["--results.baseline", str(self.work / "tests" / "ZeroShot_seed0")]
-        clean, robust = (self.work / kind / f"{name}_seed{seed}" for kind in ("clean", "tests"))
-        detection = f"--trainer.callbacks={json.dumps([DETECTION])}"
-        test_once(clean, [*model, "--evaluation.attacks={}", detection])
-        few = ("--evaluation.max_samples", self.samples, "--evaluation.probes", "16", "--trainer.callbacks=[]")
-        test_once(robust, [*model, f"--evaluation.attacks={json.dumps(CASCADE)}", *few, *baseline])
+        clean, attacked = (self.work / kind / f"{name}_seed{seed}" for kind in ("clean", "tests"))
+        test_once(clean, [*model, *world.clean])
+        attacks = world.further_attacks if seed else world.attacks
+        few = ("--evaluation.max_samples", self.samples, "--evaluation.probes", "16")
+        test_once(attacked, [*model, *world.attacked, f"--evaluation.attacks={json.dumps(attacks)}", *few, *baseline])
 
     def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any]:
-        """Collects the measures of a method: means over seeds and sets, intervals, and differences from TeCoA."""
-        runs = [Run.open(self.work / "tests" / f"{name}_seed{seed}") for seed in seeds]
+        """Collects the measures of a method: means over sets by seed, intervals, and differences from TeCoA."""
+        attacked = [Run.open(self.work / "tests" / f"{name}_seed{seed}") for seed in seeds]
         clean = [Run.open(self.work / "clean" / f"{name}_seed{seed}").result for seed in seeds]
-        unknown = [next(iter(each["detection"]["tasks"]["colours"]["unknown"].values())) for each in clean]
-        scores = [each["scores"]["mcm"] for each in unknown]
-        rate = None if name == "ZeroShot" else self.rate(name)
-        row: dict[str, Any] = {"method": name, "seeds": len(seeds), "rate": rate}
-        row["clean"] = [each["mean"]["clean"]["acc1"] for each in clean]
-        row["shifts"] = [each["averages"]["shifts"]["clean"]["acc1"] for each in clean]
-        row["elsewhere"] = [each["averages"]["same_style"]["clean"]["acc1"] for each in clean]
-        row["robust"] = [run.result["mean"]["cascade"]["acc1"] for run in runs]
-        row["pgd_ce"] = [statistics.mean(_after_pgd(run)) for run in runs]
-        row["auroc"] = [each["auroc"] for each in scores]
-        row["auroc_attacked"] = [each["attacked"]["auroc"] for each in scores]
-        row["h"] = [each["h"] for each in scores]
-        row["ece"] = [each["detection"]["tasks"]["colours"]["ece"] for each in clean]
-        counts = [(task, values["cascade"]["correct"], values["n"]) for run in runs for task, values in _tasks(run)]
-        row["interval"] = mean_interval([count[1:] for count in counts], images=[count[0] for count in counts])
-        row |= {"audits": [run.result["audit"]["grade"] for run in runs], "commit": runs[0].result["commit"]}
+        row: dict[str, Any] = {"method": name, "seeds": len(seeds)}
+        row["rate"] = None if name == "ZeroShot" else self.rate(name)
+        row["clean"] = [result["mean"]["clean"]["acc1"] for result in clean]
+        for column, average in self.world.averages.items():
+            row[column] = [result["averages"][average]["clean"]["acc1"] for result in clean]
+        for kind in KINDS[1:]:
+            counts = [list(_counts(run, kind)) for run in attacked if _has(run, kind)]
+            row[kind] = [statistics.mean(correct / n for _, correct, n in sets) for sets in counts]
+            flat = [count for sets in counts for count in sets]
+            row[f"{kind}_interval"] = mean_interval([count[1:] for count in flat], images=[count[0] for count in flat])
+        detection = [self._detection(result, run.result) for result, run in zip(clean, attacked, strict=True)]
+        for column in detection[0]:
+            row[column] = [values[column] for values in detection]
+        row |= {"audits": [run.result["audit"]["grade"] for run in attacked]}
+        row |= {"commits": sorted({run.result["commit"] for run in attacked})}
         if name not in ("ZeroShot", "TeCoA"):
-            row["over_tecoa"] = {kind: self.over_tecoa(name, seeds, kind) for kind in ("clean", "cascade")}
+            row["over_tecoa"] = {kind: self.over_tecoa(name, seeds, kind) for kind in KINDS}
         return row
+
+    def _detection(self, clean: dict[str, Any], attacked: dict[str, Any]) -> dict[str, float]:
+        """Reads the measures of unknown classes, means over the unknown sets, in [0, 1]."""
+        both = [result["detection"]["tasks"][self.world.known] for result in (clean, attacked) if "detection" in result]
+        scores = [[unknown["scores"]["mcm"] for unknown in task["unknown"].values()] for task in both]
+        worst = next(values for values in scores if "attacked" in values[0])
+        return {
+            "auroc": statistics.mean(values["auroc"] for values in scores[0]),
+            "auroc_attacked": statistics.mean(values["attacked"]["auroc"] for values in worst),
+            "h": statistics.mean(values["h"] for values in scores[0]),
+            "ece": both[0]["ece"],
+        }
 
     def over_tecoa(self, name: str, seeds: Sequence[int], kind: str) -> list[float]:
         """Returns accuracy minus TeCoA's on the same images of the attacked tests, with its 95 % interval.
@@ -176,48 +130,55 @@ class Comparison:
         """
         counts, images = [], []
         for seed in seeds:
-            a, b = (Run.open(self.work / "tests" / f"{each}_seed{seed}") for each in (name, "TeCoA"))
-            for task in a.result["tasks"]:
+            a, b = (Run.open(self.work / "tests" / f"{method}_seed{seed}") for method in (name, "TeCoA"))
+            for task in a.result["tasks"] if _has(a, kind) and _has(b, kind) else ():
                 ours, theirs = (_correct(run, task, kind) for run in (a, b))
                 assert ours.keys() == theirs.keys(), f"{a.folder} and {b.folder} tested other images of {task}"
-                counts.append((
-                    sum(ours[each] and not theirs[each] for each in ours),
-                    sum(theirs[each] and not ours[each] for each in ours),
-                    len(ours),
-                ))  # fmt: skip
+                gained = sum(ours[image] and not theirs[image] for image in ours)
+                lost = sum(theirs[image] and not ours[image] for image in ours)
+                counts.append((gained, lost, len(ours)))
                 images.append(task)
         return list(mean_difference(counts, images=images))
 
 
-def _tasks(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield from run.result["tasks"].items()
+def _has(run: Run, kind: str) -> bool:
+    """Returns whether a test measured a kind of accuracy."""
+    return kind != "cascade" or kind in run.result["mean"]
 
 
-def _after_pgd(run: Run) -> Iterator[float]:
-    """Yields the accuracy of each set that the recipe's first member, PGD-10 with cross-entropy, leaves."""
-    for _, values in _tasks(run):
-        broken = sum(values["cascade"]["broken_by"].values()) - values["cascade"]["broken_by"]["pgd_ce"]
-        yield (values["cascade"]["correct"] + broken) / values["n"]
+def _counts(run: Run, kind: str) -> Iterator[tuple[str, int, int]]:
+    """Yields the name of each set, the number of its correct images, and that of all."""
+    for task in run.result["tasks"]:
+        correct = _correct(run, task, kind)
+        yield task, sum(correct.values()), len(correct)
 
 
 def _correct(run: Run, task: str, kind: str) -> dict[Any, bool]:
-    """Maps the identity of each image to whether its answer is correct."""
-    is_clean = {row["id"]: row["clean"] == row["label"] for row in run.rows(task)}
-    if kind == "clean":
-        return is_clean
-    return {row["id"]: is_clean[row["id"]] and not row[f"{kind}.by"] for row in run.rows(task)}
+    """Maps the identity of each image to whether it is classified correctly: without attack, or by the attacks.
+
+    ``pgd`` is PGD-10 with both losses, which the recipe `cascade` runs first.
+    """
+    successes = {"clean": set[str](), "pgd": set(PGDS), "cascade": None}[kind]
+    return {row["id"]: row["clean"] == row["label"] and not _falls(row, successes) for row in run.rows(task)}
 
 
-COLUMNS = ("clean", "robust", "pgd_ce", "shifts", "elsewhere", "auroc", "auroc_attacked", "h", "ece")
+def _falls(row: dict[str, Any], members: set[str] | None) -> bool:
+    """Returns whether one of the members, or any if None, misclassifies the image of a row."""
+    if "cascade.by" in row:
+        return bool(row["cascade.by"]) if members is None else row["cascade.by"] in members
+    return any(row[f"{name}.by"] for name in members or ())
+
+
+COLUMNS = ("clean", "pgd", "cascade", "shifts", "elsewhere", "auroc", "auroc_attacked", "h", "ece")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats the table as Markdown, in percent: mean over the seeds with their range, and differences in points."""
-    head = ["method", "rate", "seeds", *COLUMNS, "clean over TeCoA", "robust over TeCoA"]
+    head = ["method", "rate", "seeds", *COLUMNS, *(f"{kind} over TeCoA" for kind in KINDS)]
     lines = [f"| {' | '.join(head)} |", f"| --- | --- {'| --: ' * (len(head) - 2)}|"]
     for row in rows:
         over = row.get("over_tecoa", {})
-        cells = [_range(row[name]) for name in COLUMNS] + [_points(over.get(kind)) for kind in ("clean", "cascade")]
+        cells = [_range(row[name]) for name in COLUMNS] + [_points(over.get(kind)) for kind in KINDS]
         lines.append(f"| {' | '.join([row['method'], row['rate'] or 'default', str(row['seeds']), *cells])} |")
     return "\n".join(lines)
 
@@ -228,26 +189,26 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _points(difference: Sequence[float] | None) -> str:
-    return "" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * each for each in difference))
+    return "" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in difference))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, prints the table after each method, and writes the file."""
     words = parser(__doc__, data=False)
-    words.add_argument("methods", nargs="*", default=list(METHODS), help=f"among {', '.join(METHODS)}")
+    words.add_argument("methods", nargs="*", help="by default all")
+    words.add_argument("--data", help="folder of the photographs")
+    words.add_argument("--model", help="folder of the model for the photographs")
     words.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    words.add_argument("--samples", default="40", help="images of every set under the full recipe")
+    words.add_argument("--samples", default="40", help="images of every set under attack")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
-    comparison, rows, seeds = Comparison(arguments.work, arguments.samples), [], range(arguments.seeds)
-    comparison.test("ZeroShot", 0)
-    for seed in seeds:
-        comparison.test("TeCoA", seed)
-    for name in dict.fromkeys(("ZeroShot", "TeCoA", *arguments.methods)):
-        chosen = [0] if name == "ZeroShot" else list(seeds)
-        for seed in chosen:
+    chosen = world(arguments.data, arguments.model)
+    comparison, rows, seeds = Comparison(chosen, arguments.work, arguments.samples), [], range(arguments.seeds)
+    for name in dict.fromkeys(("ZeroShot", "TeCoA", *(arguments.methods or chosen.methods))):
+        needed = [0] if name == "ZeroShot" else list(seeds)
+        for seed in needed:
             comparison.test(name, seed)
-        rows.append(comparison.row(name, chosen))
+        rows.append(comparison.row(name, needed))
         print(table(rows), flush=True)
         write(arguments.out, rows)
 
