@@ -161,7 +161,7 @@ def _photographs(data: str, model: str) -> World:
     alone = ("--data.unknown=[]", "--trainer.callbacks=[]")
     rate = ("--model.context_lr", "1e-1", "--model.optimizer.lr", "1e-1")  # the best on CIFAR-10, see universal.py
     methods = {name: tower(name) for name in ATTACKED} | {
-        "APT": Method(prompts, ("2e-3", "2e-2", "2e-1"), training=tiny, base="TeCoA"),
+        "APT": Method(prompts, ("2e-3", "2e-2", "2e-1"), training=(*tiny, "--model.warmup_steps", "0"), base="TeCoA"),
         "CleanFineTuning": tower("CleanFineTuning", attack=None),
         "FLYP": pairs("FLYP"),
         "ARF": pairs("ARF", needs_anchors=True),
