@@ -108,7 +108,7 @@ class Comparison:
         row |= {"audits": [run.result["audit"]["grade"] for run in attacked]}
         row |= {"commits": sorted({run.result["commit"] for run in attacked})}
         if name not in ("ZeroShot", "TeCoA"):
-            row["over_tecoa"] = {kind: self.over_tecoa(name, seeds, kind) for kind in KINDS}
+            row["over_tecoa"] = self.difference(name, "TeCoA", seeds)
         return row
 
     def _detection(self, clean: dict[str, Any], attacked: dict[str, Any]) -> dict[str, float]:
@@ -123,27 +123,30 @@ class Comparison:
             "ece": both[0]["ece"],
         }
 
-    def over_tecoa(self, name: str, seeds: Sequence[int], kind: str) -> list[float]:
-        """Returns accuracy minus TeCoA's on the same images of the attacked tests, with its 95 % interval.
+    def difference(self, name: str, other: str, seeds: Sequence[int]) -> dict[str, list[float]]:
+        """Computes accuracies minus those of another method on the same images under attack, with 95 % intervals.
 
         Seeds of one set are taken as dependent, since they share its images.
         """
-        counts, images = [], []
-        for seed in seeds:
-            a, b = (Run.open(self.work / "tests" / f"{method}_seed{seed}") for method in (name, "TeCoA"))
-            for task in a.result["tasks"] if _has(a, kind) and _has(b, kind) else ():
-                ours, theirs = (_correct(run, task, kind) for run in (a, b))
-                assert ours.keys() == theirs.keys(), f"{a.folder} and {b.folder} tested other images of {task}"
-                gained = sum(ours[image] and not theirs[image] for image in ours)
-                lost = sum(theirs[image] and not ours[image] for image in ours)
-                counts.append((gained, lost, len(ours)))
-                images.append(task)
-        return list(mean_difference(counts, images=images))
+        pairs = [[Run.open(self.work / "tests" / f"{method}_seed{seed}") for method in (name, other)] for seed in seeds]
+        differences = {}
+        for kind in KINDS:
+            measured = [(a, b, task) for a, b in pairs if _has(a, kind) and _has(b, kind) for task in a.result["tasks"]]
+            counts = [_discordant(_correct(a, task, kind), _correct(b, task, kind)) for a, b, task in measured]
+            differences[kind] = list(mean_difference(counts, images=[task for _, _, task in measured]))
+        return differences
 
 
 def _has(run: Run, kind: str) -> bool:
     """Returns whether a test measured a kind of accuracy."""
     return kind != "cascade" or kind in run.result["mean"]
+
+
+def _discordant(ours: dict[Any, bool], theirs: dict[Any, bool]) -> tuple[int, int, int]:
+    """Counts the images that one model alone classifies correctly, those that the other alone does, and all."""
+    assert ours.keys() == theirs.keys(), "the tests used different images"
+    gained = sum(ours[image] and not theirs[image] for image in ours)
+    return gained, sum(theirs[image] and not ours[image] for image in ours), len(ours)
 
 
 def _counts(run: Run, kind: str) -> Iterator[tuple[str, int, int]]:
@@ -188,6 +191,13 @@ def _range(values: Sequence[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if high > low else "")
 
 
+def contrasts(differences: dict[str, dict[str, list[float]]]) -> str:
+    """Formats differences between two methods as Markdown, in points."""
+    lines = [f"| | {' | '.join(KINDS)} |", f"| --- {'| --: ' * len(KINDS)}|"]
+    lines += [f"| {name} | {' | '.join(_points(of[kind]) for kind in KINDS)} |" for name, of in differences.items()]
+    return "\n".join(lines)
+
+
 def _points(difference: Sequence[float] | None) -> str:
     return "" if difference is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value for value in difference))
 
@@ -204,13 +214,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     chosen = world(arguments.data, arguments.model)
     comparison, rows, seeds = Comparison(chosen, arguments.work, arguments.samples), [], range(arguments.seeds)
-    for name in dict.fromkeys(("ZeroShot", "TeCoA", *(arguments.methods or chosen.methods))):
+    names = dict.fromkeys(("ZeroShot", "TeCoA", *(arguments.methods or chosen.methods)))
+    for name in names:
         needed = [0] if name == "ZeroShot" else list(seeds)
         for seed in needed:
             comparison.test(name, seed)
         rows.append(comparison.row(name, needed))
         print(table(rows), flush=True)
         write(arguments.out, rows)
+    pairs = [pair for pair in chosen.contrasts if set(pair) <= set(names)]
+    differences = {f"{a} minus {b}": comparison.difference(a, b, seeds) for a, b in pairs}
+    print(contrasts(differences))
+    write(arguments.out, rows, contrasts=differences)
 
 
 if __name__ == "__main__":

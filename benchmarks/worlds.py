@@ -49,6 +49,7 @@ class World(NamedTuple):
         selection: attack on the held-out training images by which rates are chosen.
         known: test set whose classes are known.
         averages: average of the test without attack, by column.
+        contrasts: pairs of methods that are compared beside the comparisons with TeCoA.
         anchors: function from the folder of all that is made to the options for captions and anchors.
     """
 
@@ -61,6 +62,7 @@ class World(NamedTuple):
     selection: Mapping[str, Any]
     known: str
     averages: Mapping[str, str]
+    contrasts: tuple[tuple[str, str], ...]
     anchors: Callable[[Path], list[str]]
 
 
@@ -131,6 +133,10 @@ def _shapes() -> World:
         selection={"pgd2": attack},
         known="colours",
         averages={"shifts": "shifts", "elsewhere": "same_style"},
+        contrasts=(
+            *(("AGFT", "TeCoA_as_AGFT"), ("AGFT", "AGFT_plain"), ("UCAT", "UCAT_constant")),
+            *(("PMGAFT", "PMGAFT_code"), ("DiVE", "ARF")),
+        ),
         anchors=lambda work: drawn_anchors(work, drawn_pairs()),
     )
 
@@ -181,6 +187,7 @@ def _photographs(data: str, model: str) -> World:
         selection={"pgd2": attack},
         known="pacs_photo",
         averages={"shifts": "shifts", "elsewhere": "zero_shot"},
+        contrasts=(("PMGAFT", "PMGAFT_code"), ("ARF", "FLYP"), ("DiVE", "ARF")),
         anchors=lambda work: Anchored(
             "pacs_photo", data=Path(data).resolve(), model=model, work=work.resolve(), options=()
         ).anchors(),
