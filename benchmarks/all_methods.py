@@ -124,13 +124,14 @@ class Comparison:
         }
 
     def difference(self, name: str, other: str, seeds: Sequence[int]) -> dict[str, list[float]]:
-        """Computes accuracies minus those of another method on the same images under attack, with 95 % intervals.
+        """Computes accuracies minus those of another method on the same images, with 95 % intervals.
 
         Seeds of one set are taken as dependent, since they share its images.
         """
-        pairs = [[Run.open(self.work / "tests" / f"{method}_seed{seed}") for method in (name, other)] for seed in seeds]
         differences = {}
         for kind in KINDS:
+            folder = self.work / ("clean" if kind == "clean" else "tests")
+            pairs = [[Run.open(folder / f"{method}_seed{seed}") for method in (name, other)] for seed in seeds]
             measured = [(a, b, task) for a, b in pairs if _has(a, kind) and _has(b, kind) for task in a.result["tasks"]]
             counts = [_discordant(_correct(a, task, kind), _correct(b, task, kind)) for a, b, task in measured]
             differences[kind] = list(mean_difference(counts, images=[task for _, _, task in measured]))
