@@ -338,7 +338,7 @@ def _machine(plan: Plan) -> Iterator[Finding]:
 
 
 def _model(model: RobustMethod, device: torch.device) -> Iterator[Finding]:
-    model.freeze_the_rest()
+    model.freeze_untrained()
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     total, learning = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
     clip, side = model.clip, model.image_size

@@ -126,7 +126,7 @@ def check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
         raise ValueError(
             "model.pretrained is null, so there is no original model to interpolate with; name the base model"
         )
-    added = [name for name in tuned if not name.startswith(method.of_original)]
+    added = [name for name in tuned if not name.startswith(method.pretrained_prefixes)]
     if added:
         raise ValueError(
             f"{type(method).__name__} trained {added[0]!r}, which the original model does not have;"

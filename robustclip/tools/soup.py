@@ -196,7 +196,7 @@ def _member(method: RobustMethod, path: Path, plain: RobustMethod) -> Member:
     if method.lora is None:
         return Member(path, _without_weights(content), dict(content["state_dict"]))
     state, known = merged_state(method), plain.state_dict()
-    trained = {plain_name(name) for name in content["state_dict"]} | (plain.learning_names & state.keys())
+    trained = {plain_name(name) for name in content["state_dict"]} | (plain.trained_names & state.keys())
     weights = {name: state[name].clone() for name in known if name in trained}
     added = {name: state[name].clone() for name in sorted(trained - weights.keys())}  # such as a classifier
     return Member(path, _without_weights(content), weights | added)

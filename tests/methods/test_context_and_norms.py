@@ -30,7 +30,7 @@ def ueo(model: Path, **kwargs: Any) -> Any:
 
 
 def learning(method: UEO) -> dict[str, Tensor]:
-    method.freeze_the_rest()
+    method.freeze_untrained()
     return {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
 
 

@@ -31,7 +31,7 @@ EXPECTED = {
 
 def saved(method: RobustMethod) -> dict[str, Any]:
     """What a checkpoint of a method says of it, without a fit."""
-    method.freeze_the_rest()
+    method.freeze_untrained()
     learns = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
     state = {name: tensor for name, tensor in method.state_dict().items() if name in learns}
     settings = json.loads(json.dumps(method.inference_settings))  # plain values, which survive any file
@@ -58,7 +58,7 @@ class Sharpened(TeCoA):
 class Quietened(TeCoA):
     """Somebody's own method, whose argument is of training alone."""
 
-    of_training = ("noise",)
+    training_arguments = ("noise",)
 
     def __init__(self, noise: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
