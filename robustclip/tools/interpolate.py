@@ -16,7 +16,7 @@ from robustclip.models.lora import is_factor
 from robustclip.persistence import atomic_folder
 
 # State that only a training run needs; an interpolated model has none.
-OF_TRAINING = (
+TRAINING_STATE = (
     "optimizer_states",
     "lr_schedulers",
     "loops",
@@ -56,7 +56,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     method.load_state_dict(original | tuned)
     weights = fingerprint(method)  # groups the tests of these models to one curve in a report
     method.load_state_dict(original)
-    kept = {name: value for name, value in content.items() if name not in OF_TRAINING}
+    kept = {name: value for name, value in content.items() if name not in TRAINING_STATE}
     names = [f"alpha-{alpha:g}.ckpt" for alpha in alphas]
     with atomic_folder(out) as aside:
         for alpha, name in zip(alphas, names, strict=True):

@@ -13,7 +13,7 @@ from resume_cases import finish
 
 from robustclip.cli.main import run
 from robustclip.data.sources.shapes import ShapesDataset
-from robustclip.tools.progress_log import Journal
+from robustclip.tools.progress_log import ProgressLog
 
 transformers = pytest.importorskip("transformers")
 WORDS = [
@@ -114,15 +114,15 @@ def test_killed_and_resumed_gives_the_same_table(torn: bool, table: Path, blip: 
 
 
 def die_after(batches: int) -> None:
-    append, done = Journal.append, []
+    append, done = ProgressLog.append, []
 
-    def struck(journal: Journal, number: int, rows: Any) -> None:
+    def struck(journal: ProgressLog, number: int, rows: Any) -> None:
         append(journal, number, rows)
         done.append(number)
         if len(done) == batches:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.append = struck  # type: ignore[method-assign]
+    ProgressLog.append = struck  # type: ignore[method-assign]
 
 
 def test_two_shares_give_the_table_of_one_process(table: Path, blip: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_bad_input_is_told_in_one_line(
     (tmp_path / "empty").mkdir()
     settings = {"captioner": str(blip), "decoding": {"captions_per_image": 1, "num_beams": 2}}
     if "now it is" in told:
-        with Journal(tmp_path / "out.journal", 0, begun(blip, settings)):
+        with ProgressLog(tmp_path / "out.journal", 0, begun(blip, settings)):
             pass
     arguments = [word.format(empty=tmp_path / "empty") for word in options]
     assert run([*words(blip, tmp_path / "out"), *arguments]) == 2
@@ -208,11 +208,11 @@ def test_weights_that_may_hold_code_are_not_loaded(
 
 
 def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
-    with Journal(tmp_path, 0, {}):
+    with ProgressLog(tmp_path, 0, {}):
         child = os.fork()
         if not child:
             try:
-                Journal(tmp_path, 0, {}).__enter__()
+                ProgressLog(tmp_path, 0, {}).__enter__()
             except ValueError as error:
                 os._exit(7 if "give each its own --shard" in str(error) else 1)
             os._exit(0)
