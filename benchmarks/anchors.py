@@ -113,7 +113,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats means over the seeds and their ranges as Markdown, in percent."""
     kinds = [kind for kind in ("in_distribution", "shifts", "zero_shot") if kind in rows[0]]
     lines = [
-        "| method | alpha | " + " | ".join([*kinds, "collapse"]) + " |",
+        "| method | alpha | " + " | ".join([*kinds, "class scatter"]) + " |",
         "| --- " + "| --: " * (2 + len(kinds)) + "|",
     ]
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}

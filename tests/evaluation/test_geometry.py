@@ -238,7 +238,7 @@ def test_score_computes_the_geometry_from_the_stored_features(
     assert after["pairs"] == before["pairs"]
 
 
-def test_what_cannot_be_compared_is_refused(data: CLIPDataModule, tiny_model: Path) -> None:
+def test_sets_that_cannot_be_compared_are_refused(data: CLIPDataModule, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"max_samples must be .*at least 3, got 2"):
         FeatureGeometry(max_samples=2)
     data.captioned = "tints"

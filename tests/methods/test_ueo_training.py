@@ -130,7 +130,7 @@ def test_upl_keeps_the_surest_answers_of_each_class() -> None:
     assert (method.pseudo_labels >= 0).sum() >= 3
 
 
-def test_upl_learns_by_cross_entropy_from_what_has_an_answer(tiny_model: Path) -> None:
+def test_upl_minimises_cross_entropy_on_pseudo_labelled_images(tiny_model: Path) -> None:
     method = cases.make(UPL, tiny_model)
     data = cases.batch()
     log_p = method.log_probabilities(data.images)

@@ -82,7 +82,7 @@ def test_captions_are_those_of_transformers(table: Path, blip: Path) -> None:
     assert [row["index"] for row in rows] == list(range(240))
 
 
-def test_the_table_tells_how_it_was_made(table: Path, blip: Path) -> None:
+def test_the_table_states_its_settings(table: Path, blip: Path) -> None:
     schema = parquet.read_schema(table)
     assert [(each.name, str(each.type)) for each in schema] == [
         ("index", "int64"),
@@ -167,7 +167,7 @@ def test_an_image_that_does_not_decode_gets_no_caption(blip: Path, write_shards:
         (["--out", "{empty}"], "exists and is never overwritten"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     options: list[str], told: str, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
