@@ -79,8 +79,8 @@ def measure(method: RobustMethod, data: CLIPDataModule, eps: str) -> dict[str, A
                 robust[name] += int((verdict.by == ROBUST).sum())
             seconds[name] += time.perf_counter() - started
         started = time.perf_counter()
-        found = reference(method, task.name, images[is_right], labels[is_right], pixels(eps, name="eps"))
-        robust["pyautoattack"] += int(found.sum())
+        is_robust = reference(method, task.name, images[is_right], labels[is_right], pixels(eps, name="eps"))
+        robust["pyautoattack"] += int(is_robust.sum())
         seconds["pyautoattack"] += time.perf_counter() - started
         print(task.name, robust, flush=True)
     return {"n": n, "clean": clean, "robust": robust, "seconds": seconds}
@@ -110,12 +110,12 @@ def main() -> None:
     for name, method in models(options).items():
         report[name] = measure(method, data, options.eps)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    for name, found in report.items():
-        if isinstance(found, dict):
-            allowed = found["robust"]["pyautoattack"] + 0.005 * found["n"]
-            weak = [way for way, count in found["robust"].items() if count > allowed]
+    for name, entry in report.items():
+        if isinstance(entry, dict):
+            allowed = entry["robust"]["pyautoattack"] + 0.005 * entry["n"]
+            weak = [way for way, count in entry["robust"].items() if count > allowed]
             if weak:
-                raise SystemExit(f"{name}: {weak} leave more than half a point more than the reference: {found}")
+                raise SystemExit(f"{name}: {weak} leave more than half a point more than the reference: {entry}")
 
 
 if __name__ == "__main__":

@@ -344,10 +344,10 @@ def peers(options: argparse.Namespace) -> dict[str, Any]:
     methods = {"undefended": (ZeroShot(pretrained="shapes"), options.radius)}
     if options.checkpoint:
         methods["trained"] = (robustclip.load(options.checkpoint), options.trained_radius)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, (method, eps) in methods.items():
         problem = problem_of(method, options, eps)
-        found[name] = {"eps": eps}
+        results[name] = {"eps": eps}
         for member in options.members:
             packages = (
                 available
@@ -359,8 +359,8 @@ def peers(options: argparse.Namespace) -> dict[str, Any]:
                 few = {key: getattr(problem, key)[: options.cascade] for key in ("images", "labels", "index")}
                 p = Problem(**{**vars(problem), **few})
             seeds = 1 if member in ("autoattack", "pgd_ce, no random start") else options.seeds
-            found[name][member] = compare(p, member, seeds, packages)
-    return found
+            results[name][member] = compare(p, member, seeds, packages)
+    return results
 
 
 def cost(repeats: int) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def cost(repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()]
     network = nn.Sequential(*layers, nn.Linear(8 * 14 * 14, 10)).requires_grad_(False).eval()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for batch in (1, 16, 64):
         images, model = torch.rand(batch, 3, 32, 32), Model(network).eval()
         labels = network(images).argmax(1)
@@ -388,9 +388,9 @@ def cost(repeats: int) -> dict[str, Any]:
                 model.evaluations, started = 0, time.process_time()
                 way()
                 spent[name].append(1000 * (time.process_time() - started) / model.evaluations)
-        found[f"batch of {batch}"] = {name: round(statistics.median(times), 3) for name, times in spent.items()}
-        print(batch, found[f"batch of {batch}"], flush=True)
-    return found
+        results[f"batch of {batch}"] = {name: round(statistics.median(times), 3) for name, times in spent.items()}
+        print(batch, results[f"batch of {batch}"], flush=True)
+    return results
 
 
 def main() -> None:

@@ -89,19 +89,19 @@ class Anchored:
                     )
         return rows
 
-    def _row(self, label: str, words: Sequence[str], **told: Any) -> dict[str, Any]:
+    def _row(self, label: str, words: Sequence[str], **facts: Any) -> dict[str, Any]:
         result = test_once(self.work / "tests" / label, [*self.shared, *words])
         sets = {name: values["clean"]["acc1"] for name, values in result["tasks"].items()}
         averages = {name: values["clean"]["acc1"] for name, values in result.get("averages", {}).items()}
         geometry = result.get("geometry", {}).get(self.train, {})
-        return told | {"in_distribution": sets[self.train], **averages, "sets": sets, "geometry": geometry}
+        return facts | {"in_distribution": sets[self.train], **averages, "sets": sets, "geometry": geometry}
 
 
 def _nearest_captions(pairs: Path, out: Path) -> None:
     """Writes a table with the captions of each image's nearest pair."""
     table = parquet.read_table(pairs / "neighbours.parquet").to_pydict()
     captions = IndexedShards([Path(shard) for shard in list_shards(str(pairs), "train")], is_labelled=False).captions
-    nearest = [captions(found[0]) if found else [] for found in table["neighbours"]]
+    nearest = [captions(neighbours[0]) if neighbours else [] for neighbours in table["neighbours"]]
     schema = pa.schema(
         [("index", pa.int64()), ("captions", pa.list_(pa.string()))],
         metadata={"captioner": "captions of the nearest retrieved pair", "decoding": "none", "source": str(pairs)},
@@ -113,37 +113,37 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats means over the seeds and their ranges as Markdown, in percent."""
     kinds = [kind for kind in ("in_distribution", "shifts", "zero_shot") if kind in rows[0]]
     lines = [
-        "| method | alpha | " + " | ".join([*kinds, "collapse"]) + " |",
+        "| method | alpha | " + " | ".join([*kinds, "class scatter"]) + " |",
         "| --- " + "| --: " * (2 + len(kinds)) + "|",
     ]
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["alpha"]), []).append(row)
-    for (method, alpha), found in groups.items():
-        cells = [over_seeds(found, kind) for kind in kinds]
-        collapse = [row["geometry"]["collapse"] for row in found if row["geometry"]]
-        cells.append(f"{statistics.mean(collapse):.2f}" if collapse else "")
+    for (method, alpha), members in groups.items():
+        cells = [over_seeds(members, kind) for kind in kinds]
+        scatter = [row["geometry"]["collapse"] for row in members if row["geometry"]]
+        cells.append(f"{statistics.mean(scatter):.2f}" if scatter else "")
         lines.append(f"| {method} | {alpha:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, prints tables, and writes the file."""
-    words = parser(__doc__)
-    words.add_argument("--train", nargs="*", default=list(SHIFTS), choices=list(SHIFTS))
-    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    words.add_argument("--rate", default="1e-4")
-    words.add_argument("--epochs", default="6")
-    arguments = words.parse_args(argv)
+    command_line = parser(__doc__)
+    command_line.add_argument("--train", nargs="*", default=list(SHIFTS), choices=list(SHIFTS))
+    command_line.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    command_line.add_argument("--rate", default="1e-4")
+    command_line.add_argument("--epochs", default="6")
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     options = ["--model.optimizer.lr", arguments.rate, "--trainer.max_epochs", arguments.epochs]
     options += ["--data.batch_size", "32", "--data.holdout", "0"]
-    found = {}
+    results = {}
     for train in arguments.train:
         place = {"data": Path(arguments.data).resolve(), "model": arguments.model, "work": arguments.work.resolve()}
-        found[train] = Anchored(train, **place, options=options).rows(arguments.seeds)
-        print(f"{train}\n{table(found[train])}")
-    write(arguments.out, found)
+        results[train] = Anchored(train, **place, options=options).rows(arguments.seeds)
+        print(f"{train}\n{table(results[train])}")
+    write(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -104,11 +104,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         name = (row["method"], row.get("pool", ""), ", ".join(row.get("weights", ())))
         by_name.setdefault(name, []).append(row)
-    for name, found in by_name.items():
-        cells = [f"{100 * statistics.mean(row[group] for row in found):.1f}" for group in groups]
-        if "over_flyp_shifts" in found[0]:
+    for name, members in by_name.items():
+        cells = [f"{100 * statistics.mean(row[group] for row in members):.1f}" for group in groups]
+        if "over_flyp_shifts" in members[0]:
             for group in groups:
-                gains = [100 * row[f"over_flyp_{group}"] for row in found]
+                gains = [100 * row[f"over_flyp_{group}"] for row in members]
                 cells.append(f"{statistics.mean(gains):+.1f} [{min(gains):+.1f}, {max(gains):+.1f}]")
         else:
             cells += [""] * len(groups)

@@ -68,15 +68,15 @@ def rows(name: str, *, work: Path, shared: Sequence[str]) -> Iterator[dict[str, 
             for weight in ("0", *regime.weights):
                 without = {LAMBDA1: "5", **(regime.options if weight != "0" or regime.options is OFFICIAL else {})}
                 options = without | {LAMBDA2: weight}
-                told = "_".join(["CRoFT", *options.values()])
-                row = target.row(told, "CRoFT", options, seed)
+                label = "_".join(["CRoFT", *options.values()])
+                row = target.row(label, "CRoFT", options, seed)
                 yield row | {"regime": name, "weight": weight, "held_out": target.held_out("CRoFT", options, seed)}
 
 
-def differences(found: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def differences(regime_rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields the paired differences of each weight and of the weight of the best held-out accuracy, by seed."""
     by_place: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
-    for row in found:
+    for row in regime_rows:
         by_place.setdefault((row["target"], row["seed"]), {})[row["weight"]] = row
     weights = list(next(iter(by_place.values())))
     for weight in (*weights[1:], "chosen"):
@@ -88,13 +88,13 @@ def differences(found: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 best = max(cells, key=lambda each: cells[each]["held_out"]) if weight == "chosen" else weight
                 by_seed.setdefault(seed, []).append(cells[best][measure] - cells["0"][measure])
             changes[measure] = [statistics.mean(each) for each in by_seed.values()]
-        yield {"regime": found[0]["regime"], "weight": weight, **changes}
+        yield {"regime": regime_rows[0]["regime"], "weight": weight, **changes}
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(regime_rows: Sequence[dict[str, Any]]) -> str:
     """Formats the differences as Markdown, in points: mean of the seeds, [lowest, highest]."""
     lines = ["| regime | lambda2 | accuracy | AUROC | FPR95 |", "| --- | --: | --: | --: | --: |"]
-    for row in found:
+    for row in regime_rows:
         cells = [_points(row[measure]) for measure in MEASURES]
         lines.append(f"| {row['regime']} | {row['weight']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -107,16 +107,16 @@ def _points(changes: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, prints the table after each regime, and writes the file."""
-    words = parser(__doc__)
-    words.add_argument("--regimes", nargs="*", default=list(REGIMES), choices=list(REGIMES))
-    arguments = words.parse_args(argv)
+    command_line = parser(__doc__)
+    command_line.add_argument("--regimes", nargs="*", default=list(REGIMES), choices=list(REGIMES))
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     everything, changes = [], []
     for name in arguments.regimes:
-        found = list(rows(name, work=arguments.work.resolve(), shared=shared))
-        everything += found
-        changes += list(differences(found))
+        regime_rows = list(rows(name, work=arguments.work.resolve(), shared=shared))
+        everything += regime_rows
+        changes += list(differences(regime_rows))
         print(table(changes), flush=True)
         write(arguments.out, everything, differences=changes)
 

@@ -76,14 +76,14 @@ def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[s
     method.prepare(data.test_tasks)
     for task, loader in zip(data.test_tasks, data.test_dataloader(), strict=True):
         for batch in loader:
-            found = {}
+            outcomes = {}
             for name, way in ways.items():
                 started = time.process_time()
-                found[name] = way(method, batch, task.name, attack)
+                outcomes[name] = way(method, batch, task.name, attack)
                 seconds[name] += time.process_time() - started
             clean += int((method.logits(batch.images, task.name).argmax(1) == batch.labels).sum())
-            different += int((found["engine"] != found["plain"]).sum())
-            robust, n = robust + int(found["engine"].sum()), n + len(batch.labels)
+            different += int((outcomes["engine"] != outcomes["plain"]).sum())
+            robust, n = robust + int(outcomes["engine"].sum()), n + len(batch.labels)
     ratio = seconds["plain"] / seconds["engine"]
     return {
         "n": n,
@@ -163,13 +163,13 @@ def time_audit(repeats: int, samples: int) -> dict[str, Any]:
 def models(options: argparse.Namespace) -> dict[str, RobustMethod]:
     """Load the undefended model, and the fine-tuned one."""
     shared: dict[str, Any] = {"pretrained": options.model, "image_size": options.image_size}
-    found: dict[str, RobustMethod] = {"undefended": ZeroShot(**shared)}
+    models: dict[str, RobustMethod] = {"undefended": ZeroShot(**shared)}
     if options.checkpoint:
-        found["TeCoA"] = TeCoA(**shared)
+        models["TeCoA"] = TeCoA(**shared)
         checkpoint = torch.load(options.checkpoint, weights_only=True)
-        found["TeCoA"].on_load_checkpoint(checkpoint)
-        found["TeCoA"].load_state_dict(checkpoint["state_dict"], strict=False)
-    return found
+        models["TeCoA"].on_load_checkpoint(checkpoint)
+        models["TeCoA"].load_state_dict(checkpoint["state_dict"], strict=False)
+    return models
 
 
 def parse_options() -> argparse.Namespace:

@@ -134,8 +134,8 @@ class Family:
             result, fit = json.loads(path.read_text()), self.out / "fits" / path.parent.name
             row: dict[str, Any] = {"name": path.parent.name, "commit": result["commit"]}
             if fit.is_dir():
-                told = json.loads((fit / RUN).read_text())
-                row |= told
+                facts = json.loads((fit / RUN).read_text())
+                row |= facts
             for kind in result["mean"]:
                 counts = {
                     name: (task[kind]["correct"], task[kind].get("n", task["n"]))
@@ -157,12 +157,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     kinds = ["clean", *ATTACKS]
     lines = ["| | eps | rate | seeds | " + " | ".join(kinds) + " |", "| --- " * 3 + "| --: " * (1 + len(kinds)) + "|"]
     for cell, rows in groups.items():
-        shown = [_shown([row[kind] for row in rows]) for kind in kinds]
-        lines.append("| " + " | ".join([*cell, str(len(rows)), *shown]) + " |")
+        cells = [_percents([row[kind] for row in rows]) for kind in kinds]
+        lines.append("| " + " | ".join([*cell, str(len(rows)), *cells]) + " |")
     return "\n".join(lines)
 
 
-def _shown(scores: Sequence[dict[str, Any]]) -> str:
+def _percents(scores: Sequence[dict[str, Any]]) -> str:
     values = [100 * score["acc1"] for score in scores]
     low, high = (100 * statistics.mean(score["interval"][end] for score in scores) for end in (0, 1))
     seeds = f" [{min(values):.1f}, {max(values):.1f}]" if len(values) > 1 else ""
@@ -171,15 +171,17 @@ def _shown(scores: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, then writes the file."""
-    words = parser(__doc__)
-    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    words.add_argument("--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model")
-    words.add_argument("--radii", nargs="*", default=RADII)
-    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    words.add_argument("--rate", help="learning rate, where it is not to be chosen")
-    words.add_argument("--epochs", default="1")
-    words.add_argument("--samples", default="100", help="of every test set")
-    arguments = words.parse_args(argv)
+    command_line = parser(__doc__)
+    command_line.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    command_line.add_argument(
+        "--interpolate", nargs="*", default=(), choices=list(METHODS), help="to the original model"
+    )
+    command_line.add_argument("--radii", nargs="*", default=RADII)
+    command_line.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    command_line.add_argument("--rate", help="learning rate, where it is not to be chosen")
+    command_line.add_argument("--epochs", default="1")
+    command_line.add_argument("--samples", default="100", help="of every test set")
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     family = Family(arguments.work, shared, epochs=arguments.epochs, samples=arguments.samples)
@@ -197,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cell(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(path.read_text())
-    return {name: told[name] for name in Cell._fields}
+    facts: dict[str, Any] = json.loads(path.read_text())
+    return {name: facts[name] for name in Cell._fields}
 
 
 if __name__ == "__main__":

@@ -84,12 +84,12 @@ class Toy:
 
 def mean(penalty: str, weight: float) -> dict[str, float]:
     """Returns the means over the seeds."""
-    found = []
+    values = []
     for seed in range(SEEDS):
         toy = Toy(seed)
         toy.fit(penalty, weight)
-        found.append(toy.measures())
-    difference, accuracy = torch.stack(found).mean(0).tolist()
+        values.append(toy.measures())
+    difference, accuracy = torch.stack(values).mean(0).tolist()
     return {"lambda2": weight, "hessian_difference": round(difference, 4), "unseen_accuracy": round(accuracy, 4)}
 
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    found = {name: [mean(name, weight) for weight in WEIGHTS] for name in PENALTIES}
-    text = json.dumps({"commit": commit(), **found}, indent=1)
+    curves = {name: [mean(name, weight) for weight in WEIGHTS] for name in PENALTIES}
+    text = json.dumps({"commit": commit(), **curves}, indent=1)
     print(text)
     if out is not None:
         out.write_text(text + "\n")

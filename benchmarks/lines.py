@@ -71,10 +71,10 @@ def _row(name: str, counts: Mapping[str, int]) -> str:
 
 def main() -> None:
     """Prints the table, and writes the counts."""
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--peers", type=Path, required=True, help="folder with the installed packages")
-    words.add_argument("--out", type=Path, help="JSON file to write")
-    arguments = words.parse_args()
+    command_line = argparse.ArgumentParser(description=__doc__)
+    command_line.add_argument("--peers", type=Path, required=True, help="folder with the installed packages")
+    command_line.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = command_line.parse_args()
     own = ours()
     counts = {"robustclip": own["method"], "robustclip, test of a method": own["test"], **theirs(arguments.peers)}
     print("| package | units | median lines | least | most |\n| --- | --: | --: | --: | --: |")

@@ -17,16 +17,16 @@ from robustclip.results.provenance import commit
 RUN = "cell.json"  # file beside a checkpoint: settings and CPU time of the fit
 
 
-def fit_once(folder: Path, words: Sequence[str], **told: Any) -> Path:
-    """The checkpoint of a fit in its run folder, beside which ``told`` and the CPU seconds are kept."""
+def fit_once(folder: Path, options: Sequence[str], **facts: Any) -> Path:
+    """Fits if needed, keeps ``facts`` and CPU seconds in the run folder, and returns the path of the checkpoint."""
     if not (folder / RUN).is_file():
         started = time.process_time()
         robustclip([
-            *("fit", *words, "--trainer.enable_progress_bar", "false"),
+            *("fit", *options, "--trainer.enable_progress_bar", "false"),
             *("--trainer.logger.save_dir", str(folder.parent), "--trainer.logger.version", folder.name),
         ])  # fmt: skip
         cost = {"cpu_seconds": round(time.process_time() - started)}
-        (folder / RUN).write_text(json.dumps(told | cost) + "\n")
+        (folder / RUN).write_text(json.dumps(facts | cost) + "\n")
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -37,25 +37,25 @@ def held_out(checkpoint: Path, *kinds: str) -> dict[str, float]:
     return {kind: float(last[f"val/mean/{kind}/acc1"]) for kind in kinds}
 
 
-def test_once(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+def test_once(folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Tests if needed, and returns the result in its folder."""
     if not (folder / "result.json").is_file():
         places = ("--results.folder", str(folder.parent), "--results.name", folder.name)
         # No logger: it numbers its folder, and two tests that start together would use one number.
-        robustclip(["test", *words, *places, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
+        robustclip(["test", *options, *places, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
 
 def parser(description: str | None, *, data: bool = True) -> argparse.ArgumentParser:
     """Builds a parser with the options for the folders, those of data and model only if `data` is true."""
-    found = argparse.ArgumentParser(description=description)
+    command_line = argparse.ArgumentParser(description=description)
     if data:
-        found.add_argument("--data", required=True, help="folder of the data sets")
-        found.add_argument("--model", required=True, help="folder of the model")
-    found.add_argument("--work", type=Path, required=True, help="folder of all that is made")
-    found.add_argument("--out", type=Path, help="JSON file to write")
-    return found
+        command_line.add_argument("--data", required=True, help="folder of the data sets")
+        command_line.add_argument("--model", required=True, help="folder of the model")
+    command_line.add_argument("--work", type=Path, required=True, help="folder of fits and tests")
+    command_line.add_argument("--out", type=Path, help="JSON file to write")
+    return command_line
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
@@ -69,5 +69,5 @@ def over_seeds(rows: Sequence[dict[str, Any]], measure: str) -> str:
 def write(out: Path | None, results: Any, **more: Any) -> None:
     """Writes results and ``more`` to a file, with commit and command; does nothing without a file."""
     if out is not None:
-        told = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
-        out.write_text(json.dumps({**told, **more, "results": results}, indent=1) + "\n")
+        facts = {"commit": commit(), "command": shlex.join(["python", *sys.argv])}
+        out.write_text(json.dumps({**facts, **more, "results": results}, indent=1) + "\n")

@@ -120,13 +120,13 @@ class Target:
 
     def _test(self, method: str, seed: int, words: Sequence[str]) -> dict[str, Any]:
         result = test_once(self.work / "tests" / f"{method}_seed{seed}", ["--config", CONFIG, *words])
-        found = result["detection"]["tasks"][self.name]
-        energy = {name: each["scores"]["energy"] for name, each in found["unknown"].items()}
+        detection = result["detection"]["tasks"][self.name]
+        energy = {name: each["scores"]["energy"] for name, each in detection["unknown"].items()}
         scores = {name: {key: each[key] for key in DETECTED} for name, each in energy.items()}
         means = {key: statistics.mean(each[key] for each in scores.values()) for key in DETECTED}
         accuracy = result["tasks"][self.name]["clean"]["acc1"]
-        told = {"target": self.name, "method": method, "seed": seed, "commit": result["commit"]}
-        return told | {"accuracy": accuracy, **means, "sets": scores}
+        facts = {"target": self.name, "method": method, "seed": seed, "commit": result["commit"]}
+        return facts | {"accuracy": accuracy, **means, "sets": scores}
 
 
 def _words(model: str, options: dict[str, str]) -> list[str]:
@@ -138,20 +138,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| data | method | accuracy | AUROC | FPR95 |", "| --- | --- | --: | --: | --: |"]
     for data, targets in {"PACS": DOMAINS, "Tiny-ImageNet": (TINY,)}.items():
         for method in ("zero_shot", *METHODS, *(f"lambda2={weight}" for weight in PENALTIES)):
-            found = [row for row in rows if row["method"] == method and row["target"] in targets]
-            if found:
-                cells = (over_seeds(found, measure) for measure in ("accuracy", "auroc", "fpr95"))
+            members = [row for row in rows if row["method"] == method and row["target"] in targets]
+            if members:
+                cells = (over_seeds(members, measure) for measure in ("accuracy", "auroc", "fpr95"))
                 lines.append(f"| {data} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, prints the table, and writes the file."""
-    words = parser(__doc__)
-    words.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
-    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    words.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
-    arguments = words.parse_args(argv)
+    command_line = parser(__doc__)
+    command_line.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    command_line.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    command_line.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     rows: list[dict[str, Any]] = []

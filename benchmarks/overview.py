@@ -47,10 +47,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing tests, prints the table, and writes the file."""
-    words = parser(__doc__)
-    words.add_argument("models", nargs="*", metavar="METHOD=CHECKPOINT", help="class of the method and its checkpoint")
-    words.add_argument("--samples", default="25", help="of every attacked set")
-    arguments = words.parse_args(argv)
+    command_line = parser(__doc__)
+    command_line.add_argument(
+        "models", nargs="*", metavar="METHOD=CHECKPOINT", help="class of the method and its checkpoint"
+    )
+    command_line.add_argument("--samples", default="25", help="of every attacked set")
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model)
     rows = []
@@ -60,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = [*shared, *(() if is_base else ("--model", name, "--ckpt_path", checkpoint))]
         clean = test_once(arguments.work / f"{name}_clean", [*model, *CLEAN])
         attacked = test_once(arguments.work / name, [*model, "--evaluation.max_samples", arguments.samples, *baseline])
-        told = {"audit": attacked["audit"]["grade"], "commit": attacked["commit"]}
-        rows.append({"model": name, **measures(clean, attacked), **told})
+        facts = {"audit": attacked["audit"]["grade"], "commit": attacked["commit"]}
+        rows.append({"model": name, **measures(clean, attacked), **facts})
     print(table(rows))
     write(arguments.out, rows)
 

@@ -61,8 +61,8 @@ def gradient(logits: Callable[[Tensor], Tensor], batch: Batch, way: Way | None) 
     dtype, factor = (torch.bfloat16, 1.0) if way is None else way[:2]
     with torch.autocast(images.device.type, dtype, enabled=way is not None):
         loss = F.cross_entropy(logits(images).float(), batch.labels, reduction="sum")
-    (found,) = torch.autograd.grad(factor * loss, images)
-    return found.flatten(1) / factor
+    (gradients,) = torch.autograd.grad(factor * loss, images)
+    return gradients.flatten(1) / factor
 
 
 def compare(method: RobustMethod, batch: Batch) -> dict[str, Any]:
@@ -70,14 +70,14 @@ def compare(method: RobustMethod, batch: Batch) -> dict[str, Any]:
     exact = gradient(method.logits, batch, None)
     rows = {}
     for name, way in WAYS.items():
-        found = gradient(partial(coarse_logits, method) if way.has_coarse_logits else method.logits, batch, way)
-        finite = found.isfinite().all(1)
-        found, reference = found[finite].double(), exact[finite].double()
+        rounded = gradient(partial(coarse_logits, method) if way.has_coarse_logits else method.logits, batch, way)
+        finite = rounded.isfinite().all(1)
+        rounded, reference = rounded[finite].double(), exact[finite].double()
         rows[name] = {
-            "cosine": float(F.cosine_similarity(found, reference).mean()),
-            "lowest_cosine": float(F.cosine_similarity(found, reference).min()),
-            "equal_signs": float((found.sign() == reference.sign()).double().mean()),
-            "vanished": float(((found == 0) & (reference != 0)).double().mean()),
+            "cosine": float(F.cosine_similarity(rounded, reference).mean()),
+            "lowest_cosine": float(F.cosine_similarity(rounded, reference).min()),
+            "equal_signs": float((rounded.sign() == reference.sign()).double().mean()),
+            "vanished": float(((rounded == 0) & (reference != 0)).double().mean()),
             "images_not_finite": int((~finite).sum()),
         }
     return rows
@@ -112,22 +112,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eps", type=float, default=4 / 255, help="radius of the random start")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    words = parser.parse_args()
-    torch.manual_seed(words.seed)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
     towers = {
-        "shapes": on_shapes(words.images, words.device),
-        words.arch: on_vit(words.arch, max(1, words.images // 8), words.device),
+        "shapes": on_shapes(arguments.images, arguments.device),
+        arguments.arch: on_vit(arguments.arch, max(1, arguments.images // 8), arguments.device),
     }
     results: dict[str, Any] = {}
     for name, (method, batch) in towers.items():
-        moved = batch._replace(images=start(batch.images, words.eps, "linf", batch.index, words.seed))
+        moved = batch._replace(images=start(batch.images, arguments.eps, "linf", batch.index, arguments.seed))
         with torch.no_grad():
             chance = F.cross_entropy(method.logits(moved.images), moved.labels)
         results[name] = {"images": len(batch.labels), "cross_entropy": float(chance), "ways": compare(method, moved)}
         for way, row in results[name]["ways"].items():
             sys.stdout.write(f"{name:10} {way:32} " + " ".join(f"{k} {v:.4f}" for k, v in row.items()) + "\n")
-    device = torch.cuda.get_device_name() if words.device == "cuda" else words.device
-    write(words.out, results, seed=words.seed, device=device, torch=torch.__version__)
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device
+    write(arguments.out, results, seed=arguments.seed, device=device, torch=torch.__version__)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def peak() -> float:
 
 def timed(search: Search, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], float]:
     begin = time.perf_counter()
-    found = search(queries, k)
-    return found, time.perf_counter() - begin
+    ids = search(queries, k)
+    return ids, time.perf_counter() - begin
 
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -73,14 +73,14 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         candidates = Candidates(parts, np.ones(options.vectors, bool))
         before = peak()
         exact, seconds = timed(flat(candidates), queries, options.k)
-        told = {"flat_seconds": seconds, "peak_gb_before": before, "flat_peak_gb": peak()}
+        measures = {"flat_seconds": seconds, "peak_gb_before": before, "flat_peak_gb": peak()}
         begin = time.perf_counter()
         search = ivf_pq(candidates, seed=options.seed)
-        told["ivf_pq_build_seconds"] = time.perf_counter() - begin
-        found, told["ivf_pq_seconds"] = timed(search, queries, options.k)
-        told["ivf_pq_peak_gb"] = peak()
-    shared = [len(set(a) & set(b)) / options.k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
-    return {name: round(value, 3) for name, value in (told | {"ivf_pq_recall": float(np.mean(shared))}).items()}
+        measures["ivf_pq_build_seconds"] = time.perf_counter() - begin
+        approximate, measures["ivf_pq_seconds"] = timed(search, queries, options.k)
+        measures["ivf_pq_peak_gb"] = peak()
+    shared = [len(set(a) & set(b)) / options.k for a, b in zip(exact.tolist(), approximate.tolist(), strict=True)]
+    return {name: round(value, 3) for name, value in (measures | {"ivf_pq_recall": float(np.mean(shared))}).items()}
 
 
 def main() -> None:

@@ -120,10 +120,10 @@ def command(*words: str) -> None:
 
 def main() -> None:
     """Runs the missing fits and tests, then table and report."""
-    words = argparse.ArgumentParser(description=__doc__)
-    words.add_argument("--work", type=Path, default=Path("runs/tour"), help="folder of checkpoints and results")
-    words.add_argument("--samples", default="120", help="images of each set")
-    arguments = words.parse_args()
+    command_line = argparse.ArgumentParser(description=__doc__)
+    command_line.add_argument("--work", type=Path, default=Path("runs/tour"), help="folder of checkpoints and results")
+    command_line.add_argument("--samples", default="120", help="images of each set")
+    arguments = command_line.parse_args()
     work = arguments.work
     quiet = ("--trainer.enable_progress_bar", "false", "--trainer.logger", "false")
     short = ("--evaluation.max_samples", arguments.samples, "--evaluation.probes", "16", "--results.folder", str(work))

@@ -103,8 +103,8 @@ class Universal:
                 self.work / "attacked" / f"{data}_{method}", [*words, "--evaluation.max_samples", ATTACKED]
             )
             scores = result["detection"]["tasks"][data]["unknown"][f"{data}_unknown"]["scores"]["mcm"]
-            told = {"data": data, "method": method, "commit": result["commit"]}
-            yield told | {"auroc": scores["auroc"], "attacked": scores["attacked"]["auroc"]}
+            facts = {"data": data, "method": method, "commit": result["commit"]}
+            yield facts | {"auroc": scores["auroc"], "attacked": scores["attacked"]["auroc"]}
 
     def _fit_words(self, cell: Cell) -> list[str]:
         rate = self.rate or RATES.get(cell.method, RATES["ueo"])
@@ -121,11 +121,11 @@ class Universal:
 
     def _measures(self, name: str, data: str, words: Sequence[str]) -> dict[str, Any]:
         result = test_once(self.work / "tests" / name, words)
-        found = result["detection"]["tasks"][data]
-        scores = found["unknown"][f"{data}_unknown"]["scores"]
-        measures = {"accuracy": found["class_accuracy"], "auroc": scores["mcm"]["auroc"], "h": scores["mcm"]["h"]}
-        told = {"auroc_msp": scores["msp"]["auroc"], "commit": result["commit"]}
-        return measures | told | {"commonest": commonest_answer(self.work / "tests" / name / "ledger" / f"{data}.csv")}
+        detection = result["detection"]["tasks"][data]
+        scores = detection["unknown"][f"{data}_unknown"]["scores"]
+        measures = {"accuracy": detection["class_accuracy"], "auroc": scores["mcm"]["auroc"], "h": scores["mcm"]["h"]}
+        facts = {"auroc_msp": scores["msp"]["auroc"], "commit": result["commit"]}
+        return measures | facts | {"commonest": commonest_answer(self.work / "tests" / name / "ledger" / f"{data}.csv")}
 
 
 def commonest_answer(ledger: Path) -> float:
@@ -139,8 +139,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Formats, per shift, the means over sets and seeds and the range of the seeds' means, as Markdown in percent."""
     measures = ("accuracy", "auroc", "h")
     lines = ["| shift | method | " + " | ".join(measures) + " |", "| --- | --- " + "| --: " * len(measures) + "|"]
-    for shift, method, found in _groups(rows):
-        cells = [over_seeds(found, measure) for measure in measures]
+    for shift, method, members in _groups(rows):
+        cells = [over_seeds(members, measure) for measure in measures]
         lines.append(f"| {shift} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -150,12 +150,12 @@ def table_by_set(rows: Sequence[dict[str, Any]]) -> str:
     sets = list(dict.fromkeys(row["data"] for row in rows))
     lines = ["| AUROC / commonest | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
     for method in ("zero_shot", *METHODS):
-        found = [row for row in rows if row["method"] == method and row.get("shift", "open").startswith("open")]
-        if not found:
+        members = [row for row in rows if row["method"] == method and row.get("shift", "open").startswith("open")]
+        if not members:
             continue
         cells = []
         for name in sets:
-            own = [row for row in found if row["data"] == name]
+            own = [row for row in members if row["data"] == name]
             cells.append(" / ".join(f"{100 * mean(row[key] for row in own):.1f}" for key in ("auroc", "commonest")))
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -166,8 +166,8 @@ def attacked_table(rows: Sequence[dict[str, Any]]) -> str:
     sets = list(dict.fromkeys(row["data"] for row in rows))
     lines = ["| method | " + " | ".join(sets) + " |", "| --- " + "| --: " * len(sets) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        found = {row["data"]: row for row in rows if row["method"] == method}
-        cells = (f"{100 * found[name]['auroc']:.1f} / {100 * found[name]['attacked']:.1f}" for name in sets)
+        by_set = {row["data"]: row for row in rows if row["method"] == method}
+        cells = (f"{100 * by_set[name]['auroc']:.1f} / {100 * by_set[name]['attacked']:.1f}" for name in sets)
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -175,23 +175,27 @@ def attacked_table(rows: Sequence[dict[str, Any]]) -> str:
 def _groups(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     for shift in SHIFTS:
         for method in ("zero_shot", *METHODS):
-            found = [row for row in rows if row["method"] == method and row.get("shift", shift) == shift]
-            if found:
-                yield shift, method, found
+            members = [row for row in rows if row["method"] == method and row.get("shift", shift) == shift]
+            if members:
+                yield shift, method, members
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing fits and tests, prints the table, and writes the file."""
-    words = parser(__doc__)
+    command_line = parser(__doc__)
     sets = [name for name in KNOWN if name != CHOICE]
-    words.add_argument("--sets", nargs="*", default=sets, choices=list(KNOWN))
-    words.add_argument("--shifts", nargs="*", default=SHIFTS, choices=SHIFTS)
-    words.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    words.add_argument("--seeds", nargs="*", type=int, default=range(5))
-    words.add_argument("--rate", help="of context and norms; without it, the one that was chosen for each method")
-    words.add_argument("--steps", default="12")
-    words.add_argument("--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more")
-    arguments = words.parse_args(argv)
+    command_line.add_argument("--sets", nargs="*", default=sets, choices=list(KNOWN))
+    command_line.add_argument("--shifts", nargs="*", default=SHIFTS, choices=SHIFTS)
+    command_line.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    command_line.add_argument("--seeds", nargs="*", type=int, default=range(5))
+    command_line.add_argument(
+        "--rate", help="of context and norms; without it, the one that was chosen for each method"
+    )
+    command_line.add_argument("--steps", default="12")
+    command_line.add_argument(
+        "--attacked", metavar="TECOA", help="checkpoint of TeCoA; detection under attack, and no more"
+    )
+    arguments = command_line.parse_args(argv)
     torch.set_num_threads(1)
     shared = ("--data.root", arguments.data, "--model.pretrained", arguments.model)
     runs = Universal(arguments.work, shared, arguments.rate, ("--trainer.max_steps", arguments.steps))

@@ -202,7 +202,7 @@ class Ours:
             torch.save(problem.model().state_dict(), weights)
             attack = PGD(eps=RADIUS, alpha=RADIUS, steps=problem.steps)
             self.method = self.build(arch=problem.arch, pretrained=str(weights), attack=attack)
-        self.method.freeze_the_rest()
+        self.method.freeze_untrained()
         self.method.prepare(tasks=[Task(name="train", class_names=problem.class_names, templates=(TEMPLATE,))])
         self.parameters = list(self.method.clip.net.visual.parameters())
         self.optimizer = sgd([parameter for parameter in self.method.parameters() if parameter.requires_grad])

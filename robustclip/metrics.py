@@ -60,7 +60,7 @@ def class_sums(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
     return rows.new_zeros(classes, rows.shape[1]).index_add_(0, labels, rows)
 
 
-def collapse(sums: Tensor) -> Tensor:
+def class_scatter(sums: Tensor) -> Tensor:
     """Computes the class scatter ``tr(S_within) / tr(S_between)`` from `class_sums` ``(C, D + 2)``.
 
     It is infinite or nan if all classes have the same mean.

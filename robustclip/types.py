@@ -155,7 +155,7 @@ class Task:
 
 
 class Share(NamedTuple):
-    """One of several parts of every test set, which runs on several machines evaluate apart.
+    """One of several disjoint parts of every test set, each evaluated by a run of its own.
 
     Attributes:
         number: number of the part, from 0.
@@ -195,7 +195,7 @@ class Data(Protocol):
         raise ValueError(f"{type(self).__name__} has no `train_task`; set it to the Task of the training classes")
 
     def protocol(self, task: str) -> dict[str, Any]:
-        """Split, preprocessing, attack space and samples of a test or unknown set, for the protocol of a result."""
+        """Returns split, preprocessing, attack space and samples of a test or unknown set, for a result's protocol."""
         return {"split": task, "sample_ids": "all", "preprocessing": type(self).__name__, "attack_space": "native"}
 
     def test_size(self, task: str) -> int | None:
@@ -240,7 +240,7 @@ class Data(Protocol):
         return ()
 
     def captioned_images(self) -> Any:
-        """A named set that yields images ``(B, 3, H, W)`` and their ``B`` lists of captions; None for no such set."""
+        """Returns a named set that yields images ``(B, 3, H, W)`` and ``B`` lists of captions; None if it has none."""
         return None
 
 
@@ -249,7 +249,7 @@ MEMBERS = tuple(name for name in vars(Data) if not name.startswith("_"))
 
 
 def data_of(trainer: Any) -> Data:
-    """Return the data module of a trainer.
+    """Returns the data module of a trainer.
 
     Raises:
         ValueError: the trainer has no data module, or one that lacks a member of `Data`.

@@ -12,13 +12,14 @@ import pytest
 if TYPE_CHECKING:
     from helpers import ShardWriter
 
-sys.path.append(str(Path(__file__).parent / "evaluation"))  # cases that tests of other folders take from there
+for name in ("evaluation", "methods"):  # folders whose cases the tests of other folders use
+    sys.path.append(str(Path(__file__).parent / name))
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Models are tiny; more threads only get into each other's way."""
+    """Models are tiny; more threads only slow each other down."""
     import torch
 
     torch.set_num_threads(1)

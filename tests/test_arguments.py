@@ -226,7 +226,7 @@ def test_hyper_parameters_are_saved_as_without_the_check(tiny_model: Path) -> No
         "weight": 2.0, "last_blocks": 1, "warmup_steps": 7,
     }  # fmt: skip
     assert saved.keys() == {name for name, _, _ in arguments_of(Mine)} - {
-        *("weight", "last_blocks", "warmup_steps", *TeCoA.of_objects)
+        *("weight", "last_blocks", "warmup_steps", *TeCoA.object_arguments)
     }
     assert type(method.hparams["warmup_steps"]) is int
 

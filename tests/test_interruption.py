@@ -1,4 +1,4 @@
-"""A test that SIGKILL ends at any point, started again, goes on where it was and leaves what a whole one leaves."""
+"""A test that SIGKILL ends at any point resumes when it is started again, with the files of an uninterrupted one."""
 
 import csv
 import errno
@@ -164,7 +164,7 @@ def attacked(case: Path) -> list[int]:
     return [number for line in (case / "attacked").read_text().splitlines() for number in json.loads(line)]
 
 
-def test_a_whole_test_has_what_the_others_are_compared_in(folder: Path) -> None:
+def test_a_whole_test_has_all_compared_parts(folder: Path) -> None:
     found = contents(folder / "whole")
     assert {name for name in found if "/" not in name} == {"result.json", "facts.json", "table.csv", "table.md"}
     tasks = found["result.json"]["tasks"]
@@ -192,7 +192,7 @@ def test_a_killed_and_continued_test_leaves_the_files_of_a_whole_one(folder: Pat
 
 
 @pytest.mark.parametrize("name", ["one_then_two", "two_then_one"])
-def test_another_number_of_processes_goes_on_with_the_same_verdicts(folder: Path, name: str) -> None:
+def test_another_number_of_processes_resumes_with_the_same_verdicts(folder: Path, name: str) -> None:
     ours, theirs = contents(folder / name), contents(folder / "whole")
     assert ours.keys() == theirs.keys()
     for task in SIZES:
@@ -234,7 +234,7 @@ def test_score_gives_the_result_of_a_killed_test(folder: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [*KILLS, *PROCESSES])
-def test_what_is_done_is_not_attacked_again(folder: Path, name: str) -> None:
+def test_finished_samples_are_not_attacked_again(folder: Path, name: str) -> None:
     whole, found = (Counter(attacked(folder / each)) for each in (WHOLE.get(name, "whole"), name))
     assert found.keys() == whole.keys()
     again = (found - whole).total()
@@ -246,7 +246,7 @@ def test_what_is_done_is_not_attacked_again(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["whole", *KILLS, *PROCESSES])
-def test_what_does_not_decode_is_counted_once(folder: Path, name: str) -> None:
+def test_undecodable_images_are_counted_once(folder: Path, name: str) -> None:
     tasks = contents(folder / name)["result.json"]["tasks"]
     assert {task: values["bad_samples"] for task, values in tasks.items()} == {"first": 0, "second": 0, "third": 2}
 
@@ -266,7 +266,7 @@ class PowerCut(Exception):  # noqa: N818  # not ours to catch
 
 
 class Cut(Counted):
-    """Ends the test at its second batch, if told to."""
+    """Ends the test at its second batch, if asked to."""
 
     calls: "itertools.count[int] | None" = None
 
@@ -399,7 +399,7 @@ def full_after(count: int) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("count", [0, 6, 24])
-def test_a_full_disk_ends_in_one_line_and_the_next_start_goes_on(
+def test_a_full_disk_ends_in_one_line_and_the_next_start_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     monkeypatch.chdir(tmp_path)

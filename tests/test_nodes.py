@@ -146,7 +146,7 @@ def test_both_nodes_end_well_and_each_reports_itself(ends: dict[str, End]) -> No
     assert sum(text.count("step 8 of 8, loss") for text in whole.texts) == 1  # the first process alone
 
 
-def test_two_nodes_learn_and_count_what_one_process_does(
+def test_two_nodes_train_and_count_as_one_process_does(
     ends: dict[str, End], root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.path", [str(SCRIPT.parent), *sys.path])

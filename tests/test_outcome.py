@@ -1,4 +1,4 @@
-"""A fit ends with weights that are good and say what made them, or with one line that says why not."""
+"""A fit ends with finite weights and their settings, or with one line that states the reason."""
 
 import errno
 import os

@@ -36,7 +36,7 @@ def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def results(folder: Path, processes: int, name: str) -> dict[str, Any]:
-    """The result without what tells one run from another: when, how long, on what."""
+    """The result without the parts in which equal runs differ: times and device."""
     (path,) = (folder / str(processes) / name).iterdir()
     found = dict(Run.open(path).result)
     for values in found["tasks"].values():

@@ -66,7 +66,7 @@ def comparable(case: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_reference_is_worth_comparing(folder: Path) -> None:
+def test_the_reference_has_different_outcomes(folder: Path) -> None:
     found = comparable(folder / "whole" / "0")
     result = found["result.json"]
     assert {name: values["n"] for name, values in result["tasks"].items()} == SIZES | {"third": SIZES["third"] - 2}

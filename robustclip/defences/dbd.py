@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Count, NonNegative
 from robustclip.defences.defence import Defence, Model
-from robustclip.defences.random_views import Views
+from robustclip.defences.random_views import RandomView
 
 
 class DBD(Defence):
@@ -17,7 +17,7 @@ class DBD(Defence):
     Of random views with unit features ``u_i``, those with the predictions of least entropy are kept:
 
         m = mean_i (u_i - u_0),  q = mean_i cos(u_i - u_0, m)
-        answer = z(normalise(u_0 + s m)),  s = factor if q > coherence else 1
+        logits = z(normalise(u_0 + s m)),  s = factor if q > coherence else 1
 
     ``u_0`` is the feature of the image. Departures: classes have the task's templates, without descriptions by a
     language model; views are affine maps with jitter, blur and noise.
@@ -41,11 +41,11 @@ class DBD(Defence):
         if kept > views:
             raise ValueError(f"DBD: kept must be at most views, {views}, got {kept}")
         self.views, self.kept, self.factor, self.coherence = views, kept, factor, coherence
-        self._changes = Views(degrees=10.0, shift=0.1, scale=0.2, blur=(0.5, 1.5), noise=0.05)
+        self._random_view = RandomView(degrees=10.0, shift=0.1, scale=0.2, blur=(0.5, 1.5), noise=0.05)
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the logits of the moved features."""
-        change = partial(self._changes.of, images, self, index=index, draw=draw)
+        change = partial(self._random_view.apply, images, self, index=index, draw=draw)
         views = [change(part=number) for number in range(self.views)]
         features = torch.stack([method.image_features(view) for view in (images, *views)])
         entropies = torch.stack([_entropy(self.classify(method, part, task)) for part in features[1:]])

@@ -1,4 +1,4 @@
-"""The base class of test-time defences: procedures between an image and its answer that compose with any method."""
+"""The base class of test-time defences: procedures between an image and its logits that compose with any method."""
 
 import json
 from collections.abc import Mapping
@@ -43,9 +43,9 @@ class Model(Protocol):
 class Defence(Checked, nn.Module):
     """Base class of every test-time defence; a subclass overrides `purify`, or `forward` where more than pixels change.
 
-    A defence declares its properties, so that a test can attack it honestly:
+    A defence declares its properties, so that a test can attack it in full:
 
-    - ``is_random``: the answer depends on ``draw``. Random numbers come from `uniform` and `normal` alone.
+    - ``is_random``: the logits depend on ``draw``. Random numbers come from `uniform` and `normal` alone.
     - ``needs_gradients``: the defence computes gradients itself, which are then enabled inside it.
     - ``backward``: ``own`` if autograd through the defence is meant to be right; ``none`` if its gradient is cut.
 
@@ -80,11 +80,7 @@ class Defence(Checked, nn.Module):
         Attacks call it only where a defence overrides it.
 
         Args:
-            method: method that classifies the images.
-            images: ``(B, 3, H, W)`` in [0, 1], with gradients.
-            task: name of the task.
-            index: ``(B,)`` sample ids; None for defences without random numbers.
-            draw: number of the draw.
+            method, images, task, index, draw: see `purify`; the images have gradients.
         """
         return self.forward(method, images, task, index=index, draw=draw)
 
@@ -105,10 +101,7 @@ class Defence(Checked, nn.Module):
         """Draws standard normal numbers ``(B, *shape)`` by sample id.
 
         Args:
-            index: ``(B,)`` sample ids.
-            shape: shape of one sample.
-            draw: number of the draw.
-            part: number of the place in the defence; another number gives independent numbers.
+            index, shape, draw, part: see `uniform`.
         """
         return noise.normal(_given(index), shape, seed=self._seed(draw, part))
 
@@ -138,11 +131,7 @@ class Defence(Checked, nn.Module):
         """Returns the defended logits ``(B, C)``, with gradients only if the caller has enabled them.
 
         Args:
-            method: method that classifies the images.
-            images: ``(B, 3, H, W)`` in [0, 1].
-            task: name of the task.
-            index: ``(B,)`` sample ids.
-            draw: number of the draw.
+            method, images, task, index, draw: see `purify`.
 
         Raises:
             ValueError: the batch holds embeddings, or a random defence gets no sample ids.
@@ -155,14 +144,10 @@ class Defence(Checked, nn.Module):
         return logits if is_recorded else logits.detach()
 
     def purified(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
-        """Returns the images of `purify` without gradient; errors as `answer`.
+        """Returns the images of `purify` without gradient; raises the errors of `answer`.
 
         Args:
-            method: method that classifies the images.
-            images: ``(B, 3, H, W)`` in [0, 1].
-            task: name of the task.
-            index: ``(B,)`` sample ids.
-            draw: number of the draw.
+            method, images, task, index, draw: see `purify`.
         """
         self._check(images, index)
         with torch.inference_mode(False), torch.set_grad_enabled(self.needs_gradients):
@@ -214,4 +199,5 @@ def _usable(tensor: Any) -> Any:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Converts values to JSON's types; other values become their type's name."""
-    return json.loads(json.dumps(dict(values), default=lambda value: type(value).__name__))  # type: ignore[no-any-return]
+    plain: dict[str, Any] = json.loads(json.dumps(dict(values), default=lambda value: type(value).__name__))
+    return plain

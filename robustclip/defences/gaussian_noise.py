@@ -17,7 +17,7 @@ class GaussianNoise(Defence):
 
     Args:
         sigma: standard deviation of the noise, in [0, 1] pixel units.
-        copies: number of noisy copies; with one, its logits are the answer.
+        copies: number of noisy copies; with one, its logits are returned.
     """
 
     is_random = True
@@ -29,10 +29,10 @@ class GaussianNoise(Defence):
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the logarithm of the mean probabilities."""
         shape = tuple(images.shape[1:])
-        answers = [
+        logits = [
             method.logits(images + self.sigma * self.normal(index, shape, draw=draw, part=copy), task)
             for copy in range(self.copies)
         ]
         if self.copies == 1:
-            return answers[0]
-        return torch.stack(answers).log_softmax(-1).logsumexp(0) - math.log(self.copies)
+            return logits[0]
+        return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(self.copies)

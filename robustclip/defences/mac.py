@@ -8,7 +8,7 @@ from torch import Tensor
 from robustclip.arguments import Count, CountOrZero, NonNegative, Positive
 from robustclip.attacks import Radius, pixels
 from robustclip.defences.defence import Defence, Model
-from robustclip.defences.random_views import Views
+from robustclip.defences.random_views import RandomView
 from robustclip.defences.ttc import counterattack
 
 
@@ -19,7 +19,7 @@ class MAC(Defence):
     a further random change ``a`` moves the embedding:
 
         c = |f(a(v)) - f(v)| / |f(v)|,  w = sigmoid((c - tau) / width)
-        answer = mean over v of z(v + w d),  d by the counterattack of `TTC`, from a random start
+        logits = mean over v of z(v + w d),  d by the counterattack of `TTC`, from a random start
 
     The counterattacks have no gradient, as in the authors' code.
 
@@ -49,20 +49,20 @@ class MAC(Defence):
         self.eps = pixels(eps, name="eps")
         self.alpha = self.eps / 4 if alpha is None else pixels(alpha, name="alpha")
         self.steps, self.views, self.tau, self.width = steps, views, tau, width
-        self._changes = Views()
+        self._random_view = RandomView()
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the mean logits of the counterattacked views, which have no gradient."""
-        return self._answer(method, images.detach(), task, index, draw)
+        return self._mean_logits(method, images.detach(), task, index, draw)
 
     def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the same logits, with the gradients of the views; the counterattacks are constants."""
-        return self._answer(method, images, task, index, draw)
+        return self._mean_logits(method, images, task, index, draw)
 
-    def _answer(self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int) -> Tensor:
-        change = partial(self._changes.of, defence=self, index=index, draw=draw)
+    def _mean_logits(self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int) -> Tensor:
+        change = partial(self._random_view.apply, defence=self, index=index, draw=draw)
         views = [images, *(change(images, part=number) for number in range(self.views))]
-        answers = []
+        logits = []
         for number, view in enumerate(views):
             x = view.detach()
             with torch.no_grad():
@@ -72,5 +72,5 @@ class MAC(Defence):
             noise = self.uniform(index, tuple(x.shape[1:]), draw=draw, part=2 * self.views + 1 + number)
             start = self.eps * (2 * noise - 1)
             moves, _ = counterattack(method, x, start, eps=self.eps, alpha=self.alpha, steps=self.steps)
-            answers.append(method.logits(view + weight * moves[-1], task))
-        return torch.stack(answers).mean(0)
+            logits.append(method.logits(view + weight * moves[-1], task))
+        return torch.stack(logits).mean(0)

@@ -1,4 +1,4 @@
-"""R-TPT: tunes a text context for every image, and weights the answers to views by how much they agree."""
+"""R-TPT: tunes a text context for every image, and weights the logits of views by how much these agree."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustclip.arguments import Count, Positive, PositiveShare
 from robustclip.defences.defence import Defence, Model
-from robustclip.defences.random_views import Views
+from robustclip.defences.random_views import RandomView
 from robustclip.models.context import LearnableContext
 from robustclip.models.heads import encode_head
 
@@ -21,12 +21,12 @@ class RTPT(Defence):
     the context ``v`` before the class names. One step of AdamW on the views ``K`` of least entropy ``H``, per image:
 
         v <- v - lr (grad / |grad| + decay v),  grad of mean over i in K of H(softmax z_i(v))
-        answer = sum_i w_i z_i(v),  w = softmax(s / temperature)
+        logits = sum_i w_i z_i(v),  w = softmax(s / temperature)
         s_i = mean of the ``neighbours`` largest cosines of u_i with other views
 
-    The context replaces the task's templates. The answer's gradient takes context and step as constants; `surrogate`
-    leaves the step out. Departures: views are affine maps with jitter, blur and noise, where the authors use AugMix or
-    crops; every image has a context of its own, where their attack sees the context of the image before.
+    The context replaces the task's templates. The gradient of the logits takes context and step as constants;
+    `surrogate` leaves the step out. Departures: views are affine maps with jitter, blur and noise, while authors use
+    AugMix or crops; every image has a context of its own, where their attack sees the context of the image before.
 
     Args:
         views: number of views, the image included.
@@ -58,31 +58,31 @@ class RTPT(Defence):
             raise ValueError(f"RTPT: views must be at least 2, got {views}")
         self.views, self.kept, self.lr, self.neighbours = views, kept, lr, neighbours
         self.temperature, self.phrase = temperature, phrase
-        self._changes = Views()
+        self._random_view = RandomView()
         self._context: tuple[Tensor, LearnableContext] | None = None  # the tower's embeddings and their phrase
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the weighted logits of the views under the tuned contexts."""
-        return self._answer(method, images, task, index, draw, is_tuned=True)
+        return self._weighted_logits(method, images, task, index, draw, is_tuned=True)
 
     def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the weighted logits of the views under the phrase."""
-        return self._answer(method, images, task, index, draw, is_tuned=False)
+        return self._weighted_logits(method, images, task, index, draw, is_tuned=False)
 
-    def _answer(
+    def _weighted_logits(
         self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int, *, is_tuned: bool
     ) -> Tensor:
-        change = partial(self._changes.of, images, self, index=index, draw=draw)
+        change = partial(self._random_view.apply, images, self, index=index, draw=draw)
         views = [images, *(change(part=number) for number in range(self.views - 1))]
         features = torch.stack([method.image_features(view) for view in views], 1)
-        answers = []
+        defended = []
         for sample in features:
             logits = partial(self._view_logits, method, task, sample)
             vectors = self._context_of(method).vectors.detach()
             if is_tuned:
                 vectors = self.tuned(vectors, partial(self._view_logits, method, task, sample.detach()))
-            answers.append(self.weights(sample) @ logits(vectors))
-        return torch.stack(answers)
+            defended.append(self.weights(sample) @ logits(vectors))
+        return torch.stack(defended)
 
     def tuned(self, vectors: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Takes the step for one image.
@@ -92,8 +92,8 @@ class RTPT(Defence):
             logits: function from a context to the logits ``(V, C)`` of all views.
         """
         vectors = vectors.clone().requires_grad_()
-        answers = logits(vectors)
-        entropies = -(answers.softmax(-1) * answers.log_softmax(-1)).sum(-1)
+        of_views = logits(vectors)
+        entropies = -(of_views.softmax(-1) * of_views.log_softmax(-1)).sum(-1)
         least = entropies.topk(max(1, math.floor(self.kept * self.views)), largest=False).values
         (vectors.grad,) = torch.autograd.grad(least.mean(), vectors)
         torch.optim.AdamW([vectors], self.lr).step()

@@ -15,8 +15,8 @@ LUMINANCE = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
-class Views:
-    """Strengths of the changes that make a view; each change but the affine map happens with a probability.
+class RandomView:
+    """Random change of an image by an affine map and, each with a probability, by colour jitter, blur and noise.
 
     Args:
         degrees: largest rotation.
@@ -36,7 +36,7 @@ class Views:
     noise: float = 0.02
     probability: float = 0.5
 
-    def of(self, images: Tensor, defence: Defence, *, index: Tensor | None, draw: int, part: int) -> Tensor:
+    def apply(self, images: Tensor, defence: Defence, *, index: Tensor | None, draw: int, part: int) -> Tensor:
         """Makes a view of every image, with gradients.
 
         Args:
@@ -85,7 +85,8 @@ class Views:
             pads = [BLUR_REACH, BLUR_REACH, 0, 0] if dim == 3 else [0, 0, BLUR_REACH, BLUR_REACH]
             padded, side = F.pad(images, pads, mode="replicate"), images.shape[dim]
             parts = [padded.narrow(dim, start, side) for start in range(len(places))]
-            images = sum(weights[:, [n]].view(-1, 1, 1, 1) * part for n, part in enumerate(parts))  # type: ignore[assignment]
+            zeros = torch.zeros_like(images)
+            images = sum((weights[:, [n]].view(-1, 1, 1, 1) * part for n, part in enumerate(parts)), zeros)
         return images
 
 

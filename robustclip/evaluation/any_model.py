@@ -25,7 +25,7 @@ class AnyModel(RobustMethod):
         ValueError: the model has no parameters, and no name is given.
     """
 
-    of_objects = (*RobustMethod.of_objects, "model")
+    object_arguments = (*RobustMethod.object_arguments, "model")
 
     def __init__(self, model: Callable[[Tensor], Tensor], image_size: int, name: str | None = None) -> None:
         super().__init__(pretrained="shapes")

@@ -21,7 +21,7 @@ from robustclip.models.layers import frozen
 from robustclip.objectives.gl_mcm import GLMCM
 from robustclip.objectives.neg_label import CSP, NegLabel
 from robustclip.objectives.scores import SCORES, Score, confidence, score_of
-from robustclip.objectives.word_lists import plain
+from robustclip.objectives.word_lists import normalised
 from robustclip.persistence import atomic_write
 from robustclip.results.tables import DETECTION
 from robustclip.types import Batch, data_of
@@ -187,12 +187,12 @@ class OODDetection(Callback):
             set whose class names are not known.
         """
         data, writer, kept = data_of(trainer), writer_of(trainer), dict[str, dict[str, Any]]()
-        known = {task.name: {*map(plain, task.class_names)} for task in data.test_tasks}
+        known = {task.name: {*map(normalised, task.class_names)} for task in data.test_tasks}
         for task, sets in self._pairs.items():
             for score in self._score_by_name.values():
                 if names := list(score.further_names(task)):
-                    classes = {name: {*map(plain, data.unknown_class_names(name))} for name in sets}
-                    shared = {name: sorted((classes[name] - known[task]) & {*map(plain, names)}) for name in sets}
+                    classes = {name: {*map(normalised, data.unknown_class_names(name))} for name in sets}
+                    shared = {name: sorted((classes[name] - known[task]) & {*map(normalised, names)}) for name in sets}
                     of_unknown = {name: shared[name] if classes[name] else None for name in sets}
                     kept.setdefault(task, {})[score.name] = {"count": len(names), "of_unknown": of_unknown}
                     if writer is not None and trainer.is_global_zero:

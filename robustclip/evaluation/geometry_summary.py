@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustclip.attacks import noise
 from robustclip.evaluation.detection_summary import JOINT
-from robustclip.metrics import class_sums, collapse, similarity
+from robustclip.metrics import class_scatter, class_sums, similarity
 from robustclip.results.ledger import Tidy
 from robustclip.results.summary import Record, Rows, finite
 
@@ -101,7 +101,7 @@ def _of_task(rows: Rows, count: int) -> dict[str, float | None]:
     sums = class_sums(tuned, labels, classes=max(labels.tolist(), default=0) + 1)
     places = compared(rows, count)
     original = _decoded([rows[place] for place in places], ORIGINAL)
-    numbers = {"collapse": collapse(sums), **similarity(tuned[places], original)}
+    numbers = {"collapse": class_scatter(sums), **similarity(tuned[places], original)}
     return {name: finite(float(value)) for name, value in numbers.items()}
 
 

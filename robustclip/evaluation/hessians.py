@@ -66,7 +66,7 @@ class HessianDifference(TaskCallback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a method without learning parameters; some have theirs only after a checkpoint was loaded."""
-        if not method_of(pl_module).learning_names:
+        if not method_of(pl_module).trained_names:
             name = type(pl_module).__name__
             raise ValueError(f"HessianDifference needs a method with learning parameters, but {name} has none")
 
@@ -93,7 +93,7 @@ class HessianDifference(TaskCallback):
     def end(self, trainer: Trainer, method: RobustMethod) -> None:
         """Computes the norms, and logs them."""
         stage, tasks = stage_of(trainer)
-        names = method.learning_names
+        names = method.trained_names
         learning = [parameter for name, parameter in method.named_parameters() if name in names]
         for one, other in pairs(tasks):
             if not (self._seen[one.name] and self._seen[other.name]):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustclip.arguments import Count, checked
 from robustclip.methods import RobustMethod
-from robustclip.methods._shared.distributed import of_training_images
+from robustclip.methods._shared.distributed import encode_training_images
 from robustclip.objectives.scores import Model, Score
 from robustclip.results.protocol import digest
 from robustclip.types import UNKNOWN, Data, Task, data_of
@@ -67,7 +67,7 @@ class Neighbours(Score):
             return
         if not isinstance(model, RobustMethod):
             raise TypeError(f"{self.name!r} needs a RobustMethod with a trainer, got {type(model).__name__}")
-        index, features, labels = of_training_images(model)
+        index, features, labels = encode_training_images(model)
         is_known = labels != UNKNOWN
         self.take(features[is_known])
         train = data_of(model.trainer).train_task

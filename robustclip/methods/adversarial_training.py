@@ -37,13 +37,10 @@ class AdversarialTraining(TeCoARecipe):
         ValueError: there is no classifier of that name.
     """
 
-    of_training: tuple[str, ...] = ("head", "head_lr")
+    training_arguments: tuple[str, ...] = ("head", "head_lr")
 
     def __init__(
-        self,
-        head: Literal["linear", "cosine"] = "linear",
-        head_lr: NonNegative = 1e-2,
-        **kwargs: Any,
+        self, head: Literal["linear", "cosine"] = "linear", head_lr: NonNegative = 1e-2, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.kind, self.head_lr = head, head_lr

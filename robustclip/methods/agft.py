@@ -1,4 +1,4 @@
-"""AGFT, adversarial fine-tuning towards the softened answers of the pre-trained model."""
+"""AGFT, adversarial fine-tuning towards the softened predictions of the pre-trained model."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ SHARPENING = 1.8  # the authors' training scale, 180, over the own scale of thei
 class AGFT(TeCoA):
     """AGFT (Cui et al., CVPR 2026, https://arxiv.org/abs/2603.29410): TeCoA with soft targets instead of labels.
 
-    The targets ``q`` are answers of the frozen pre-trained tower ``f_0`` for the clean image ``x``, at a lower scale
-    than the student's. The method minimises, and its attack maximises:
+    The targets ``q`` are predictions of the frozen pre-trained tower ``f_0`` for the clean image ``x``, at a lower
+    scale than the student's. The method minimises, and its attack maximises:
 
         -sum_k q_k log softmax(s cos(f(x'), t))_k,    q = softmax(gamma s cos(f_0(x), t))
 
@@ -42,7 +42,7 @@ class AGFT(TeCoA):
         ValueError: a number is not positive, there are pseudo-labels, or the model has random weights.
     """
 
-    of_training: tuple[str, ...] = ("gamma", "scale")
+    training_arguments: tuple[str, ...] = ("gamma", "scale")
     takes_unknown = True
 
     def __init__(
@@ -59,7 +59,7 @@ class AGFT(TeCoA):
         self.teacher = ImageTeacher(self.clip)
 
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns the cross-entropy between the teacher's softened answers and those for the adversarial images."""
+        """Returns the cross-entropy between the teacher's softened predictions and those for the adversarial images."""
         head = self.head()
         scale = SHARPENING * self.clip.logit_scale if self.scale is None else self.scale
         targets = head_logits(self.teacher.encode_image(batch.images), head, self.gamma * scale).softmax(-1).detach()

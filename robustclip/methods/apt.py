@@ -49,7 +49,7 @@ class APT(CoOp):
         ValueError: the step size is negative.
     """
 
-    of_training: tuple[str, ...] = ("strategy", "prompt_alpha", "hand_prompt")
+    training_arguments: tuple[str, ...] = ("strategy", "prompt_alpha", "hand_prompt")
     takes_features = False
 
     def __init__(

@@ -45,7 +45,7 @@ class ARF(FLYP):
         ['caption_nce', 'prompt_nce']
     """
 
-    of_training: tuple[str, ...] = ("caption_weight", "anchor_weight")
+    training_arguments: tuple[str, ...] = ("caption_weight", "anchor_weight")
 
     def __init__(self, caption_weight: NonNegative = 1.0, anchor_weight: NonNegative = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -66,13 +66,13 @@ class ARF(FLYP):
             texts.append(self.clip.tokenize(list(pairs.captions)))
         image_features = self.encode_images(*images).chunk(len(images))
         features = self.gathered(*image_features, *self.encode_tokens(*texts).chunk(len(texts)))
-        seen, read, scale = features[: len(images)], features[len(images) :], self.clip.logit_scale
-        terms = {"prompt_nce": info_nce(seen[0], read[0], scale)}
+        of_images, of_texts, scale = features[: len(images)], features[len(images) :], self.clip.logit_scale
+        terms = {"prompt_nce": info_nce(of_images[0], of_texts[0], scale)}
         if self.caption_weight > 0:
-            terms["caption_nce"] = self.caption_weight * info_nce(seen[0], read[1], scale)
+            terms["caption_nce"] = self.caption_weight * info_nce(of_images[0], of_texts[1], scale)
         if pairs is not None:
-            new = self._first_of_each(pairs)
-            terms["anchor_nce"] = self.anchor_weight * info_nce(seen[-1][new], read[-1][new], scale)
+            is_first = self._is_first_copy(pairs)
+            terms["anchor_nce"] = self.anchor_weight * info_nce(of_images[-1][is_first], of_texts[-1][is_first], scale)
         return terms
 
     def _captions(self, batch: Batch, prompts: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class ARF(FLYP):
         is_missing = torch.tensor([[not caption] for caption in batch.captions])
         return torch.where(is_missing.to(tokens.device, non_blocking=True), prompts, captions)
 
-    def _first_of_each(self, pairs: Pairs) -> Tensor:
+    def _is_first_copy(self, pairs: Pairs) -> Tensor:
         """Marks the rows, over all processes, whose pair does not occur in an earlier row."""
         (index,) = self.gathered(pairs.index)
         is_copy = (index[:, None] == index).tril(-1).any(1)

@@ -26,7 +26,7 @@ from robustclip.metrics import Top1
 from robustclip.models.clip import CLIPModel
 from robustclip.models.compilation import compile_towers
 from robustclip.models.heads import encode_head, encode_heads, has_gradient, head_logits
-from robustclip.models.layers import checkpoint_activations, frozen, learn_only, learning_parameters
+from robustclip.models.layers import checkpoint_activations, frozen, train_only, trained_parameters
 from robustclip.models.lora import LoRA, cached, factors_alone, inject
 from robustclip.models.tf32 import tf32
 from robustclip.models.weight_origin import read_origin
@@ -73,15 +73,16 @@ class RobustMethod(Checked, EvaluationSteps):
         ['ce']
     """
 
-    of_original: tuple[str, ...] = ("clip.net.",)  # name prefixes of tensors that the pre-trained model determines
+    # Prefixes of the names of the tensors that the pre-trained model determines.
+    pretrained_prefixes: tuple[str, ...] = ("clip.net.",)
     takes_unknown: bool = False  # whether the method also trains on images labelled UNKNOWN
     is_tower_frozen: bool = False  # whether both towers are always in eval mode
     takes_features: bool = False  # whether it accepts embeddings (B, D) of its frozen image tower instead of images
     # Constructor arguments that are objects, which would break weights_only loading.
-    of_objects: tuple[str, ...] = ("attack", "optimizer", "lora", "defence", "awp")
+    object_arguments: tuple[str, ...] = ("attack", "optimizer", "lora", "defence", "awp")
     # Constructor arguments that do not change the function of given weights. Each class lists its own; every argument
     # that no class lists is an inference setting. A checkpoint identifies arch and pretrained by the weights.
-    of_training: tuple[str, ...] = (
+    training_arguments: tuple[str, ...] = (
         *("arch", "pretrained", "has_fixed_batch_norm", "has_activation_checkpointing", "compile", "is_robust"),
         *("attack", "optimizer", "warmup_steps", "schedule", "defence", "awp"),
     )
@@ -106,7 +107,7 @@ class RobustMethod(Checked, EvaluationSteps):
         super().__init__()
         if attack is not None and attack.target is not None:
             raise ValueError(f"attack.target must be null in training, got {attack.target!r}; it is for evaluation")
-        self.save_hyperparameters(ignore=self.of_objects)
+        self.save_hyperparameters(ignore=self.object_arguments)
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
@@ -194,7 +195,7 @@ class RobustMethod(Checked, EvaluationSteps):
     def inference_settings(self) -> dict[str, Any]:
         """Settings beside the tensors that define the evaluated function: saved, and compared at loading.
 
-        They comprise the method's name, all plain constructor arguments that are not in `of_training`, and
+        They comprise the method's name, all plain constructor arguments that are not in `training_arguments`, and
         `CLIPModel.settings`. If the attribute of an argument's name was assigned later, its value is used.
         """
         return saved_state.inference_settings(self)
@@ -277,8 +278,9 @@ class RobustMethod(Checked, EvaluationSteps):
         self._attacked_heads = {}
         try:
             with frozen(self), cached():  # no weight changes, so that LoRA's are computed once
-                attack = partial(self.attack, batch.images, forward, targets, loss)
-                attack = partial(attack, index=batch.index, seed=self.global_step)
+                attack = partial(
+                    self.attack, batch.images, forward, targets, loss, index=batch.index, seed=self.global_step
+                )
                 return attack() if self.awp is None else self.awp.attacked(attack)
         finally:
             self._attacked_heads = None
@@ -293,7 +295,7 @@ class RobustMethod(Checked, EvaluationSteps):
     def prepare_training(self, task: Task) -> None:
         """Encodes the training classes, as the task ``train``, for `training_loss`, unless their head learns."""
         task = replace(task, name=TRAIN)
-        is_text_fixed = all(name.startswith(IMAGE_TOWER) for name in self.learning_names)
+        is_text_fixed = all(name.startswith(IMAGE_TOWER) for name in self.trained_names)
         self.train_task = None if is_text_fixed or not has_gradient(self.class_features, task) else task
         if self.train_task is None:
             self.prepare([task])
@@ -304,16 +306,16 @@ class RobustMethod(Checked, EvaluationSteps):
         return groups
 
     @property
-    def learning_names(self) -> set[str]:
+    def trained_names(self) -> set[str]:
         """Names of the parameters to train, also while an attack has frozen them."""
-        learning = {id(parameter) for parameter in learning_parameters(self, self.trained_groups())}
-        return {name for name, parameter in self.named_parameters() if id(parameter) in learning}
+        trained = {id(parameter) for parameter in trained_parameters(self, self.trained_groups())}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in trained}
 
-    def freeze_the_rest(self) -> list[nn.Parameter]:
+    def freeze_untrained(self) -> list[nn.Parameter]:
         """Freezes everything but the parameters of `parameter_groups()`, and returns these."""
-        learning = learning_parameters(self, self.trained_groups())
-        learn_only(self, learning)
-        return learning
+        trained = trained_parameters(self, self.trained_groups())
+        train_only(self, trained)
+        return trained
 
     def total(self, terms: dict[str, Tensor], batch: Batch) -> Tensor:
         """Checks and logs the terms of a training step's loss, and returns their sum.
@@ -352,7 +354,7 @@ class RobustMethod(Checked, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Freezes the parameters that are not trained, and makes an accuracy metric for each task."""
-        if not self.freeze_the_rest() and stage == "fit":
+        if not self.freeze_untrained() and stage == "fit":
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept
             self.trainer.strategy.checkpoint_io = saved_state.RenamedCheckpointIO()
@@ -369,7 +371,7 @@ class RobustMethod(Checked, EvaluationSteps):
 
     def on_train_start(self) -> None:
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
-        saved_state.restore(self, self._resumed)
+        saved_state.restore_run_state(self, self._resumed)
         self._resumed, self._stepped = {}, set()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -421,7 +423,7 @@ class RobustMethod(Checked, EvaluationSteps):
             ValueError: the loss or the weights are not finite; nothing is saved.
         """
         self._check_is_finite()
-        saved_state.fill(checkpoint, self, self._before_validation)
+        saved_state.add_run_state(checkpoint, self, self._before_validation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that does not belong to this model.
@@ -430,8 +432,8 @@ class RobustMethod(Checked, EvaluationSteps):
             ValueError: the architecture, the pre-trained weights or the inference settings differ, or parameters are
                 missing or unknown.
         """
-        self.freeze_the_rest()
-        settings, learning = self.inference_settings, self.learning_names
-        saved_state.check_belongs(checkpoint, self, self.clip, settings=settings, learning=learning)
+        self.freeze_untrained()
+        settings, trained = self.inference_settings, self.trained_names
+        saved_state.check_belongs(checkpoint, self, self.clip, settings=settings, trained=trained)
         self._resumed = {key: checkpoint.get(key, []) for key in saved_state.RESUMED}
         self.interpolation = checkpoint.get("interpolation")

@@ -16,7 +16,7 @@ from robustclip.types import Batch
 
 
 class CAW(TeCoA):
-    """CAW (Naghavian and Tavassolipour, 2025, https://arxiv.org/abs/2510.02913): TeCoA, and a guide where it is unsure.
+    """CAW (Naghavian and Tavassolipour, 2025, https://arxiv.org/abs/2510.02913): TeCoA, guided by the original model.
 
     With ``P'`` the student's softmax for the adversarial image ``x'``, ``P_0`` that of the frozen original model for
     the clean image ``x``, and ``f``, ``f_0`` the unit features of both, the method minimises:
@@ -43,7 +43,7 @@ class CAW(TeCoA):
         ValueError: a weight is negative, or the model has random weights.
     """
 
-    of_training: tuple[str, ...] = ("alpha", "beta", "reference", "kl_direction", "detach_weight")
+    training_arguments: tuple[str, ...] = ("alpha", "beta", "reference", "kl_direction", "detach_weight")
 
     def __init__(
         self,

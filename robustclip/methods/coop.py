@@ -24,7 +24,7 @@ class CoOp(FrozenFeatures):
         kwargs: arguments of `FrozenFeatures`.
     """
 
-    of_training: tuple[str, ...] = ("classes_per_pass",)
+    training_arguments: tuple[str, ...] = ("classes_per_pass",)
 
     def __init__(
         self, tokens: Count = 16, phrase: str | None = None, classes_per_pass: Count | None = None, **kwargs: Any

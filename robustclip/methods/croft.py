@@ -83,7 +83,7 @@ class CRoFT(FrozenFeatures):
         ['clean_ce', 'energy', 'generated']
     """
 
-    of_training: tuple[str, ...] = (
+    training_arguments: tuple[str, ...] = (
         "mode",
         "generator_steps",
         "lambda1",
@@ -170,8 +170,8 @@ class CRoFT(FrozenFeatures):
             labels: ``(B,)``.
         """
         generated = self.generate(view.images.unit)
-        away = _same_class_similarity(generated, view.images.unit, labels)
-        return self.cross_entropy(generated, view, labels) + self.lambda1 * away
+        similarity = _same_class_similarity(generated, view.images.unit, labels)
+        return self.cross_entropy(generated, view, labels) + self.lambda1 * similarity
 
     def generate(self, features: Tensor) -> Tensor:
         """Generates unit features ``(B, D)`` under a covariate shift from unit features ``(B, D)``."""
@@ -206,8 +206,8 @@ class CRoFT(FrozenFeatures):
             terms = {"generated": self.cross_entropy(generated, view, labels)}
         else:
             mixed = self.ratio * generated + (1 - self.ratio) * generated @ self.image_adapter
-            away = _same_class_similarity(generated, inputs, labels)
-            terms = {"generated": self.cross_entropy(mixed, view, labels), "away": -self.lambda1 * away}
+            similarity = _same_class_similarity(generated, inputs, labels)
+            terms = {"generated": self.cross_entropy(mixed, view, labels), "away": -self.lambda1 * similarity}
             inputs = torch.cat([inputs, generated])
         images = adapted(inputs, self.image_adapter.T, self.ratio)
         texts = adapted(self.texts, self.text_adapter.T, self.ratio_text, self.text_gram)
@@ -224,7 +224,7 @@ class CRoFT(FrozenFeatures):
     def step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Updates the generator one or more times, then the adapters once."""
         adapters, generator = cast(list[LightningOptimizer], self.optimizers())
-        batch = self._of_all_processes(batch)
+        batch = self._gathered_batch(batch)
         view, is_clean = self.view(batch), self.mode == "clean"
         fixed = View(*(branch._replace(unit=branch.unit.detach()) for branch in view))
         for _ in range(self.generator_steps):
@@ -238,7 +238,7 @@ class CRoFT(FrozenFeatures):
                 scheduler.step()
         return loss.detach()
 
-    def _of_all_processes(self, batch: Batch) -> Batch:
+    def _gathered_batch(self, batch: Batch) -> Batch:
         """Returns the batch of all processes, as embeddings: its losses are no means over samples."""
         parts = self.embeddings(batch.images), batch.labels, batch.index
         images, labels, index = (all_gather_rows(self, rows) for rows in parts)

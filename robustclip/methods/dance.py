@@ -46,7 +46,7 @@ class DANCE(ContextAndNorms):
         ValueError: the temperature is not positive.
     """
 
-    of_training: tuple[str, ...] = ("temperature", "margin", "weight")
+    training_arguments: tuple[str, ...] = ("temperature", "margin", "weight")
 
     def __init__(
         self, temperature: Positive = 0.05, margin: NonNegative = 0.5, weight: NonNegative = 0.05, **kwargs: Any
@@ -93,7 +93,7 @@ class DANCE(ContextAndNorms):
         if self.trainer.ckpt_path is not None and len(self.bank) > 0:
             self.bank = self.bank.to(self.device)
         else:
-            self.bank = self.of_every_image(lambda images, _: images.float()).nan_to_num()
+            self.bank = self.summarise_training_images(lambda images, _: images.float()).nan_to_num()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the bank of image features to the checkpoint."""

@@ -39,7 +39,7 @@ class DiVE(FLYP):
         ValueError: a weight is negative, the decay is not in [0, 1), or the model has random weights.
     """
 
-    of_training: tuple[str, ...] = ("average_weight", "pair_weight", "decay")
+    training_arguments: tuple[str, ...] = ("average_weight", "pair_weight", "decay")
     shift: Tensor
 
     def __init__(
@@ -67,13 +67,11 @@ class DiVE(FLYP):
         pairs = anchors_of(batch, "average_weight or pair_weight")
         captions = self.clip.join_tokens(self.clip.tokenize(list(pairs.captions)))
         with torch.no_grad():
-            seen, read = (
-                self._encode(self.teacher.encode_image, pairs.images),
-                self._encode(self.teacher.encode_tokens, captions),
-            )
-        images, new_seen = self.encode_images(batch.images, pairs.images).chunk(2)
-        texts, new_read = self.encode_tokens(self.class_prompts(batch), captions).chunk(2)
-        images, texts, u, v = self.gathered(images, texts, new_seen.sub(seen), new_read.sub(read))
+            original_images = self._encode(self.teacher.encode_image, pairs.images)
+            original_texts = self._encode(self.teacher.encode_tokens, captions)
+        images, pair_images = self.encode_images(batch.images, pairs.images).chunk(2)
+        texts, pair_texts = self.encode_tokens(self.class_prompts(batch), captions).chunk(2)
+        images, texts, u, v = self.gathered(images, texts, pair_images - original_images, pair_texts - original_texts)
         terms = {"prompt_nce": info_nce(images, texts, self.clip.logit_scale)}
         self.shift.lerp_(torch.cat([u, v]).detach().mean(0), 1 - self.decay)
         self.log("train/shift_norm", self.shift.norm(), batch_size=len(u))

@@ -25,8 +25,9 @@ class FAP(CoOp):
 
         CE(z(x), y) + weight KL(p(x) || p(x')) (cos(f(x), f(x')) + 1)
 
-    averaged over the batch, with gradients in all parts. The attack maximises the divergence. Thus answers agree while
-    features are driven apart, which the authors call differentiated features. See `DeepPrompts` for what is trained.
+    averaged over the batch, with gradients in all parts. The attack maximises the divergence. Thus predictions agree
+    while features are driven apart, which the authors call differentiated features. `DeepPrompts` describes the trained
+    parameters.
 
     Departures from the authors' code: its passes are fp16, here they have the trainer's precision; and the attack ends
     in the valid pixel range after every step.
@@ -45,7 +46,7 @@ class FAP(CoOp):
         ValueError: a tower is no transformer of open_clip or has fewer blocks, or the weight is negative.
     """
 
-    of_training: tuple[str, ...] = ("weight",)
+    training_arguments: tuple[str, ...] = ("weight",)
     takes_features = False
 
     def __init__(

@@ -55,8 +55,8 @@ class FineTuning(RobustMethod):
         ValueError: a number is negative, or a regulariser has no trained tower or no pre-trained weights.
     """
 
-    of_training: tuple[str, ...] = ("probe_epochs", "l2_sp", "lwf", "head_lr")
-    of_original = ("clip.net.", "classifier", "zero_shot_head")
+    training_arguments: tuple[str, ...] = ("probe_epochs", "l2_sp", "lwf", "head_lr")
+    pretrained_prefixes = ("clip.net.", "classifier", "zero_shot_head")
     classifier: nn.Parameter | None
     zero_shot_head: Tensor | None
 
@@ -76,7 +76,7 @@ class FineTuning(RobustMethod):
         if l2_sp and self.lora is not None:
             raise ValueError(f"l2_sp must be 0 where lora is set, got {l2_sp}: the weights themselves are not trained")
         self.probe_epochs, self.l2_sp, self.lwf, self.head_lr = probe_epochs, l2_sp, lwf, head_lr
-        self.start = ImageTeacher(self.clip) if l2_sp or lwf else None
+        self.teacher = ImageTeacher(self.clip) if l2_sp or lwf else None
         self.takes_features = probe_epochs is None and not lwf
         self.class_names: tuple[str, ...] = ()
         self.register_parameter("classifier", None)  # until a fit or a checkpoint defines the classes
@@ -117,11 +117,11 @@ class FineTuning(RobustMethod):
         """Returns the cross-entropy of the classifier and the regularisers L2-SP and LwF."""
         logits = self.training_logits(batch.images)
         terms = {"clean_ce": F.cross_entropy(logits, batch.labels)}
-        if self.start is not None and self.l2_sp and not self.is_probing:
-            pairs = zip(self.clip.net.visual.parameters(), self.start.clip.net.visual.parameters(), strict=True)
+        if self.teacher is not None and self.l2_sp and not self.is_probing:
+            pairs = zip(self.clip.net.visual.parameters(), self.teacher.clip.net.visual.parameters(), strict=True)
             terms["l2_sp"] = self.l2_sp / 2 * torch.stack([(now - then).square().sum() for now, then in pairs]).sum()
-        if self.start is not None and self.zero_shot_head is not None and self.lwf:
-            predictions = head_logits(F.normalize(self.start(batch.images), dim=-1), self.zero_shot_head)
+        if self.teacher is not None and self.zero_shot_head is not None and self.lwf:
+            predictions = head_logits(F.normalize(self.teacher(batch.images), dim=-1), self.zero_shot_head)
             terms["lwf"] = self.lwf * kl(logits, predictions).mean()
         return terms
 

@@ -62,7 +62,7 @@ class FLYP(RobustMethod):
         ['prompt_nce']
     """
 
-    of_training: tuple[str, ...] = ("decay_all", "clamp", "micro_batch")
+    training_arguments: tuple[str, ...] = ("decay_all", "clamp", "micro_batch")
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class FLYP(RobustMethod):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns both towers and the logit scale; norms and biases are a group without weight decay."""
-        learning = [parameter for name, parameter in self.clip.net.named_parameters() if name != "logit_bias"]
+        trained = [parameter for name, parameter in self.clip.net.named_parameters() if name != "logit_bias"]
         if self.decay_all:
-            return [{"params": learning}]
-        of_norms = [parameter for parameter in learning if parameter.ndim < 2]
-        rest = [parameter for parameter in learning if parameter.ndim >= 2]
+            return [{"params": trained}]
+        of_norms = [parameter for parameter in trained if parameter.ndim < 2]
+        rest = [parameter for parameter in trained if parameter.ndim >= 2]
         return [{"params": rest}, {"params": of_norms, "weight_decay": 0.0}]
 
     def prepare_training(self, task: Task) -> None:

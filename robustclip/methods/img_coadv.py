@@ -32,13 +32,9 @@ class ImgCoAdv(TeCoARecipe):
         ValueError: the temperature is 0 or less.
     """
 
-    of_training: tuple[str, ...] = ("temperature",)
+    training_arguments: tuple[str, ...] = ("temperature",)
 
-    def __init__(
-        self,
-        temperature: Positive = 0.07,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, temperature: Positive = 0.07, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.temperature = temperature
 

@@ -70,7 +70,15 @@ class PMGAFT(TeCoA):
         ['adversarial_ce', 'clean_pull', 'guidance']
     """
 
-    of_training: tuple[str, ...] = ("alpha", "beta", "distance", "layer", "kl_direction", "reduction", "detach_clean")
+    training_arguments: tuple[str, ...] = (
+        "alpha",
+        "beta",
+        "distance",
+        "layer",
+        "kl_direction",
+        "reduction",
+        "detach_clean",
+    )
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class POUF(ContextAndNorms):
         kwargs: arguments of `ContextAndNorms`.
     """
 
-    of_training: tuple[str, ...] = ("infomax_weight",)
+    training_arguments: tuple[str, ...] = ("infomax_weight",)
 
     def __init__(self, infomax_weight: NonNegative = 0.3, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -51,7 +51,7 @@ class TeCoA(TeCoARecipe):
         ['adversarial_ce']
     """
 
-    of_training: tuple[str, ...] = ("last_blocks", "prompt_lr", "prompts_only", "pseudo_labels")
+    training_arguments: tuple[str, ...] = ("last_blocks", "prompt_lr", "prompts_only", "pseudo_labels")
 
     def __init__(
         self,

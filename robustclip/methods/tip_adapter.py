@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.arguments import Count, Positive
-from robustclip.methods._shared.distributed import all_gather_rows, of_training_images
+from robustclip.methods._shared.distributed import all_gather_rows, encode_training_images
 from robustclip.methods._shared.frozen_towers import FrozenFeatures
 from robustclip.methods._shared.saved_state import saved_classes
 from robustclip.models.heads import head_logits
@@ -25,9 +25,9 @@ class TipAdapter(FrozenFeatures):
 
     The keys ``K`` start as the unit features of the training images; ``V`` are their one-hot labels. Tip-Adapter-F
     trains ``K``, Tip-Adapter (``learns: false``, one epoch) does not. ``searches`` chooses ``alpha`` and ``beta``
-    before each validation of a fit: the pair of the authors' grid with most correct answers on held-out images of the
-    training classes, whose accuracy is thereby too high. Checkpoints keep the pair. Tasks with the training classes use
-    the cache, other tasks are zero-shot.
+    before each validation of a fit: the pair of the authors' grid with most correct predictions on held-out images of
+    the training classes, whose accuracy is thereby too high. Checkpoints keep the pair. Tasks with the training classes
+    use the cache, other tasks are zero-shot.
 
     Departure from the authors' code: a key is the image's feature under the test transform, not the mean over ten
     passes with random crops. CRoFT's code moreover mixes images in that mean, since its loader shuffles.
@@ -46,7 +46,7 @@ class TipAdapter(FrozenFeatures):
         ValueError: a number is not positive; or, in a fit that searches, no image of the training classes is held out.
     """
 
-    of_training: tuple[str, ...] = ("learns", "searches", "most", "steps")
+    training_arguments: tuple[str, ...] = ("learns", "searches", "most", "steps")
     keys: nn.Parameter | None
     key_labels: Tensor | None
     chosen: Tensor | None
@@ -125,8 +125,8 @@ class TipAdapter(FrozenFeatures):
                 similarities = head_logits(features, self.keys)
                 for row, beta in enumerate(betas):
                     votes = self._votes(similarities, beta)
-                    answers = torch.stack([(zero_shot + alpha * votes).argmax(-1) for alpha in alphas])
-                    correct[row] += (answers == here.labels).sum(-1)
+                    predictions = torch.stack([(zero_shot + alpha * votes).argmax(-1) for alpha in alphas])
+                    correct[row] += (predictions == here.labels).sum(-1)
         correct = all_gather_rows(self, correct[None]).sum(0).flatten()
         row, column = divmod(int((correct == correct.max()).nonzero()[0]), len(alphas))
         self.chosen = torch.tensor([alphas[column], betas[row]], device=self.device)
@@ -163,7 +163,7 @@ class TipAdapter(FrozenFeatures):
     def on_fit_start(self) -> None:
         """Fills a new cache in the order of the sample ids; undecodable images leave empty keys at its end."""
         if self._is_empty and self.keys is not None and self.key_labels is not None:
-            _, features, labels = of_training_images(self)
+            _, features, labels = encode_training_images(self)
             with torch.no_grad():
                 self.keys[: len(labels)] = features
                 self.key_labels[: len(labels)] = labels

@@ -30,13 +30,9 @@ class TRADES(TeCoARecipe):
         ValueError: the weight is negative.
     """
 
-    of_training: tuple[str, ...] = ("beta",)
+    training_arguments: tuple[str, ...] = ("beta",)
 
-    def __init__(
-        self,
-        beta: NonNegative = 6.0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, beta: NonNegative = 6.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.beta = beta
 

@@ -47,7 +47,7 @@ class UCAT(TeCoA):
         ValueError: a number is out of range, a level is given for another form, or the model has random weights.
     """
 
-    of_training: tuple[str, ...] = ("temperature", "weight", "form", "level", "reference")
+    training_arguments: tuple[str, ...] = ("temperature", "weight", "form", "level", "reference")
 
     def __init__(
         self,

@@ -57,7 +57,7 @@ class UEO(ContextAndNorms):
         ['train/entropy', 'train/loss', 'train/marginal_entropy']
     """
 
-    of_training: tuple[str, ...] = ("weights", "weight_temperature", "marginal_weight", "exact_entropy")
+    training_arguments: tuple[str, ...] = ("weights", "weight_temperature", "marginal_weight", "exact_entropy")
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class UEO(ContextAndNorms):
             log_p: log-probabilities ``(B, C)``.
             weights: ``(B,)``, positive.
         """
-        sure, unsure = weights / weights.sum(), (1 / weights) / (1 / weights).sum()
-        marginal = (log_p + unsure.log()[:, None]).logsumexp(0)
+        v, u = weights / weights.sum(), (1 / weights) / (1 / weights).sum()  # names of the class docstring
+        marginal = (log_p + u.log()[:, None]).logsumexp(0)
         return {
-            "entropy": sure @ entropy(log_p, self.eps),
+            "entropy": v @ entropy(log_p, self.eps),
             "marginal_entropy": -self.marginal_weight * entropy(marginal, self.eps),
         }
 
@@ -106,6 +106,6 @@ class UEO(ContextAndNorms):
         """Computes the confidence weights of the training images."""
         super().on_fit_start()
         if self.weighting == "confidence":
-            self.sample_weights = self.of_every_image(
+            self.sample_weights = self.summarise_training_images(
                 lambda images, classes: (images @ classes.T / self.temperature).softmax(1).amax(1)
             )

@@ -30,7 +30,7 @@ class UPL(ContextAndNorms):
         ValueError: there is less than one image per class.
     """
 
-    of_training: tuple[str, ...] = ("per_class",)
+    training_arguments: tuple[str, ...] = ("per_class",)
 
     def __init__(self, per_class: Count = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,7 +47,7 @@ class UPL(ContextAndNorms):
         """Predicts the training images and keeps the most confident predictions of each class as pseudo-labels."""
         super().on_fit_start()
         scale = self.clip.logit_scale
-        predictions = self.of_every_image(
+        predictions = self.summarise_training_images(
             lambda images, classes: torch.stack((scale * (images @ classes.T)).softmax(1).max(1), dim=1)
         )
         confidences, classes = predictions[:, 0].nan_to_num(-1.0), predictions[:, 1].nan_to_num(-1.0).long()

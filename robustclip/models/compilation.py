@@ -6,9 +6,9 @@ from inspect import signature
 from typing import Any
 
 import torch
-from open_clip import CLIP, CustomTextCLIP
 from torch import nn
 
+from robustclip.models import text_tower
 from robustclip.models.clip import CLIPModel
 
 VARIANTS = 64  # of one block: with and without gradients, frozen, in each precision, of fixed and of any batch size
@@ -38,7 +38,7 @@ def compile_towers(clip: CLIPModel, *, backend: str = "inductor") -> None:
             f"compile needs a C++ compiler, found none of {', '.join(COMPILERS)}; install one, or unset it"
         )
     compile_image_tower(clip, backend=backend)
-    for block in _text_blocks(clip.net):
+    for block in text_tower.blocks(clip.net):
         block.compile(backend=backend, **LIMIT)
 
 
@@ -54,8 +54,3 @@ def compile_image_tower(clip: CLIPModel, *, backend: str = "inductor") -> None:
         alone = block[0] if isinstance(block, nn.ModuleList) else block
         alone.compile(backend=backend, **LIMIT)
     clip.compiled_by = backend
-
-
-def _text_blocks(net: Any) -> list[nn.Module]:
-    tower = net if isinstance(net, CLIP) else net.text if isinstance(net, CustomTextCLIP) else None
-    return list(getattr(getattr(tower, "transformer", None), "resblocks", ()))

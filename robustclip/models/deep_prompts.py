@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from open_clip import CLIP, CustomTextCLIP
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from robustclip.models import text_tower
 from robustclip.models.clip import CLIPModel
 from robustclip.models.context import INITIAL_DEVIATION, LearnableContext, exchanged
+from robustclip.models.spatial_tokens import returns_class_token
 
 
 class DeepPrompts(LearnableContext):
@@ -34,9 +34,9 @@ class DeepPrompts(LearnableContext):
 
     def __init__(self, clip: CLIPModel, phrase: str | None, *, tokens: int, depth: int) -> None:
         super().__init__(clip, phrase, tokens=tokens)
-        visual: Any = clip.net.visual
-        is_plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok"
-        if not is_plain or not (texts := _text_blocks(clip.net)) or clip.compiled_by is not None:
+        visual, texts = clip.net.visual, text_tower.blocks(clip.net)
+        is_plain = returns_class_token(visual) and text_tower.is_causal(clip.net) and len(texts) > 0
+        if not is_plain or clip.compiled_by is not None:
             raise ValueError("deep prompts need open_clip's transformers as both towers, without compilation")
         if visual.transformer.grad_checkpointing:  # a block is recomputed when its prompts are gone
             raise ValueError("has_activation_checkpointing must be false where blocks have deep prompts")
@@ -57,7 +57,7 @@ class DeepPrompts(LearnableContext):
             vectors: context in place of the trained one, ``(n, width)``.
         """
         rows = [layer(row) for layer, row in zip(self.to_text, self.rows, strict=True)]
-        with super().inserted(clip, vectors), _replaced(_text_blocks(clip.net)[1:], rows, self.place):
+        with super().inserted(clip, vectors), _replaced(text_tower.blocks(clip.net)[1:], rows, self.place):
             yield
 
     @contextmanager
@@ -85,11 +85,3 @@ def _replaced(blocks: Sequence[nn.Module], rows: Sequence[Tensor], place: slice)
         for block, row in zip(blocks, rows, strict=False):  # the blocks behind the last row have no prompts
             stack.callback(block.register_forward_pre_hook(partial(replace, row)).remove)
         yield
-
-
-def _text_blocks(net: Any) -> list[nn.Module]:
-    """Lists the blocks of a causal text tower of open_clip; empty for other towers."""
-    tower = net if isinstance(net, CLIP) else net.text if isinstance(net, CustomTextCLIP) else None
-    if getattr(tower, "attn_mask", None) is None:
-        return []
-    return list(getattr(getattr(tower, "transformer", None), "resblocks", ()))

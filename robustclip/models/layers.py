@@ -35,7 +35,7 @@ def norm_parameters(visual: nn.Module, norm_filter: NormFilter) -> list[nn.Param
     return norms
 
 
-def learning_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
+def trained_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
     """Checks optimiser groups and lists their parameters, in their order.
 
     Args:
@@ -62,7 +62,7 @@ def learning_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
     return parameters
 
 
-def learn_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Freezes the model except for the given parameters.
 
     Args:
@@ -81,17 +81,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Some attacks call ``backward()``, which would otherwise leave gradients in the parameters.
     """
     training = [module for module in model.modules() if module.training]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in training:
         module.training = False
-    for parameter in learning:
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
-        for parameter in learning:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 

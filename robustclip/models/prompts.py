@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustclip.models.clip import CLIPModel
+from robustclip.models.spatial_tokens import returns_class_token
 
 PromptKind = Literal["padding", "fixed_patch", "random_patch"]
 
@@ -150,15 +150,15 @@ def _for_pixels(kind: PromptKind | None, size: int, side: int) -> nn.Module:
     return KINDS[kind](size, side)
 
 
-def _token_width(visual: nn.Module) -> int:
+def _token_width(visual: Any) -> int:
     """Returns the width of a token.
 
     Raises:
         ValueError: the tower is no open_clip transformer, or pools over its tokens.
     """
-    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+    if not returns_class_token(visual):
         raise ValueError(
-            f"prompt_tokens needs an open_clip VisionTransformer that puts out its class token, this tower is a"
+            f"prompt_tokens needs an open_clip VisionTransformer whose output is its class token, this tower is a"
             f" {type(visual).__name__} with another output or none; set prompt_tokens 0 and a prompt of pixels"
         )
     return int(visual.class_embedding.shape[0])

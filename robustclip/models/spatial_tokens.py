@@ -59,15 +59,20 @@ def self_attended(block: Any, tokens: Tensor) -> Tensor:
     return output
 
 
+def returns_class_token(visual: Any) -> bool:
+    """Checks whether an image tower is an open_clip VisionTransformer whose output is its class token."""
+    return isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok"
+
+
 def _last(visual: Any) -> nn.Module:
     """Returns the module whose input holds the positions."""
     if isinstance(visual, ModifiedResNet):
         return cast(nn.Module, visual.attnpool)
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok":
+    if returns_class_token(visual):
         blocks: Any = visual.transformer.resblocks
         if isinstance(blocks[-1], ResidualAttentionBlock):
             return cast(nn.Module, blocks[-1])
     raise ValueError(
-        "features of positions need an open_clip VisionTransformer that puts out its class token, or CLIP's ResNet;"
+        "features of positions need an open_clip VisionTransformer whose output is its class token, or CLIP's ResNet;"
         f" this tower is a {type(visual).__name__} with another output or block"
     )

@@ -64,6 +64,17 @@ def embedding(net: Any) -> nn.Embedding:
     return cast(nn.Embedding, layer)
 
 
+def blocks(net: Any) -> list[nn.Module]:
+    """Lists the blocks of open_clip's own text tower; empty for towers of Hugging Face."""
+    tower = _tower(net) if isinstance(net, CLIP | CustomTextCLIP) else None
+    return list(getattr(getattr(tower, "transformer", None), "resblocks", ()))
+
+
+def is_causal(net: Any) -> bool:
+    """Checks whether the text tower is one of open_clip in which a token attends to earlier ones alone."""
+    return isinstance(net, CLIP | CustomTextCLIP) and getattr(_tower(net), "attn_mask", None) is not None
+
+
 def _tower(net: Any) -> Any:
     """Returns the module of the text tower: open_clip's CLIP contains its parts directly, other models as ``text``."""
     return net if isinstance(net, CLIP) else net.text

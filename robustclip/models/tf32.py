@@ -1,4 +1,4 @@
-"""TF32, in which GPUs multiply fp32 numbers with 10 bits of the fraction: allowed or forbidden for a while."""
+"""Context in which TF32, the GPUs' multiplication of fp32 numbers with 10 bits of the fraction, is allowed or not."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

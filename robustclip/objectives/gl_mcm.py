@@ -47,7 +47,7 @@ class GLMCM(Score):
         return model.grid_logits(images, task)
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Sum of both terms.
+        """Returns the sum of both terms.
 
         Args:
             outputs: logits ``(B, 1 + P, C)``.

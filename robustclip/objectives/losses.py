@@ -107,6 +107,7 @@ def info_nce(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
     CLIP's loss (Radford et al., https://arxiv.org/abs/2103.00020), a mean over the batch. Row i of the texts belongs to
     image i. The precision is at least fp32, also under autocast: at scale 100, half precision merges close logits.
+
     Args:
         images: unit features ``(B, D)``.
         texts: unit features ``(B, D)`` of the images' texts.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from robustclip.arguments import Count, CountOrZero, Positive, PositiveShare, Share, checked
 from robustclip.objectives.scores import Model, Score
-from robustclip.objectives.word_lists import mined, plain, read_words
+from robustclip.objectives.word_lists import mined, normalised, read_words
 from robustclip.types import Data, Task
 
 NAMES_PER_CALL = 1024  # bounds the memory of a text side that encodes all names of a task at once
@@ -81,7 +81,7 @@ class NegLabel(Score):
         self._adjectives = [
             word for word in read_words(adjectives, f"adjectives of {self.name}", absent) if word not in known
         ]
-        self._dropped = {plain(word) for word in read_words(dropped, f"dropped of {self.name}")}
+        self._dropped = {normalised(word) for word in read_words(dropped, f"dropped of {self.name}")}
         self.quantile, self.share, self.groups, self.temperature, self.seed = quantile, share, groups, temperature, seed
         self._candidates: list[Tensor] = []
         self._heads: dict[str, _Head] = {}
@@ -129,11 +129,11 @@ class NegLabel(Score):
     def _mined(self, words: Sequence[str], features: Tensor, classes: Tensor, task: Task) -> list[int]:
         """Returns the positions of the negatives among the words of a kind, the farthest from the classes first."""
         places, _ = mined(features @ classes.T, self.quantile, self.share, limit=self.limit)
-        refused = self._dropped | {plain(name) for name in task.class_names}
-        return [place for place in places if plain(words[place]) not in refused]
+        refused = self._dropped | {normalised(name) for name in task.class_names}
+        return [place for place in places if normalised(words[place]) not in refused]
 
     def phrases(self, adjectives: Sequence[str]) -> list[str]:
-        """Returns what takes the place of each adjective in a template."""
+        """Returns the phrases that replace the adjectives in templates."""
         return list(adjectives)
 
     def further_names(self, task: str) -> Sequence[str]:
@@ -148,7 +148,7 @@ class NegLabel(Score):
         return group_odds(logits[:, : head.classes], logits[:, head.classes :].unflatten(1, (head.groups, -1)))
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Mean share of the classes, in [0, 1].
+        """Returns the mean share of the classes, in [0, 1].
 
         Args:
             outputs: log-odds ``(B, G)``.
@@ -157,7 +157,7 @@ class NegLabel(Score):
         return outputs.sigmoid().mean(-1)
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Log-odds of the mean share.
+        """Returns the log-odds of the mean share.
 
         Args:
             outputs: log-odds ``(B, G)``.

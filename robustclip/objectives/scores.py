@@ -29,13 +29,13 @@ class Model(Protocol):
     clip: Any
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``."""
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] as unit features ``(B, D)``."""
 
     def class_features(self, task: Task) -> Tensor:
-        """Unit features ``(C, D)``, one row per class of the task."""
+        """Returns unit features ``(C, D)``, one row per class of the task."""
 
     def logits(self, images: Tensor, task: str) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)`` of a test task.
+        """Computes the logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1] for a test task.
 
         Args:
             images: clean or attacked images.
@@ -43,14 +43,14 @@ class Model(Protocol):
         """
 
     def grid_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``(B, 3, H, W)`` in [0, 1] to unit features ``(B, D)``, and ``(B, P, D)`` of their P positions.
+        """Encodes images ``(B, 3, H, W)`` in [0, 1] and their P positions as unit rows ``(B, D)`` and ``(B, P, D)``.
 
         Raises:
             ValueError: the model has no features of positions.
         """
 
     def grid_logits(self, images: Tensor, task: str) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, 1 + P, C)`` of the whole and of its P positions.
+        """Computes the logits ``(B, 1 + P, C)`` of images ``(B, 3, H, W)`` in [0, 1] and of their P positions.
 
         Args:
             images: clean or attacked images.
@@ -80,7 +80,7 @@ class Score(ABC):
 
     @abstractmethod
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """The score ``(B,)`` as its paper reports it.
+        """Computes the score ``(B,)`` as its paper reports it.
 
         Args:
             outputs: outputs of `forward`, by default logits ``(B, C)``.
@@ -88,7 +88,7 @@ class Score(ABC):
         """
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """An increasing function ``(B,)`` of the value whose gradient does not vanish where a softmax is one-hot.
+        """Computes a function ``(B,)`` that rises with the value and keeps a gradient where a softmax is one-hot.
 
         Args:
             outputs: see `value`.
@@ -97,7 +97,7 @@ class Score(ABC):
         return self.value(outputs, scale)
 
     def forward(self, model: Model, images: Tensor, task: str) -> Tensor:
-        """Images ``(B, 3, H, W)`` in [0, 1] to the outputs that `value` takes.
+        """Computes the outputs that `value` takes, from images ``(B, 3, H, W)`` in [0, 1].
 
         Args:
             model: tested model.
@@ -154,11 +154,11 @@ class MCM(Score):
     name = "mcm"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Maximum concept matching at temperature 1."""
+        """Returns the maximum concept matching at temperature 1."""
         return confidence(outputs / scale)
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Log-odds of the highest probability."""
+        """Returns the log-odds of the highest probability."""
         return log_odds(outputs / scale)
 
 
@@ -168,11 +168,11 @@ class MSP(Score):
     name = "msp"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Maximum softmax probability."""
+        """Returns the maximum softmax probability."""
         return confidence(outputs)
 
     def evidence(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Log-odds of the highest probability."""
+        """Returns the log-odds of the highest probability."""
         return log_odds(outputs)
 
 
@@ -182,7 +182,7 @@ class MaxLogit(Score):
     name = "max_logit"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Highest logit, ``max_c z_c``."""
+        """Returns the highest logit, ``max_c z_c``."""
         return outputs.amax(-1)
 
 
@@ -192,7 +192,7 @@ class Energy(Score):
     name = "energy"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Negative free energy, ``log sum_c exp z_c``."""
+        """Returns the negative free energy, ``log sum_c exp z_c``."""
         return outputs.logsumexp(-1)
 
 
@@ -202,7 +202,7 @@ class Entropy(Score):
     name = "entropy"
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Negative entropy, ``sum_c p_c log p_c`` in [-log C, 0], ``p = softmax(z)``."""
+        """Returns the negative entropy, ``sum_c p_c log p_c`` in [-log C, 0], ``p = softmax(z)``."""
         log_p = F.log_softmax(outputs, dim=-1)
         return (log_p.exp() * log_p).sum(-1)
 
@@ -223,7 +223,7 @@ class LogitGap(Score):
         self.n = n
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Gap of the highest cosine, ``s_(1) - mean(s_(2), ..., s_(n))``."""
+        """Returns the gap of the highest cosine, ``s_(1) - mean(s_(2), ..., s_(n))``."""
         classes = outputs.shape[-1]
         n = self.n or max(2, round((0.2 if classes >= 50 else 0.5) * classes))
         if n > classes:
@@ -248,7 +248,7 @@ class GEN(Score):
         self.gamma, self.m = gamma, m
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Negative entropy ``-sum_k (p_(k) (1 - p_(k)))^gamma`` over the ``m`` highest, ``p = softmax(z)``."""
+        """Returns ``-sum_k (p_(k) (1 - p_(k)))^gamma`` over the ``m`` highest probabilities, ``p = softmax(z)``."""
         highest = outputs.topk(min(self.m, outputs.shape[-1])).values
         log_p = highest - outputs.logsumexp(-1, keepdim=True)
         # The highest probability may be 1 in floating point; the others are at most a half.
@@ -256,7 +256,8 @@ class GEN(Score):
         return -(self.gamma * (log_p + log_rest)).exp().sum(-1)
 
 
-Crop = Literal["together", "each"]
+Removal = Literal["together", "each"]
+"""Way of setting several cosines to a low value: all at once, or one by one."""
 
 
 @checked
@@ -283,7 +284,7 @@ class DeltaEnergy(Score):
     def __init__(
         self,
         count: Count = 1,
-        crop: Crop = "together",
+        crop: Removal = "together",
         low: float | None = 0.0,
         temperature: Positive | None = None,
         has_grid: bool = False,
@@ -300,7 +301,7 @@ class DeltaEnergy(Score):
     @property
     def grid(self) -> dict[str, "DeltaEnergy"]:
         """Scores with other parameters, by the names of the variants."""
-        crops: list[tuple[int, Crop]] = [(1, "together"), (2, "together"), (2, "each"), (5, "together"), (5, "each")]
+        crops: list[tuple[int, Removal]] = [(1, "together"), (2, "together"), (2, "each"), (5, "together"), (5, "each")]
         return {
             f"{count}_{crop}_{'own' if tau is None else f'{tau:g}'}": DeltaEnergy(count, crop, self.low, tau)
             for count, crop in crops
@@ -319,7 +320,7 @@ class DeltaEnergy(Score):
         return super().columns(outputs, scale) | grid
 
     def value(self, outputs: Tensor, scale: Tensor) -> Tensor:
-        """Rise of the energy; above 0 where the highest cosines are above the low value."""
+        """Returns the rise of the energy; above 0 where the highest cosines are above the low value."""
         classes, least = outputs.shape[-1], self.count + (self.low is None)
         if classes < least:
             raise ValueError(f"count of delta_energy must leave classes: it is {self.count} for {classes} of them")
@@ -368,12 +369,12 @@ def score_of(score: str | Score, further: Mapping[str, type[Score]] | None = Non
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Highest softmax probability ``(B, ...)`` of logits ``(B, ..., C)``."""
+    """Returns the highest softmax probability ``(B, ...)`` of logits ``(B, ..., C)``."""
     return logits.softmax(-1).amax(-1)
 
 
 def log_odds(logits: Tensor) -> Tensor:
-    """Log-odds ``(B,)`` of the highest softmax probability of logits ``(B, C)``; their sigmoid is `confidence`.
+    """Returns the log-odds ``(B,)`` of the highest softmax probability of logits; their sigmoid is `confidence`.
 
     ``u = z_(1) - log sum_{c != (1)} exp z_c``, so ``exp z_(1) / sum_c exp z_c = 1 / (1 + exp(-u))``. Infinite for a
     single class.

@@ -97,6 +97,6 @@ def mined(cosines: Tensor, quantile: float, share: float, *, limit: float | None
     return [position for position in order if not is_near[position]], nearness
 
 
-def plain(name: str) -> str:
+def normalised(name: str) -> str:
     """Returns a name in lower case and with spaces for underscores, for comparisons of names."""
     return " ".join(name.replace("_", " ").casefold().split())

@@ -16,7 +16,7 @@ from robustclip.tools.compare import Comparisons, by_id, pair, unchecked_images,
 UNITS = f"Top-1 accuracy in percent, each with its {LEVEL} interval."
 BEST_RULE = (
     f"▲ marks the best run: the {LEVEL} interval of its paired difference from every other run lies above 0. Runs "
-    "whose audit failed take no part, and runs of unlike protocols are not compared."
+    "whose audit failed are never marked, and runs of unlike protocols are not compared."
 )
 GRADES = {
     "A": "all checks passed",

@@ -9,6 +9,7 @@ from robustclip.report.section import Section
 from robustclip.report.view import CLEAN, View
 from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
 
+RATIOS = {"mCE, relative to the first run": "mce", "relative mCE, relative to the first run": "relative_mce"}
 Errors = Sequence[Any]
 """Errors of a test set under one attack per run; empty for a run that did not measure them."""
 
@@ -54,9 +55,6 @@ def _tables(views: Sequence[View], name: str, kind: str) -> list[Table]:
         table_of_measures(f"Error on corrupted copies of {where}, percent", "kind", views, rows),
         table_of_measures(f"Mean errors on corrupted copies of {where}, percent", "mean", views, means | by_severity),
     ]
-
-
-RATIOS = {"mCE, relative to the first run": "mce", "relative mCE, relative to the first run": "relative_mce"}
 
 
 def _relative(view: View, first: View, name: str, kind: str) -> dict[str, float | None]:

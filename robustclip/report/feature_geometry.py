@@ -11,9 +11,9 @@ from robustclip.report.section import Section
 from robustclip.report.svg import RULE, draw, run_style
 from robustclip.report.view import MISSING, View
 
-COLLAPSE = "collapse"
+COLLAPSE = "collapse"  # key of the class scatter in a result
 CAPTIONS = {
-    COLLAPSE: "Class collapse, tr(S_within) / tr(S_between)",
+    COLLAPSE: "Class scatter, tr(S_within) / tr(S_between)",
     "pearson": "Similarity of pairs to the pre-trained model, Pearson",
     "spearman": "Similarity of pairs to the pre-trained model, Spearman",
 }
@@ -32,9 +32,9 @@ class Geometry(Section):
         tables.append(table_of_measures("Retrieval of captions, percent", "set", views, _recalls(views)))
         tables = [table for table in tables if table.rows]
         text = (
-            "Collapse divides the scatter of the unit image features around their class means by the scatter of these "
-            "means: 0 where every class is a point. Correlations compare the cosines of all pairs of samples with "
-            "those of the pre-trained model."
+            "The class scatter is the scatter of the unit image features around their class means, divided by the "
+            "scatter of these means: 0 where every class is a point. Correlations compare the cosines of all pairs of "
+            "samples with those of the pre-trained model."
         )
         pictures = [Pictures([_picture(views, rows[COLLAPSE])])] if rows[COLLAPSE] else []
         return [Text(text), legend(views), *pictures, Tables(tables)] if tables else []
@@ -59,7 +59,7 @@ def _values(views: Sequence[View], name: str, measure: str) -> list[float | None
 
 
 def _picture(views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) -> Picture:
-    """Draws a line per task, from the run with the least collapse ratio to the run with the greatest."""
+    """Draws a line per task, from the run with the least class scatter to the run with the greatest."""
 
     def paint(axes: Axes) -> None:
         for place, (name, values) in enumerate([*rows.items()][::-1]):  # matplotlib counts from below
@@ -79,8 +79,8 @@ def _picture(views: Sequence[View], rows: Mapping[str, Sequence[float | None]]) 
         f"{name}: " + ", ".join(f"{label} {_number(value)}" for label, value in zip(labels, values, strict=True))
         for name, values in rows.items()
     )
-    picture = draw("collapse", f"Class collapse of every task. {alt}", paint, size=(5.0, FRAME + ROW * len(rows)))
-    return Picture(picture, "Class collapse, before and after")
+    picture = draw("collapse", f"Class scatter of every task. {alt}", paint, size=(5.0, FRAME + ROW * len(rows)))
+    return Picture(picture, "Class scatter, before and after")
 
 
 def _number(value: float | None) -> str:

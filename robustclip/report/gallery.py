@@ -45,11 +45,11 @@ class Images(Section):
 
 
 def export(views: Sequence[View], folder: Path) -> None:
-    """Write every kept adversarial example as PNG files.
+    """Writes every kept adversarial example as PNG files.
 
     Args:
         views: runs of the report.
-        folder: receives ``RUN/TASK/ATTACK/SAMPLE_(clean|perturbation|attacked).png``.
+        folder: folder that receives ``RUN/TASK/ATTACK/SAMPLE_(clean|perturbation|attacked).png``.
     """
     for view in views:
         for example in adversarial_examples.load_all(view.run.folder / EXAMPLES):

@@ -19,20 +19,18 @@ from robustclip.report.unknown_classes import UnknownClasses
 from robustclip.report.view import View
 
 SECTIONS: tuple[type[Section], ...] = (
-    *(
-        TradeOff,
-        Accuracy,
-        Defended,
-        Corrupted,
-        Misclassified,
-        Images,
-        Interpolation,
-        UnknownClasses,
-        Geometry,
-        Audit,
-        Protocol,
-        Runs,
-    ),
+    TradeOff,
+    Accuracy,
+    Defended,
+    Corrupted,
+    Misclassified,
+    Images,
+    Interpolation,
+    UnknownClasses,
+    Geometry,
+    Audit,
+    Protocol,
+    Runs,
 )
 SUMMARY = "Summary"
 Content = Mapping[str, Sequence[Block]]

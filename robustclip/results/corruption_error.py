@@ -64,7 +64,7 @@ def errors_of(result: Mapping[str, Any], like: Mapping[str, Any], name: str, att
 
     Args:
         result: content of ``result.json`` of the reference.
-        like: content of the other's, or its section and protocol.
+        like: the other result, or a mapping of its section and protocol.
         name: name of the test set.
         attack: name of the attack, or ``clean``.
     """

@@ -10,22 +10,22 @@ AXES = {
     "templates": "prompts of the zero-shot head",
     "class_names": "names of the classes, in the order of the labels",
     "split": "data set and split",
-    "sample_ids": "which samples, and their labels",
+    "sample_ids": "ids and labels of the evaluated samples",
     "pixels": "the decoded images of these samples",
-    "preprocessing": "what happens to an image before an attack sees it",
+    "preprocessing": "transforms of an image before the attack",
     "corruption": "kind, severity and constants of a corrupted copy; absent: none",
     "attack_space": "resolution of the attacked image",
-    "eps": "norm and radius of the ball",
+    "eps": "norm and radius of the perturbation set",
     "steps": "algorithm and effort of the attack",
-    "loss": "what the attack maximises",
-    "precision": "of the attack and of the verdict",
+    "loss": "loss that the attack maximises",
+    "precision": "number formats of the attack and of the verdict",
     "stop_rule": "which attacked image counts: the worst or the last",
     "model_preprocessing": "resize and normalisation inside the model",
-    "ways": "how an attack goes through a test-time defence; absent: all ways with the default settings",
+    "ways": "ways of attacking through a test-time defence; absent: all ways with the default settings",
 }
 CLEAN_AXES = tuple(axis for axis in AXES if axis not in ("eps", "steps", "loss", "precision", "stop_rule", "ways"))
 SHOWN = 100  # characters of a value in a message
-LISTED = 3  # longer lists are told by their number and digest
+LISTED = 3  # longer lists are replaced by their length and digest
 
 Axes = Mapping[str, Any]
 Rows = Mapping[int, Mapping[str, str]]
@@ -33,26 +33,26 @@ Rows = Mapping[int, Mapping[str, str]]
 
 
 def digest(value: Any) -> str:
-    """Short hash of any JSON value."""
+    """Computes a short hash of any JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def listing(values: Sequence[Any]) -> Any:
-    """A list as it is if it is short, else its length and digest."""
+    """Returns a short list as it is, and the length and digest of a longer one."""
     return list(values) if len(values) <= LISTED else f"{len(values)}, digest {digest(list(values))}"
 
 
 def attack_axes(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``eps``, ``steps`` and ``loss`` of an attack, from the settings of its members by their names."""
+    """Returns the axes ``eps``, ``steps`` and ``loss`` of an attack, from the settings of its members by name."""
     settings = {name: dict(given) for name, given in members.items()}
-    balls = {name: f"{given.pop('norm', 'linf')} {given.pop('eps', None)}" for name, given in settings.items()}
+    radii = {name: f"{given.pop('norm', 'linf')} {given.pop('eps', None)}" for name, given in settings.items()}
     losses = {name: given.pop("loss", None) or "ce" for name, given in settings.items()}
-    return {"eps": _alike(balls), "steps": settings, "loss": _alike(losses)}
+    return {"eps": _alike(radii), "steps": settings, "loss": _alike(losses)}
 
 
 def with_samples(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Add the evaluated samples and hashes to the protocols of a task.
+    """Adds the evaluated samples and hashes to the protocols of a task.
 
     Args:
         protocol: axes by attack.
@@ -65,7 +65,7 @@ def with_samples(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, str]])
 
 
 def differences(a: Axes, b: Axes) -> list[str]:
-    """Describe how two protocols differ, in one line per axis with its name and both values.
+    """Describes how two protocols differ, in one line per axis with its name and both values.
 
     Args:
         a: axes of one protocol.
@@ -76,7 +76,7 @@ def differences(a: Axes, b: Axes) -> list[str]:
 
 
 def is_checked(a: Axes, b: Axes) -> bool:
-    """Whether both protocols have hashes of their images; older results and those of embeddings have none.
+    """Checks whether both protocols have hashes of their images; older results and those of embeddings have none.
 
     Args:
         a: axes of one protocol.
@@ -86,7 +86,7 @@ def is_checked(a: Axes, b: Axes) -> bool:
 
 
 def with_counts(lines: Sequence[str], a: Rows, b: Rows) -> list[str]:
-    """Put the number of samples whose images differ in the place of two hashes.
+    """Replaces two hashes of images by the number of samples whose images differ.
 
     Args:
         lines: of `differences`, for two protocols of a task.
@@ -102,7 +102,7 @@ def with_counts(lines: Sequence[str], a: Rows, b: Rows) -> list[str]:
 
 
 def shows_same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    """Whether two rows of ledgers have equal hashes of pixels, or one of them has none.
+    """Checks whether two rows of ledgers have equal hashes of pixels, or one of them has none.
 
     Args:
         a: row of one run.
@@ -113,13 +113,13 @@ def shows_same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
 
 
 def _alike(values: Mapping[str, Any]) -> Any:
-    """The value that all members share, or the value of each member."""
+    """Returns the value that all members share, or the value of each member."""
     distinct = {json.dumps(value) for value in values.values()}
     return next(iter(values.values())) if len(distinct) == 1 else dict(values)
 
 
 def _unlike(a: Any, b: Any) -> str:
-    """Both values; long ones are cut to the text around their first difference."""
+    """Formats both values; long ones are cut to the text around their first difference."""
     texts = [value if isinstance(value, str) else json.dumps(value) for value in (a, b)]
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
     start = shared - 30 if max(map(len, texts)) > SHOWN else 0

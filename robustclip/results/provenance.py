@@ -9,7 +9,7 @@ PACKAGES = ("robustclip", "torch", "torchvision", "lightning", "open_clip_torch"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of the installed packages that numbers depend on."""
+    """Returns the versions of this package and of the installed packages that numbers depend on."""
     installed = {}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):  # torchattacks is an extra
@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of the code that ran, if it ran from a git checkout."""
+    """Returns the commit of the code that runs; None outside of a git checkout."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None

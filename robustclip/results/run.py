@@ -33,10 +33,10 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """Open a run by its folder or by the ``result.json`` in it."""
+        """Opens a run by its folder or by the ``result.json`` in it."""
         path = local_path(path, "run")
         run = cls(path.parent if path.name == RESULT else path)
-        run.result  # noqa: B018  # reads it, and tells what is wrong
+        run.result  # noqa: B018  # raises an error if the test is not finished
         return run
 
     @property
@@ -71,7 +71,7 @@ class Run:
         return [name for name in self.result["mean"] if name != "clean"]
 
     def rows(self, task: str) -> list[dict[str, str]]:
-        """The task's ledger, in the order of the sample ids."""
+        """Reads the rows of a task's ledger, in the order of the sample ids."""
         return ledger.read(self.folder / LEDGERS / f"{task}.csv")
 
 

@@ -97,18 +97,11 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
         ValueError: ``data.features`` is null or exists, the unfinished work belongs to another model or other data, the
             data is remote, or the number of views is unknown.
     """
-    out, data.features = data.features, None  # otherwise the data module would read features that do not exist yet
-    if out is None:
-        raise ValueError("data.features must name the folder to write, got null; give the same folder to fit")
-    if out.exists():
-        raise ValueError(f"data.features {str(out)!r} exists and is never overwritten; choose another folder")
+    out = _new_folder(data.features)
+    data.features = None  # otherwise the data module would read features that do not exist yet
     for stage in ("fit", "test") if settings.with_test else ("fit",):
         data.setup(stage)
-    views = (settings.views or epochs or 0) if data.augmentation else 0
-    if data.augmentation and views < 1:
-        raise ValueError(
-            "views must be set because trainer.max_epochs is not; give one view per epoch, such as --views 30"
-        )
+    views = _number_of_views(settings, epochs) if data.augmentation else 0
     encoder = Encoder(
         clip,
         batch_size=data.eval_batch_size,
@@ -129,6 +122,25 @@ def cache(clip: CLIPModel, data: CLIPDataModule, settings: Settings, *, epochs: 
         return
     _publish(store, pieces, out, origin, {images.name: images.identity for images in data.image_sets})
     shutil.rmtree(work)
+
+
+def _new_folder(path: Path | None) -> Path:
+    """Checks that ``data.features`` names a folder that does not exist yet."""
+    if path is None:
+        raise ValueError("data.features must name the folder to write, got null; give the same folder to fit")
+    if path.exists():
+        raise ValueError(f"data.features {str(path)!r} exists and is never overwritten; choose another folder")
+    return path
+
+
+def _number_of_views(settings: Settings, epochs: int | None) -> int:
+    """Returns the number of augmented views of each training image, by default that of the epochs."""
+    views = settings.views or epochs or 0
+    if views < 1:
+        raise ValueError(
+            "views must be set because trainer.max_epochs is not; give one view per epoch, such as --views 30"
+        )
+    return views
 
 
 def _origin(encoder: Encoder, data: CLIPDataModule, views: int, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from robustclip.data.opened_source import open_source
 from robustclip.data.sources.source import where_of
 from robustclip.persistence import atomic_write
 from robustclip.tools.captioner import Captioner, Decoding
-from robustclip.tools.progress_log import Journal, Row, read_all
+from robustclip.tools.progress_log import ProgressLog, Row, read_all
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def caption(
     settings |= {"source": data, "split": split, "images": size}
     folder = out.with_name(f"{out.name}.journal")
     count = -(-size // decoding.batch_size)
-    with Journal(folder, shard, settings) as journal:
+    with ProgressLog(folder, shard, settings) as progress_log:
         done = read_all(folder, settings).keys()
         batches = Batches(dataset, model.processor, decoding.batch_size)
         todo = [number for number in range(count) if number % shards == shard and number not in done]
@@ -82,7 +82,7 @@ def caption(
         for number, is_decoded, pixels in display.progress(loader, label, len(todo)):
             captions = iter([] if pixels is None else model(pixels, decoding.seed + number))
             rows = [(index, next(captions) if is_good else []) for index, is_good in is_decoded.items()]
-            journal.append(number, rows)
+            progress_log.append(number, rows)
     return _publish(folder, out, count, settings)
 
 

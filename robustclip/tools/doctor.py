@@ -291,7 +291,7 @@ class Bench:
         return images, lambda pixels: self.model.logits(pixels, data_set.task.name).float(), labels
 
     def _seconds(self, action: Callable[[], Any]) -> float:
-        """Median time of a few runs after one to warm up, which is the result if it takes long."""
+        """Returns the median time of a few runs after one to warm up, or the time of that one if it takes long."""
         times: list[float] = []
         while len(times) <= REPEATS and (not times or sum(times) < LONGEST):
             start = perf_counter()
@@ -306,7 +306,7 @@ class Bench:
 
 
 def _elapsed(start: float, device: torch.device) -> float:
-    """Seconds since a start, after all work of the device."""
+    """Returns the seconds since a start, after all work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter() - start
@@ -338,12 +338,12 @@ def _machine(plan: Plan) -> Iterator[Finding]:
 
 
 def _model(model: RobustMethod, device: torch.device) -> Iterator[Finding]:
-    model.freeze_the_rest()
+    model.freeze_untrained()
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    total, learning = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     clip, side = model.clip, model.image_size
     name, scale = f"{type(model).__name__} on {clip.arch or clip.pretrained}", float(clip.logit_scale.detach())
-    detail = f"{name}: {total:,} parameters, {learning:,} learn; {side} x {side} pixels, logit scale {scale:.1f}"
+    detail = f"{name}: {total:,} parameters, {trained:,} trained; {side} x {side} pixels, logit scale {scale:.1f}"
     yield Finding("model", OK, detail)
     with frozen(model), torch.no_grad():
         features = model.image_features(torch.rand(2, 3, side, side, device=device)).float()

@@ -18,7 +18,7 @@ from robustclip.models.layers import frozen
 from robustclip.types import UNKNOWN, Batch, Task
 
 OK, INFO, WARNING, PROBLEM = "ok", "info", "warning", "problem"
-LOOKED_AT = 16  # images of each evaluation set
+IMAGES_READ = 16  # images of each evaluation set
 NAMED = 3  # classes that a line names
 STAND_IN = "shapes:colours"  # test set beside a set of unknown classes that is opened alone
 
@@ -88,7 +88,7 @@ def examine(
     for part, own_stage, kind in parts:
         part.max_samples = limit
         sizes = [_size(data_set.loader) for data_set in _data_sets(part, own_stage, kind)]
-        part.max_samples = min(LOOKED_AT, limit or LOOKED_AT)
+        part.max_samples = min(IMAGES_READ, limit or IMAGES_READ)
         for data_set, size in zip(_data_sets(part, own_stage, kind), sizes, strict=True):
             data_set.size = size
             try:

@@ -16,7 +16,7 @@ from robustclip.models.lora import is_factor
 from robustclip.persistence import atomic_folder
 
 # State that only a training run needs; an interpolated model has none.
-OF_TRAINING = (
+TRAINING_STATE = (
     "optimizer_states",
     "lr_schedulers",
     "loops",
@@ -56,7 +56,7 @@ def interpolate(method: RobustMethod, checkpoint: Path, out: Path, *, alphas: Se
     method.load_state_dict(original | tuned)
     weights = fingerprint(method)  # groups the tests of these models to one curve in a report
     method.load_state_dict(original)
-    kept = {name: value for name, value in content.items() if name not in OF_TRAINING}
+    kept = {name: value for name, value in content.items() if name not in TRAINING_STATE}
     names = [f"alpha-{alpha:g}.ckpt" for alpha in alphas]
     with atomic_folder(out) as aside:
         for alpha, name in zip(alphas, names, strict=True):
@@ -126,7 +126,7 @@ def check_has_original(method: RobustMethod, tuned: Mapping[str, Any]) -> None:
         raise ValueError(
             "model.pretrained is null, so there is no original model to interpolate with; name the base model"
         )
-    added = [name for name in tuned if not name.startswith(method.of_original)]
+    added = [name for name in tuned if not name.startswith(method.pretrained_prefixes)]
     if added:
         raise ValueError(
             f"{type(method).__name__} trained {added[0]!r}, which the original model does not have;"

@@ -11,13 +11,13 @@ Row = tuple[int, list[str]]
 """Sample id and captions."""
 
 
-class Journal:
+class ProgressLog:
     """Writes the log of one process: settings in the first line, then one line per batch, synced to the disk.
 
     Args:
-        folder: holds the logs of all processes.
+        folder: folder of the logs of all processes.
         shard: number of this process, from 0.
-        settings: everything that the rows depend on.
+        settings: settings that determine the rows.
 
     Raises:
         ValueError: another process writes this log; raised on entering the context.
@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, folder: Path, shard: int, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = folder / f"{shard}.jsonl", settings
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "ProgressLog":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         refusal = f"another process already works on this shard of {self.path.parent}; give each its own --shard"
         self._lock = persistence.lock(self.path.with_suffix(".lock"), refusal)
@@ -52,7 +52,7 @@ def read_all(folder: Path, settings: Mapping[str, Any]) -> dict[int, list[Row]]:
     Lines that a running process has not finished are left out.
 
     Args:
-        folder: holds the logs.
+        folder: folder of the logs.
         settings: the settings that every log must have.
 
     Raises:

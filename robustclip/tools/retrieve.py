@@ -133,17 +133,32 @@ def retrieve(settings: Settings, out: Path) -> None:
     parts = {kind: _pool_parts(store, encoder, pool, kind, settings) for kind in modalities}
     sets = {name: image_parts(store, encoder, *guard) for name, guard in guards.items()}
     best, counts = _search(settings, queries, parts, sets)
-    anchors = np.unique(best[best >= 0])
-    versions = {name: version(name) for name in ("torch", "open_clip_torch", "faiss-cpu", "numpy")}
     report = {"settings": asdict(settings), "features": encoder.settings, "queries": len(queries.features)}
-    report |= {"counts": counts, "versions": versions}
     with atomic_folder(out) as aside:
-        write_pairs(aside / "train", read_chosen(pool, [part["digest"] for part in parts[modalities[0]]], anchors))
-        write_neighbours(aside / "neighbours.parquet", queries, best, anchors)
-        (aside / "retrieval.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _write_anchors(aside, pool, [part["digest"] for part in parts[modalities[0]]], queries, best)
+        _write_report(aside / "retrieval.json", report | {"counts": counts})
     if settings.cache is None:
         shutil.rmtree(work)
     sys.stdout.write("".join(f"{name}: {count}\n" for name, count in counts.items()) + f"{out}\n")
+
+
+def _write_anchors(
+    folder: Path,
+    pool: Sequence[Shard],
+    digests: Sequence[NDArray[np.uint64]],
+    queries: Queries,
+    best: NDArray[np.int64],
+) -> None:
+    """Writes the retrieved pairs and the table of every image's nearest pairs."""
+    anchors = np.unique(best[best >= 0])
+    write_pairs(folder / "train", read_chosen(pool, digests, anchors))
+    write_neighbours(folder / "neighbours.parquet", queries, best, anchors)
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes settings and counts of the retrieval, with the versions of the packages."""
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "faiss-cpu", "numpy")}
+    path.write_text(json.dumps({**report, "versions": versions}, indent=2) + "\n", encoding="utf-8")
 
 
 def _estimate(pool: Sequence[Shard], encoder: Encoder, settings: Settings) -> str:

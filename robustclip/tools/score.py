@@ -34,7 +34,7 @@ def score(folder: Path) -> None:
 
 
 def _kept(folder: Path, name: str) -> Callable[[Record], Any]:
-    """A section as the present result has it."""
+    """Returns a function of the section that the present result has."""
     try:
         result: Mapping[str, Any] = json.loads(read_text(folder / RESULT))
         value = result[name]

@@ -1,4 +1,4 @@
-"""``robustclip soup`` adds up what several fine-tuned models have learnt: weight soups and task arithmetic."""
+"""``robustclip soup`` mixes the weights of several fine-tuned models: weight soups and task arithmetic."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from robustclip.methods._shared.saved_state import SETTINGS, read_checkpoint, wi
 from robustclip.models.lora import merged_state, plain_name
 from robustclip.models.tensor_files import DIGEST
 from robustclip.persistence import atomic_folder
-from robustclip.tools.interpolate import OF_TRAINING, check_has_original
+from robustclip.tools.interpolate import TRAINING_STATE, check_has_original
 
 CLASSES = ("head_classes", "cache_classes")  # names of the classes of trained classifiers
 Measure = Callable[[Path], float]
@@ -37,7 +37,7 @@ class Member:
     weights: Mapping[str, Tensor]
 
 
-class Kitchen:
+class Mixer:
     """Mixes the checkpoints of one base model.
 
     Args:
@@ -78,7 +78,7 @@ class Kitchen:
             for name, tensor in chosen[0].weights.items()
         }
         digests = [str(member.content.get(DIGEST, "unknown")) for member in chosen]
-        kept = {key: value for key, value in chosen[0].content.items() if key not in OF_TRAINING}
+        kept = {key: value for key, value in chosen[0].content.items() if key not in TRAINING_STATE}
         return with_digest(
             kept
             | {
@@ -120,13 +120,13 @@ def soup(
         checkpoints: files of ``robustclip fit``, two at least.
         out: folder to write; it must not exist.
         scales: factors of the changes; empty for a mean.
-        measure: accuracy on held-out images, by which is chosen; None writes what is asked for.
+        measure: accuracy on held-out images, which chooses among mixtures; None writes all of them.
 
     Returns:
         Paths of the written checkpoints.
 
     Raises:
-        ValueError: fewer than two checkpoints, one is given twice, scales are repeated, as for `Kitchen`, or ``out``
+        ValueError: fewer than two checkpoints, one is given twice, scales are repeated, as for `Mixer`, or ``out``
             exists.
     """
     if len(set(checkpoints)) < max(2, len(checkpoints)):
@@ -134,22 +134,22 @@ def soup(
     if len({f"{scale:g}" for scale in scales}) < len(scales):
         raise ValueError(f"scales must be given once each, got {list(scales)}")
     plain = build(checkpoints[0], "--model.lora=null")
-    kitchen = Kitchen(plain, [_member(build(path), path, plain) for path in checkpoints])
-    everyone = range(len(checkpoints))
-    mixtures = {f"scale-{scale:g}.ckpt": ([*everyone], scale) for scale in scales}
-    mixtures = mixtures or {"mean.ckpt": ([*everyone], 1 / len(checkpoints))}
+    mixer = Mixer(plain, [_member(build(path), path, plain) for path in checkpoints])
+    everyone = list(range(len(checkpoints)))
+    mixtures = {f"scale-{scale:g}.ckpt": (everyone, scale) for scale in scales}
+    mixtures = mixtures or {"mean.ckpt": (everyone, 1 / len(checkpoints))}
     with atomic_folder(out) as aside:  # refuses an existing folder before anything is measured
         if measure is not None:
             with TemporaryDirectory() as folder:
-                taste = _Taste(kitchen, measure, Path(folder) / "soup.ckpt")
+                accuracy_of = _MeasuredAccuracy(mixer, measure, Path(folder) / "soup.ckpt")
                 if scales:
-                    best = max(mixtures, key=lambda name: taste(*mixtures[name]))
+                    best = max(mixtures, key=lambda name: accuracy_of(*mixtures[name]))
                     mixtures = {best: mixtures[best]}
                 else:
-                    kept = greedy(len(checkpoints), lambda places: taste(places, 1 / len(places)))
+                    kept = greedy(len(checkpoints), lambda places: accuracy_of(places, 1 / len(places)))
                     mixtures = {"greedy.ckpt": (kept, 1 / len(kept))}
         for name, mixture in mixtures.items():
-            torch.save(kitchen.mixed(*mixture), aside / name)
+            torch.save(mixer.mixed(*mixture), aside / name)
     files = [out / name for name in mixtures]
     sys.stdout.write("".join(f"{file}\n" for file in files))
     return files
@@ -174,16 +174,16 @@ def greedy(count: int, accuracy: Callable[[list[int]], float]) -> list[int]:
     return kept
 
 
-class _Taste:
-    """Measures a mixture, and reports its accuracy."""
+class _MeasuredAccuracy:
+    """Function that measures the accuracy of a mixture on held-out images, and prints it."""
 
-    def __init__(self, kitchen: Kitchen, measure: Measure, path: Path) -> None:
-        self.kitchen, self.measure, self.path = kitchen, measure, path
+    def __init__(self, mixer: Mixer, measure: Measure, path: Path) -> None:
+        self.mixer, self.measure, self.path = mixer, measure, path
 
     def __call__(self, places: Sequence[int], scale: float) -> float:
-        torch.save(self.kitchen.mixed(places, scale), self.path)
+        torch.save(self.mixer.mixed(places, scale), self.path)
         accuracy = self.measure(self.path)
-        names = ", ".join(str(self.kitchen.members[place].path) for place in places)
+        names = ", ".join(str(self.mixer.members[place].path) for place in places)
         sys.stderr.write(f"{100 * accuracy:.2f} % on held-out images: scale {scale:g} of {names}\n")
         return accuracy
 
@@ -196,7 +196,7 @@ def _member(method: RobustMethod, path: Path, plain: RobustMethod) -> Member:
     if method.lora is None:
         return Member(path, _without_weights(content), dict(content["state_dict"]))
     state, known = merged_state(method), plain.state_dict()
-    trained = {plain_name(name) for name in content["state_dict"]} | (plain.learning_names & state.keys())
+    trained = {plain_name(name) for name in content["state_dict"]} | (plain.trained_names & state.keys())
     weights = {name: state[name].clone() for name in known if name in trained}
     added = {name: state[name].clone() for name in sorted(trained - weights.keys())}  # such as a classifier
     return Member(path, _without_weights(content), weights | added)

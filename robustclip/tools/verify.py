@@ -109,9 +109,9 @@ def check(run: Run, method: RobustMethod, folder: Path) -> dict[Key, dict[int, l
             ledgers = {task: {row.get("id", ""): row for row in run.rows(task)}}
         axes = run.result["protocol"].get(task, {}).get(attack, {}).get("axes", {})
         clean, attacked = _predictions(method, batch, _draws(run))
-        for example, seen_clean, seen_attacked in zip(batch, clean, attacked, strict=True):
+        for example, on_clean, on_attacked in zip(batch, clean, attacked, strict=True):
             row = ledgers[task].get(str(example.number), {})
-            reasons = [*_outside(example, axes), *_unlike(example, seen_clean, seen_attacked, row)]
+            reasons = [*_outside(example, axes), *_unlike(example, on_clean, on_attacked, row)]
             failures[task, attack][example.number] = reasons
     return dict(failures)
 
@@ -132,7 +132,7 @@ def transfers(run: Run, method: RobustMethod) -> dict[Key, Transfer]:
         labels = [example.label for example in batch]
         predictions = _predictions(method, batch, _draws(run))
         clean, attacked = ([x == y for x, y in zip(classes, labels, strict=True)] for classes in predictions)
-        misclassified = sum(was and not still for was, still in zip(clean, attacked, strict=True))
+        misclassified = sum(before and not after for before, after in zip(clean, attacked, strict=True))
         counts = len(batch), sum(clean), sum(attacked), misclassified
         key = batch[0].task, batch[0].attack
         totals[key] = Transfer(*map(sum, zip(totals.get(key, Transfer()), counts, strict=True)))

@@ -24,7 +24,9 @@ IDS = torch.arange(300)
     steps=st.integers(1, 12),
     seed=st.integers(0, 2**31),
 )
-def test_apgd_evaluates_only_images_in_ball_and_box(norm: str, eps: float, targets: int, steps: int, seed: int) -> None:
+def test_apgd_evaluates_only_images_in_the_perturbation_set(
+    norm: str, eps: float, targets: int, steps: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     images, weights = torch.rand(4, 3, 5, 5), torch.randn(75, 4)
     seen: list[Tensor] = []

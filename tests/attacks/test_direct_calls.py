@@ -31,7 +31,7 @@ class Whole(Counted, SkipsMisclassified):
     ("attack", "most"),
     [(APGD(8 / 255, 10, targets=5, loss="dlr"), 0.8), (APGD(8 / 255, 10, restarts=4), 0.8), (Square(0.1, 400), 0.6)],
 )
-def test_what_is_misclassified_is_not_computed_any_more_and_no_image_changes(attack: Attack, most: float) -> None:
+def test_misclassified_images_are_not_attacked_further_and_stay_unchanged(attack: Attack, most: float) -> None:
     victim, model, whole = learnt(), Counted(), Whole()
     images = attack(victim.images, model, victim.labels, index=IDS)
     expected = attack(victim.images, whole, victim.labels, index=IDS)

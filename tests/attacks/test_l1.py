@@ -39,7 +39,7 @@ def nearest(image: Tensor, point: Tensor, eps: float) -> np.ndarray:
 
 @pytest.mark.parametrize("eps", [0.05, 0.4, 1.5, 5.0])
 @pytest.mark.parametrize("scale", [0.1, 1.0])
-def test_the_projection_is_the_nearest_point_of_ball_and_range(eps: float, scale: float) -> None:
+def test_the_projection_is_the_nearest_point_of_the_perturbation_set(eps: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     images = (torch.rand(5, 3, 2, 2, generator=generator) * 1.4 - 0.2).clamp(0, 1)  # some pixels have no room
     points = images + scale * torch.randn(images.shape, generator=generator)
@@ -126,7 +126,7 @@ def test_attacks_without_l1_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_every_member_of_the_cascade_in_l1_stays_in_its_ball_and_succeeds_alone() -> None:
+def test_every_member_of_the_cascade_in_l1_stays_in_its_radius_and_succeeds_alone() -> None:
     victim, eps = learnt(), 9.0
     images, labels = victim.images[:30], victim.labels[:30]
     clean = int((victim.model(images).argmax(1) != labels).sum())

@@ -12,7 +12,7 @@ from robustclip.attacks import PGD, noise, perturbation_set
 
 @settings(max_examples=60, deadline=None)
 @given(norm=st.sampled_from(["linf", "l2", "l1"]), eps=st.floats(0, 1), scale=st.floats(0, 3), seed=st.integers(0, 999))
-def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, scale: float, seed: int) -> None:
+def test_projections_and_starts_lie_in_the_perturbation_set(norm: str, eps: float, scale: float, seed: int) -> None:
     torch.manual_seed(seed)
     images = (torch.rand(4, 3, 5, 5) * 1.4 - 0.2).clamp(0, 1)
     assert_inside(
@@ -24,13 +24,13 @@ def test_projections_and_starts_lie_in_ball_and_box(norm: str, eps: float, scale
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_what_is_inside_stays_where_it_is(norm: str) -> None:
+def test_the_projection_leaves_points_of_the_perturbation_set_unchanged(norm: str) -> None:
     images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     inside = (images + 0.01).clamp(0, 1)
     torch.testing.assert_close(perturbation_set.project(inside, images, 0.8, norm), inside, atol=1e-7, rtol=0)
 
 
-def test_large_l2_balls_hold_to_a_millionth() -> None:
+def test_large_l2_radii_hold_to_a_millionth() -> None:
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     for eps in (0.05, 0.5, 3.0):
         attacked = perturbation_set.project(images + torch.randn_like(images), images, eps, "l2")
@@ -38,7 +38,7 @@ def test_large_l2_balls_hold_to_a_millionth() -> None:
         assert (length <= eps * (1 + 1e-6)).all()
 
 
-def test_surface_starts_reach_the_surface_of_an_interior_ball() -> None:
+def test_surface_starts_have_the_radius_as_distance_from_interior_images() -> None:
     images = torch.full((4, 3, 5, 5), 0.5)
     for norm in ("linf", "l2", "l1"):
         reached = perturbation_set.distance(

@@ -32,7 +32,7 @@ def batch(size: int = 6) -> tuple[Tensor, Tensor]:
     keep=st.sampled_from(["last", "best"]),
     seed=st.integers(0, 2**31),
 )
-def test_pgd_stays_in_ball_and_box(norm: str, eps: float, steps: int, keep: str, seed: int) -> None:
+def test_pgd_stays_in_the_perturbation_set(norm: str, eps: float, steps: int, keep: str, seed: int) -> None:
     torch.manual_seed(seed)
     images, weights = torch.rand(4, 3, 5, 5), torch.randn(75, 3)
     attack = PGD(eps=eps, alpha=eps / 2, steps=steps, norm=norm, keep=keep)

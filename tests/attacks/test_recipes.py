@@ -1,4 +1,4 @@
-"""Recipes, and what every attack says of itself."""
+"""Recipes, and the declared properties of every attack."""
 
 import json
 import sys
@@ -89,7 +89,9 @@ def test_fab_alone_finds_the_boundary_of_a_linear_model(classes: int) -> None:
     assert (survived != robust).sum() <= 1  # it stops a hair beyond the boundary, perhaps outside the ball
 
 
-def test_what_torchattacks_returns_outside_the_ball_is_the_clean_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_torchattacks_outside_the_radius_is_replaced_by_the_clean_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     images, labels = torch.full((4, 3, 4, 4), 0.5), torch.arange(4)
     attack = TorchAttack("FAB", eps=0.1)
     change = torch.tensor([0.05, 0.1 + 1e-8, 0.2, float("nan")]).view(-1, 1, 1, 1)
@@ -144,7 +146,7 @@ def test_scaled_copies_differ_in_radius_and_steps_alone(attack: Attack, changed:
     assert attack.settings == before
 
 
-def test_what_cannot_be_scaled_says_so() -> None:
+def test_an_attack_that_cannot_be_scaled_returns_none() -> None:
     assert Plain().scaled(radius=2) is None
     assert TorchAttack("DeepFool").scaled(steps=2) is None
     assert TorchAttack("CW", kwargs={"steps": 3}).scaled(radius=2) is None
@@ -174,7 +176,7 @@ def test_an_attack_is_its_own_member_under_its_own_name() -> None:
     assert wrapped.members(10) == [Member("torch_attack", wrapped)]
 
 
-def test_attacks_declare_what_their_evaluations_are_worth() -> None:
+def test_attacks_declare_anytime_and_black_box() -> None:
     assert PGD.is_anytime
     assert APGD.is_anytime
     assert Square.is_anytime

@@ -27,7 +27,7 @@ IDS = torch.arange(300)
     queries=st.integers(1, 80),
     seed=st.integers(0, 2**31),
 )
-def test_square_evaluates_only_images_in_ball_and_box(
+def test_square_evaluates_only_images_in_the_perturbation_set(
     norm: str, eps: float, height: int, width: int, queries: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -88,7 +88,7 @@ def test_results_do_not_depend_on_batch_or_order(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_square_breaks_no_sample_that_is_certified(norm: str) -> None:
+def test_square_never_succeeds_on_a_certified_sample(norm: str) -> None:
     victim = linear(5)
     eps = 0.03 if norm == "linf" else 0.15
     attacked = Square(eps, 400, norm)(victim.images, victim.model, victim.labels, index=IDS[:60])
@@ -97,7 +97,7 @@ def test_square_breaks_no_sample_that_is_certified(norm: str) -> None:
     assert survived.float().mean() <= robust.float().mean() + 0.2
 
 
-def test_linf_perturbations_are_vertices_of_ball_and_box() -> None:
+def test_linf_perturbations_are_vertices_of_the_perturbation_set() -> None:
     victim = learnt()
     attacked = Square(0.03, 50)(victim.images[:20], victim.model, victim.labels[:20], index=IDS[:20])
     up, down = (victim.images[:20] + 0.03).clamp(max=1), (victim.images[:20] - 0.03).clamp(min=0)

@@ -37,7 +37,7 @@ class Victim(NamedTuple):
 
 @cache
 def learnt() -> Victim:
-    """A small convolutional net that tells six noisy patterns apart, with 300 images."""
+    """A small convolutional net that distinguishes six noisy patterns, with 300 images."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     patterns = torch.rand(6, 3, 16, 16) / 4 + 0.375

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input, a person reads one line that says what, where and what to do."""
+"""Every fault of the input is reported in one line with its place and a remedy."""
 
 import io
 import json
@@ -515,7 +515,7 @@ def test_fit_leaves_bad_samples_out_and_counts_them(at: Path, model: Path, caplo
     assert "key 's0000003'" in caplog.text
 
 
-def test_own_checkpoints_load_as_data_whatever_the_environment_says(
+def test_own_checkpoints_load_as_data_in_any_environment(
     at: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")

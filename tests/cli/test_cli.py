@@ -38,7 +38,7 @@ SECONDS = 1.5
         ([], 0, "usage"),
     ],
 )
-def test_what_needs_no_library_is_answered_at_once(arguments: list[str], status: int, words: str) -> None:
+def test_commands_without_libraries_start_at_once(arguments: list[str], status: int, words: str) -> None:
     best = float("inf")
     for _ in range(3):  # the machine may be busy; the best of three is the program's own time
         start = time.perf_counter()
@@ -125,7 +125,7 @@ def test_tools_answer_help(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"usage: robustclip {command}" in capsys.readouterr().out
 
 
-def test_tools_get_what_the_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_receive_the_arguments_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     def instead_of(function: Any) -> Any:

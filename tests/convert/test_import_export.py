@@ -208,7 +208,7 @@ def bad_content(name: str) -> Any:
         ("a list", "must hold a mapping"),
     ],
 )
-def test_what_is_no_tower_of_the_base_model_is_refused(name: str, words: str, base: Path, tmp_path: Path) -> None:
+def test_weights_of_another_tower_are_refused(name: str, words: str, base: Path, tmp_path: Path) -> None:
     torch.save(bad_content(name), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=words) as caught:
         import_checkpoint(tmp_path / "a.pt", tmp_path / "out", pretrained=str(base))
@@ -237,7 +237,7 @@ def test_a_file_that_was_cut_short_is_refused(suffix: str, share: float, base: P
         ({"arch": "tiny-resnet", "pretrained": "resnet.pt"}, "does not fit the image tower of tiny-resnet: it lacks"),
     ],
 )
-def test_a_wrong_base_model_is_told(
+def test_a_wrong_base_model_is_reported(
     options: dict[str, str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -301,7 +301,7 @@ class Prompted(TeCoA):
 
 @pytest.mark.parametrize(("cls", "part"), [(Adapted, "image"), (Prompted, "class")])
 @pytest.mark.parametrize("to", ["open_clip", "hf"])
-def test_what_a_method_adds_at_inference_is_not_lost(
+def test_an_export_refuses_parts_beside_the_towers(
     cls: type[TeCoA], part: str, to: str, base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=f"{cls.__name__} adds to the towers .* {part} features"):
@@ -376,7 +376,7 @@ def test_a_checkpoint_and_its_test_go_out_by_command(
     assert cards[0] == cards[1]
 
 
-def test_the_model_card_says_what_was_trained_and_measured(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_model_card_states_training_and_results(trained: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, test = trained
     assert run(["export", str(checkpoint), "--results", str(test), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
@@ -401,7 +401,7 @@ def test_results_of_other_weights_are_not_claimed(trained: tuple[Path, Path], tm
 
 
 @pytest.mark.parametrize(("seed", "is_doubted"), [(0, False), (1, True)])
-def test_a_base_model_that_the_weights_do_not_come_from_is_told(
+def test_a_base_model_unrelated_to_the_weights_is_reported(
     seed: int, is_doubted: bool, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = tower_of(random_net(QUICK))
@@ -437,7 +437,7 @@ def test_import_by_command_answers_in_lines(base: Path, tmp_path: Path, capsys: 
         (["{checkpoint}", "--out", "x", "--model.last_blocks", "99"], "last_blocks must be in"),
     ],
 )
-def test_export_tells_bad_input_in_one_line(
+def test_export_reports_bad_input_in_one_line(
     words: list[str], told: str, trained: tuple[Path, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

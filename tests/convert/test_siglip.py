@@ -139,7 +139,7 @@ CONFIG, PIXELS = "config.json", "preprocessor_config.json"
         (PIXELS, {"size": 48}, "must give 32x32 pixels"),
     ],
 )
-def test_what_is_not_understood_is_refused_in_one_line(
+def test_unsupported_options_are_refused_in_one_line(
     file: str, changes: dict[str, Any], words: str, source: Path, tmp_path: Path
 ) -> None:
     change(copied(source, tmp_path / "in") / file, **changes)
@@ -227,7 +227,7 @@ def test_a_siglip_is_trained_under_attack_and_goes_out(imported: Path, tmp_path:
         ("vision_cfg", {"timm_proj": "linear"}, "vision_cfg.timm_proj = 'linear'"),
     ],
 )
-def test_what_the_library_has_no_place_for_does_not_go_out(
+def test_an_export_refuses_options_that_the_library_lacks(
     section: str, option: dict[str, Any], words: str, imported: Path, tmp_path: Path
 ) -> None:
     method = trained(imported)

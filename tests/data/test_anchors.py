@@ -26,7 +26,7 @@ SIZE, PAIRS = 12, 5
 
 @pytest.fixture(scope="module")
 def folder(write_shards: ShardWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve images, captions of all but one of them, and five pairs, one of which is broken in ``holed``."""
+    """Twelve images, captions of all but one of them, and five pairs, one of which does not decode in ``holed``."""
     folder = tmp_path_factory.mktemp("anchored")
     write_shards(folder, "set", "train", [7, SIZE - 7])
     rows = {number: [f"{number} first", f"{number} second"] for number in reversed(range(SIZE)) if number != 3}
@@ -93,7 +93,7 @@ def test_paired_images_take_a_neighbour_or_any_pair_where_they_have_none(folder:
 
 
 @pytest.mark.parametrize(("done", "workers"), [(1, 0), (4, 0), (4, 2)])
-def test_a_continued_run_sees_what_the_uninterrupted_run_sees(folder: Path, done: int, workers: int) -> None:
+def test_a_resumed_run_draws_the_pairs_of_the_uninterrupted_run(folder: Path, done: int, workers: int) -> None:
     options = {"augmentation": Augmentation(flip=True), "num_workers": workers}
     source = loader(folder, **options)
     whole = [batch for _ in range(3) for batch in epoch(source)]
@@ -107,7 +107,7 @@ def test_a_continued_run_sees_what_the_uninterrupted_run_sees(folder: Path, done
     assert rows(rest[-3:]) == rows(whole[-3:])
 
 
-def test_what_lies_beside_the_images_changes_nothing_about_them(folder: Path) -> None:
+def test_captions_and_pairs_leave_the_images_unchanged(folder: Path) -> None:
     states = torch.get_rng_state(), random.getstate()
     one, other = loader(folder), loader(folder, captions=None, anchors=None)
     for with_pairs, without in zip(epoch(one), epoch(other), strict=True):
@@ -126,7 +126,7 @@ def test_a_pair_that_does_not_decode_leaves_its_place_to_the_next_and_is_counted
     assert "key 's0000001'" in source.bad_samples[0].where
 
 
-def test_an_image_whose_pairs_are_all_broken_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_an_image_whose_pairs_all_fail_to_decode_is_left_out(folder: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "broken", [(b"no image", "a"), (b"nor this", "b")])
     data = loader(folder, anchors=str(tmp_path / "broken")).dataset
     assert isinstance(data[0], BadSample)  # type: ignore[index]
@@ -191,7 +191,7 @@ def test_flips_come_every_other_time_and_small_images_keep_their_size() -> None:
         ({"anchors": "none"}, "no such data set"),
     ],
 )
-def test_what_is_not_there_is_told(folder: Path, options: dict[str, Any], words: str) -> None:
+def test_missing_anchors_are_reported(folder: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         loader(folder, **options)
 

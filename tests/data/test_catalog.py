@@ -164,7 +164,7 @@ def test_known_collisions_and_no_others() -> None:
 
 
 def test_imagenet_agrees_with_torchvision() -> None:
-    """torchvision tells two of the pairs apart by more words; the other names are the same first synonyms."""
+    """torchvision distinguishes two of the pairs by more words; the other names are the same first synonyms."""
     theirs = [_plain(name) for name in ResNet18_Weights.DEFAULT.meta["categories"]]
     ours = CATALOG["imagenet"].class_names
     differences = {index: theirs[index] for index in range(1000) if ours[index] != theirs[index]}

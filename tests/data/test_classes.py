@@ -38,7 +38,7 @@ def test_ranges_hold_both_their_ends(text: str, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "0-10", "-1", "0-3,2-5", "4,4", "5,0", "1-2-3", "0-2,"])
-def test_what_is_no_range_is_told_in_one_line(text: str) -> None:
+def test_malformed_ranges_are_reported_in_one_line(text: str) -> None:
     with pytest.raises(ValueError, match=r"^label ranges must rise within 0-9, as `0-14,25-27` does, got '") as error:
         parse_ranges(text, 10)
     assert "\n" not in str(error.value)

@@ -134,7 +134,7 @@ def test_few_shots_read_a_part_of_a_cache_of_all(written: Written) -> None:
     assert np.array_equal(torch.cat([batch.images for batch in batches]), written.views[0][index])
 
 
-def test_what_did_not_decode_is_left_out_and_told(written: Written) -> None:
+def test_undecodable_images_are_left_out_and_reported(written: Written) -> None:
     keep = np.delete(np.arange(COUNT), 4)
     for path in (written.folder / "cache" / "train").glob("*.npy"):
         np.save(path, np.load(path)[keep])

@@ -267,7 +267,7 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_what_torchvision_leaves_has_the_class_names_of_the_catalogue(name: str, tmp_path: Path) -> None:
+def test_folders_of_torchvision_have_the_class_names_of_the_catalogue(name: str, tmp_path: Path) -> None:
     cls, write = TORCHVISION[name]
     expected = write(tmp_path)
     split = "val" if name == "imagenet" else None

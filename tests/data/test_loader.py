@@ -82,7 +82,7 @@ def test_a_loader_continues_where_another_stood(
 
 
 @pytest.mark.parametrize(("length", "workers"), [(1, 0), (4, 0), (7, 0), (11, 0), (7, 1), (7, 2)])
-def test_a_stream_has_as_many_batches_as_its_length_says(
+def test_a_stream_has_as_many_batches_as_its_length(
     tmp_path: Path, write_shards: ShardWriter, length: int, workers: int
 ) -> None:
     base = write_shards(tmp_path, "set", "test", [5, 6])
@@ -126,7 +126,7 @@ def test_skipped_samples_are_counted_anew_each_time(tmp_path: Path, write_shards
         assert [bad.where[-14:] for bad in loader.bad_samples] == [f"key 's000000{number}'" for number in (1, 2, 3)]
 
 
-def test_training_skips_what_evaluation_refuses(tmp_path: Path, write_shards: ShardWriter) -> None:
+def test_training_skips_undecodable_images_that_evaluation_refuses(tmp_path: Path, write_shards: ShardWriter) -> None:
     write_shards(tmp_path, "set", "train", [6], broken=(4,))
     write_shards(tmp_path, "set", "test", [6], broken=(4,))
     data = CLIPDataModule("wds:set", test=["wds:set"], root=str(tmp_path), holdout=0, batch_size=2)
@@ -137,7 +137,7 @@ def test_training_skips_what_evaluation_refuses(tmp_path: Path, write_shards: Sh
         list(data.test_dataloader()[0])
 
 
-def test_skipped_samples_are_told_per_task(tmp_path: Path, write_shards: ShardWriter) -> None:
+def test_skipped_samples_are_reported_per_task(tmp_path: Path, write_shards: ShardWriter) -> None:
     write_shards(tmp_path, "good", "test", [3])
     write_shards(tmp_path, "bad", "test", [6], broken=(0, 4))
     data = CLIPDataModule(test=["wds:good", "wds:bad"], root=str(tmp_path), bad_samples="skip")

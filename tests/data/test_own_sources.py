@@ -123,7 +123,7 @@ def test_a_source_is_named_and_worded_like_ours(own_file: Callable[[str], str]) 
         ("nonsense:x", ("folder:/my/photos", "my_module.MySet")),
     ],
 )
-def test_what_is_no_class_of_a_data_set_is_refused(source: str, parts: tuple[str, ...]) -> None:
+def test_classes_other_than_data_sets_are_refused(source: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="data") as error:
         opened(source)
     for part in parts:

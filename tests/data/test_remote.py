@@ -118,13 +118,13 @@ def test_a_failure_that_passes_loses_and_repeats_nothing(server: Server, script:
     assert not server.script
 
 
-def test_failures_between_which_the_file_goes_on_are_not_counted_together(server: Server) -> None:
+def test_failures_with_progress_between_them_are_counted_separately(server: Server) -> None:
     server.script = ["drop 66000", "close"] * 3
     assert len(server.script) > TRIES
     assert content(server) == CONTENT
 
 
-def test_only_what_is_missing_is_asked_for_again(server: Server) -> None:
+def test_only_the_missing_bytes_are_requested_again(server: Server) -> None:
     server.script = ["drop 70001"]
     content(server)
     assert [asked for _, asked in server.requests] == [None, "bytes=70001-"]
@@ -236,7 +236,7 @@ def set_url(server: Server) -> str:
     return f"{server.url}/a set/é"
 
 
-def test_a_stream_goes_on_within_a_shard(server: Server, set_url: str) -> None:
+def test_a_stream_resumes_within_a_shard(server: Server, set_url: str) -> None:
     urls = list_shards(set_url, "test")
     expected = [*StreamedShards(urls)]
     assert [sample.label for sample in expected] == [0, 1, 0, 1] * 2

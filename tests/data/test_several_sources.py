@@ -58,7 +58,7 @@ def test_a_joined_sample_is_that_of_its_set(root: Path) -> None:
     assert all((one == other).all() for one, other in zip(*images, strict=True))
 
 
-def test_a_joined_sample_is_told_by_where_it_lies() -> None:
+def test_a_sample_of_joined_sources_is_reported_by_its_file() -> None:
     class Placed(Labelled):
         def where(self, index: int) -> str:
             return f"{len(self)}/{index}"

@@ -110,7 +110,7 @@ def test_held_out_pairs_never_appear_in_the_source_or_the_pretraining() -> None:
     assert not held_out & found
 
 
-def test_captions_name_what_the_class_names() -> None:
+def test_captions_name_the_property_of_the_class() -> None:
     dataset = ShapesDataset("colour_shapes")
     for index, label in enumerate(dataset.labels):
         assert dataset.class_names[label] in dataset.caption(index)
@@ -136,7 +136,7 @@ def test_training_images_are_not_test_images(name: str) -> None:
     assert not train & test
 
 
-def test_unknown_names_and_splits_are_answered_with_what_exists() -> None:
+def test_unknown_names_and_splits_are_refused_with_the_existing_ones() -> None:
     with pytest.raises(ValueError, match=r"name must be one of source, colours, .*; got 'cats'"):
         ShapesDataset("cats")
     with pytest.raises(ValueError, match=r"split of shapes set 'sizes' must be one of test; got 'train'"):

@@ -130,7 +130,7 @@ def test_an_unknown_split_names_the_known_ones(tmp_path: Path, write_shards: Sha
 
 
 @pytest.mark.parametrize("count", ["", "0", "two", "-1", "9" * 12, "9" * 5000])
-def test_a_malformed_count_of_shards_is_told(tmp_path: Path, write_shards: ShardWriter, count: str) -> None:
+def test_a_malformed_count_of_shards_is_reported(tmp_path: Path, write_shards: ShardWriter, count: str) -> None:
     base = write_shards(tmp_path, "set", "test", [1])
     (base / "test" / "nshards.txt").write_text(count)
     with pytest.raises(ValueError, match=r"nshards\.txt must hold the number of shards"):

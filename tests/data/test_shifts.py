@@ -53,7 +53,7 @@ def test_objectnet_has_113_classes_of_which_none_share_a_class_of_imagenet() -> 
     assert sum(len(group) > 1 for group in entry.groups) == 9
 
 
-def test_most_folders_of_objectnet_say_what_their_classes_are() -> None:
+def test_most_folders_of_objectnet_are_named_by_their_class() -> None:
     entry = CATALOG["objectnet"]
     pairs = list(zip(entry.folders, entry.groups, strict=True))
     alike = [f for f, group in pairs if set(re.split("[_-]", f)) & {w for n in group for w in IMAGENET[n].split()}]
@@ -146,7 +146,7 @@ def test_a_list_gives_the_splits_and_the_words_of_domainnet(tmp_path: Path) -> N
         (None, "is no file"),
     ],
 )
-def test_what_is_no_list_is_refused(lines: str | None, words: str, tmp_path: Path) -> None:
+def test_malformed_lists_are_refused(lines: str | None, words: str, tmp_path: Path) -> None:
     if lines is not None:
         (tmp_path / "real.txt").write_text(lines)
     with pytest.raises(ValueError, match=words):

@@ -151,7 +151,7 @@ def test_an_empty_set_is_refused(tmp_path: Path, write_shards: ShardWriter) -> N
         ("folder:nothing", "needs one sub-folder of images per class"),
     ],
 )
-def test_a_source_that_does_not_exist_is_told(tmp_path: Path, source: str, words: str) -> None:
+def test_a_missing_source_is_reported(tmp_path: Path, source: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         opened(source, tmp_path)
 

@@ -116,7 +116,7 @@ def test_a_shuffled_order_follows_from_seed_and_epoch(tmp_path: Path, write_shar
     assert len({order(0, 0), order(0, 1), order(0, 2), order(1, 0)}) == 4
 
 
-def test_shards_without_any_sample_are_told(tmp_path: Path, write_shards: ShardWriter) -> None:
+def test_shards_without_any_sample_are_reported(tmp_path: Path, write_shards: ShardWriter) -> None:
     urls = urls_of(tmp_path, write_shards, [0, 0])
     with pytest.raises(ValueError, match="hold no sample"):
         next(iter(ShuffledShards(urls, length=3, seed=0)))

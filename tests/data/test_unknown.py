@@ -45,7 +45,7 @@ def read(loader: ImageLoader) -> dict[int, int]:
     return dict(zip(ids, labels, strict=True))
 
 
-def test_a_part_renumbers_labels_and_still_tells_where_its_samples_lie(root: Path) -> None:
+def test_a_part_renumbers_labels_and_reports_the_files_of_its_samples(root: Path) -> None:
     source = open_source(DataSource("wds:set", classes="1,4", images="3-4"), root=str(root), split="test")
     assert source.task.class_names == ("green", "grey")
     assert source.dataset is not None
@@ -148,7 +148,7 @@ def test_drawn_classes_of_imagenet_are_those_of_its_shifts(tmp_path: Path) -> No
     assert known.part == "the known of 1000 classes, of which seed 1 drew 400 as known"
 
 
-def test_the_doctor_looks_at_unknown_sets_and_at_joined_ones(root: Path) -> None:
+def test_the_doctor_checks_unknown_and_joined_sets(root: Path) -> None:
     data = CLIPDataModule(["wds:set", "wds:set"], test=[SET], unknown=[SET], root=str(root), image_size=32)
     for stage, title in (("test", "unknown: set_unknown"), ("fit", "training: set"), ("fit", "hold-out: set")):
         assert title in [finding.check for finding in examine(data, stage, None)]
@@ -164,7 +164,9 @@ def test_the_doctor_looks_at_unknown_sets_and_at_joined_ones(root: Path) -> None
         (DataSource("wds:set", "few", classes="5", split="few"), "has no sample of the selected part, classes 5 of 6"),
     ],
 )
-def test_what_does_not_fit_is_refused(root: Path, write_shards: ShardWriter, source: DataSource, words: str) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    root: Path, write_shards: ShardWriter, source: DataSource, words: str
+) -> None:
     write_shards(root, "set", "few", [5], COLOURS)
     with pytest.raises(ValueError, match=words):
         opened("test", root, test=[source])

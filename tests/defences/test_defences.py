@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.io import decode_jpeg, encode_jpeg
 
 from robustclip.defences import DBD, ET3, JPEG, MAC, RTPT, TTC, CLIPure, Defence, GaussianNoise, ResizeAndPad
-from robustclip.defences.random_views import Views
+from robustclip.defences.random_views import RandomView
 from robustclip.methods import TipAdapter, ZeroShot
 from robustclip.types import Task
 
@@ -105,7 +105,7 @@ def test_mac_without_further_views_adds_its_weighted_counterattack() -> None:
     method, x, defence = linear(), pictures(), MAC("8/255", steps=4, views=0, tau=0.05, width=0.01)
     start = 8 / 255 * (2 * defence.uniform(IDS, (3, 2, 2), draw=0, part=1) - 1)
     last = moved(method, x, start, 2 / 255, 8 / 255, 4)[-1]
-    other = Views().of(x, defence, index=IDS, draw=0, part=0)
+    other = RandomView().apply(x, defence, index=IDS, draw=0, part=0)
     change = method.embed(other - x).norm(dim=1) / method.embed(x).norm(dim=1)
     weight = 1 / (1 + (-(change - 0.05) / 0.01).exp())
     expected = method.logits(x + weight.view(-1, 1, 1, 1) * last)
@@ -239,7 +239,7 @@ def test_r_tpt_without_its_step_averages_the_logits_of_its_views() -> None:
     method, defence = ZeroShot().eval(), RTPT(4, kept=0.5)
     method.prepare([Task(TASK, ("red", "green", "blue"), ("a photo of a {}.",))])
     x = pictures(2, 32).requires_grad_()
-    views = [x, *(Views().of(x, defence, index=IDS, draw=0, part=part) for part in range(3))]
+    views = [x, *(RandomView().apply(x, defence, index=IDS, draw=0, part=part) for part in range(3))]
     logits = torch.stack([method.logits(view, TASK) for view in views], 1)
     weights = torch.stack([defence.weights(part) for part in torch.stack([method.image_features(v) for v in views], 1)])
     expected = (weights[..., None] * logits).sum(1)
@@ -331,11 +331,13 @@ def test_a_defence_leaves_no_trace_in_the_method_and_works_in_inference_mode(def
 
 def test_views_have_finite_gradients_also_of_grey_images() -> None:
     images = torch.full((2, 3, 12, 12), 0.5, requires_grad=True)
-    view = Views(probability=1.0).of(images, GaussianNoise(), index=IDS, draw=0, part=0)
+    view = RandomView(probability=1.0).apply(images, GaussianNoise(), index=IDS, draw=0, part=0)
     (gradient,) = torch.autograd.grad(view.square().sum(), images)
     assert gradient.isfinite().all()
     assert float(gradient.abs().sum()) > 0
-    nothing = Views(0.0, 0.0, 0.0, probability=0.0).of(pictures(2, 12), GaussianNoise(), index=IDS, draw=0, part=0)
+    nothing = RandomView(0.0, 0.0, 0.0, probability=0.0).apply(
+        pictures(2, 12), GaussianNoise(), index=IDS, draw=0, part=0
+    )
     assert torch.allclose(nothing, pictures(2, 12), atol=1e-5)
 
 

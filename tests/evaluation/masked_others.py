@@ -63,7 +63,7 @@ class FeatureWave(ZeroShot):
 
 
 class LogitSquash(ZeroShot):
-    """Logits that saturate; what tells them apart carries no gradient."""
+    """Logits that saturate; their differences have no gradient."""
 
     def logits(self, images: Tensor, task: str = "train") -> Tensor:
         z = super().logits(images, task)

@@ -202,7 +202,7 @@ class Quantised(ZeroShot):
 
 
 class Misleading(torch.autograd.Function):
-    """The identity, whose gradient has wrong signs where a hash of the pixel says so."""
+    """The identity, whose gradient has wrong signs at pixels that a hash selects."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def everything_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Breakage:
-    """What is broken, and the check that must notice it."""
+    """A defect of a model or an attack, and the check that must report it."""
 
     check: str
     status: str
@@ -515,7 +515,9 @@ def test_own_check_by_class_path_is_part_of_the_grade(tmp_path: Path, monkeypatc
         ("robustclip.evaluation.ResultsWriter", "must be a subclass of robustclip.evaluation.audit.AuditCheck"),
     ],
 )
-def test_what_is_no_check_is_refused(path: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_other_than_checks_are_refused(
+    path: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "incomplete_checks.py").write_text(INCOMPLETE)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"results\.checks: ") as error:
@@ -773,8 +775,8 @@ def test_nothing_measured_is_nothing_blamed() -> None:
         assert audit(evidence)["grade"] == "B"
 
 
-def test_empty_task_does_not_count_as_broken() -> None:
-    """The undefended model stands on the one task that has samples."""
+def test_an_empty_task_is_left_out_of_the_undefended_accuracy() -> None:
+    """The accuracy is that of the one task with samples."""
     full, empty = make_evidence(survivors=200), make_evidence(0)
     both = replace(
         full,

@@ -103,7 +103,7 @@ class Constant(TeCoA):
 
 
 @pytest.mark.parametrize(("share", "is_collapsed"), [(1.0, True), (0.9, False)])
-def test_a_run_that_stays_at_the_chance_level_says_so(share: float, is_collapsed: bool) -> None:
+def test_a_run_at_the_chance_level_warns(share: float, is_collapsed: bool) -> None:
     method = Constant()
     method.level = share * torch.tensor(144.0).log()
     limits = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "log_every_n_steps": 1}
@@ -171,7 +171,7 @@ def test_results_have_the_documented_shape() -> None:
     }  # fmt: skip
 
 
-def test_tables_show_intervals_what_was_left_out_and_the_grade() -> None:
+def test_tables_show_intervals_left_out_images_and_the_grade() -> None:
     result = accuracies({"a": ROWS}, {"a": {"pgd": ["ce", "margin"]}}, {"a": 1})
     result["audit"] = {"grade": "C", "checks": [{"name": "finite", "status": "warn"}, {"name": "x", "status": "pass"}]}
     rows = readable_rows(result)

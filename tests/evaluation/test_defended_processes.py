@@ -35,7 +35,7 @@ def test_a_random_defence_has_one_ledger(folder: Path, name: str) -> None:
             assert float(theirs[column] or 0) == pytest.approx(float(ours[column] or 0), rel=1e-2, abs=1e-3), column
 
 
-def test_the_ledger_is_worth_comparing(folder: Path) -> None:
+def test_the_ledger_has_different_outcomes(folder: Path) -> None:
     rows = Run.open(folder / "one").rows("colours")
     assert len({row["pgd.by"] for row in rows}) > 2
     assert len({row["pgd.share"] for row in rows}) > 2

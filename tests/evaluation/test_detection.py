@@ -39,9 +39,7 @@ def images_of(loader: Any) -> tuple[Tensor, Tensor]:
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
-def test_the_result_is_what_scikit_learn_makes_of_scores_made_by_hand(
-    folder: Path, one_process: dict[str, Any]
-) -> None:
+def test_the_result_equals_scikit_learns_for_scores_computed_by_hand(folder: Path, one_process: dict[str, Any]) -> None:
     module, method = cases.data(folder, test=["mixed"], unknown=["mixed"]), cases.method(folder).eval()
     module.setup("test")
     known, labels = images_of(module.test_dataloader()[0])
@@ -113,7 +111,7 @@ def colours(attack: PGD | None, **options: Any) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
-def test_an_attack_lowers_known_and_raises_unknown_scores_within_ball_and_box() -> None:
+def test_an_attack_lowers_known_and_raises_unknown_scores_within_the_perturbation_set() -> None:
     eps = 4 / 255
     seen.clear()
     found = colours(Spy(eps=eps, alpha=eps / 4, steps=8, keep="best"), attacked=["energy", "mcm"])
@@ -252,7 +250,7 @@ def test_the_images_of_an_unknown_set_are_part_of_the_result(folder: Path, write
         ({}, [], "OODDetection needs a data set of unknown classes"),
     ],
 )
-def test_what_cannot_be_detected_is_refused(
+def test_settings_without_detection_are_refused(
     folder: Path, options: dict[str, Any], unknown: list[str], words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):

@@ -60,7 +60,7 @@ def test_verdicts_are_those_of_a_loop_that_attacks_every_sample(seed: int, check
     assert 0 < expected.sum() < (verdict.by != WRONG).sum(), "a case that says something"
 
 
-def test_what_is_broken_is_not_computed_any_more_and_batches_have_few_sizes() -> None:
+def test_misclassified_samples_are_not_attacked_further_and_batches_have_few_sizes() -> None:
     net, images, labels, index = case(0, count=48)
     sizes: list[int] = []
 
@@ -89,7 +89,7 @@ norms = st.sampled_from(["linf", "l2"])
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(ATTACKS)), norms, st.floats(0, 0.3), st.integers(0, 99), st.integers(1, 9))
-def test_attacked_images_stay_in_ball_and_box(name: str, norm: str, eps: float, seed: int, count: int) -> None:
+def test_attacked_images_stay_in_the_perturbation_set(name: str, norm: str, eps: float, seed: int, count: int) -> None:
     net, images, labels, index = case(seed, count)
     radius = eps * (1 if norm == "linf" else 5)
     verdict = examine(images, labels, net, ATTACKS[name](radius, norm).members(CLASSES), index=index)
@@ -184,7 +184,7 @@ class Leaving(Attack):
 
 
 @pytest.mark.parametrize("returns_outside", [True, False])
-def test_images_outside_of_the_ball_break_nothing_and_are_noted(returns_outside: bool) -> None:
+def test_images_outside_of_the_radius_never_count_and_are_noted(returns_outside: bool) -> None:
     net, images, labels, index = case(1)
     verdict = examine(images, labels, net, [Member("leaving", Leaving(returns_outside))], index=index)
     assert set(verdict.by.tolist()) == {ROBUST, WRONG}
@@ -272,7 +272,7 @@ def test_the_last_iterate_decides_under_the_papers_rule() -> None:
     assert not ((worst.by == ROBUST) & (verdict.by != ROBUST)).any()
 
 
-def test_attacks_of_torchattacks_count_by_what_they_return() -> None:
+def test_attacks_of_torchattacks_count_by_the_returned_image() -> None:
     net, images, labels, index = case(8)
     attack = TorchAttack("PGD", eps=0.05, kwargs={"alpha": 0.01, "steps": 5, "random_start": False})
     verdict = examine(images, labels, net, attack.members(CLASSES), index=index)

@@ -20,7 +20,7 @@ from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import FeatureGeometry, ResultsWriter, RobustEvaluation
 from robustclip.methods import TeCoA, ZeroShot
-from robustclip.metrics import class_sums, collapse, recalls, similarity
+from robustclip.metrics import class_scatter, class_sums, recalls, similarity
 from robustclip.results.run import Run
 from robustclip.types import Batch
 
@@ -41,18 +41,18 @@ def scatter_by_hand(features: Tensor, labels: Tensor) -> float:
     return float(within.trace() / between.trace())
 
 
-def test_collapse_is_the_ratio_of_traces_however_samples_are_batched() -> None:
+def test_class_scatter_is_the_ratio_of_traces_however_samples_are_batched() -> None:
     features, labels = unit(30, 6), torch.arange(30) % 4 * 2  # classes 1, 3, 5, 7 have no sample
     parts = [
         class_sums(features[part], labels[part], classes=8) for part in (slice(0, 11), slice(11, 12), slice(12, 30))
     ]
-    assert float(collapse(torch.stack(parts).sum(0))) == pytest.approx(scatter_by_hand(features, labels), rel=1e-6)
+    assert float(class_scatter(torch.stack(parts).sum(0))) == pytest.approx(scatter_by_hand(features, labels), rel=1e-6)
 
 
 def test_classes_that_are_points_are_collapsed_and_one_class_has_no_ratio() -> None:
     labels = torch.arange(12) % 3
-    assert float(collapse(class_sums(unit(3, 5)[labels], labels, classes=3))) == pytest.approx(0, abs=1e-12)
-    assert not collapse(class_sums(unit(9, 5), torch.zeros(9, dtype=torch.long), classes=2)).isfinite()
+    assert float(class_scatter(class_sums(unit(3, 5)[labels], labels, classes=3))) == pytest.approx(0, abs=1e-12)
+    assert not class_scatter(class_sums(unit(9, 5), torch.zeros(9, dtype=torch.long), classes=2)).isfinite()
 
 
 def test_similarity_is_scipys_correlation_of_the_pairs() -> None:
@@ -238,7 +238,7 @@ def test_score_computes_the_geometry_from_the_stored_features(
     assert after["pairs"] == before["pairs"]
 
 
-def test_what_cannot_be_compared_is_refused(data: CLIPDataModule, tiny_model: Path) -> None:
+def test_sets_that_cannot_be_compared_are_refused(data: CLIPDataModule, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"max_samples must be .*at least 3, got 2"):
         FeatureGeometry(max_samples=2)
     data.captioned = "tints"

@@ -159,6 +159,6 @@ def test_a_method_without_learning_parameters_is_refused(cls: type[RobustMethod]
 
 
 @pytest.mark.parametrize("name", ["max_samples", "iterations"])
-def test_what_cannot_be_is_refused(name: str) -> None:
+def test_impossible_values_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*at least 1, got 0"):
         HessianDifference(**{name: 0})

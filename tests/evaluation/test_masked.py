@@ -283,7 +283,7 @@ def test_a_borrowed_gradient_has_the_value_of_the_one_and_the_gradient_of_the_ot
     assert torch.allclose(gradient, 40 * EIGHT_BITS / EIGHT_BITS[0].numel())
 
 
-def test_each_borrowed_gradient_finds_what_the_own_one_misses() -> None:
+def test_each_borrowed_gradient_succeeds_where_the_own_one_fails() -> None:
     def flat(x: Tensor) -> Tensor:
         return near_boundary(x).detach() + 0 * x.sum((1, 2, 3))
 

@@ -63,7 +63,7 @@ def test_k_is_a_hundredth_of_the_bank_and_never_beyond_it(size: int, k: int, cur
     assert (found.k, found.variants) == (k, [str(each) for each in curve])
 
 
-def test_what_lies_in_the_banks_cluster_scores_higher_and_more_neighbours_never_do() -> None:
+def test_images_near_the_bank_score_higher_and_more_neighbours_never_raise_a_score() -> None:
     centre = unit(1, 16)
     near = [F.normalize(centre + 0.1 * unit(count, 16, seed=count), dim=-1) for count in (300, 40)]
     scores = neighbours(near[0], []).scores(torch.cat([near[1], unit(40, 16, seed=5)]), [1, 2, 3, 10, 300])
@@ -104,7 +104,7 @@ def seen(loader: Any, method: CRoFT) -> tuple[list[int], Tensor, Tensor]:
     return index.tolist(), labels, features
 
 
-def test_the_bank_is_what_a_fit_learns_from_of_known_classes_with_the_test_transform(
+def test_the_bank_is_the_training_images_of_known_classes_under_the_test_transform(
     folder: Path, tmp_path: Path
 ) -> None:
     found, model = detect(folder, tmp_path), method(folder)
@@ -147,7 +147,9 @@ def test_an_attack_moves_features_away_from_the_bank_or_towards_it(folder: Path,
 
 
 @pytest.mark.slow
-def test_cached_features_give_what_images_give(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_features_give_the_scores_of_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     name = "wds:mixed, known: 3"
     options = [
@@ -179,7 +181,7 @@ def test_cached_features_give_what_images_give(folder: Path, tmp_path: Path, mon
         assert other == pytest.approx(one, abs=2 * abs(one) ** 0.5 * 2**-10 + 2**-20)
 
 
-def test_other_classes_than_the_banks_are_told(folder: Path) -> None:
+def test_other_classes_than_the_banks_are_reported(folder: Path) -> None:
     sets = {"train": DataSource("wds:mixed"), "holdout": 0.25}
     words = "'knn' compares with images of data.train, 'mixed', whose classes are not those of mixed"
     with pytest.warns(UserWarning, match=words):
@@ -202,7 +204,9 @@ def test_other_classes_than_the_banks_are_told(folder: Path) -> None:
         ),
     ],
 )
-def test_what_gives_no_bank_is_refused(folder: Path, options: dict[str, Any], sets: dict[str, Any], words: str) -> None:
+def test_settings_without_a_bank_are_refused(
+    folder: Path, options: dict[str, Any], sets: dict[str, Any], words: str
+) -> None:
     sets = {key: value.format(folder) if isinstance(value, str) else value for key, value in sets.items()}
     with pytest.raises(ValueError, match=f"^{words}[^\n]*$"):
         detect(folder, sets=sets, **options)
@@ -213,6 +217,6 @@ def test_a_curve_over_no_neighbour_is_refused() -> None:
         Neighbours([5, 0])
 
 
-def test_no_training_image_is_looked_at_without_the_score(folder: Path) -> None:
+def test_no_training_image_is_read_without_the_score(folder: Path) -> None:
     trainer = detect(folder, sets={"train": []}, scores=["mcm"], headline="mcm")
     assert not [name for name in trainer.callback_metrics if "knn" in name]

@@ -533,7 +533,7 @@ def test_checkpoints_without_a_defence_load_into_a_method_with_one() -> None:
     plain, method = TeCoA(), TeCoA(defence=TTC())
     assert plain.inference_settings == method.inference_settings
     assert fingerprint(plain) == fingerprint(method)
-    names = [name for name, _ in plain.named_parameters() if name in plain.learning_names]
+    names = [name for name, _ in plain.named_parameters() if name in plain.trained_names]
     state = {name: plain.state_dict()[name] for name in names}
     content = {"state_dict": state, "base_model": saved_state.identity(plain.clip)}
     method.on_load_checkpoint(content | {saved_state.SETTINGS: plain.inference_settings})

@@ -54,7 +54,7 @@ def make(cls: type[RobustMethod], model: Path, **kwargs: Any) -> Any:
         method.bank[3] = 0  # no image has this id
     if isinstance(method, UPL):
         method.pseudo_labels = torch.arange(100) % 4 - 1  # every fourth image has none
-    method.freeze_the_rest()
+    method.freeze_untrained()
     method.prepare_training(TASK)
     if method.attack is not None:
         method.attack = Recorded(method.attack)

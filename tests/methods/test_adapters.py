@@ -162,7 +162,7 @@ def test_a_context_starts_at_random(tiny_model: Path) -> None:
         (TipAdapter, {"beta": -1.0}, "beta must be above 0, got -1.0"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_impossible_values_are_refused(
     cls: type[RobustMethod], kwargs: dict[str, Any], words: str, tiny_model: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):

@@ -57,7 +57,7 @@ each_method = pytest.mark.parametrize(
 
 
 @each_method
-def test_only_what_is_declared_moves(cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path) -> None:
+def test_only_declared_parameters_change(cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path) -> None:
     method = cls(pretrained=str(tiny_model), **kwargs, **BOLD)
     tensors = {**dict(method.named_parameters()), **dict(method.named_buffers())}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -84,7 +84,7 @@ def test_the_loss_falls_on_a_fixed_batch(cls: type[RobustMethod], kwargs: dict[s
 
 
 @each_method
-def test_a_checkpoint_holds_what_learned_and_restores_it(
+def test_a_checkpoint_holds_and_restores_the_trained_parameters(
     cls: type[RobustMethod], kwargs: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     first = cls(pretrained=str(tiny_model), **kwargs, **BOLD)

@@ -106,7 +106,7 @@ def test_without_weights_a_fit_is_that_of_flyp_bit_for_bit(files: Path) -> None:
         ({}, {"images": torch.rand(5, 3, 20, 20)}, r"anchors are of \(32, 32\) pixels, training images of \(20, 20\)"),
     ],
 )
-def test_missing_data_are_told(tiny_model: Path, options: Any, changes: dict[str, Any], words: str) -> None:
+def test_missing_data_are_reported(tiny_model: Path, options: Any, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         cases.make(ARF, tiny_model, **options).training_loss(anchored_batch()._replace(**changes))
 

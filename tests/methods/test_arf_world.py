@@ -50,7 +50,7 @@ def held_out_task() -> Task:
 
 def fitted(method: FLYP, world: World, seed: int) -> FLYP:
     """After some steps on random batches, the same for every method."""
-    method.freeze_the_rest()
+    method.freeze_untrained()
     method.prepare_training(Task("train", TUNED, TEMPLATES))
     optimizer = torch.optim.AdamW(method.parameter_groups(), lr=RATE)
     generator = torch.Generator().manual_seed(seed)

@@ -78,7 +78,7 @@ def test_one_step_equals_the_equations_written_out(tiny_model: Path) -> None:
     method = fit(TeCoA, tiny_model, seen, awp=AWP(GAMMA))
     batch, start = seen.batch, seen.weights[0]
     plain = TeCoA(pretrained=str(tiny_model), attack=BOX)
-    plain.freeze_the_rest()
+    plain.freeze_untrained()
     plain.prepare_training(CLIPDataModule(train="shapes:source").train_task)
     images, names = plain.perturb(batch).double(), kernels(plain)
     reference = cases.in_fp64(plain)

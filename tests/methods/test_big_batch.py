@@ -85,7 +85,7 @@ def attacked(results: list[dict[str, Any]]) -> dict[tuple[int, int], Tensor]:
 
 
 @pytest.mark.parametrize("name", cases.DECOMPOSABLE)
-def test_pieces_teach_what_the_whole_batch_teaches(name: str, in_pieces: Load) -> None:
+def test_micro_batches_give_the_weights_of_the_whole_batch(name: str, in_pieces: Load) -> None:
     results = in_pieces(name)
     assert whole(name)["update"].norm() > 1, "too small to be seen beside the weights, whose norm is 80"
     for result in results:
@@ -153,7 +153,7 @@ def test_statistics_of_the_batch_would_make_a_difference() -> None:
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_both_processes_learn_the_same_and_only_what_is_declared(name: str, distributed: Fits) -> None:
+def test_both_processes_train_equal_weights_of_declared_parameters_alone(name: str, distributed: Fits) -> None:
     """The teacher and the text tower stay; every declared parameter gets a gradient, or `ddp` would have stopped."""
     first, second = distributed[name]
     assert torch.equal(first["update"], second["update"])

@@ -34,7 +34,7 @@ def other_weights(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_checkpoint_holds_what_learned_and_nothing_frozen(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_trained_parameters_alone(tiny_model: Path, tmp_path: Path) -> None:
     method = TeCoA(pretrained=str(tiny_model), last_blocks=1)
     checkpoint = torch.load(fitted(method, tmp_path / "a.ckpt"), weights_only=True)
     learned = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
@@ -43,7 +43,7 @@ def test_a_checkpoint_holds_what_learned_and_nothing_frozen(tiny_model: Path, tm
     assert len(learned) == 14
 
 
-def test_a_checkpoint_saved_during_an_attack_holds_what_learned(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_during_an_attack_holds_the_trained_parameters(tiny_model: Path, tmp_path: Path) -> None:
     """An attack switches all gradients off for a while; a save in between must not lose the trained weights."""
     method = TeCoA(pretrained=str(tiny_model), last_blocks=1)
     whole = torch.load(fitted(method, tmp_path / "a.ckpt"), weights_only=True)["state_dict"]
@@ -70,7 +70,7 @@ def test_random_initial_weights_are_kept_whole(tmp_path: Path, monkeypatch: pyte
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
 
 
-def test_a_checkpoint_restores_what_learned(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_restores_the_trained_parameters(tiny_model: Path, tmp_path: Path) -> None:
     first = TeCoA(pretrained=str(tiny_model), warmup_steps=0, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     path = fitted(first, tmp_path / "a.ckpt")
     again = load(TeCoA(pretrained=str(tiny_model)), path)

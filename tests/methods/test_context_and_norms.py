@@ -30,7 +30,7 @@ def ueo(model: Path, **kwargs: Any) -> Any:
 
 
 def learning(method: UEO) -> dict[str, Tensor]:
-    method.freeze_the_rest()
+    method.freeze_untrained()
     return {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
 
 
@@ -102,7 +102,9 @@ def test_logits_keep_full_precision_under_autocast(tiny_model: Path) -> None:
         ({"norm_filter": "some"}, "norm_filter must be one of official, all, got 'some'"),
     ],
 )
-def test_what_cannot_learn_is_refused(options: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_settings_without_trainable_parameters_are_refused(
+    options: dict[str, Any], words: str, tiny_model: Path
+) -> None:
     with pytest.raises(ValueError, match=words):
         UEO(pretrained=str(tiny_model), **options)
 

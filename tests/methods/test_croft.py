@@ -259,6 +259,6 @@ def test_accumulation_is_refused_in_one_line(tiny_model: Path) -> None:
         ({"energy_scale": 10.0}, "energy_scale must be 1 where penalty is 'batch', got 10.0"),
     ],
 )
-def test_what_cannot_be_is_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_impossible_values_are_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=words):
         CRoFT(pretrained=str(tiny_model), **kwargs)

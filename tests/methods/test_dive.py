@@ -85,7 +85,7 @@ def test_weights_of_0_are_flyp_bit_for_bit(tiny_model: Path) -> None:
 def test_the_first_step_is_flyps(tiny_model: Path, micro_batch: int | None) -> None:
     def fresh(cls: type[FLYP]) -> Any:
         method = cls(pretrained=str(tiny_model), micro_batch=micro_batch)
-        method.freeze_the_rest()
+        method.freeze_untrained()
         method.prepare_training(cases.TASK)
         return method
 

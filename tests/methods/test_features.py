@@ -106,6 +106,6 @@ def test_a_method_with_a_tower_that_learns_refuses_features(cls: type[RobustMeth
         ({"warmup_steps": 10}, "warmup_steps must be 0 for CLIPAdapter, got 10; set warmup_epochs"),
     ],
 )
-def test_what_cannot_be_is_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_impossible_values_are_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=words):
         CLIPAdapter(pretrained=str(tiny_model), **kwargs)

@@ -179,6 +179,6 @@ def test_the_recipe_is_wise_fts(tiny_model: Path) -> None:
         ({"l2_sp": 0.1, "probe_epochs": None}, "l2_sp must be 0 where probe_epochs is null, got 0.1"),
     ],
 )
-def test_what_cannot_be_is_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_impossible_values_are_refused(kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=words):
         FineTuning(pretrained=str(tiny_model), **kwargs)

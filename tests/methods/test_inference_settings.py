@@ -30,8 +30,8 @@ EXPECTED = {
 
 
 def saved(method: RobustMethod) -> dict[str, Any]:
-    """What a checkpoint of a method says of it, without a fit."""
-    method.freeze_the_rest()
+    """The identity of a method in its checkpoint, without a fit."""
+    method.freeze_untrained()
     learns = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
     state = {name: tensor for name, tensor in method.state_dict().items() if name in learns}
     settings = json.loads(json.dumps(method.inference_settings))  # plain values, which survive any file
@@ -58,7 +58,7 @@ class Sharpened(TeCoA):
 class Quietened(TeCoA):
     """Somebody's own method, whose argument is of training alone."""
 
-    of_training = ("noise",)
+    training_arguments = ("noise",)
 
     def __init__(self, noise: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -155,7 +155,9 @@ def test_another_tokenizer_is_refused(tiny_model: Path) -> None:
         method.on_load_checkpoint(checkpoint)
 
 
-def test_an_old_checkpoint_says_what_could_not_be_compared(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_checkpoint_warns_about_settings_that_it_lacks(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = saved(CRoFT(pretrained=str(tiny_model)))
     del checkpoint["inference_settings"]
     CRoFT(pretrained=str(tiny_model), ratio=0.9).on_load_checkpoint(checkpoint)

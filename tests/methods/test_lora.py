@@ -66,7 +66,7 @@ def test_factors_alone_move_and_are_saved(
     changed = {name for name, tensor in method.named_parameters() if name in new or not tensor.equal(before[name])}
     assert all(is_factor(name) or name in beside for name in changed)
     factors = {name for name in changed if is_factor(name)}
-    assert len(factors) == len([n for n in before if is_factor(n) and n in method.learning_names]) > 0
+    assert len(factors) == len([n for n in before if is_factor(n) and n in method.trained_names]) > 0
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert {name for name in saved if name.startswith("clip.")} == factors | {n for n in beside if n[:5] == "clip."}
     if cls is TeCoA and not options:
@@ -179,7 +179,7 @@ def test_combinations_without_sense_are_refused(
     cls: type[RobustMethod], options: dict[str, Any], words: str, tiny_model: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        cls(pretrained=str(tiny_model), lora=LoRA(rank=2), **options).freeze_the_rest()
+        cls(pretrained=str(tiny_model), lora=LoRA(rank=2), **options).freeze_untrained()
 
 
 def test_activation_checkpointing_gives_the_same_gradients(tiny_model: Path) -> None:

@@ -166,7 +166,7 @@ def test_without_guidance_and_pull_it_is_tecoa_bit_for_bit(tiny_model: Path) -> 
 def test_the_guidance_is_nothing_at_the_start_and_its_gradient_too(tiny_model: Path) -> None:
     torch.manual_seed(0)
     method = PMGAFT(pretrained=str(tiny_model))
-    method.freeze_the_rest()
+    method.freeze_untrained()
     method.prepare_training(cases.TASK)
     terms = method.training_loss(cases.batch())
     parameters = list(method.clip.net.visual.parameters())

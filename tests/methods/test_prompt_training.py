@@ -96,6 +96,6 @@ def test_a_fit_at_the_papers_rate_lowers_the_loss_in_the_shapes_world_and_is_tes
         ("shapes", {"prompt_tokens": 3}, "prompt_tokens needs an open_clip VisionTransformer .* ModifiedResNet"),
     ],
 )
-def test_what_does_not_fit_is_refused(model: str, kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_settings_that_do_not_fit_are_refused(model: str, kwargs: dict[str, Any], words: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=words):
         TeCoA(pretrained=str(tiny_model) if model == "tiny" else model, **kwargs)

@@ -22,7 +22,7 @@ TASK = Task("train", ("a red circle", "a blue square", "a green star"), ("This i
 def make(model: Path, **kwargs: object) -> TeCoA:
     torch.manual_seed(0)
     method = TeCoA(pretrained=str(model), **kwargs)
-    method.freeze_the_rest()
+    method.freeze_untrained()
     method.prepare_training(TASK)
     return method
 
@@ -209,7 +209,7 @@ def test_one_step_is_plain_sgd_on_the_formula(tiny_model: Path) -> None:
 
 def test_zero_shot_learns_nothing(tiny_model: Path) -> None:
     method = ZeroShot(pretrained=str(tiny_model))
-    method.freeze_the_rest()
+    method.freeze_untrained()
     assert not [parameter for parameter in method.parameters() if parameter.requires_grad]
     with pytest.raises(ValueError, match="nothing to fit"):
         method.setup("fit")

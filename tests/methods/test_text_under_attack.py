@@ -116,7 +116,7 @@ def test_a_context_learns_in_a_fit_that_resumes_bit_for_bit(tiny_model: Path, tm
 
 
 @pytest.mark.slow
-def test_two_processes_teach_the_context_what_one_teaches_it(tmp_path: Path) -> None:
+def test_two_processes_train_the_context_as_one_does(tmp_path: Path) -> None:
     with in_background(Path(text_cases.__file__), tmp_path):
         whole = {name: text_cases.fit(name) for name in text_cases.CASES}
     for name, update in whole.items():

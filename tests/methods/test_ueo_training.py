@@ -82,7 +82,7 @@ def test_a_resumed_fit_has_the_weights_and_the_end_of_an_uninterrupted_one(tmp_p
 def test_looking_back_puts_everything_in_its_place() -> None:
     method = fitted(ueo())
     before, start = copy.deepcopy(method.state_dict()), UEO().state_dict()
-    with method.as_at_the_start():
+    with method.pretrained_values():
         assert all(torch.equal(tensor, start[name]) for name, tensor in method.state_dict().items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
 
@@ -95,7 +95,7 @@ def test_a_fit_lowers_its_loss_over_the_training_set(cls: type[ContextAndNorms],
     fitted(method)
     with torch.no_grad():
         after = sum(method.training_loss(every).values())
-        with method.as_at_the_start():
+        with method.pretrained_values():
             before = sum(method.training_loss(every).values())
     assert after < before - 0.005
 
@@ -130,7 +130,7 @@ def test_upl_keeps_the_surest_answers_of_each_class() -> None:
     assert (method.pseudo_labels >= 0).sum() >= 3
 
 
-def test_upl_learns_by_cross_entropy_from_what_has_an_answer(tiny_model: Path) -> None:
+def test_upl_minimises_cross_entropy_on_pseudo_labelled_images(tiny_model: Path) -> None:
     method = cases.make(UPL, tiny_model)
     data = cases.batch()
     log_p = method.log_probabilities(data.images)

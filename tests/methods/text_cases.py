@@ -25,7 +25,7 @@ from robustclip.types import Batch, Task
 class TrainedContext(RobustMethod):
     """Adversarial prompt tuning: a context learns on images that are attacked through it (Li et al., CVPR 2024)."""
 
-    of_original = ("clip.net.", "context.")
+    pretrained_prefixes = ("clip.net.", "context.")
     is_tower_frozen = True
 
     def __init__(self, tokens: int = 4, phrase: str | None = None, **kwargs: Any) -> None:

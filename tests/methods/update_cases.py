@@ -168,7 +168,7 @@ def fit(name: str, *, processes: int = 1, pieces: int = 1, **options: Any) -> di
     if processes > 1 and name in IN_TURNS:
         limits["strategy"] = "ddp_find_unused_parameters_true"
     trainer = quick_trainer(first, processes=processes, **limits)
-    method.freeze_the_rest()
+    method.freeze_untrained()
     before = frozen_tensors(method)
     data = CLIPDataModule("shapes:source", shots=1, global_batch_size=BATCH, eval_batch_size=256, image_size=32)
     trainer.fit(method, datamodule=data)

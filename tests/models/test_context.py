@@ -165,7 +165,7 @@ def test_it_is_fp32_also_beside_a_half_tower(tiny_model: Path) -> None:
         ({"phrase": ""}, "must have at least one token"),
     ],
 )
-def test_what_is_no_context_is_refused(options: dict[str, Any], words: str, tiny_model: Path) -> None:
+def test_impossible_contexts_are_refused(options: dict[str, Any], words: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=words):
         LearnableContext(CLIPModel(pretrained=str(tiny_model)), **options)
 

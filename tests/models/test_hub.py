@@ -70,7 +70,7 @@ def assert_refused(name: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_cache_without_the_weights_is_told_apart(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_without_the_weights_is_reported_as_such(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     server.publish("lab/shapes", SHAPES)
     hub.fetch("hf-hub:lab/shapes")
     disconnect("offline", monkeypatch)

@@ -131,7 +131,7 @@ def test_the_attack_maximises_the_prompted_loss(tiny_model: Path) -> None:
     cases.assert_the_attack_maximises(method, cases.batch(), lambda *args: adversarial_ce(*args).sum())
 
 
-def test_an_attack_that_knows_the_prompt_is_stronger_and_stays_in_ball_and_box(tiny_model: Path) -> None:
+def test_an_attack_through_the_prompt_is_stronger_and_stays_in_the_perturbation_set(tiny_model: Path) -> None:
     attack = PGD(eps="8/255", alpha="2/255", steps=10)
     method, data = cases.make(TeCoA, tiny_model, attack=attack, **BOTH), cases.batch()
     blind = method.perturb(data, forward=lambda images: method.clip.encode_image(images) @ method.heads["train"].T)
@@ -181,7 +181,7 @@ def test_a_teacher_sees_no_prompt(tiny_model: Path) -> None:
     cases.assert_the_loss_is(cases.make(PMGAFT, tiny_model, **BOTH), cases.batch(), expected)
 
 
-def test_the_audit_looks_at_the_image_before_the_prompt(tiny_model: Path) -> None:
+def test_the_audit_measures_the_image_before_the_prompt(tiny_model: Path) -> None:
     method, images = cases.make(TeCoA, tiny_model, **BOTH).eval(), cases.batch().images
     with torch.no_grad():
         found = repeat(images, method.logits, method.logits(images), clip=method.clip)

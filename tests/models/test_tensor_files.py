@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("state", "message"), WRONG.values(), ids=WRONG.keys())
-def test_what_is_no_state_dict_is_refused(state: Any, message: str) -> None:
+def test_files_other_than_state_dicts_are_refused(state: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         checked_state(state, "weights.pt")
 

@@ -64,7 +64,7 @@ def test_one_group_is_the_share_in_a_softmax_and_more_negatives_never_raise_it()
     assert all((more <= fewer).all() for fewer, more in pairwise(shares))
 
 
-def test_what_an_attack_moves_is_the_logit_of_the_score() -> None:
+def test_the_attacked_quantity_is_the_logit_of_the_score() -> None:
     odds = torch.tensor([[2.0, -1.0, 60.0]], dtype=torch.float64, requires_grad=True)
     evidence = NegLabel.evidence(of_words(), odds, ONE)
     assert float(evidence.detach()) == pytest.approx(0.927557536, abs=1e-8)

@@ -57,7 +57,7 @@ def test_scores_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_what_an_attack_pushes_increases_with_the_score(name: str) -> None:
+def test_the_attacked_quantity_increases_with_the_score(name: str) -> None:
     rows = logits(500, 4)
     value, evidence = SCORES[name].value(rows, SCALE), SCORES[name].evidence(rows, SCALE)
     assert torch.equal(value.argsort(), evidence.argsort())
@@ -310,7 +310,7 @@ class Negatives(Score):
         return (scale * outputs).softmax(-1)[:, : -len(self.names)].sum(-1)
 
 
-def test_a_score_may_prepare_and_replace_what_an_attack_differentiates() -> None:
+def test_a_score_may_prepare_and_replace_the_attacked_outputs() -> None:
     sets = [DataSource("shapes:colours", classes="0-5")]
     data = CLIPDataModule(test=sets, unknown=sets, image_size=32, batch_size=12)
     method = ZeroShot()
@@ -361,7 +361,7 @@ class Wide(Score):
         (Unnamed(), "Unnamed.name", "''"),
     ],
 )
-def test_what_is_no_score_is_refused(score: Any, key: str, value: str) -> None:
+def test_classes_other_than_scores_are_refused(score: Any, key: str, value: str) -> None:
     for refuse in (score_of, lambda each: OODDetection(scores=[each], headline="mcm")):
         with pytest.raises(ValueError, match=key) as error:
             refuse(score)

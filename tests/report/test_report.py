@@ -1,4 +1,4 @@
-"""The report says what the result and the ledgers say, and nothing in them can harm it."""
+"""The report shows the numbers of result and ledgers, and no text in them can harm it."""
 
 import csv
 import json
@@ -225,7 +225,7 @@ def test_audit_shows_every_check_and_the_grade(tmp_path: Path) -> None:
     assert {"✓ passed", "! warning", "\N{EN DASH} not measured", "B"} <= set(reader.words)
 
 
-def test_run_without_audit_says_so(tmp_path: Path) -> None:
+def test_a_run_without_audit_is_marked(tmp_path: Path) -> None:
     text, _ = read_page([make_run(tmp_path / "run", attacks=FEW, audit=None)], tmp_path)
     assert "This run has not been audited." in text
 
@@ -244,7 +244,7 @@ def test_unlike_protocols_are_flagged_above_the_tables(tmp_path: Path) -> None:
     assert "Unlike protocols" not in read_page(runs, tmp_path)[0]
 
 
-def test_what_only_one_run_has_is_flagged(tmp_path: Path) -> None:
+def test_tasks_and_attacks_of_a_single_run_are_flagged(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / "a", attacks=("pgd10", "autoattack")),
         make_run(tmp_path / "b", tasks=("cifar10",), attacks=("pgd10",)),
@@ -346,7 +346,7 @@ def test_attack_without_a_radius_has_no_curve(tmp_path: Path) -> None:
     assert "No curve shows pgd10: the radius is not known." in read_page([run], tmp_path)[0]
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+def test_unfinished_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^.*is no result of `robustclip test`.*$"):
         report([tmp_path / "nowhere"], out=tmp_path / "report.html")
     (tmp_path / "unfinished").mkdir()

@@ -62,7 +62,7 @@ def test_the_report_shows_the_detection_of_every_run(tmp_path: Path) -> None:
     assert text.index('id="accuracy"') < text.index('id="unknown-classes"') < text.index('id="audit"')
 
 
-def test_the_report_shows_what_becomes_of_knn_over_its_k(tmp_path: Path) -> None:
+def test_the_report_shows_knn_over_k(tmp_path: Path) -> None:
     curved, plain = (section(0, has_attack=False) for _ in range(2))
     curved["scores"] = {"knn": {"class": "Neighbours", "k": 3, "bank": 300}}
     found = curved["tasks"]["cifar10"]["unknown"]["svhn"]

@@ -62,7 +62,7 @@ def test_examples_come_in_the_order_of_task_attack_and_number(tmp_path: Path) ->
         ({"eps": float("nan")}, "eps >= 0, found .* nan"),
     ],
 )
-def test_what_is_no_example_is_not_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_malformed_examples_are_not_written(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         save(example(**changes), tmp_path)
     assert list(tmp_path.iterdir()) == []

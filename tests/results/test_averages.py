@@ -108,7 +108,7 @@ def test_the_report_shows_averages_and_geometry_of_every_run(tmp_path: Path) -> 
     text, reader = shown(tmp_path, averages=averages * 2, geometry=[geometry(0.0), geometry(0.125)])
     rows = {row[0].strip(): [cell.split() for cell in row[1:]] for row in reader.tables["Clean accuracy"]}
     assert [cell[0] for cell in rows["shift"]] == ["43.2", "43.2"]
-    collapse = reader.tables["Class collapse, tr(S_within) / tr(S_between)"]
+    collapse = reader.tables["Class scatter, tr(S_within) / tr(S_between)"]
     assert [cell.strip() for cell in collapse[1]] == ["cifar10", "1.250", "1.125"]
     assert len(collapse) == 2  # no run has a ratio of pcam
     recall = {

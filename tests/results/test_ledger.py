@@ -20,7 +20,7 @@ def test_the_header_names_every_column_of_every_attack() -> None:
     assert len(set(header)) == len(header)
 
 
-def test_rows_come_back_as_text_with_empty_values_for_what_is_missing(tmp_path: Path) -> None:
+def test_rows_are_read_as_text_with_empty_values_for_missing_ones(tmp_path: Path) -> None:
     started = Ledger(tmp_path / "a.csv", columns(ATTACKS))
     assert started.rows == []
     started.append([row(7, clean_loss=0.1 + 0.2), row(8, **{"fgsm.by": 'a,"b"'})])
@@ -31,7 +31,7 @@ def test_rows_come_back_as_text_with_empty_values_for_what_is_missing(tmp_path: 
     assert Ledger(tmp_path / "a.csv", columns(ATTACKS)).rows == [first, second]
 
 
-def test_a_ledger_cut_at_any_byte_goes_on_with_its_whole_batches(
+def test_a_ledger_cut_at_any_byte_resumes_with_its_whole_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda number: None)  # a thousand of them take seconds
@@ -73,7 +73,7 @@ def test_another_header_is_refused_and_the_file_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\n"])
-def test_what_is_no_ledger_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_other_than_ledgers_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.csv is no ledger"):
         read(tmp_path / "a.csv")

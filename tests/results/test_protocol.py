@@ -1,4 +1,4 @@
-"""A protocol tells which numbers may be compared, and a run folder is read or refused."""
+"""Numbers of equal protocols alone are compared, and a run folder is read or refused."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def test_there_are_fifteen_axes_and_a_clean_image_has_those_without_an_attack() 
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_each_axis_changes_the_hash_and_is_told_with_both_values(axis: str) -> None:
+def test_each_axis_changes_the_hash_and_is_reported_with_both_values(axis: str) -> None:
     changed = AXES_OF_A_TEST | {axis: "other"}
     assert differences(AXES_OF_A_TEST, changed) == [f"{axis}: value of {axis} against other"]
     assert digest(changed) != digest(AXES_OF_A_TEST)
@@ -54,7 +54,7 @@ def test_unknown_images_are_no_difference_but_are_not_checked() -> None:
     assert is_checked(AXES_OF_A_TEST, AXES_OF_A_TEST)
 
 
-def test_long_values_are_told_around_their_first_difference() -> None:
+def test_long_values_are_cut_around_their_first_difference() -> None:
     a, b = ({"steps": {"square": {"seeds": "0" * 500, "queries": number}}} for number in (100, 5000))
     (line,) = differences(a, b)
     assert '"queries": 100}' in line
@@ -65,14 +65,14 @@ def test_long_values_are_told_around_their_first_difference() -> None:
     assert len(line) < 300
 
 
-def test_lists_are_told_or_counted_but_never_confused() -> None:
+def test_short_and_long_lists_are_never_confused() -> None:
     assert listing(("a", "b", "c")) == ["a", "b", "c"]
     long, swapped = listing("abcdef"), listing("abcdfe")
     assert long.startswith("6, digest ")
     assert long != swapped
 
 
-def test_an_attack_of_several_members_tells_a_shared_ball_once() -> None:
+def test_an_attack_of_several_members_states_a_shared_radius_once() -> None:
     members = {
         "pgd": {"norm": "linf", "eps": 0.1, "steps": 10, "loss": "ce"},
         "apgd": {"norm": "linf", "eps": 0.1, "steps": 20, "loss": "dlr"},
@@ -111,7 +111,7 @@ def test_a_finished_run_is_read_by_its_folder_or_its_result(tmp_path: Path) -> N
         ({"result.json": '{"method": "A", "tasks": {}, "mean": {}}'}, "lacks method, tasks, mean or protocol"),
     ],
 )
-def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_unfinished_runs_are_refused_in_one_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:

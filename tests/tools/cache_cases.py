@@ -46,7 +46,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def die_in_write(number: int) -> None:
-    """Lets this process die after it has written so many files of the work."""
+    """Lets this process die after it has written so many files of the cache."""
     write, written = encoder.atomic_write, []
 
     def struck(path: Path, content: bytes | str) -> None:

@@ -106,7 +106,7 @@ def test_cached_embeddings_are_those_of_the_decoded_images(folder: Path, tiny_mo
     assert np.abs(views[0] - views[1]).max() > 0.01  # or the augmentation would do nothing
 
 
-def test_the_cache_is_small_and_tells_how_it_was_made(made: Path, tiny_model: Path) -> None:
+def test_the_cache_is_small_and_states_its_settings(made: Path, tiny_model: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text())
     assert manifest["model"]["fingerprint"] == CLIPModel(pretrained=str(tiny_model)).fingerprint
     assert (manifest["dtype"], manifest["views"], manifest["augmentation_seed"]) == ("float16", 2, 0)
@@ -147,7 +147,7 @@ def test_two_processes_give_the_files_of_one(folder: Path, tiny_model: Path, mad
     assert content(tmp_path / "cache") == content(made)
 
 
-def test_a_fit_on_features_learns_what_a_fit_on_images_learns(settings: list[str]) -> None:
+def test_a_fit_on_features_equals_a_fit_on_images(settings: list[str]) -> None:
     weights = []
     for more in ([], ["--data.features", "null"]):
         finished = main(["fit", *settings, *QUIET, *more])
@@ -158,7 +158,7 @@ def test_a_fit_on_features_learns_what_a_fit_on_images_learns(settings: list[str
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-2 * float(moved))  # 2^-11, over six steps
 
 
-def test_a_test_on_features_counts_what_a_test_on_images_counts(settings: list[str]) -> None:
+def test_a_test_on_features_counts_as_a_test_on_images(settings: list[str]) -> None:
     counts = []
     for is_read in ("true", "false"):
         finished = main(["test", *settings, *QUIET, "--data.features_in_test", is_read, "--results.folder", is_read])
@@ -191,7 +191,7 @@ PGD = ["--evaluation.attacks", "{{pgd: {{class_path: PGD}}}}"]
         ("cache", ["--data.features", "other", "--data.train", "wds:file://{}/tiny"], "'tiny' is remote; features are"),
     ],
 )
-def test_what_does_not_go_is_told_in_one_line(
+def test_impossible_settings_are_reported_in_one_line(
     command: str, more: list[str], told: str, settings: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([command, *settings, *QUIET, *(word.format(folder) for word in more)]) == 2

@@ -13,7 +13,7 @@ from resume_cases import finish
 
 from robustclip.cli.main import run
 from robustclip.data.sources.shapes import ShapesDataset
-from robustclip.tools.progress_log import Journal
+from robustclip.tools.progress_log import ProgressLog
 
 transformers = pytest.importorskip("transformers")
 WORDS = [
@@ -82,7 +82,7 @@ def test_captions_are_those_of_transformers(table: Path, blip: Path) -> None:
     assert [row["index"] for row in rows] == list(range(240))
 
 
-def test_the_table_tells_how_it_was_made(table: Path, blip: Path) -> None:
+def test_the_table_states_its_settings(table: Path, blip: Path) -> None:
     schema = parquet.read_schema(table)
     assert [(each.name, str(each.type)) for each in schema] == [
         ("index", "int64"),
@@ -114,15 +114,15 @@ def test_killed_and_resumed_gives_the_same_table(torn: bool, table: Path, blip: 
 
 
 def die_after(batches: int) -> None:
-    append, done = Journal.append, []
+    append, done = ProgressLog.append, []
 
-    def struck(journal: Journal, number: int, rows: Any) -> None:
+    def struck(journal: ProgressLog, number: int, rows: Any) -> None:
         append(journal, number, rows)
         done.append(number)
         if len(done) == batches:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.append = struck  # type: ignore[method-assign]
+    ProgressLog.append = struck  # type: ignore[method-assign]
 
 
 def test_two_shares_give_the_table_of_one_process(table: Path, blip: Path, tmp_path: Path) -> None:
@@ -167,13 +167,13 @@ def test_an_image_that_does_not_decode_gets_no_caption(blip: Path, write_shards:
         (["--out", "{empty}"], "exists and is never overwritten"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     options: list[str], told: str, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     settings = {"captioner": str(blip), "decoding": {"captions_per_image": 1, "num_beams": 2}}
     if "now it is" in told:
-        with Journal(tmp_path / "out.journal", 0, begun(blip, settings)):
+        with ProgressLog(tmp_path / "out.journal", 0, begun(blip, settings)):
             pass
     arguments = [word.format(empty=tmp_path / "empty") for word in options]
     assert run([*words(blip, tmp_path / "out"), *arguments]) == 2
@@ -208,11 +208,11 @@ def test_weights_that_may_hold_code_are_not_loaded(
 
 
 def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
-    with Journal(tmp_path, 0, {}):
+    with ProgressLog(tmp_path, 0, {}):
         child = os.fork()
         if not child:
             try:
-                Journal(tmp_path, 0, {}).__enter__()
+                ProgressLog(tmp_path, 0, {}).__enter__()
             except ValueError as error:
                 os._exit(7 if "give each its own --shard" in str(error) else 1)
             os._exit(0)

@@ -15,7 +15,7 @@ from robustclip.results.run import LEDGERS, RESULT, Run
 from robustclip.tools.compare import Comparison, compare, pair
 
 Outcomes = dict[int, str]
-"""Sample id to ``r``: robust, ``b``: broken, ``w``: wrong clean."""
+"""Sample id to ``r``: robust, ``b``: misclassified under attack, ``w``: misclassified without attack."""
 
 
 def write_run(
@@ -79,7 +79,7 @@ def test_shared_samples_excuse_no_other_axis(tmp_path: Path, axis: str) -> None:
         compare(a, b, shared_samples=True)
 
 
-def test_all_differing_axes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_differing_axes_are_reported_at_once(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"digits": outcomes("rr")}, axes={"eps": "linf 0.1", "stop_rule": "last"})
     b = write_run(tmp_path / "b", {"digits": outcomes("rr")}, axes={"eps": "linf 0.2", "stop_rule": "worst"})
     with pytest.raises(ValueError, match=r"eps: linf 0\.1 against linf 0\.2; stop_rule: last against worst$"):

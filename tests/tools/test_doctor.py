@@ -58,7 +58,7 @@ def test_a_healthy_run_has_no_problem_and_nothing_is_written(doctor: Doctor, tmp
     assert "3 gradient and 0 forward passes" in details["attack: pgd3"]
 
 
-def test_one_broken_set_hides_no_other(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+def test_one_failing_set_hides_no_other(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
     write_shards(tmp_path, "undecodable", "test", [8], broken=[5])
     nameless = write_shards(tmp_path, "nameless", "test", [8])
     (nameless / "classnames.txt").unlink()
@@ -80,7 +80,9 @@ def test_one_broken_set_hides_no_other(doctor: Doctor, tmp_path: Path, write_sha
     assert found(rows, "info")[-1].startswith("time of test"), "what is healthy is still timed"
 
 
-def test_what_evaluation_would_skip_or_miss_is_a_warning(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+def test_undecodable_images_and_missing_classes_are_warnings(
+    doctor: Doctor, tmp_path: Path, write_shards: Shards
+) -> None:
     poor = write_shards(tmp_path, "poor", "test", [8], broken=[5])
     (poor / "classnames.txt").write_text("red\ngreen\nblue\nmauve\n")
     status, rows, _ = doctor("--data.test", "[wds:poor]", "--data.bad_samples", "skip")
@@ -152,7 +154,7 @@ def test_model_and_trainer_are_checked_apart(doctor: Doctor) -> None:
     assert [line.partition(":")[0] for line in found(rows, "problem")] == ["model", "trainer"]
 
 
-def test_a_stream_is_looked_at(doctor: Doctor, tmp_path: Path) -> None:
+def test_a_stream_is_checked(doctor: Doctor, tmp_path: Path) -> None:
     status, rows, _ = doctor("--data.test", f"[wds:file://{tmp_path}/good]")
     assert status == 0
     assert any("uncounted samples" in line for line in found(rows, "ok"))
@@ -160,7 +162,7 @@ def test_a_stream_is_looked_at(doctor: Doctor, tmp_path: Path) -> None:
     assert doctor("--data.test", f"[wds:file://{tmp_path}/good]")[0] == 1
 
 
-def test_one_prediction_for_everything_is_told(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
+def test_one_prediction_for_all_images_is_reported(doctor: Doctor, tmp_path: Path, write_shards: Shards) -> None:
     """The same names in every class but one: nothing else can be predicted than the first of the equals."""
     base = write_shards(tmp_path, "odd", "test", [9])
     (base / "zeroshot_classification_templates.txt").write_text("{c}\n")
@@ -207,7 +209,7 @@ def test_passes_follow_from_the_settings() -> None:
     assert Square(queries=50).cost(10) == (0, 50)
 
 
-def test_passes_count_what_an_attack_does() -> None:
+def test_the_stated_passes_are_those_of_the_attack() -> None:
     for attack in (PGD(steps=5, keep="best"), APGD(eps="1/255", steps=6), Square(queries=9)):
         forwards = []
 

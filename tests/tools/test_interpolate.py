@@ -85,7 +85,7 @@ class WithHead(TeCoA):
         return [*super().parameter_groups(), {"params": list(self.probe.parameters())}]
 
 
-def test_what_the_original_does_not_have_is_not_interpolated(
+def test_parameters_that_the_original_lacks_are_not_interpolated(
     pair: tuple[TeCoA, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     method = WithHead(pretrained=str(tiny_model))
@@ -136,7 +136,7 @@ def rows(test: Path) -> list[dict[str, str]]:
         (["{checkpoint}", "--out", "x", "--model", "TeCoA", "--config", "none.yaml"], "none.yaml"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     words: list[str], told: str, pair: tuple[TeCoA, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

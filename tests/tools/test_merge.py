@@ -262,7 +262,7 @@ def test_a_sample_in_two_shards_is_refused(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "joined").exists()
 
 
-def test_what_is_no_finished_shard_is_refused(root: Path, tmp_path: Path) -> None:
+def test_folders_other_than_finished_shards_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="whole is a whole test"):
         merge([root / "results" / "whole"], tmp_path / "joined")
     with pytest.raises(ValueError, match=r"has no facts\.json"):
@@ -328,7 +328,7 @@ def test_own_data_without_shares_are_refused(data: LightningDataModule, root: Pa
         run_test(method(root), data, RobustEvaluation(), ResultsWriter(str(tmp_path), shards=2))
 
 
-def test_what_needs_all_samples_is_refused(root: Path, tmp_path: Path) -> None:
+def test_shards_refuse_parts_that_need_all_samples(root: Path, tmp_path: Path) -> None:
     data = CLIPDataModule(test=["wds:first", "wds:second"], root=str(root), image_size=32)
     for further, options, words in (
         (HessianDifference(), {}, "HessianDifference"),

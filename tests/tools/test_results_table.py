@@ -48,9 +48,7 @@ def test_two_results_share_one_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
 
 
-def test_tests_of_one_method_are_told_apart_by_their_folders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tests_of_one_method_are_named_by_their_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table([write(tmp_path / name, "TeCoA", 0) for name in ("a", "b")])
     shown = capsys.readouterr().out
     assert "TeCoA a" in shown
@@ -67,7 +65,7 @@ def test_averages_and_detection_stand_beside_the_accuracies(tmp_path: Path, caps
         assert text in shown
 
 
-def test_a_test_without_attacks_says_so_in_place_of_twenty_checks() -> None:
+def test_a_test_without_attacks_states_this_instead_of_twenty_checks() -> None:
     checks = [{"name": name, "status": "not_measured", "found": "no attack ran"} for name in ("transfer", "black_box")]
     audit = {"grade": "B", "checks": [*checks, {"name": "chance", "status": "warn", "found": "at chance"}]}
     clean = {"audit": audit, "mean": {"clean": {}}}

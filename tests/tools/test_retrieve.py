@@ -1,4 +1,4 @@
-"""Anchor sets from a pool: the search, the guard, the files, and what is told of bad input."""
+"""Anchor sets from a pool: the search, the guard, the files, and the messages for bad input."""
 
 import json
 import os
@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cache_cases import die_in_write
 from pyarrow import parquet
 from resume_cases import finish
 from retrieval_cases import CAPTION, DUPLICATES, POOL, make_pool, neighbours, parts_of, read_anchors, words
 
 from robustclip.cli.main import run
 from robustclip.data.sources.shapes import ShapesDataset
-from robustclip.tools.retrieval import encoder, search
+from robustclip.tools.retrieval import search
 from robustclip.tools.retrieval.search import Candidates, flat, ivf_pq, nearest
 
 faiss = pytest.importorskip("faiss")
@@ -63,7 +64,7 @@ def test_ties_go_to_the_smaller_id(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(found, brute_force(queries, features, k))
 
 
-def test_what_is_no_candidate_is_not_found() -> None:
+def test_pairs_that_are_no_candidates_are_not_retrieved() -> None:
     random = np.random.default_rng(2)
     features, queries = random.standard_normal((200, 8)), random.standard_normal((9, 8)).astype(np.float32)
     is_candidate = random.random(200) < 0.5
@@ -136,20 +137,7 @@ def test_neighbours_point_at_the_nearest_anchors(anchors: Path) -> None:
     assert all(own)
 
 
-def die_in_write(number: int) -> None:
-    """Lets this process die after it has written so many files of the cache."""
-    write, written = encoder.atomic_write, []
-
-    def struck(path: Path, content: bytes | str) -> None:
-        write(path, content)
-        written.append(path)
-        if len(written) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    encoder.atomic_write = struck
-
-
-def test_a_killed_retrieval_goes_on(pool: Path, anchors: Path, tmp_path: Path) -> None:
+def test_a_killed_retrieval_resumes(pool: Path, anchors: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [*words(pool), "--guard", "shapes:shapes", "--guard_threshold", "0.9999", "--out", str(out)]
     child = os.fork()
@@ -216,7 +204,7 @@ def test_queries_by_caption_find_the_same_text(pool: Path, tmp_path: Path) -> No
         (["--shard", "2", "--shards", "2"], "shard must be in [0, 2), got 2"),
     ],
 )
-def test_bad_input_is_told_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     options: list[str], told: str, pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*words(pool), *options, "--out", str(tmp_path / "out")]) == 2

@@ -132,7 +132,7 @@ def outside_ball(given: Example) -> Example:
         (lambda it: it._replace(by="fgsm"), ["the ledger differs"]),
     ],
 )
-def test_a_changed_example_is_told(
+def test_a_changed_example_is_reported(
     run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -149,7 +149,7 @@ def test_a_changed_example_is_told(
     assert f"1 ({given.number})" in output
 
 
-def test_a_changed_ledger_is_told(run: Path) -> None:
+def test_a_changed_ledger_is_reported(run: Path) -> None:
     path = run / LEDGERS / f"{TASK}.csv"
     numbers = [each.number for each in load_all(run / EXAMPLES)]
     lines = [line for line in path.read_text().splitlines() if line.split(",")[0] != str(numbers[0])]
@@ -157,7 +157,7 @@ def test_a_changed_ledger_is_told(run: Path) -> None:
     assert verify(run, build) == len(numbers)
 
 
-def test_other_weights_are_told(run: Path) -> None:
+def test_other_weights_are_reported(run: Path) -> None:
     def forgetful(config: dict[str, Any]) -> RobustMethod:
         method = build(config)
         torch.nn.init.normal_(method.clip.net.visual.conv1.weight, generator=torch.Generator().manual_seed(0))
@@ -204,7 +204,7 @@ def test_replay_equals_a_direct_count(run: Path, capsys: pytest.CaptureFixture[s
     assert f"{100 * low:.1f} to {100 * high:.1f}" in output
 
 
-def test_a_run_without_examples_says_how_to_get_them(tmp_path: Path, measured: Any) -> None:
+def test_a_run_without_examples_is_refused_with_the_option_that_keeps_them(tmp_path: Path, measured: Any) -> None:
     run = write_run(tmp_path / "run", measured[0], measured[1], [])
     for start in (lambda: verify(run, build), lambda: replay(run, ZeroShot())):
         with pytest.raises(
@@ -214,7 +214,7 @@ def test_a_run_without_examples_says_how_to_get_them(tmp_path: Path, measured: A
 
 
 @pytest.mark.parametrize("missing", ["config", "classes"])
-def test_a_result_that_lacks_what_examples_need_is_refused(tmp_path: Path, measured: Any, missing: str) -> None:
+def test_a_result_without_a_needed_part_is_refused(tmp_path: Path, measured: Any, missing: str) -> None:
     result = {name: value for name, value in measured[0].items() if name != missing}
     run = write_run(tmp_path / "run", result, measured[1], measured[2][:1])
     with pytest.raises(ValueError, match=f"has no {missing}"):

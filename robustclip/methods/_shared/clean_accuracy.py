@@ -1,4 +1,4 @@
-"""Clean accuracy of every task, over all processes."""
+"""Clean accuracy of every task over all processes, and the broadcasts that an evaluation pauses."""
 
 from typing import cast
 
@@ -32,18 +32,18 @@ def log_counts(module: LightningModule, counts: nn.ModuleDict, stage: str) -> No
         module.log(f"{stage}/mean/clean/acc1", torch.stack(accuracies).mean())
 
 
-def synchronise_forwards(module: LightningModule, *, is_on: bool) -> None:
-    """Allows ranks to evaluate different numbers of batches during a fit.
+def pause_buffer_broadcasts(module: LightningModule) -> None:
+    """Broadcasts the buffers once more and then no longer, so that ranks may evaluate different numbers of batches.
 
     DistributedDataParallel broadcasts buffers in every forward pass, which would wait for ranks whose share is empty.
-
-    Args:
-        module: method with its trainer.
-        is_on: false before an evaluation, true after it.
     """
-    wrapper = module.trainer.model
-    if isinstance(wrapper, DistributedDataParallel):
-        if not is_on:  # one last broadcast, so that all ranks evaluate with the same buffers
-            for buffer in module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        wrapper.require_forward_param_sync = is_on
+    if isinstance(wrapper := module.trainer.model, DistributedDataParallel):
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+        wrapper.require_forward_param_sync = False
+
+
+def resume_buffer_broadcasts(module: LightningModule) -> None:
+    """Lets DistributedDataParallel broadcast buffers in every forward pass again, after an evaluation."""
+    if isinstance(wrapper := module.trainer.model, DistributedDataParallel):
+        wrapper.require_forward_param_sync = True

@@ -9,7 +9,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from robustclip.arguments import Count, NonNegative
-from robustclip.methods._shared.distributed import of_training_images
+from robustclip.methods._shared.distributed import encode_training_images
 from robustclip.methods.base import RobustMethod
 from robustclip.models.context import LearnableContext
 from robustclip.models.layers import NormFilter, frozen, norm_parameters
@@ -37,8 +37,8 @@ class ContextAndNorms(RobustMethod):
         ValueError: an option is unknown, or the tower has no such norms.
     """
 
-    of_training: tuple[str, ...] = ("learns", "norm_filter", "context_lr", "classes_per_pass")
-    of_original = ("clip.net.", "context.")
+    training_arguments: tuple[str, ...] = ("learns", "norm_filter", "context_lr", "classes_per_pass")
+    pretrained_prefixes = ("clip.net.", "context.")
     takes_unknown = True
     is_tower_frozen = True
 
@@ -56,7 +56,7 @@ class ContextAndNorms(RobustMethod):
         self.learns, self.context_lr, self.classes_per_pass = learns, context_lr, classes_per_pass
         self.context = LearnableContext(self.clip, phrase)
         self.norms = [] if learns == "context" else norm_parameters(self.clip.net.visual, norm_filter)
-        self.start = [parameter.detach().clone() for parameter in self.learning()]
+        self.start = [parameter.detach().clone() for parameter in self.trained_parameters()]
         self.train()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ class ContextAndNorms(RobustMethod):
         }
         return [group for part, group in parts.items() if self.learns in ("both", part)]
 
-    def learning(self) -> list[Tensor]:
+    def trained_parameters(self) -> list[Tensor]:
         """Lists all parameters of `parameter_groups()`."""
         return [parameter for group in self.parameter_groups() for parameter in group["params"]]
 
@@ -87,7 +87,7 @@ class ContextAndNorms(RobustMethod):
         """Computes ``log softmax(s cos(f(x), t))`` ``(B, C)`` of images ``(B, 3, H, W)``, with gradients, in fp32."""
         return self.logits(images).log_softmax(-1)
 
-    def of_every_image(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def summarise_training_images(self, summary: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Applies a function to the pre-trained features of every training image, under the test transform, in fp32.
 
         Args:
@@ -96,21 +96,21 @@ class ContextAndNorms(RobustMethod):
         Returns:
             One row per sample id, nan where no image has that id, the same on all processes.
         """
-        with self.as_at_the_start():
+        with self.pretrained_values():
             with torch.no_grad(), frozen(self):
                 classes = self.class_features(data_of(self.trainer).train_task)
-            index, rows, _ = of_training_images(self, lambda features: summary(features, classes))
+            index, rows, _ = encode_training_images(self, lambda features: summary(features, classes))
         return rows.new_full((int(index.max()) + 1, *rows.shape[1:]), torch.nan).index_copy(0, index, rows)
 
     @contextmanager
-    def as_at_the_start(self) -> Iterator[None]:
+    def pretrained_values(self) -> Iterator[None]:
         """Gives the trained parameters their pre-trained values inside the context."""
-        learning = self.learning()
-        learnt = [parameter.detach().clone() for parameter in learning]
-        for parameter, value in zip(learning, self.start, strict=True):
+        trained = self.trained_parameters()
+        present = [parameter.detach().clone() for parameter in trained]
+        for parameter, value in zip(trained, self.start, strict=True):
             parameter.data.copy_(value)
         try:
             yield
         finally:
-            for parameter, value in zip(learning, learnt, strict=True):
+            for parameter, value in zip(trained, present, strict=True):
                 parameter.data.copy_(value)

@@ -27,12 +27,12 @@ def all_gather_rows(module: LightningModule, rows: Tensor) -> Tensor:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows
-    sizes = _of_each(module, torch.tensor(len(rows), device=rows.device)).tolist()
+    sizes = _gathered_by_process(module, torch.tensor(len(rows), device=rows.device)).tolist()
     padded = torch.cat([rows, rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])])  # all_gather needs one shape
-    return torch.cat([part[:size] for part, size in zip(_of_each(module, padded), sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(_gathered_by_process(module, padded), sizes, strict=True)])
 
 
-def of_training_images(
+def encode_training_images(
     method: RobustMethod, summary: Callable[[Tensor], Tensor] = lambda features: features
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encodes the training images with the present model and the test transform; this works in any stage.
@@ -58,6 +58,6 @@ def of_training_images(
         return index[order], summaries[order], labels[order]
 
 
-def _of_each(module: LightningModule, tensor: Tensor) -> Tensor:
+def _gathered_by_process(module: LightningModule, tensor: Tensor) -> Tensor:
     """Gathers a tensor from all processes, as one row per process."""
     return cast(Tensor, module.all_gather(tensor, sync_grads=True)).view(-1, *tensor.shape)

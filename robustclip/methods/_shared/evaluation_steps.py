@@ -1,4 +1,4 @@
-"""Validation and test steps of a method: answers in fp32, and clean accuracy by task."""
+"""Validation and test steps of a method: logits in fp32, and clean accuracy by task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,7 +8,12 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from robustclip.methods._shared.clean_accuracy import PREFIX, log_counts, synchronise_forwards
+from robustclip.methods._shared.clean_accuracy import (
+    PREFIX,
+    log_counts,
+    pause_buffer_broadcasts,
+    resume_buffer_broadcasts,
+)
 from robustclip.metrics import Top1
 from robustclip.models.tf32 import tf32
 from robustclip.types import Batch, Task, data_of
@@ -40,7 +45,7 @@ class EvaluationSteps(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Builds the zero-shot classifiers again, since the text side may have been trained."""
-        synchronise_forwards(self, is_on=False)  # ranks may evaluate different numbers of batches
+        pause_buffer_broadcasts(self)
         self.prepare(data_of(self.trainer).val_tasks)
 
     def on_test_epoch_start(self) -> None:
@@ -67,7 +72,7 @@ class EvaluationSteps(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         """Logs the clean accuracy of every validation task as ``val/<task>/clean/...``."""
         log_counts(self, self.counts, "val")
-        synchronise_forwards(self, is_on=True)
+        resume_buffer_broadcasts(self)
 
     def on_test_epoch_end(self) -> None:
         """Logs the clean accuracy of every test task as ``test/<task>/clean/...``."""

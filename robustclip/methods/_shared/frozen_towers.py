@@ -30,7 +30,7 @@ class FrozenFeatures(RobustMethod):
         ValueError: the number of epochs is negative, or there is a warm-up in steps.
     """
 
-    of_training: tuple[str, ...] = ("warmup_epochs",)
+    training_arguments: tuple[str, ...] = ("warmup_epochs",)
     takes_features = True
     is_tower_frozen = True
 

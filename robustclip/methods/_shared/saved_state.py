@@ -23,21 +23,26 @@ from robustclip.persistence import atomic_write
 
 SETTINGS = "inference_settings"  # checkpoint key of the values beside the tensors that define the evaluated function
 BASE = "base."  # key prefix of the settings that the base model's files define
-# Types of the entries of our checkpoints.
-TYPES: dict[str, Any] = {
-    **{"base_model": dict, SETTINGS: dict, "random_states": list, "interpolation": (dict, type(None))},
-    **{
-        "head_classes": list,
-        "cache_classes": list,
-        "bank": torch.Tensor,
-        "shift": torch.Tensor,
-        "loops": dict,
-        "callbacks": dict,
-    },
-    **{"pending_gradients": list, "run": dict, "settings": dict},
-    **{"optimizer_states": list, "lr_schedulers": list, "epoch": int, "global_step": int},
-}
 RANDOM, PENDING = "random_states", "pending_gradients"  # checkpoint keys of the state of every process
+TYPES: dict[str, Any] = {  # of a checkpoint's entries: the model's, those of single methods, the run's, and Lightning's
+    "base_model": dict,
+    SETTINGS: dict,
+    "interpolation": (dict, type(None)),
+    "head_classes": list,
+    "cache_classes": list,
+    "bank": Tensor,
+    "shift": Tensor,
+    RANDOM: list,
+    PENDING: list,
+    "run": dict,
+    "settings": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
 RESUMED = (RANDOM, PENDING)
 COUNTS = ("ready", "started", "processed", "completed")  # Lightning's counters of batches and epochs
 log = logging.getLogger(__name__)
@@ -55,7 +60,7 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
         return value.item()
     if isinstance(value, Path):
         return str(value)
@@ -63,8 +68,8 @@ def _plain(value: Any) -> Any:
 
 
 def inference_settings(method: Any) -> dict[str, Any]:
-    """Collects a method's `inference_settings`."""
-    listed = {name for cls in type(method).__mro__ for name in vars(cls).get("of_training", ())}
+    """Collects the values beside the tensors that define the function that a method evaluates."""
+    listed = {name for cls in type(method).__mro__ for name in vars(cls).get("training_arguments", ())}
     names = [name for name in method.hparams if name not in listed and not name.startswith("_")]
     passed = plain_values({name: method.hparams[name] for name in names})
     assigned = plain_values({name: vars(method)[name] for name in names if name in vars(method)})
@@ -108,7 +113,7 @@ def _checked(content: Any, path: str | Path) -> dict[str, Any]:
     return content
 
 
-def fill(checkpoint: dict[str, Any], method: Any, before_validation: Mapping[str, Any]) -> None:
+def add_run_state(checkpoint: dict[str, Any], method: Any, before_validation: Mapping[str, Any]) -> None:
     """Adds to Lightning's checkpoint all that an exact resume needs, and removes frozen weights.
 
     Args:
@@ -120,20 +125,20 @@ def fill(checkpoint: dict[str, Any], method: Any, before_validation: Mapping[str
     if method.run_settings is not None:
         checkpoint["settings"] = method.run_settings
     if method.clip.pretrained is not None:
-        frozen = {name for name, _ in method.named_parameters()} - method.learning_names
+        frozen = {name for name, _ in method.named_parameters()} - method.trained_names
         weights = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
     checkpoint["base_model"] = identity(method.clip)
     checkpoint[SETTINGS] = method.inference_settings
     is_inside = trainer.validating and is_validation_due(trainer)
     state = before_validation if is_inside else random_state(method.device)
-    checkpoint[RANDOM] = on_rank_zero(state, trainer.world_size)
+    checkpoint[RANDOM] = gather_on_rank_zero(state, trainer.world_size)
     if trainer.state.fn == TrainerFn.FITTING:
-        settle_progress(checkpoint["loops"]["fit_loop"], trainer)
-        checkpoint[PENDING] = on_rank_zero(pending_gradients(method, trainer), trainer.world_size)
+        correct_progress(checkpoint["loops"]["fit_loop"], trainer)
+        checkpoint[PENDING] = gather_on_rank_zero(pending_gradients(method, trainer), trainer.world_size)
 
 
-def restore(method: Any, resumed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def restore_run_state(method: Any, resumed: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Restores the random states, pending gradients and epoch position of an interrupted run.
 
     Args:
@@ -146,7 +151,7 @@ def restore(method: Any, resumed: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     if rank < len(gradients := resumed.get(PENDING, [])):
         for name, gradient in gradients[rank].items():
             method.get_parameter(name).grad = gradient.to(method.device)
-    settle_resumed_loop(method.trainer.fit_loop)
+    correct_resumed_loop(method.trainer.fit_loop)
 
 
 class RenamedCheckpointIO(TorchCheckpointIO):
@@ -188,7 +193,7 @@ def identity(clip: CLIPModel) -> dict[str, str]:
 
 
 def check_belongs(
-    checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, *, settings: Mapping[str, Any], learning: set[str]
+    checkpoint: dict[str, Any], module: nn.Module, clip: CLIPModel, *, settings: Mapping[str, Any], trained: set[str]
 ) -> None:
     """Refuses a checkpoint that does not belong to the module that loads it.
 
@@ -197,7 +202,7 @@ def check_belongs(
         module: module that loads it.
         clip: base model of the module.
         settings: inference settings of the module.
-        learning: names of the module's trained parameters, which must all be in the checkpoint.
+        trained: names of the module's trained parameters, which must all be in the checkpoint.
 
     Raises:
         ValueError: the architecture, the pre-trained weights, the settings or the shapes differ, or parameters are
@@ -216,7 +221,7 @@ def check_belongs(
     _compare(theirs, {key: settings.get(key) for key in sorted(of_base)})
     state = module.state_dict()
     known, given = set(state), set(checkpoint["state_dict"])
-    for problem, names in (("lacks", learning - given), ("has the unknown", given - known)):
+    for problem, names in (("lacks", trained - given), ("has the unknown", given - known)):
         if names:
             raise ValueError(
                 f"the checkpoint {problem} parameter {min(names)!r} of {type(module).__name__}; same method?"
@@ -262,7 +267,7 @@ def saved_classes(checkpoint: dict[str, Any], part: str, expected: tuple[str, ..
     return classes
 
 
-def on_rank_zero(value: Any, world_size: int) -> list[Any]:
+def gather_on_rank_zero(value: Any, world_size: int) -> list[Any]:
     """Gathers a value of every process, in the order of their ranks; the list is valid on rank 0 alone.
 
     Args:
@@ -288,7 +293,7 @@ def pending_gradients(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
     return {name: gradient.cpu() for name, gradient in gradients.items() if gradient is not None}
 
 
-def settle_progress(progress: dict[str, Any], trainer: Trainer) -> None:
+def correct_progress(progress: dict[str, Any], trainer: Trainer) -> None:
     """Corrects a checkpoint's record of progress, so that Lightning resumes from it exactly and repeatedly.
 
     Lightning 2.6 resumes from an epoch's last step without the validation that is due then. It also does not count the
@@ -325,7 +330,7 @@ def is_validation_due(trainer: Trainer) -> bool:
     return fetcher is not None and not loop.val_loop.skip and loop._should_check_val_fx(fetcher)
 
 
-def settle_resumed_loop(fit_loop: _FitLoop) -> None:
+def correct_resumed_loop(fit_loop: _FitLoop) -> None:
     """Corrects Lightning's position when it resumes between two epochs, or before the validation at an epoch's end."""
     loop, fetcher = fit_loop.epoch_loop, fit_loop._data_fetcher
     if fit_loop.epoch_progress.current.ready == fit_loop.epoch_progress.current.completed:

@@ -78,8 +78,8 @@ def check_weights(method: LightningModule, groups: Iterable[Mapping[str, Any]]) 
     Raises:
         ValueError: a parameter is not finite; the message names it and the last good checkpoint.
     """
-    learning = {id(parameter) for group in groups for parameter in group["params"]}
-    weights = {name: parameter.detach() for name, parameter in method.named_parameters() if id(parameter) in learning}
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    weights = {name: parameter.detach() for name, parameter in method.named_parameters() if id(parameter) in trained}
     if not weights:
         return
     is_finite = torch.stack([weight.isfinite().all() for weight in weights.values()]).tolist()

@@ -138,11 +138,11 @@ class WeightPerturbation:
 
 def matrices(method: "RobustMethod") -> list[nn.Parameter]:
     """Lists the trained matrices and convolution kernels of a method, or the factors of LoRA."""
-    learning = method.learning_names
+    trained = method.trained_names
     return [
         parameter
         for name, parameter in method.named_parameters()
-        if name in learning
+        if name in trained
         and parameter.ndim >= 2
         and (is_factor(name) or (MATRIX.fullmatch(name) and not EMBEDDING.search(name)))
     ]
