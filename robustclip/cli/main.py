@@ -105,7 +105,9 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         from robustclip.cli.messages import in_one_line
 
-        sys.stderr.write(f"error: {in_one_line(error, lightning.known_keys() if lightning else ())}\n")
+        line = in_one_line(error, lightning.known_keys() if lightning else ())
+        command = (sys.argv[1:] if arguments is None else arguments)[0]
+        sys.stderr.write(f"error: {line.replace('robustclip COMMAND', f'robustclip {command}')}\n")
         return 2
 
 

@@ -26,6 +26,8 @@ VALUES = (  # places of the given value in a message, from the most exact to the
 )
 FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a")
 
+# What to do about an error of a library that does not say so.
+REMEDIES = {"No supported gpu backend found": "; without a GPU, give --trainer.accelerator cpu"}
 # A typical class of a key, whose arguments are suggested.
 TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
 # Module whose classes are suggested for a key by a part of its last name.
@@ -73,7 +75,8 @@ def in_one_line(error: BaseException, keys: Collection[str] = ()) -> str:
         return unknown_key(match[1], keys)
     if match := re.search(r"arguments are required: (.+)", text):
         return _required(match[1])
-    return _shorten(_of_parser(text), LONGEST)
+    remedy = next((remedy for cause, remedy in REMEDIES.items() if cause in text), "")
+    return _shorten(_of_parser(text), LONGEST) + remedy
 
 
 def _of_parser(text: str) -> str:
@@ -194,6 +197,8 @@ def _classes(key: str, name: str) -> str:
     known = next((_names(module) for word, module in OFFERED.items() if word in key.rpartition(".")[2]), [])
     close = difflib.get_close_matches(name, known, n=1)
     own = "a class of your own is written module.Class"
+    if key == "data":
+        return f"{own}, and a data set is an option of it, such as --data.test folder:/my/photos"
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}; {own}" if known else own
 
 

@@ -11,6 +11,7 @@ from robustclip.convert import hugging_face, open_clip_folder, siglip
 from robustclip.convert.pixel_settings import read_pixels
 from robustclip.models import hub, tensor_files
 from robustclip.models.clip import CLIPModel
+from robustclip.models.weight_origin import read_origin, write_origin
 from robustclip.textfiles import read_text
 
 CONFIG = "config.json"
@@ -45,7 +46,14 @@ def convert(source: str, aside: Path) -> float:
     origin = None if snapshot is None else {"repository": snapshot.repository, "commit": snapshot.commit}
     open_clip_folder.write_config(aside, model, pixels, origin)
     open_clip_folder.write_weights(aside / open_clip_folder.WEIGHTS, kind.to_open_clip(read_weights(folder)))
-    written = CLIPModel(pretrained=str(aside))
+    if (facts := read_origin(folder)) is not None:  # a model of `robustclip export`, which may be robust
+        attack, base = facts["training_attack"], facts["base_fingerprint"]
+        write_origin(aside, method=facts["method"], training_attack=attack, base=base)
+    try:
+        written = CLIPModel(pretrained=str(aside))
+    except ValueError as error:  # its message names the folder that is being written
+        reason = tensor_files.one_line(error.__cause__ or error)
+        raise ValueError(f"the weights of {source} do not fit its {CONFIG}: {reason}") from error
     return open_clip_folder.check_parity(
         kind.library_similarities(folder, written), open_clip_folder.similarities(written)
     )

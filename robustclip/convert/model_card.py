@@ -138,11 +138,15 @@ def _facts(training: Mapping[str, Any] | None) -> dict[str, str]:
         return {"training": "not recorded"}
     model = dict(training["model"].get("init_args") or {})
     data = dict(training["data"].get("init_args") or training["data"])
+    trainer = training.get("trainer") or {}
+    steps = trainer.get("max_steps")
     return {
         "training data": _flat(data.get("train")),
         "training attack": _flat(model.get("attack")),
         "optimiser": _flat(model.get("optimizer")),
-        "epochs": str(training.get("trainer", {}).get("max_epochs")),
+        "epochs": "at most "
+        + str(trainer.get("max_epochs"))
+        + (f", or {steps} steps" if steps not in (None, -1) else ""),
         "seed": str(training.get("seed_everything")),
     }
 

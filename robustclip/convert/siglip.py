@@ -268,6 +268,10 @@ def _tokenizer(source: Path) -> Any:
             f"the tokenizer of {source} needs a package: pip install sentencepiece protobuf ({one_line(error)[:80]})"
         ) from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if not (source / "tokenizer_config.json").is_file():
+            raise ValueError(
+                f"{source} has no tokenizer_config.json, which names the class of its tokenizer; copy it there"
+            ) from error
         raise ValueError(f"the tokenizer of {source} cannot be read: {one_line(error)}") from error
 
 

@@ -188,14 +188,18 @@ def _read(path: Path) -> Any:
     try:
         return parquet.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"table {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"table {path} must be a parquet file of `robustclip caption`: {' '.join(str(error).split())[:150]}; "
+            "a CSV file is read as data.train list:FILE.csv with captions list"
+        ) from error
 
 
 class AuxiliaryData(NamedTuple):
     """Settings of the captions and image-text pairs that are read with a training set.
 
     Attributes:
-        captions: ``shards`` for the ``.txt`` files of the images, or the path of a table; None for no captions.
+        captions: ``shards`` for the ``.txt`` files of the images, ``list`` for a column of their CSV file, or the path
+            of a table; None for no captions.
         anchors: folder with pairs in ``train`` and, to draw paired ones, ``neighbours.parquet``; None for no pairs.
         choice: ``pool`` draws any pair, ``paired`` a neighbour of the image.
         root: folder that relative paths start at.
@@ -233,11 +237,15 @@ class AuxiliaryData(NamedTuple):
 
 
 def _open_captions(setting: str, source: Any, folder: Path) -> Texts:
-    if setting != "shards":
+    if setting not in ("shards", "list"):
         return ListTable(folder / setting, "captions", len(source))
-    if not isinstance(source, IndexedShards) or not source.has_captions:
-        raise ValueError("captions 'shards' needs .txt files in the shards of the training set; give a table's path")
-    return source.captions
+    if not getattr(source, "has_captions", False):
+        raise ValueError(
+            f"captions {setting!r} needs captions of the training images: .txt files in their shards or a column "
+            "`caption` in their list; give a table's path"
+        )
+    texts: Texts = source.captions
+    return texts
 
 
 def _open_anchors(folder: Path, source: Any, choice: Choice, transform: ToPixels, seed: int) -> AnchorSet:

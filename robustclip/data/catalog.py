@@ -40,6 +40,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -297,5 +298,7 @@ def lookup(name: str) -> CatalogEntry:
         return CATALOG[name]
     close = difflib.get_close_matches(name, CATALOG, cutoff=0.5)
     others = "a folder is written folder:/my/photos, a class of yours my_module.MySet"
+    if Path(name).is_dir():
+        close = [f"folder:{name}"]
     hint = f"did you mean {' or '.join(close)}?" if close else f"{others}; known are {', '.join(CATALOG)}"
     raise ValueError(f"data set must be a name of the catalogue, got {name!r}; {hint}")

@@ -18,9 +18,9 @@ class DataSource:
     """One data set of a configuration; a text or an object alone is short for its ``source``.
 
     Args:
-        source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH`` of a text file with
-            ``{split}`` in its name, ``npy:FILE`` of CIFAR-10-C with a severity as split, ``shapes:NAME``, a name of the
-            catalogue, which brings the papers' class names and prompts, or an own class: its path such as
+        source: ``wds:PATH-or-URL``, ``torchvision:CLASS``, ``folder:PATH``, ``list:PATH`` of a text or CSV file,
+            perhaps with ``{split}`` in its name, ``npy:FILE`` of CIFAR-10-C with a severity as split, ``shapes:NAME``,
+            a name of the catalogue, which brings the papers' class names and prompts, or an own class: its path such as
             ``my_module.MySet``, an object, or a mapping of ``class_path`` and ``init_args``. The class is a `Source` or
             a ``torch.utils.data.Dataset``.
         name: name of the task in metrics and results, ``[a-z0-9_]+``; null derives it from the source.

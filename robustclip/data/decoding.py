@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
@@ -35,7 +35,10 @@ def open_image(data: bytes) -> Image.Image:
         ImageError: the format is not recognised, or the header is damaged.
     """
     with _decoder():
-        return Image.open(BytesIO(data))
+        try:
+            return Image.open(BytesIO(data))
+        except UnidentifiedImageError:  # its message has the address of the buffer in place of a name
+            raise ImageError(f"{len(data)} bytes are no image of a known format") from None
 
 
 def open_file(path: str) -> Image.Image:

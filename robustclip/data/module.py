@@ -63,8 +63,8 @@ class CLIPDataModule(ResumableDataModule):
         bad_samples: ``error`` stops an evaluation at an undecodable image, ``skip`` counts it. Training always skips
             and counts.
         augmentation: random crops of training images; null for none.
-        captions: table of ``robustclip caption``, or ``shards`` for the ``.txt`` files of the training images; null
-            for none.
+        captions: table of ``robustclip caption``, ``shards`` for the ``.txt`` files of the training images, or ``list``
+            for the column ``caption`` of their CSV file; null for none.
         anchors: folder of image-text pairs that ``robustclip retrieve`` has written; null for none.
         anchor_choice: ``pool`` draws any pair, ``paired`` a neighbour of the image.
         captioned: folder of images with captions, whose ``test`` split `FeatureGeometry` uses for retrieval.

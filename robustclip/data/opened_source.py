@@ -157,7 +157,7 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     task = Task(name, names.names, tuple(templates), names.groups, _descriptions(source, names.names, root))
     if dataset is not None:
         dataset = _checked_dataset(source, dataset, task, is_own=not kind)
-        if names.labels is not None:
+        if names.labels is not None or opened.folders or opened.keys:
             warn_of_missing(labels_of(dataset) or (), task.label_names, source.where)
     is_small = opened.native_size or bool(known_set and known_set.native_size)
     native_size = is_small if source.native_size is None else source.native_size

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from robustclip.cli.main import run
+from robustclip.cli.messages import in_one_line
 from robustclip.methods._shared.saved_state import with_digest
 
 SIDE = 32
@@ -468,6 +469,27 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "missing run to verify": ("verify none", nothing, ("none",)),
     "missing run to replay": ("replay none --model ZeroShot", nothing, ("none",)),
     "no run to replay": ("replay --model ZeroShot", nothing, ("run",)),
+    "folder without its kind": (
+        TEST.replace("wds:set", "{at}/set"),
+        nothing,
+        ("catalogue, got '{at}/set'", "did you mean folder:{at}/set?"),
+    ),
+    "data set in place of the data module": (
+        TEST.replace("--data.test [wds:set]", "--data folder:set"),
+        nothing,
+        ("data: there is no class 'folder:set'", "--data.test folder:/my/photos"),
+    ),
+    "file of the wrong content": (
+        TEST.replace("wds:set", "folder:photos"),
+        lambda at: [text(f"photos/{name}/1.jpg", "no image")(at) for name in ("cat", "dog")],
+        ("photos/cat/1.jpg does not decode: 8 bytes are no image of a known format", "skip"),
+    ),
+    "photographs of a telephone": (
+        TEST.replace("wds:set", "folder:photos"),
+        lambda at: [text(f"photos/cat/1.{kind}", "no image")(at) for kind in ("jpg", "HEIC")],
+        ("photos/cat/1.HEIC is of an image type that is not read", "convert"),
+    ),
+    "missing run of compare": ("compare one", nothing, ("b is missing", "`robustclip compare --help`")),
     "key of the doctor": (f"{TEST} --model.pretraned x".replace("test", "doctor", 1), nothing, ("model.pretraned",)),
     "missing config of the doctor": ("doctor --config none.yaml", nothing, ("config", "none.yaml")),
 }
@@ -488,6 +510,10 @@ def test_bad_input_gives_one_clear_line(name: str, at: Path, model: Path, capfd:
     for word in words:
         assert word.replace("{at}", str(at)) in lines[0]
     assert not (at / "ran").exists()  # no code of a file ran
+
+
+def test_a_configuration_for_gpus_names_the_option_for_a_machine_without() -> None:
+    assert in_one_line(ValueError("No supported gpu backend found!")).endswith("give --trainer.accelerator cpu")
 
 
 def test_the_code_in_these_files_would_run_if_they_were_trusted(at: Path) -> None:

@@ -150,6 +150,7 @@ def test_unsupported_options_are_refused_in_one_line(
     ("missing", "words"),
     [
         ("tokenizer.json", "has no tokenizer"),
+        ("tokenizer_config.json", "has no tokenizer_config.json, which names the class"),
         ("preprocessor_config.json", "has no preprocessor_config.json"),
         ("model.safetensors", "has no model.safetensors"),
     ],

@@ -184,9 +184,9 @@ def test_flips_come_every_other_time_and_small_images_keep_their_size() -> None:
     ("options", "words"),
     [
         ({"captions": "none.parquet"}, "none.parquet is no file"),
-        ({"captions": "shards"}, r"needs .txt files"),
+        ({"captions": "shards"}, r".txt files in their shards or a column `caption`"),
         ({"captions": "pairs/neighbours.parquet"}, "must have the columns index and captions"),
-        ({"captions": "set/classnames.txt"}, "cannot be read"),
+        ({"captions": "set/classnames.txt"}, "must be a parquet file"),
         ({"anchors": "set"}, r"needs an image .* and a .txt caption"),
         ({"anchors": "none"}, "no such data set"),
     ],

@@ -21,6 +21,16 @@ from robustclip.textfiles import read_text
 log = logging.getLogger(__name__)
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FOREIGN_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+)  # images unknown to older Pillows
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 HIDDEN_FILES = {"thumbs.db", "desktop.ini"}
 SOLUTION = "LOC_val_solution.csv"  # labels of ImageNet's validation images, as published on Kaggle
@@ -187,7 +197,7 @@ def _check_others(others: list[str]) -> None:
     if not others:
         return
     Image.init()
-    if images := [path for path in others if Path(path).suffix.lower() in Image.EXTENSION]:
+    if images := [path for path in others if Path(path).suffix.lower() in (*Image.EXTENSION, *FOREIGN_SUFFIXES)]:
         raise ValueError(
             f"{images[0]} is of an image type that is not read, and {len(images) - 1} more files; "
             f"convert them to one of {' '.join(sorted(IMAGE_SUFFIXES))} or remove them"

@@ -151,6 +151,16 @@ class Relabelled(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.source[self.positions[index]][0], self.labels[index]
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether images of the source have captions."""
+        return getattr(self.source, "has_captions", False)
+
+    def captions(self, index: int) -> Sequence[str]:
+        """Returns the captions of one image."""
+        texts: Sequence[str] = self.source.captions(self.positions[index])  # type: ignore[attr-defined]
+        return texts
+
     def where(self, index: int) -> str:
         """Describes the place of a sample in messages."""
         return where_of(self.source, self.positions[index])
