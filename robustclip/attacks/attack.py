@@ -202,6 +202,10 @@ class Attack(Checked, ABC):
             raise ValueError(f"target: task {task!r} has no class {name!r}; near names are {', '.join(close)}")
         return self._changed(target=name, _aim=list(classes).index(name))
 
+    def aimed_as(self, other: "Attack") -> Self:
+        """Returns the attack with the target class of another one, which an evaluation has looked up."""
+        return self if other.aim is None else self._changed(target=other.target, _aim=other.aim)
+
     def is_success(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Marks samples ``(B,)`` that are predicted as the target, or without a target as any wrong class.
 

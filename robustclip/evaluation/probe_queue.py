@@ -220,7 +220,7 @@ class ProbeQueue:
             through = self.members[task, attack]
             numbers = [number for number, member in enumerate(through) if member.name.startswith("replay.")]
             held = part.take(torch.isin(by, by.new_tensor(numbers)).nonzero()[:, 0])
-            if held.rows:
+            if held.rows and through[0].attack.target is None:
                 options: dict[str, Any] = {"index": held.batch.index, "seed": self.seed, "stop": self.stop}
                 fallen = falls_to_own(self.method, task, *held.batch[:2], through, self.ways, **options)
                 fill(held.rows, range(len(fallen)), {f"{attack}.own": fallen})

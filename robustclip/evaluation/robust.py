@@ -123,11 +123,6 @@ class RobustEvaluation(TaskCallback):
             raise ValueError(
                 f"evaluation.attack_precision must be fp32 for a model.defence, got {self.attack_precision}"
             )
-        aimed = [name for name, attack in self._running.items() if attack.target is not None]
-        if aimed and method_of(pl_module).defence is not None:
-            raise ValueError(
-                f"evaluation.attacks: {aimed[0]} must have no target for a model.defence; leave target out"
-            )
         self._journal = self._examples = self._queue = None
         # A function, since the weights that identify the test are in place only when the loaders are made.
         done = (lambda task: self._opened(trainer, pl_module).done(task)) if stage == "test" else None

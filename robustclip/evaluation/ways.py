@@ -124,7 +124,8 @@ def _of_way(name: str, members: Sequence[Member], ways: Ways) -> list[Member]:
     first = members[0].attack
     if blind or not first.eps or first.norm not in ("linf", "l2") or not ways.queries:
         return blind
-    return [Member("square", Square(first.eps, ways.queries, "l2" if first.norm == "l2" else "linf"))]
+    square = Square(first.eps, ways.queries, "l2" if first.norm == "l2" else "linf")
+    return [Member("square", square.aimed_as(first))]
 
 
 def examine_defended(
@@ -166,7 +167,8 @@ def examine_defended(
         options: dict[str, Any] = {"index": index, "seed": seed, "check_every": check_every}
         undefended = examine(images, labels, bare, members, stop=stop, **options)
         judge = Judge(method, task, ways.judges, labels=labels, index=index)
-        verdict = Verdict.before(images, labels, judge(images, index) if clean_logits is None else clean_logits)
+        logits = judge(images, index) if clean_logits is None else clean_logits
+        verdict = Verdict.before(images, labels, logits, members[0].attack.aim)
         static = verdict.by
         # Every look of a random verdict could succeed by luck, so only the returned images are judged.
         options["stop"] = "last" if defence.is_random else stop
@@ -209,7 +211,7 @@ def falls_to_own(
     with torch.inference_mode(False):
         images, labels, index = (tensor.detach().clone() for tensor in (images, labels, index))
         judge = Judge(method, task, ways.judges, labels=labels, index=index)
-        verdict = Verdict.before(images, labels, judge(images, index))
+        verdict = Verdict.before(images, labels, judge(images, index), members[0].attack.aim)
         rung = Rung(_model("own", method, task, ways), is_fp32=True)
         options: dict[str, Any] = {"index": index, "seed": seed, "check_every": 1}
         options["stop"] = "last" if defence_of(method).is_random else stop
@@ -230,7 +232,7 @@ class _Replayed(Attack):
     """Returns images that attack the undefended model, whatever model it receives."""
 
     def __init__(self, attack: Attack, forward: Forward, images: Tensor | None = None) -> None:
-        self.eps, self.norm = attack.eps, attack.norm
+        self.eps, self.norm, self.target, self._aim = attack.eps, attack.norm, attack.target, attack.aim
         self._attack, self._forward, self._images = attack, forward, images
 
     def perturb(

@@ -9,7 +9,7 @@ from robustclip.report.blocks import Block, Cell, Picture, Pictures, Table, Text
 from robustclip.report.section import Section
 from robustclip.report.svg import draw, run_colour, run_entry
 from robustclip.report.view import CLEAN, LEVEL, MEAN, MISSING, View, percent
-from robustclip.results.tables import ADAPTIVE, COLUMNS, STATIC, UNDEFENDED
+from robustclip.results.tables import ADAPTIVE, COLUMNS, STATIC, SUCCESS, UNDEFENDED
 
 TEXT = (
     "The adaptive column is the accuracy under attack. Undefended: the attack on the same weights without the defence. "
@@ -26,7 +26,11 @@ class Defended(Section):
     def blocks(self, views: Sequence[View]) -> list[Block]:
         """Returns tables and slopes of the runs with a defence, or nothing if there are none."""
         pairs = [
-            (view, attack) for view in views if view.part("model").get("defence") is not None for attack in view.attacks
+            (view, attack)
+            for view in views
+            if view.part("model").get("defence") is not None
+            for attack in view.attacks
+            if SUCCESS not in view.part(MEAN)[attack]
         ]
         tables = [table for view, attack in pairs for table in (_columns(view, attack), _ways(view, attack))]
         pictures = [_slopes(view, attack, f"slope-{view.number}-{n}") for n, (view, attack) in enumerate(pairs)]

@@ -155,7 +155,7 @@ def accuracies(
             by = Counter(row[f"{attack}.by"] for row in samples)
             tasks[task][attack]["broken_by"] = {name: by[name] for name in names}
         for attack, aim in aimed.items():
-            tasks[task][attack][SUCCESS] = _success(samples, attack, aim)
+            tasks[task][attack][SUCCESS] = {"aim": aim, **_success(samples, f"{attack}.by", aim)}
     return {"tasks": tasks, "mean": {kind: _mean(tasks.values(), kind) for kind in kinds} if tasks else {}}
 
 
@@ -170,12 +170,11 @@ def is_correct(row: Mapping[str, str], attack: str, *, is_aimed: bool) -> bool:
     return row[f"{attack}.prediction"] == row["label"] if is_aimed else not row[f"{attack}.by"]
 
 
-def _success(samples: Rows, attack: str, aim: int) -> dict[str, Any]:
-    """Counts the images of other classes that an attack with a target class moves to it."""
+def _success(samples: Rows, column: str, aim: int) -> dict[str, Any]:
+    """Counts the images of other classes that are moved to a target class, by the column of the member that did so."""
     others = [row for row in samples if int(row["label"]) != aim]
-    count = sum(bool(row[f"{attack}.by"]) for row in others)
+    count = sum(bool(row[column]) for row in others)
     return {
-        "aim": aim,
         "rate": count / len(others) if others else None,
         "count": count,
         "n": len(others),
@@ -193,7 +192,8 @@ def add_undefended(
     method on these images and on those at the end of that attack; ``adaptive``: the worst case over all ways through
     the defence, which also is the accuracy of the attack; ``replayed``: a hash of all replayed images; ``by_way``: the
     number of samples that each way misclassified first. Clean accuracies get ``undefended``. Every task gets ``cost``:
-    seconds of a defended answer divided by those of an undefended one.
+    seconds of a defended answer divided by those of an undefended one. Of an attack with a target class, ``success``
+    gets ``undefended`` and ``static`` in place of the accuracies.
 
     Args:
         table: table of `with_averages`, changed in place.
@@ -207,10 +207,7 @@ def add_undefended(
         bare, defended = (sum(float(row[f"{name}_seconds"]) for row in samples) for name in ("bare", "defended"))
         values["cost"] = defended / bare if bare else None
         for attack, names in members[task].items():
-            accuracy = dict(values[attack])
-            for column in (UNDEFENDED, STATIC):
-                values[attack][column] = _accuracy(sum(not row[f"{attack}.{column}"] for row in samples), n)
-            values[attack][ADAPTIVE] = {key: accuracy[key] for key in ("acc1", "correct", "interval")}
+            _add_columns(values[attack], samples, attack)
             by = Counter(row[f"{attack}.by"].partition(".")[0] for row in samples)
             values[attack]["replayed"] = digest(
                 sorted((int(row["id"]), row.get(f"{attack}.replayed")) for row in samples)
@@ -221,8 +218,22 @@ def add_undefended(
         *((average, average["tasks"]) for average in table.get("averages", {}).values()),
     ]:
         for kind in table["mean"]:
+            means[kind] |= _mean_success([tasks[task] for task in chosen], kind)
             for column in [column for column in COLUMNS if column in tasks[chosen[0]][kind]]:
                 means[kind][column] = _mean([{**tasks[t], kind: tasks[t][kind][column]} for t in chosen], kind)
+
+
+def _add_columns(accuracy: dict[str, Any], samples: Rows, attack: str) -> None:
+    """Adds the columns of a defended method to an attack's accuracy, or to its success if it has a target class."""
+    success, own = accuracy.get(SUCCESS), {key: accuracy[key] for key in ("acc1", "correct", "interval")}
+    for column in (UNDEFENDED, STATIC):
+        name = f"{attack}.{column}"
+        if success is not None:
+            success[column] = _success(samples, name, success["aim"])
+        else:
+            accuracy[column] = _accuracy(sum(not row[name] for row in samples), len(samples))
+    if success is None:
+        accuracy[ADAPTIVE] = own
 
 
 def scalars(table: Mapping[str, Any]) -> dict[str, float]:
@@ -300,11 +311,17 @@ def _mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> dict[str, Any]:
 def _mean_success(tasks: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     """Computes the mean success of an attack with a target class; empty for other attacks."""
     parts = [task[kind][SUCCESS] for task in tasks if SUCCESS in task[kind]]
-    counted = [part for part in parts if part["n"]]
-    if not counted:
+    if not any(part["n"] for part in parts):
         return {}
+    of_columns = {name: _mean_rate([part[name] for part in parts]) for name in COLUMNS if name in parts[0]}
+    return {SUCCESS: {**_mean_rate(parts), **of_columns}}
+
+
+def _mean_rate(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Computes the mean of the success rates of the tasks that have images of other classes."""
+    counted = [part for part in parts if part["n"]]
     interval = list(mean_interval([(part["count"], part["n"]) for part in counted]))
-    return {SUCCESS: {"rate": fmean(part["rate"] for part in counted), "interval": interval}}
+    return {"rate": fmean(part["rate"] for part in counted), "interval": interval}
 
 
 def _interval_of_mean(tasks: Iterable[Mapping[str, Any]], kind: str) -> list[float]:

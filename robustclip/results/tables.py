@@ -90,7 +90,8 @@ def is_bold(heading: str) -> bool:
 def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Lists the accuracies of a row by the headings of their columns, such as ``pgd10 static`` for defended methods.
 
-    An attack with a target class has a second column, the share of images of other classes that it moves there.
+    An attack with a target class has a second column, the share of images of other classes that it moves there; with
+    a defence, one such column per column of other attacks.
 
     Args:
         accuracies: ``clean`` and attacks of a task, an average or the mean.
@@ -102,9 +103,18 @@ def parts_of(accuracies: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[s
         parts |= {f"{kind} {column}": accuracy[column] for column in columns}
         if SUCCESS in accuracy:
             success = accuracy[SUCCESS]
-            share = math.nan if success["rate"] is None else success["rate"]
-            parts[f"{kind} {SUCCESS}"] = {"acc1": share, "interval": success["interval"]}
+            shares = {f" {name}": success[name] for name in (UNDEFENDED, STATIC) if name in success}
+            shares[f" {ADAPTIVE}" if shares else ""] = success
+            parts |= {
+                f"{kind} {SUCCESS}{name}": {"acc1": _number(part["rate"]), "interval": part["interval"]}
+                for name, part in shares.items()
+            }
     return parts
+
+
+def _number(rate: float | None) -> float:
+    """Returns a success rate, nan where there is none."""
+    return math.nan if rate is None else rate
 
 
 def rich_table(result: Mapping[str, Any]) -> Table:

@@ -1,6 +1,7 @@
 """Run by test_defended_processes.py: tests a random defence on two processes, in one go and with a kill in the middle.
 
-usage: python defended_cases.py FOLDER; leaves FOLDER/two and FOLDER/killed.
+usage: python defended_cases.py FOLDER; leaves FOLDER/two and FOLDER/killed, and the same without the defence under
+names that begin with ``plain_``.
 """
 
 import os
@@ -30,8 +31,16 @@ class Killed(RobustEvaluation):
         os._exit(KILLED)
 
 
-def run(folder: Path, name: str, *, processes: int = 1, size: int = 4, kind: type = RobustEvaluation) -> None:
-    """Tests the defence.
+def run(
+    folder: Path,
+    name: str,
+    *,
+    processes: int = 1,
+    size: int = 4,
+    kind: type = RobustEvaluation,
+    is_defended: bool = True,
+) -> None:
+    """Tests the defence by an attack on any wrong class and by one with a target class.
 
     Args:
         folder: folder of the result.
@@ -39,11 +48,12 @@ def run(folder: Path, name: str, *, processes: int = 1, size: int = 4, kind: typ
         processes: number of processes.
         size: size of a batch.
         kind: class of the evaluation.
+        is_defended: whether the method has its defence.
     """
-    attacks = {"pgd": PGD("5/255", "1.25/255", 5)}
+    attacks = {"pgd": PGD("5/255", "1.25/255", 5), "to_pink": PGD("8/255", "2/255", 5, target="pink")}
     evaluation = kind(attacks, max_samples=SAMPLES, probes=12, ways=Ways(draws=2, judges=3, queries=20))
     data = CLIPDataModule(test=["shapes:colours"], image_size=32, eval_batch_size=size)
-    method = ZeroShot(defence=GaussianNoise(0.1, 1))
+    method = ZeroShot(defence=GaussianNoise(0.1, 1) if is_defended else None)
     helpers.run_test(method, data, evaluation, ResultsWriter(str(folder), name), processes=processes)
 
 
@@ -59,6 +69,7 @@ def forked(*args: Any, **options: Any) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    assert forked(place, "two") == 0
-    assert forked(place, "killed", kind=Killed) == KILLED
-    assert forked(place, "killed", size=3) == 0
+    for prefix, is_defended in (("", True), ("plain_", False)):
+        assert forked(place, f"{prefix}two", is_defended=is_defended) == 0
+        assert forked(place, f"{prefix}killed", kind=Killed, is_defended=is_defended) == KILLED
+        assert forked(place, f"{prefix}killed", size=3, is_defended=is_defended) == 0

@@ -1,4 +1,4 @@
-"""A random defence has one ledger, for any size of batches, any number of processes, and after a kill."""
+"""Tests of a random defence, and with a target class, have one ledger: in any batches and processes, after a kill."""
 
 from pathlib import Path
 
@@ -20,12 +20,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with in_background(SCRIPT, folder):
         defended_cases.run(folder, "one")
         defended_cases.run(folder, "small", size=3)
+        defended_cases.run(folder, "plain_one", is_defended=False)
     return folder
 
 
-@pytest.mark.parametrize("name", ["small", "two", "killed"])
-def test_a_random_defence_has_one_ledger(folder: Path, name: str) -> None:
-    one, other = (Run.open(folder / part).rows("colours") for part in ("one", name))
+@pytest.mark.parametrize("name", ["small", "two", "killed", "plain_two", "plain_killed"])
+def test_a_test_has_one_ledger(folder: Path, name: str) -> None:
+    first = "plain_one" if name.startswith("plain") else "one"
+    one, other = (Run.open(folder / part).rows("colours") for part in (first, name))
     assert len(one) == defended_cases.SAMPLES
     for ours, theirs in zip(one, other, strict=True):
         measured = {column for column in ours if column.endswith(ROUNDED)}
@@ -40,3 +42,10 @@ def test_the_ledger_has_different_outcomes(folder: Path) -> None:
     assert len({row["pgd.by"] for row in rows}) > 2
     assert len({row["pgd.share"] for row in rows}) > 2
     assert {row["draws"] == "" for row in rows} == {True, False}
+    for name in ("one", "plain_one"):
+        run = Run.open(folder / name)
+        success = run.result["tasks"]["colours"]["to_pink"]["success"]
+        assert 0 < success["count"] < success["n"] < defended_cases.SAMPLES
+        assert success["count"] == sum(
+            int(row["to_pink.prediction"]) == success["aim"] != int(row["label"]) for row in run.rows("colours")
+        )
