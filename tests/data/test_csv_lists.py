@@ -85,7 +85,8 @@ def test_a_class_that_only_the_list_of_another_split_has_keeps_its_place(
     ("content", "message"),
     [
         ("a/1.png,0\n", r"must begin with a line of column names: `path`, .* found 'a/1.png', '0'"),
-        ("", r"must begin with a line of column names"),
+        ("", r"must begin with a line of column names: .* found an empty file"),
+        ("path,class\n\n", r"has a line of column names and no image"),
         ("path,class\na/1.png,grey, cat\n", r"line 2 of list .* has 3 values for 2 columns; .* in quotes"),
         ("path,class\na/1.png,\n", r"line 2 of list .* has no class"),
         ("path,label\na/1.png,cat\n", r"must have a number from 0 as `label`, found 'cat'; names are a `class`"),

@@ -146,8 +146,10 @@ def _rows(file: Path) -> list[Row]:
     if "path" not in header or not {"label", "class"} & {*header} or len({*header}) < len(header):
         raise ValueError(
             f"list {file} must begin with a line of column names: `path`, `class` (a name) or `label` (a number), "
-            f"and perhaps `caption`, found {excerpt(lines[0][1] if lines else [])}"
+            f"and perhaps `caption`, found {excerpt(lines[0][1]) if lines else 'an empty file'}"
         )
+    if len(lines) == 1:
+        raise ValueError(f"list {file} has a line of column names and no image")
     if ignored := [name for name in header if name not in COLUMNS]:
         log.warning("list %s has columns that are not read: %s", file, excerpt(ignored))
     return [_row(file, line, header, cells) for line, cells in lines[1:]]
