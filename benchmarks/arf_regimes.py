@@ -75,17 +75,17 @@ class Regimes:
     def rows(self) -> list[dict[str, Any]]:
         """Runs FLYP at its best rate on held-out training images, and every regime of ARF at the same rate."""
         rate = max(RATES, key=lambda rate: held_out(self.fit("FLYP", 0, rate), "clean")["clean"])
-        records = [self.row("FLYP", seed, rate) | {"method": "FLYP"} for seed in SEEDS]
-        baseline = {row["seed"]: row for row in records}
+        found = [self.row("FLYP", seed, rate) | {"method": "FLYP"} for seed in SEEDS]
+        baseline = {row["seed"]: row for row in found}
         for pool in POOLS:
             for captions, pairs in WEIGHTS if pool == "filled" else WEIGHTS_OF_PAIRS:
                 for seed in SEEDS:
                     options = ("--model.caption_weight", captions, "--model.anchor_weight", pairs)
                     row = self.row("ARF", seed, rate, *options, pool=pool)
                     gains = {f"over_flyp_{group}": row[group] - baseline[seed][group] for group in GROUPS}
-                    records.append(row | gains | {"method": "ARF", "pool": pool, "weights": [captions, pairs]})
-                print(table(records), flush=True)
-        return records
+                    found.append(row | gains | {"method": "ARF", "pool": pool, "weights": [captions, pairs]})
+                print(table(found), flush=True)
+        return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -99,11 +99,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         name = (row["method"], row.get("pool", ""), ", ".join(row.get("weights", ())))
         by_name.setdefault(name, []).append(row)
-    for name, members in by_name.items():
-        cells = [f"{100 * statistics.mean(row[group] for row in members):.1f}" for group in groups]
-        if "over_flyp_shifts" in members[0]:
+    for name, found in by_name.items():
+        cells = [f"{100 * statistics.mean(row[group] for row in found):.1f}" for group in groups]
+        if "over_flyp_shifts" in found[0]:
             for group in groups:
-                gains = [100 * row[f"over_flyp_{group}"] for row in members]
+                gains = [100 * row[f"over_flyp_{group}"] for row in found]
                 cells.append(f"{statistics.mean(gains):+.1f} [{min(gains):+.1f}, {max(gains):+.1f}]")
         else:
             cells += [""] * len(groups)

@@ -169,7 +169,7 @@ def test_damaged_folders_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_another_layout_is_refused_with_the_command_that_converts_it(source: Path) -> None:
+def test_a_folder_that_must_be_converted_says_how(source: Path) -> None:
     with pytest.raises(
         ValueError, match=r"layout of the Hugging Face library; convert it by `robustclip import .*clip"
     ):
