@@ -60,32 +60,37 @@ class Regimes:
         values = [option for option in options if not option.startswith("--")]
         folder = self.work / "fits" / "_".join([name, rate, *values, *(pool or "").split(), f"seed{seed}"])
         words = [*SHARED, *model, "--seed_everything", str(seed), "--model.optimizer.lr", rate, "--data.holdout", "0.1"]
-        words += self.anchors(pool) if pool and not folder.is_dir() else []
+        words += self.anchors(pool) if pool else []
         return fit_once(folder, [*words, "--evaluation.fit_attacks={}"], seed=seed, rate=rate)
 
     def row(self, name: str, seed: int, rate: str, *options: str, pool: str | None = None) -> dict[str, Any]:
         """Fits and tests if needed, and returns the accuracies."""
         checkpoint = self.fit(name, seed, rate, *options, pool=pool)
-        averages = f"--results.averages={json.dumps(GROUPS)}"
-        test = [*SHARED, "--model", name, *options, "--ckpt_path", str(checkpoint), "--evaluation.attacks={}", averages]
-        result = test_once(self.work / "tests" / checkpoint.parents[1].name, test)
+        measures = self.test(checkpoint.parents[1].name, "--model", name, *options, "--ckpt_path", str(checkpoint))
+        return {"seed": seed, "rate": rate, **measures}
+
+    def test(self, folder: str, *options: str) -> dict[str, Any]:
+        """Tests if needed, and returns the accuracies and the commit of the test."""
+        shared = (*SHARED, "--evaluation.attacks={}", f"--results.averages={json.dumps(GROUPS)}")
+        result = test_once(self.work / "tests" / folder, [*shared, *options])
         accuracies = {group: result["averages"][group]["clean"]["acc1"] for group in GROUPS}
-        return {"seed": seed, "rate": rate, "commit": result["commit"], **accuracies}
+        return {"commit": result["commit"], **accuracies}
 
     def rows(self) -> list[dict[str, Any]]:
         """Runs FLYP at its best rate on held-out training images, and every regime of ARF at the same rate."""
         rate = max(RATES, key=lambda rate: held_out(self.fit("FLYP", 0, rate), "clean")["clean"])
-        found = [self.row("FLYP", seed, rate) | {"method": "FLYP"} for seed in SEEDS]
-        baseline = {row["seed"]: row for row in found}
+        flyp = [self.row("FLYP", seed, rate) | {"method": "FLYP"} for seed in SEEDS]
+        rows = [self.test("ZeroShot") | {"method": "ZeroShot"}, *flyp]
+        baseline = {row["seed"]: row for row in flyp}
         for pool in POOLS:
             for captions, pairs in WEIGHTS if pool == "filled" else WEIGHTS_OF_PAIRS:
                 for seed in SEEDS:
                     options = ("--model.caption_weight", captions, "--model.anchor_weight", pairs)
                     row = self.row("ARF", seed, rate, *options, pool=pool)
                     gains = {f"over_flyp_{group}": row[group] - baseline[seed][group] for group in GROUPS}
-                    found.append(row | gains | {"method": "ARF", "pool": pool, "weights": [captions, pairs]})
-                print(table(found), flush=True)
-        return found
+                    rows.append(row | gains | {"method": "ARF", "pool": pool, "weights": [captions, pairs]})
+                print(table(rows), flush=True)
+        return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -99,11 +104,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         name = (row["method"], row.get("pool", ""), ", ".join(row.get("weights", ())))
         by_name.setdefault(name, []).append(row)
-    for name, found in by_name.items():
-        cells = [f"{100 * statistics.mean(row[group] for row in found):.1f}" for group in groups]
-        if "over_flyp_shifts" in found[0]:
+    for name, members in by_name.items():
+        cells = [f"{100 * statistics.mean(row[group] for row in members):.1f}" for group in groups]
+        if "over_flyp_shifts" in members[0]:
             for group in groups:
-                gains = [100 * row[f"over_flyp_{group}"] for row in found]
+                gains = [100 * row[f"over_flyp_{group}"] for row in members]
                 cells.append(f"{statistics.mean(gains):+.1f} [{min(gains):+.1f}, {max(gains):+.1f}]")
         else:
             cells += [""] * len(groups)

@@ -53,7 +53,7 @@ class Restless(TeCoA):
 
 
 class Strike(Callback):
-    """Sends this process the signal that the variable STRIKE names: ``SIGTERM train 1.2``, ``SIGKILL validation 0.5``.
+    """Sends this process a signal at the moment in the variable STRIKE, such as ``SIGTERM train 1.2``.
 
     The numbers are those of the epoch and of its batches that are done. In training the signal comes inside the
     attack, if there is one.

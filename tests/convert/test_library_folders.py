@@ -13,7 +13,9 @@ from library_cases import SIZE, change, write_clip, write_pixels, write_siglip
 from torch.nn import functional as F
 
 from robustclip.convert.importing import import_checkpoint
+from robustclip.methods import ZeroShot
 from robustclip.models.clip import CLIPModel
+from robustclip.models.weight_origin import read_origin, write_origin
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["a photo of a cat", "two dogs, it's raining!", "x"]
@@ -169,7 +171,23 @@ def test_damaged_folders_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_must_be_converted_says_how(source: Path) -> None:
+def test_weights_of_another_configuration_are_refused_by_the_name_of_the_folder(library: Any, tmp_path: Path) -> None:
+    library.save_pretrained(tmp_path / "in")
+    change(tmp_path / "in" / "config.json", vision_config={"patch_size": 16})
+    with pytest.raises(ValueError, match=r"the weights of .*/in do not fit its config.json: .*conv1.weight") as caught:
+        import_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert ".out." not in str(caught.value)
+
+
+def test_an_imported_model_keeps_the_origin_of_its_weights(library: Any, tmp_path: Path) -> None:
+    library.save_pretrained(tmp_path / "in")
+    write_origin(tmp_path / "in", method="TeCoA", training_attack="PGD(eps=1/255)", base="b")
+    import_checkpoint(tmp_path / "in", tmp_path / "out")
+    assert read_origin(tmp_path / "out") == read_origin(tmp_path / "in")
+    assert ZeroShot(pretrained=str(tmp_path / "out")).is_robust
+
+
+def test_a_folder_in_another_layout_is_refused_with_the_command_that_converts_it(source: Path) -> None:
     with pytest.raises(
         ValueError, match=r"layout of the Hugging Face library; convert it by `robustclip import .*clip"
     ):
