@@ -87,7 +87,7 @@ def measure(method: RobustMethod, data: CLIPDataModule, eps: str) -> dict[str, A
 
 
 def main() -> None:
-    """Measure, print, write the JSON; fail if the reference finds more than half a point more."""
+    """Measures, prints and writes the JSON; fails if the reference finds more than half a point more."""
     parser = argparse.ArgumentParser(description="Compare the recipes with the reference AutoAttack.")
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--data", required=True, help="folder of the photographs")

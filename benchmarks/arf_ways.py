@@ -57,7 +57,7 @@ class Separate:
         self.tokens = [self.texts.tokenize(each) for each in texts]
 
     def loss(self) -> Tensor:
-        """Sum the terms."""
+        """Sums the terms."""
         images, scale = self.problem.images, self.model.logit_scale.exp()
         terms = []
         for seen, tokens in zip((images, images, self.texts.pair_images), self.tokens, strict=True):
@@ -66,7 +66,7 @@ class Separate:
         return torch.stack(terms).sum()
 
     def step(self) -> None:
-        """Train once."""
+        """Takes one training step."""
         self.optimizer.zero_grad()
         torch.autograd.backward(self.loss())
         self.optimizer.step()
@@ -81,7 +81,7 @@ class Bare(Separate):
         self.cut = tokens[:, : int(tokens.argmax(1).max()) + 1]
 
     def loss(self) -> Tensor:
-        """Sum the terms of the parts."""
+        """Sums the terms of the parts."""
         images = self.problem.normalise(torch.cat([self.problem.images, self.texts.pair_images]))
         seen, anchors = self.model.encode_image(images, normalize=True).chunk(2)
         prompts, captions, pairs = read_cut(self.model, self.cut).chunk(3)
@@ -112,7 +112,7 @@ class Ours(ways.Ours):
         self.parameters = list(self.method.clip.net.parameters())
 
     def build(self, **options: Any) -> "RobustMethod":
-        """Construct the method."""
+        """Constructs the method."""
         from robustclip.methods import ARF
 
         return ARF(**options)
@@ -122,7 +122,7 @@ class WholeText(Separate):
     """The class prompts on 77 tokens."""
 
     def step(self) -> None:
-        """Read, and go back; the features' sum stands for a loss."""
+        """Encodes the texts, and runs the backward pass of the features' sum in place of a loss."""
         self.optimizer.zero_grad()
         torch.autograd.backward(self.model.encode_text(self.tokens[0], normalize=True).sum())
 
@@ -131,7 +131,7 @@ class CutText(Ours):
     """The class prompts by the package, cut behind the longest of all classes and templates."""
 
     def step(self) -> None:
-        """Read, and go back."""
+        """Encodes the texts, and runs the backward pass of their sum."""
         self.optimizer.zero_grad()
         method = cast("ARF", self.method)
         torch.autograd.backward(method.encode_tokens(method.class_prompts(self.batch)).sum())

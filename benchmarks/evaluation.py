@@ -45,7 +45,7 @@ SETS = ("cifar10", "caltech101", "oxford_pets", "pacs_photo", "pacs_sketch", "fo
 
 
 def plain_loop(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
-    """Attack all samples in all steps; returns a mask (B,), true where a sample is correct on every image."""
+    """Attacks all samples in all steps; returns a mask (B,), true where a sample is correct on every image."""
     forward = partial(method.logits, task=task)
     with torch.no_grad():
         is_robust = forward(batch.images).argmax(1) == batch.labels
@@ -63,13 +63,13 @@ def plain_loop(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Te
 
 
 def by_package(method: RobustMethod, batch: Batch, task: str, attack: PGD) -> Tensor:
-    """Attack by the package; returns a mask (B,), true where a sample is robust."""
+    """Attacks by the package; returns a mask (B,), true where a sample is robust."""
     forward = partial(method.logits, task=task)
     return examine(batch.images, batch.labels, forward, attack.members(0), index=batch.index).by == ROBUST
 
 
 def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[str, Any]:
-    """Measure seconds of both ways over all sets, with a frozen model, and count unequal verdicts."""
+    """Measures seconds of both ways over all sets, with a frozen model, and counts unequal verdicts."""
     ways: dict[str, Callable[..., Tensor]] = {"engine": by_package, "plain": plain_loop}
     seconds, robust, n, clean, different = dict.fromkeys(ways, 0.0), 0, 0, 0, 0
     method.eval().requires_grad_(False)
@@ -96,7 +96,7 @@ def time_real(method: RobustMethod, data: CLIPDataModule, attack: PGD) -> dict[s
 
 
 def time_official(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure seconds per attacked image and step of both ways, which attack every sample to the end."""
+    """Measures seconds per attacked image and step of both ways, which attack every sample to the end."""
     problem = Problem.random("ViT-B-32", options.batch_size, options.classes, options.steps)
     official, ours = Official(problem), Ours(problem)
     attack = PGD(eps="1/255", alpha="1/255", steps=problem.steps)
@@ -161,7 +161,7 @@ def time_audit(repeats: int, samples: int) -> dict[str, Any]:
 
 
 def models(options: argparse.Namespace) -> dict[str, RobustMethod]:
-    """Load the undefended model, and the fine-tuned one."""
+    """Loads the undefended model, and the fine-tuned one."""
     shared: dict[str, Any] = {"pretrained": options.model, "image_size": options.image_size}
     models: dict[str, RobustMethod] = {"undefended": ZeroShot(**shared)}
     if options.checkpoint:
@@ -173,7 +173,7 @@ def models(options: argparse.Namespace) -> dict[str, RobustMethod]:
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="Time the evaluation engine against plain loops.")
     parser.add_argument("--model", help="folder of the real model; without it only ViT-B/32 is timed")
     parser.add_argument("--data", help="folder of the photographs")
@@ -194,7 +194,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Time, compare, write the JSON; fail if a verdict differs."""
+    """Times, compares and writes the JSON; fails if a verdict differs."""
     options = parse_options()
     torch.set_num_threads(1)
     report: dict[str, Any] = {

@@ -80,11 +80,11 @@ class OnDevice:
 
 
 class TeCoA(OnDevice, ways.Ours):
-    """The package's training step of TeCoA."""
+    """Builds the package's training step of TeCoA."""
 
 
 class PMGAFT(OnDevice, pmg_aft_ways.Ours):
-    """The package's training step of PMG-AFT."""
+    """Builds the package's training step of PMG-AFT."""
 
 
 class RobustVLM(ways.Bare):

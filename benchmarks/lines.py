@@ -26,7 +26,7 @@ BASE = "base.py"
 
 
 def code_lines(path: Path) -> int:
-    """Number of code lines of a file, or of all files of a folder."""
+    """Counts the code lines of a file, or of all files of a folder."""
     if path.is_dir():
         return sum(map(code_lines, path.rglob("*.py")))
     text = path.read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def ours() -> dict[str, dict[str, int]]:
-    """Code lines of the package's methods and of the tests of each, by file."""
+    """Counts the code lines of the package's methods and of the tests of each, by file."""
     methods = [path for path in (ROOT / "robustclip/methods").glob("*.py") if path.name not in (BASE, "__init__.py")]
     tests = {path: ROOT / f"tests/methods/test_{path.name}" for path in methods}
     return {
@@ -55,7 +55,7 @@ def ours() -> dict[str, dict[str, int]]:
 
 
 def theirs(peers: Path) -> dict[str, dict[str, int]]:
-    """Code lines of the methods of the other packages that are found."""
+    """Counts the code lines of the methods of the other packages that are installed."""
     counts = {}
     for name, (folder, pattern) in PLACES.items():
         units = [path for path in sorted((peers / folder).glob(pattern)) if not path.name.startswith("__")]

@@ -36,7 +36,7 @@ Integer = TypeVar("Integer", int, Tensor)
 
 
 def mix(word: Integer) -> Integer:
-    """Scramble 32-bit words as the finaliser of MurmurHash3 does.
+    """Scrambles 32-bit words as the finaliser of MurmurHash3 does.
 
     The int64 products of a tensor wrap around, which leaves their low 32 bits right.
     """
@@ -48,7 +48,7 @@ def mix(word: Integer) -> Integer:
 
 
 def uniform(ids: list[int], shape: torch.Size, seed: int = SEED) -> Tensor:
-    """Draw uniform numbers (B, C, H, W) in [0, 1) for a `shape` of (C, H, W), from the seed and the ids only."""
+    """Draws uniform numbers (B, C, H, W) in [0, 1) for a `shape` of (C, H, W), from the seed and the ids only."""
     counters = mix(torch.arange(shape.numel(), dtype=torch.int64)).view(shape)
     keys = [mix(mix(mix(seed & WORD) ^ (number & WORD)) ^ (number >> 32)) for number in ids]
     return torch.stack([(mix(counters ^ key) >> 8).to(torch.float32) / 2**24 for key in keys])
@@ -57,7 +57,7 @@ def uniform(ids: list[int], shape: torch.Size, seed: int = SEED) -> Tensor:
 def pgd(
     model: nn.Module, images: Tensor, labels: Tensor, ids: list[int], eps: float, alpha: float, steps: int
 ) -> Tensor:
-    """Attack images (B, C, H, W) in [0, 1]; the result differs by at most `eps` per pixel."""
+    """Attacks images (B, C, H, W) in [0, 1]; the result differs by at most `eps` per pixel."""
     lower, upper = (images - eps).clamp(min=0), (images + eps).clamp(max=1)
     start = images + eps * (2 * uniform(ids, images.shape[1:]) - 1)
     attacked = torch.clamp(start, lower, upper)
@@ -94,7 +94,7 @@ class ZeroShotClassifier(nn.Module):
 
     @torch.no_grad()
     def set_classes(self, class_names: list[str], templates: list[str]) -> None:
-        """Encode the classes: each row is the unit mean of one class's unit prompt features."""
+        """Encodes the classes: each row is the unit mean of one class's unit prompt features."""
         rows = []
         for name in class_names:
             prompts = self.tokenizer([template.replace("{c}", name) for template in templates])
@@ -112,7 +112,7 @@ class ZeroShotClassifier(nn.Module):
 
 
 def read_samples(split: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield (encoded image, label) in shard and tar order."""
+    """Yields (encoded image, label) in shard and tar order."""
     for shard in range(int((split / "nshards.txt").read_text())):
         samples: dict[str, dict[str, bytes]] = {}
         with tarfile.open(split / f"{shard}.tar") as archive:
@@ -130,7 +130,7 @@ def read_samples(split: Path) -> Iterator[tuple[bytes, int]]:
 def read_batches(
     folder: Path, size: int, batch_size: int, limit: int | None, crop: str
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """Yield images (B, 3, H, W) in [0, 1], labels (B,) and ids of the test split of one set."""
+    """Yields images (B, 3, H, W) in [0, 1], labels (B,) and ids of the test split of one set."""
     resize = transforms.Resize(round(size * 256 / 224))
     if crop == "clip":
         resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
@@ -145,7 +145,7 @@ def read_batches(
 
 
 def evaluate(model: ZeroShotClassifier, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Count the images of one set that are classified correctly, clean and attacked."""
+    """Counts the images of one set that are classified correctly, clean and attacked."""
     started = time.perf_counter()
     class_names = (folder / "classnames.txt").read_text().splitlines()
     model.set_classes(class_names, (folder / "zeroshot_classification_templates.txt").read_text().splitlines())
@@ -162,7 +162,7 @@ def evaluate(model: ZeroShotClassifier, folder: Path, options: argparse.Namespac
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="Zero-shot accuracy under PGD in plain PyTorch, without the package.")
     parser.add_argument("--model", type=Path, required=True, help="open_clip folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of sets in the clip_benchmark layout")
@@ -179,7 +179,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Evaluate every set, write the JSON after each, print a Markdown table."""
+    """Evaluates every set, writes the JSON after each, and prints a Markdown table."""
     options = parse_options()
     model = ZeroShotClassifier(options.model, options.image_size)
     results: dict[str, dict[str, float]] = {}

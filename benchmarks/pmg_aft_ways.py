@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def with_imagenets_statistics(problem: Problem) -> Problem:
-    """Standardise pixels by ImageNet's statistics."""
+    """Standardises pixels by ImageNet's statistics."""
     return replace(problem, statistics=(IMAGENET_MEAN, IMAGENET_STD))
 
 
 def teacher_of(problem: Problem) -> CLIP:
-    """Build a model like the student's with another image tower: with equal towers the guidance is zero."""
+    """Builds a model like the student's with another image tower: with equal towers the guidance is zero."""
     teacher = problem.model()
     generator = torch.Generator().manual_seed(1)
     for parameter in teacher.visual.parameters():
@@ -41,17 +41,17 @@ class Official(ways.Official):
         self.teacher = teacher_of(problem).eval()
 
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Run both towers of the student."""
+        """Runs both towers of the student."""
         return self.cosines(self.model, images, tokens)
 
     def cosines(self, model: CLIP, images: Tensor, tokens: Tensor) -> Tensor:
-        """Run both towers; the second normalisation takes the scale away again."""
+        """Runs both towers; the second normalisation takes the scale away again."""
         resized = F.interpolate(images, size=images.shape[-2:], mode="bicubic", align_corners=False)
         image_features, text_features, scale = model(self.problem.normalise(resized), tokens)
         return F.normalize(image_features, dim=-1) @ F.normalize(scale * text_features, dim=-1).T
 
     def loss(self, logits: Tensor, attacked: Tensor, tokens: Tensor) -> Tensor:
-        """Add both divergences; the graph reaches the teacher's weights too."""
+        """Adds both divergences; the graph reaches the teacher's weights too."""
         taught = self.cosines(self.teacher, attacked, tokens)
         clean = self.logits(self.problem.images, tokens)
         log_probabilities = F.log_softmax(logits, dim=-1)
@@ -69,7 +69,7 @@ class Bare(ways.Bare):
         self.teacher = teacher_of(problem).visual.requires_grad_(False).eval()
 
     def loss(self, attacked: Tensor) -> Tensor:
-        """Add both divergences."""
+        """Adds both divergences."""
         with torch.no_grad():
             features = F.normalize(self.teacher(self.problem.normalise(attacked)), dim=-1)
             taught = F.softmax(features @ self.scaled_classes.T, dim=-1)
@@ -87,7 +87,7 @@ class Ours(ways.Ours):
         self.method.get_submodule("teacher.clip.net.visual").load_state_dict(teacher_of(problem).visual.state_dict())
 
     def build(self, **options: Any) -> "RobustMethod":
-        """Construct the method."""
+        """Constructs the method."""
         from robustclip.methods import PMGAFT
 
         return PMGAFT(**options, logit_scale=1.0, reduction="sum", normalisation="imagenet")

@@ -1,4 +1,4 @@
-"""Train the tiny CLIP model of the shapes world: `python benchmarks/pretrain_shapes.py --out DIR`.
+"""Trains the tiny CLIP model of the shapes world: `python benchmarks/pretrain_shapes.py --out DIR`.
 
 Contrastive training on a stream of random scenes and captions. The stream contains no
 image of a test set, and no colour and shape of `held_out_pairs`. A caption is correct for every image of the batch that
@@ -49,7 +49,7 @@ BPE_NAME = "bpe_shapes.txt.gz"
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair of symbols until each word is one token (Sennrich et al., arXiv 1508.07909)."""
+    """Merges the most frequent pair of symbols until each word is one token (Sennrich et al., arXiv 1508.07909)."""
     split = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(symbols) > 1 for symbols in split):
@@ -66,7 +66,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def write_tokenizer(path: Path) -> int:
-    """Write the merges of the vocabulary and return the number of tokens."""
+    """Writes the merges of the vocabulary and returns the number of tokens."""
     words = set(OTHER_WORDS.split()) | {word for position in POSITIONS for word in position.split()}
     words |= {*SHAPES, *map(plural, SHAPES), *COLOURS, *TEXTURES, *COUNTS, *SIZES, *BACKGROUNDS}
     merges = learn_merges(sorted(words))
@@ -76,7 +76,7 @@ def write_tokenizer(path: Path) -> int:
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """Return the `model_cfg` of open_clip_config.json."""
+    """Returns the `model_cfg` of open_clip_config.json."""
     return {
         "embed_dim": 128,
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
@@ -92,7 +92,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 
 
 def mentions(scene: Scene, random: Random) -> list[str]:
-    """Choose the fields that a caption mentions, among those that the scene has a word for."""
+    """Chooses the fields that a caption mentions, among those that the scene has a word for."""
     silent = {"size", "position"} if scene.count > 1 else set()
     silent |= {"background"} if scene.background == "plain" else set()
     silent |= {"style"} if scene.style == "filled" else set()
@@ -102,7 +102,7 @@ def mentions(scene: Scene, random: Random) -> list[str]:
 
 
 def make_batch(seed: int, start: int, size: int) -> tuple[Tensor, list[str], Tensor]:
-    """Return images (B, 3, H, W) in [0, 1], captions, and a mask (B, B): caption j is correct for image i."""
+    """Returns images (B, 3, H, W) in [0, 1], captions, and a mask (B, B): caption j is correct for image i."""
     images, captions = [], []
     values = np.zeros((size, len(MENTIONABLE)), dtype=np.int64)
     masks = np.zeros((size, len(MENTIONABLE)), dtype=bool)
@@ -120,20 +120,20 @@ def make_batch(seed: int, start: int, size: int) -> tuple[Tensor, list[str], Ten
 
 
 def one_sided_loss(logits: Tensor, is_right: Tensor) -> Tensor:
-    """Compare each correct partner with all wrong ones of its row, from logits and mask (B, B); mean over rows."""
+    """Compares each correct partner with all wrong ones of its row, from logits and mask (B, B); mean over rows."""
     wrong = logits.masked_fill(is_right, -torch.inf).logsumexp(dim=1, keepdim=True)
     losses = functional.softplus(wrong - logits) * is_right
     return (losses.sum(dim=1) / is_right.sum(dim=1)).mean()
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Apply the model's mean and standard deviation to images in [0, 1]."""
+    """Applies the model's mean and standard deviation to images in [0, 1]."""
     return (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 @torch.no_grad()
 def zero_shot_accuracy(model: nn.Module, tokenizer: SimpleTokenizer, name: str) -> float:
-    """Return the top-1 accuracy of one set with the mean text feature over its templates."""
+    """Returns the top-1 accuracy of one set with the mean text feature over its templates."""
     dataset = ShapesDataset(name)
     texts = [template.format(word) for template in dataset.templates for word in dataset.class_names]
     features = model.encode_text(tokenizer(texts), normalize=True)  # type: ignore[operator]
@@ -145,7 +145,7 @@ def zero_shot_accuracy(model: nn.Module, tokenizer: SimpleTokenizer, name: str) 
 
 
 def train(model: nn.Module, tokenizer: SimpleTokenizer, options: argparse.Namespace) -> None:
-    """Train both towers with AdamW, a linear warm-up and a cosine decay."""
+    """Trains both towers with AdamW, a linear warm-up and a cosine decay."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -170,7 +170,7 @@ def train(model: nn.Module, tokenizer: SimpleTokenizer, options: argparse.Namesp
 
 
 def main() -> None:
-    """Train, write the folder aside, rename it and print the accuracy of each set."""
+    """Trains, writes the folder under another name, renames it, and prints the accuracy of each set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make; one that exists is replaced")
     parser.add_argument("--steps", type=int, default=700, help="optimiser steps")

@@ -88,13 +88,13 @@ def gap(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def update_gaps(one: Official | Ours, bare: Bare) -> dict[str, float]:
-    """Compare weights and, sharper since the learning rate does not shrink it, the gradient of the first update."""
+    """Compares weights and, sharper since the learning rate does not shrink it, the gradient of the first update."""
     gradients = [[parameter.grad for parameter in way.parameters if parameter.grad is not None] for way in (one, bare)]
     return {"parameters": gap(one.parameters, bare.parameters), "gradients": gap(*gradients)}
 
 
 def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float]:
-    """Count pixels that differ; a flipped sign changes a pixel by 8e-3, another order of summation by 1e-7."""
+    """Counts pixels that differ; a flipped sign changes a pixel by 8e-3, another order of summation by 1e-7."""
     flipped = (one - other).abs() > 1e-6
     return {
         "pixels": flipped.numel(),
@@ -104,7 +104,7 @@ def attack_gaps(one: Tensor, other: Tensor, is_noise: Tensor) -> dict[str, float
 
 
 def official_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
-    """Check, from one start, that perturbations are equal up to rounding noise, and updates on them too."""
+    """Checks, from one start, that perturbations are equal up to rounding noise, and updates on them too."""
     torch.manual_seed(1)
     images, official, bare, contaminated = (
         problem.images, method["official"](problem), method["bare"](problem), method["official"](problem)
@@ -120,7 +120,7 @@ def official_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
 
 
 def ours_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
-    """Check, from equal sample ids, that attacked images agree in every sign, and updates on them too."""
+    """Checks, from equal sample ids, that attacked images agree in every sign, and updates on them too."""
     images, ours, bare = problem.images, method["ours"](problem), method["bare"](problem)
     start = images + EPS * (2 * uniform(list(range(len(images))), images.shape[1:]) - 1)
     expected = bare.attack(start.clamp(0, 1))
@@ -131,7 +131,7 @@ def ours_equals_bare(problem: Problem, method: Ways) -> dict[str, float]:
 
 
 def equal_updates(problem: Problem, method: Ways) -> dict[str, dict[str, float]]:
-    """Compare one step of each way with that of the last one, for methods without attack."""
+    """Compares one step of each way with that of the last one, for methods without attack."""
     *others, (_, last) = [(name, way(problem)) for name, way in method.items()]
     last.step()
     for _, way in others:
@@ -140,7 +140,7 @@ def equal_updates(problem: Problem, method: Ways) -> dict[str, dict[str, float]]
 
 
 def register_tiny() -> str:
-    """Register a two-layer architecture with open_clip, so that every way can build it by name."""
+    """Registers a two-layer architecture with open_clip, so that every way can build it by name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "two-layer-clip.json"
         path.write_text(json.dumps(TINY_CLIP))
@@ -149,7 +149,7 @@ def register_tiny() -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    """Read the command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="Time a training step in several ways and compare them.")
     parser.add_argument("--method", choices=list(METHODS), default="tecoa")
     parser.add_argument("--ways", nargs="+", help="some of the method's ways; all if not given")
@@ -165,12 +165,12 @@ def parse_options() -> argparse.Namespace:
 
 
 def chosen_ways(options: argparse.Namespace) -> Ways:
-    """Return the chosen ways, the slowest first."""
+    """Returns the chosen ways, the slowest first."""
     return {name: way for name, way in METHODS[options.method].items() if not options.ways or name in options.ways}
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Time the chosen ways and print the figures as a Markdown table."""
+    """Times the chosen ways and prints the figures as a Markdown table."""
     problem = Problem.random(options.arch, options.batch_size, options.classes, options.steps)
     steps = {name: way(problem).step for name, way in chosen_ways(options).items()}
     durations = time_ways(steps, options.repeats)
@@ -184,7 +184,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, dict[str, float]
 
 
 def check_equality(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Compare every chosen way with the bare one."""
+    """Compares every chosen way with the bare one."""
     problem = Problem.random(
         options.equality_arch or register_tiny(), options.batch_size, options.classes, options.steps
     )
@@ -196,7 +196,7 @@ def check_equality(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Time, compare, write the JSON; fail if the ways disagree."""
+    """Times, compares and writes the JSON; fails if the ways disagree."""
     options = parse_options()
     torch.set_num_threads(options.threads)
     report: dict[str, object] = {

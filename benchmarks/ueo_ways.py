@@ -23,12 +23,12 @@ RATE, EPS, SCALE = 1e-4, 1e-5, 100.0
 
 
 def sample_weights(problem: Problem) -> Tensor:
-    """Draw the confidence (B,) of a zero-shot model on each image."""
+    """Draws the confidence (B,) of a zero-shot model on each image."""
     return 0.4 + 0.6 * torch.rand(len(problem.labels), generator=torch.Generator().manual_seed(1))
 
 
 def freeze(model: CLIP) -> list[Tensor]:
-    """Freeze all parameters except the norms of the image tower; return these."""
+    """Freezes all parameters except the norms of the image tower; returns these."""
     model.requires_grad_(False).eval()
     norms = [each for name, each in model.visual.named_parameters() if "ln" in name or "bn" in name]
     for norm in norms:
@@ -37,7 +37,7 @@ def freeze(model: CLIP) -> list[Tensor]:
 
 
 def read(model: CLIP, tokens: Tensor, context: Tensor) -> Tensor:
-    """Encode prompts (C, L) with the context in place of the phrase's words: unit features (C, D)."""
+    """Encodes prompts (C, L) with the context in place of the phrase's words: unit features (C, D)."""
     embeddings = model.token_embedding(tokens)
     x = torch.cat([embeddings[:, :1], context.expand(len(tokens), -1, -1), embeddings[:, 1 + TOKENS :]], dim=1)
     length = tokens.shape[1]
@@ -48,7 +48,7 @@ def read(model: CLIP, tokens: Tensor, context: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """Compute the entropy of every row, as the authors do."""
+    """Computes the entropy of every row, as the authors do."""
     return -(p * (p + EPS).log()).sum(dim=-1)
 
 
@@ -65,18 +65,18 @@ class Official:
         self.optimizer = torch.optim.SGD(self.parameters, lr=RATE)
 
     def tokenize(self) -> Tensor:
-        """Tokenise one prompt a class, on the whole context: (C, 77)."""
+        """Tokenises one prompt a class, on the whole context: (C, 77)."""
         prompts = [f"{PHRASE} {name.replace('_', ' ')}." for name in self.problem.class_names]
         tokens: Tensor = open_clip.get_tokenizer(self.problem.arch)(prompts)
         return tokens
 
     def loss(self, p: Tensor) -> Tensor:
-        """Compute both terms from the answers (B, C)."""
+        """Computes both terms from the logits (B, C)."""
         sure, unsure = self.weights / self.weights.sum(), (1 / self.weights) / (1 / self.weights).sum()
         return (torch.diag(sure) @ entropy(p)).sum() - entropy((torch.diag(unsure) @ p).sum(dim=0))
 
     def step(self) -> None:
-        """Train once."""
+        """Takes one training step."""
         classes = read(self.model, self.tokens, self.context)
         images = F.normalize(self.model.encode_image(self.problem.normalise(self.problem.images)), dim=-1)
         loss = self.loss((SCALE * images @ classes.T).softmax(dim=-1))
@@ -94,7 +94,7 @@ class Bare(Official):
         return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
     def loss(self, p: Tensor) -> Tensor:
-        """Compute both terms from the answers (B, C)."""
+        """Computes both terms from the logits (B, C)."""
         sure, unsure = self.weights / self.weights.sum(), (1 / self.weights) / (1 / self.weights).sum()
         return sure @ entropy(p) - entropy(unsure @ p)
 
@@ -108,7 +108,7 @@ class Ours(ways.Ours):
         self.optimizer = torch.optim.SGD(self.parameters, lr=RATE)
 
     def build(self, **options: Any) -> "RobustMethod":
-        """Construct the method, with the weights of the samples in place of a pass over a data set."""
+        """Constructs the method, with the weights of the samples in place of a pass over a data set."""
         from robustclip.methods import UEO
 
         method = UEO(**options | {"attack": None})

@@ -63,19 +63,19 @@ class Problem:
         return cls(arch, tuple(IMAGENET_CLASSNAMES[:classes]), images, labels, steps)
 
     def model(self) -> CLIP:
-        """Build the same random weights at every call, with CLIP's trained temperature."""
+        """Builds the same random weights at every call, with CLIP's trained temperature."""
         torch.manual_seed(0)
         model = open_clip.create_model(self.arch, pretrained=None, precision="fp32")
         model.logit_scale.data.fill_(MAX_LOGIT_SCALE)
         return model
 
     def tokens(self) -> Tensor:
-        """Tokenise one prompt a class: (C, L)."""
+        """Tokenises one prompt a class: (C, L)."""
         tokens: Tensor = open_clip.get_tokenizer(self.arch)([TEMPLATE.format(name) for name in self.class_names])
         return tokens
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Standardise images in [0, 1]."""
+        """Standardises images in [0, 1]."""
         mean, std = (torch.tensor(row).view(3, 1, 1) for row in self.statistics)
         return (images - mean) / std
 
@@ -95,19 +95,19 @@ class Official:
         self.gradients: list[Tensor] = []
 
     def random_start(self) -> Tensor:
-        """Draw a perturbation within the radius that keeps the images in [0, 1]."""
+        """Draws a perturbation within the radius that keeps the images in [0, 1]."""
         images = self.problem.images
         return torch.max(torch.min(torch.empty_like(images).uniform_(-EPS, EPS), 1 - images), -images)
 
     def logits(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Run both towers; the resize changes nothing at the model's own size, as in the original."""
+        """Runs both towers; the resize changes nothing at the model's own size, as in the original."""
         resized = F.interpolate(images, size=images.shape[-2:], mode="bicubic", align_corners=False)
         image_features, text_features, scale = self.model(self.problem.normalise(resized), tokens)
         logits: Tensor = image_features @ (scale * text_features).T
         return logits
 
     def attack(self, delta: Tensor, tokens: Tensor) -> Tensor:
-        """Update `delta`; the weight gradients of all steps accumulate, as in the original."""
+        """Updates `delta`; the weight gradients of all steps accumulate, as in the original."""
         images, self.gradients = self.problem.images, []
         delta = delta.clone().requires_grad_()
         for _ in range(self.problem.steps):
@@ -121,11 +121,11 @@ class Official:
         return delta
 
     def loss(self, logits: Tensor, attacked: Tensor, tokens: Tensor) -> Tensor:
-        """Compute the loss of the update from the logits of the attacked images."""
+        """Computes the loss of the update from the logits of the attacked images."""
         return F.cross_entropy(logits, self.problem.labels)
 
     def step(self, delta: Tensor | None = None, is_zeroed_after_attack: bool = False) -> Tensor:
-        """Train once, from a random start unless one is given; return the perturbation."""
+        """Trains once, from a random start unless one is given; returns the perturbation."""
         images, labels = self.problem.images, self.problem.labels
         tokens = self.problem.tokens()
         self.optimizer.zero_grad()
@@ -155,12 +155,12 @@ class Bare:
         self.optimizer = sgd(self.parameters)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Run the image tower only."""
+        """Runs the image tower only."""
         logits: Tensor = F.normalize(self.visual(self.problem.normalise(images)), dim=-1) @ self.scaled_classes.T
         return logits
 
     def attack(self, attacked: Tensor) -> Tensor:
-        """Update `attacked`, which starts within the radius; the weights need no gradient."""
+        """Updates `attacked`, which starts within the radius; the weights need no gradient."""
         images = self.problem.images
         lower, upper = (images - EPS).clamp(min=0), (images + EPS).clamp(max=1)
         self.visual.requires_grad_(False)
@@ -172,18 +172,18 @@ class Bare:
         return attacked
 
     def loss(self, attacked: Tensor) -> Tensor:
-        """Compute the loss of the update."""
+        """Computes the loss of the update."""
         return F.cross_entropy(self.logits(attacked), self.problem.labels)
 
     def update(self, attacked: Tensor) -> None:
-        """Train once on images that are attacked already."""
+        """Trains once on images that are attacked already."""
         self.visual.requires_grad_(True)
         self.optimizer.zero_grad()
         torch.autograd.backward(self.loss(attacked))
         self.optimizer.step()
 
     def step(self) -> None:
-        """Train once, from a random start."""
+        """Trains once, from a random start."""
         start = self.problem.images + EPS * (2 * torch.rand_like(self.problem.images) - 1)
         self.update(self.attack(start.clamp(0, 1)))
 
@@ -208,18 +208,18 @@ class Ours:
         self.optimizer = sgd([parameter for parameter in self.method.parameters() if parameter.requires_grad])
 
     def build(self, **options: Any) -> "RobustMethod":
-        """Construct the method."""
+        """Constructs the method."""
         from robustclip.methods import TeCoA
 
         return TeCoA(**options)
 
     def attack(self) -> Tensor:
-        """Return the attacked images, from the start that the sample ids give."""
+        """Returns the attacked images, from the start that the sample ids give."""
         attacked: Tensor = self.method.perturb(self.batch)
         return attacked
 
     def step(self) -> None:
-        """Train once."""
+        """Takes one training step."""
         terms: dict[str, Tensor] = self.method.training_loss(self.batch)
         self.optimizer.zero_grad()
         torch.autograd.backward(torch.stack(list(terms.values())).sum())

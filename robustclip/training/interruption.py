@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from robustclip.evaluation.writer import ResultsWriter
+from robustclip.evaluation.writer import writer_of
 from robustclip.methods._shared.saved_state import is_validation_due
 from robustclip.training.model_checkpoint import Checkpoints
 from robustclip.types import data_of
@@ -82,8 +82,8 @@ class Interruption(Checkpoint):  # Lightning calls callbacks of this type last, 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Ends a test if a signal has arrived; the ledgers contain this batch."""
         if number := self._received(trainer):
-            resumes = any(isinstance(part, ResultsWriter) for part in trainer.callbacks)  # type: ignore[attr-defined]
-            result = "the same command resumes the test" if resumes else "the test is not finished"
+            has_ledgers = writer_of(trainer) is not None
+            result = "the same command resumes the test" if has_ledgers else "the test is not finished"
             self._end_alone(trainer, number, result)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
