@@ -97,6 +97,8 @@ def _of_parser(text: str) -> str:
         return f"{path}.{option[1]} has no class to belong to; put `--{path} CLASS` before it: {_classes(path, '')}"
     if "Expected a dot import path" in block:
         return f"{where}there is no class {value!r}; {_classes(path, value)}"
+    if "but is abstract" in block and (missing := _abstract(value)):
+        return f"{where}{value} must define {' and '.join(missing)}"
     if "not correspond to a subclass" in block:
         return f"{where}{value!r} is no subclass of {block.split('subclass of ')[1].split()[0]}"
     if match := re.search(r"No module named '([^']+)'", block):
@@ -191,6 +193,12 @@ def _parameters(cls: str) -> list[str]:
     except (ImportError, AttributeError, ValueError, TypeError):  # a failed suggestion must not hide the error
         return []
     return [name for name in dict.fromkeys(names) if name != "self"]
+
+
+def _abstract(cls: str) -> list[str]:
+    """Lists the methods that a class must still define; none if there is no such class."""
+    module, _, name = cls.strip("'\"").rpartition(".")
+    return sorted(getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ()))
 
 
 def _classes(key: str, name: str) -> str:

@@ -108,6 +108,7 @@ class RobustMethod(Checked, EvaluationSteps):
         if attack is not None and attack.target is not None:
             raise ValueError(f"attack.target must be null in training, got {attack.target!r}; it is for evaluation")
         self.save_hyperparameters(ignore=self.object_arguments)
+        self._has_attacked = False  # whether `perturb` has run
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
@@ -275,7 +276,7 @@ class RobustMethod(Checked, EvaluationSteps):
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
         forward = forward or partial(self.logits, task=task)
         targets = batch.labels if targets is None else targets
-        self._attacked_heads = {}
+        self._attacked_heads, self._has_attacked = {}, True
         try:
             with frozen(self), cached():  # no weight changes, so that LoRA's are computed once
                 attack = partial(
@@ -339,6 +340,16 @@ class RobustMethod(Checked, EvaluationSteps):
 
     # Lightning
 
+    def __getattr__(self, name: str) -> Any:
+        """Returns a part of the module, whose tables the base's constructor makes.
+
+        Raises:
+            ValueError: a subclass's constructor has not called that of its base.
+        """
+        if name in ("_modules", "_parameters", "_buffers"):
+            raise ValueError(f"{type(self).__name__}.__init__ must call super().__init__(**kwargs) first")
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses a module or parameter that has the name of a method, by which it could not be read."""
         if isinstance(value, nn.Module | nn.Parameter) and callable(getattr(type(self), name, None)):
@@ -384,8 +395,9 @@ class RobustMethod(Checked, EvaluationSteps):
         step_checks.check_manual_step(self, is_epoch_over=False)
 
     def on_train_epoch_end(self) -> None:
-        """Checks at the epoch's end that a method with manual optimisation has stepped its optimiser."""
+        """Checks at the epoch's end that a method with manual optimisation has stepped, and that its attack has run."""
         step_checks.check_manual_step(self, is_epoch_over=True)
+        step_checks.check_attacked(self, self._has_attacked)
 
     def on_train_end(self) -> None:
         """Checks the loss and weights of the last steps, which no checkpoint may have followed."""

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -489,10 +489,53 @@ ROWS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
         lambda at: [text(f"photos/cat/1.{kind}", "no image")(at) for kind in ("jpg", "HEIC")],
         ("photos/cat/1.HEIC is of an image type that is not read", "convert"),
     ),
+    "method without a loss": (
+        FIT.replace("TeCoA", "own_faults.NoLoss"),
+        nothing,
+        ("model: own_faults.NoLoss must define training_loss",),
+    ),
+    "method that forgets its base": (
+        "fit --model own_faults.Forgetful --data.train shapes:source --trainer.accelerator cpu --trainer.logger false",
+        nothing,
+        ("Forgetful.__init__ must call super().__init__(**kwargs) first",),
+    ),
     "missing run of compare": ("compare one", nothing, ("b is missing", "`robustclip compare --help`")),
     "key of the doctor": (f"{TEST} --model.pretraned x".replace("test", "doctor", 1), nothing, ("model.pretraned",)),
     "missing config of the doctor": ("doctor --config none.yaml", nothing, ("config", "none.yaml")),
 }
+
+
+OWN_FAULTS = """
+from robustclip.methods import RobustMethod
+class NoLoss(RobustMethod):
+    pass
+class Forgetful(RobustMethod):
+    def __init__(self, beta: float = 1.0):
+        self.beta = beta
+    def training_loss(self, batch):
+        return {}
+class Clean(RobustMethod):
+    def training_loss(self, batch):
+        return {"mean": self.logits(batch.images).mean()}
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules of a user beside the working folder."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_faults.py").write_text(OWN_FAULTS)
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize("attack", ["PGD", "null"])
+def test_a_method_that_never_attacks_is_reported(
+    attack: str, at: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(words_of(FIT.replace("TeCoA", f"own_faults.Clean --model.attack {attack}"), model, at)) == 0
+    assert ("Clean has trained without its attack" in caplog.text) == (attack == "PGD")
 
 
 @pytest.mark.parametrize("name", ROWS)

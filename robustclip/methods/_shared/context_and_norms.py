@@ -27,7 +27,8 @@ class ContextAndNorms(RobustMethod):
         learns: parameters to train: ``both``, or the ``context`` or the ``norms`` alone.
         norm_filter: ``official`` selects the norms whose names have "bn" or "ln", which omits those of a ResNet's
             shortcuts; ``all`` selects every norm of the image tower.
-        phrase: text whose embeddings the context starts from; it replaces the tasks' templates.
+        phrase: text whose embeddings the context starts from; it replaces the tasks' templates. Models that
+            have not learnt these words lose accuracy by it before training begins; give them words of their captions.
         context_lr: learning rate of the context; the norms have the optimiser's.
         classes_per_pass: number of classes whose activations of the text tower are in memory at once; null for all.
         optimizer: default of UEO.
