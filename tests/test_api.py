@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import robustclip
 from robustclip.attacks import PGD, Square
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
+from robustclip.evaluation.any_model import AnyModel
 from robustclip.methods import TeCoA, ZeroShot
 
 
@@ -79,6 +82,71 @@ def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must return logits of shape \(4, 12\) on 'colours', got \(4, 5\)"):
         robustclip.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), "shapes:colours", image_size=32,
                             max_samples=4, folder=tmp_path)  # fmt: skip
+
+
+def tinted(images: Tensor) -> Tensor:
+    """Logits of twelve classes by the first and second colour."""
+    return 20 * images.mean((2, 3))[:, :2].repeat(1, 6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: SimpleNamespace(logits=tinted(x)),  # answers of Hugging Face's models
+        lambda x: tinted(x).numpy(),
+        lambda x: tinted(x).half(),
+        lambda x: tinted(x.double()),
+        lambda x: 2 * tinted(x.mul_(0.5)),
+    ],
+    ids=["attribute", "numpy", "half", "double", "in place"],
+)
+def test_logits_of_other_types_have_their_values(model: Any) -> None:
+    method, images = AnyModel(model, 32, "mine"), torch.rand(3, 3, 32, 32)
+    method.class_counts["colours"] = 12
+    before = images.clone()
+    logits = method.logits(images, "colours")
+    assert logits.dtype in (torch.float32, torch.float64)
+    torch.testing.assert_close(logits, tinted(images), atol=1e-2, rtol=0, check_dtype=False)
+    assert torch.equal(images, before), "a model may change its images, and not those of the test"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda x: (tinted(x), x), "must return a tensor of logits, got tuple; wrap it in a function"),
+        (lambda x: tinted(x).tolist(), "must return a tensor of logits, got list; wrap it in a function"),
+        (lambda x: tinted(x).argmax(1), r"must return logits of shape \(3, 12\) on 'colours', got \(3,\)"),
+    ],
+    ids=["tuple", "list", "classes"],
+)
+def test_an_answer_without_logits_is_refused(model: Any, message: str) -> None:
+    method = AnyModel(model, 32, "mine")
+    method.class_counts["colours"] = 12
+    with pytest.raises(ValueError, match=message):
+        method.logits(torch.rand(3, 3, 32, 32), "colours")
+
+
+def test_an_error_of_the_model_names_the_size_of_its_images(tmp_path: Path) -> None:
+    method = AnyModel(nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 12)), 32)
+    method.class_counts["colours"] = 12
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
+        method.logits(torch.rand(3, 3, 32, 32), "colours")
+    assert caught.value.__notes__ == ["The model received images of shape (3, 3, 32, 32); image_size sets their side."]
+    with pytest.raises(ValueError, match=r"must be an instance, got the class Colours; write Colours\(\)"):
+        robustclip.evaluate(Colours, "shapes:colours", image_size=32, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_changes_its_images_gets_the_verdicts_of_one_that_does_not(tmp_path: Path) -> None:
+    colours, rows = Colours(), []
+    for name, model in (
+        ("whole", lambda x: colours(x.clamp(0.2, 0.6))),
+        ("in_place", lambda x: colours(x.clamp_(0.2, 0.6))),
+    ):
+        options = {"image_size": 32, "max_samples": 12, "folder": tmp_path, "name": name}
+        tested = robustclip.evaluate(model, "shapes:colours", {"pgd": PGD("8/255", steps=3)}, **options)
+        rows.append([{key: value for key, value in row.items() if key != "seconds"} for row in tested.rows("colours")])
+    assert rows[0] == rows[1]
 
 
 def test_a_method_is_evaluated_as_itself(tmp_path: Path) -> None:

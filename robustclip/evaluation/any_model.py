@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,18 +18,21 @@ class AnyModel(RobustMethod):
     Class texts play no part: the model's outputs are the logits of the test set's classes, in their order.
 
     Args:
-        model: function from images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)``; modules run in eval mode.
+        model: function from images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)``, as a tensor, a NumPy array, or the
+            attribute ``logits`` of the answer; it may change its images. Modules run in eval mode.
         image_size: side of the images that the model receives, in pixels.
         name: identifies a model without parameters, whose content cannot be compared.
 
     Raises:
-        ValueError: the model has no parameters, and no name is given.
+        ValueError: the model has no parameters, and no name is given; or it is a class.
     """
 
     object_arguments = (*RobustMethod.object_arguments, "model")
 
     def __init__(self, model: Callable[[Tensor], Tensor], image_size: int, name: str | None = None) -> None:
         super().__init__(pretrained="shapes")
+        if isinstance(model, type):
+            raise ValueError(f"model must be an instance, got the class {model.__name__}; write {model.__name__}()")
         module = model if isinstance(model, nn.Module) else _Function(model)
         if name is None and not module.state_dict():
             raise ValueError("name must be given for a model without parameters, since it identifies the test")
@@ -39,12 +43,18 @@ class AnyModel(RobustMethod):
         """Computes the logits ``(B, C)`` of images ``(B, 3, H, W)`` in [0, 1], in fp32 at least.
 
         Raises:
-            ValueError: the model has another number of outputs than the task has classes.
+            ValueError: the model returns no logits, or another number than the task has classes.
         """
-        logits: Tensor = self.clip.net.visual(images)
+        try:
+            answer = self.clip.net.visual(images.clone())  # a copy, which the model may change
+        except Exception as error:
+            error.add_note(f"The model received images of shape {tuple(images.shape)}; image_size sets their side.")
+            raise
+        logits = _tensor(getattr(answer, "logits", answer))
         expected = (len(images), self.class_counts[task])
         if logits.shape != expected:
             raise ValueError(f"the model must return logits of shape {expected} on {task!r}, got {tuple(logits.shape)}")
+        logits = logits.to(images.device)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def prepare(self, tasks: Any) -> None:
@@ -62,6 +72,18 @@ class AnyModel(RobustMethod):
     def training_loss(self, batch: Batch) -> dict[str, Tensor]:
         """Returns no terms, since nothing is trained."""
         return {}
+
+
+def _tensor(answer: Any) -> Tensor:
+    """Returns logits as a tensor.
+
+    Raises:
+        ValueError: the answer is neither a tensor nor a NumPy array.
+    """
+    if not isinstance(answer, Tensor | np.ndarray):
+        kind = type(answer).__name__
+        raise ValueError(f"the model must return a tensor of logits, got {kind}; wrap it in a function that picks them")
+    return torch.as_tensor(answer)
 
 
 class _Function(nn.Module):
