@@ -84,6 +84,11 @@ def checked(cls: type[T]) -> type[T]:
         hints = _hints(init)
 
         def fit(name: str, value: Any) -> Any:
+            if value is None and name not in hints and defaults.get(name) is inspect.Parameter.empty:
+                # The command line passes None for such an argument if no value is given.
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be given; its type may be written behind its name"
+                )
             is_default = value is defaults.get(name, hints)
             return value if is_default else argument(value, hints.get(name, Any), f"{type(self).__name__}: {name}")
 

@@ -244,3 +244,16 @@ def test_the_command_line_and_its_help_show_the_same_limits(capsys: pytest.Captu
         with pytest.raises(Exception, match=wrong[1]):
             parser.instantiate_classes(parser.parse_args([*settings, *wrong]))
     assert "type: Annotated[int, at least 1], default: 32" in " ".join(parser.format_help().split())
+
+
+def test_an_argument_without_type_or_value_is_refused() -> None:
+    """The command line gives None for an argument without a type that nobody has set."""
+
+    class Untyped(PGD):
+        def __init__(self, beta, **kwargs: Any) -> None:  # type: ignore[no-untyped-def]
+            super().__init__(**kwargs)
+            self.beta = beta
+
+    assert Untyped(beta=3).beta == 3
+    with pytest.raises(ValueError, match="Untyped: beta must be given"):
+        Untyped(beta=None)
