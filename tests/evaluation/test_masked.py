@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import masked
+import masked_by_gates
 import masked_further
 import masked_others
 import numpy as np
@@ -53,7 +54,12 @@ def alarms(run: Run) -> set[str]:
 
 # The collection
 
-COLLECTION: dict[str, type[RobustMethod]] = {**masked.MASKED, **masked_further.FURTHER, **masked_others.OTHERS}
+COLLECTION: dict[str, type[RobustMethod]] = {
+    **masked.MASKED,
+    **masked_further.FURTHER,
+    **masked_others.OTHERS,
+    **masked_by_gates.GATED,
+}
 NOTICED: dict[str, set[str]] = {
     "SteNoisy": {"gradient_repeats", "random_state", "transfer"},
     "SoftThermometer": {"gradient_spread"},
