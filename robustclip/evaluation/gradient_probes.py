@@ -1,4 +1,4 @@
-"""Probes of the gradient: whether it exists, repeats, predicts the loss, uses the whole image, and keeps its size."""
+"""Probes of the gradient: whether it exists, repeats, predicts the loss, uses the whole image, and is steady."""
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ NODES = 8
 TOLERANCE = 0.25  # relative to the change; along random signs, to the change by chance
 ROUNDING = 1e-4  # relative to the largest logit
 BLOCKS, BLOCK_SEED = 8, 0xB10C  # blocks of an image's side
+NEAR = 0.125 / 255  # where the gradient of a network without a defence still points the same way
 APPROACH = 3  # steps of a quarter of the radius that lead to the examined point
 
 
@@ -36,7 +37,8 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
         first for one of the lengths, else 0; nan where there is no gradient and the loss stays as it is. ``regrad``:
         relative L2 difference of two gradients of the batch. ``spread``: the squared sum of the gradient's absolute
         values over its number of pixels and sum of squares. ``steady``: the least over the largest size of the gradient
-        within one step of the attack, a quarter of the radius.
+        within one step of the attack, a quarter of the radius. ``turn``: the cosine of the gradient with that an eighth
+        of a grey level further.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, labels = images.clone(), labels.clone()
@@ -60,6 +62,7 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
             "regrad": ((again - gradient).norm() / gradient.norm().clamp(min=1e-30)).expand(len(images)),
             "spread": (flat.abs().sum(1) ** 2 / (flat.square().sum(1) * flat.shape[1])).float(),
             "steady": _steadiness(point, labels, forward, gradient, _step_of(attack)),
+            "turn": _turn(point, labels, forward, gradient),
         }
 
 
@@ -76,6 +79,14 @@ def _steadiness(point: Tensor, labels: Tensor, forward: Forward, gradient: Tenso
         sizes.append(further.flatten(1).abs().sum(1))
     least, largest = torch.stack(sizes).aminmax(dim=0)
     return least / largest
+
+
+def _turn(point: Tensor, labels: Tensor, forward: Forward, gradient: Tensor) -> Tensor:
+    """Computes the cosine ``(B,)`` of the gradient with one a little further along its sign; nan without a gradient."""
+    further = margin_gradient(point + NEAR * gradient.sign(), labels, forward)[1]
+    a, b = (part.flatten(1).double() for part in (gradient, further))
+    cosine: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return cosine.float()
 
 
 def _approached(images: Tensor, labels: Tensor, forward: Forward, attack: Attack | None) -> Tensor:

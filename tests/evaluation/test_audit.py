@@ -582,6 +582,7 @@ def make_evidence(
         "again": np.where(is_probed, 1e-5, np.nan), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
         "faithful": np.where(is_probed, 1.0, np.nan), "regrad": np.where(is_probed, 0.0, np.nan),
         "spread": np.where(is_probed, 0.4, np.nan), "steady": np.where(is_probed, 0.8, np.nan),
+        "turn": np.where(is_probed, 0.97, np.nan),
         "other": np.where(is_probed & is_survivor, 0.0, np.nan),
         "transfer": np.where(is_probed & is_survivor, 0.0, np.nan),
         "borrowed": np.where(is_probed & is_survivor, 0.0, np.nan), "own": np.full(n, np.nan),
@@ -691,6 +692,9 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("gradient_steadiness", "warn", {"steady": 0.19}),
     ("gradient_steadiness", "fail", {"steady": 0.019}),
     ("gradient_steadiness", "not_measured", {"steady": np.nan}),
+    ("gradient_steadiness", "pass", {"turn": 0.51}),
+    ("gradient_steadiness", "warn", {"turn": 0.49}),
+    ("gradient_steadiness", "fail", {"turn": 0.09}),
     ("random_state", "pass", {"random": [1.0]}),  # without effect
     ("random_state", "fail", {"random": [1.0], "regrad": [0.1]}),
     ("random_state", "not_measured", {"random": np.nan}),

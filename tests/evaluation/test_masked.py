@@ -68,6 +68,7 @@ NOTICED: dict[str, set[str]] = {
     "ClosureMemory": {"stateful"},
     "SteBlue": {"gradient_fidelity"},
     "SlowSign": {"gradient_steadiness"},
+    "Ripple": {"gradient_steadiness"},
     "DetachedTop": {"gradient_fidelity"},
 }
 

@@ -20,6 +20,8 @@ FEW_PIXELS = (0.02, 0.002)
 ALL_ALIKE = 0.95  # of a constant image
 # Median over the samples: 0.75 and more for CLIP, 0.3 for features through tanh(200 f), 0.16 through tanh(300 f).
 JUMPS = (0.2, 0.02)
+# Median cosine over the samples: 0.96 and more for three honest models, 0.3 and less for logits with ripples.
+TURNS = (0.5, 0.1)
 
 
 class _PixelGradients(AuditCheck):
@@ -91,17 +93,23 @@ class _GradientSpread(_UncutCheck):
 
 class _GradientSteadiness(_UncutCheck):
     name = "gradient_steadiness"
-    why = "a gradient that grows or vanishes within one step of the attack (saturation) is correct and leads nowhere"
-    columns = ("steady", "clean", "label")
+    why = (
+        "a gradient that vanishes within one step (saturation) or turns at once (ripples) is correct and leads nowhere"
+    )
+    columns = ("steady", "turn", "clean", "label")
 
     def of_values(self, *values: NDArray[Any]) -> Check:
-        steady, clean, label = values
-        attacked = steady[clean == label]
-        if not attacked.size:
+        steady, turn, clean, label = values
+        is_attacked = clean == label
+        if not is_attacked.any():
             return self.answer("not_measured", "no probed sample is correctly classified")
-        median, size = float(np.median(attacked)), attacked.size
-        measurement = f"within one step, the gradient keeps {median:.2g} of its size, median of {size} samples"
-        return self.answer("fail" if median < JUMPS[1] else "warn" if median < JUMPS[0] else "pass", measurement)
+        size, cosine = float(np.median(steady[is_attacked])), float(np.median(turn[is_attacked]))
+        measurement = (
+            f"the gradient keeps {size:.2g} of its size within one step of the attack, and turns by the cosine"
+            f" {cosine:.2g} within an eighth of a grey level; medians of {is_attacked.sum()} samples"
+        )
+        fails, warns = (size < jump or cosine < least for jump, least in zip(JUMPS[::-1], TURNS[::-1], strict=True))
+        return self.answer("fail" if fails else "warn" if warns else "pass", measurement)
 
 
 GRADIENT_CHECKS: Sequence[AuditCheck] = (
