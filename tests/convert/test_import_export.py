@@ -263,7 +263,7 @@ def test_nothing_is_overwritten(base: Path, tuned: TeCoA, tmp_path: Path) -> Non
         ({"model_type": "blip"}, "model of type 'blip'; only clip and siglip"),
         ({"vision_config": {"hidden_act": "gelu"}}, "in both towers, got gelu, quick_gelu"),
         ({"text_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps must be 1e-5"),
-        ({"vision_config": {"num_hidden_layers": 1}}, "does not load.*resblocks.1"),
+        ({"vision_config": {"num_hidden_layers": 1}}, "do not fit its config.json: .*resblocks.1"),
         (None, "has no config.json"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_list_gives_the_splits_and_the_words_of_domainnet(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("real/a/1.jpg", "must hold lines `PATH LABEL`, found 'real/a/1.jpg'"),
+        ("real/a/1.jpg", "must hold lines `PATH LABEL` with numbers from 0, found 'real/a/1.jpg'"),
         ("real/a/1.jpg 0\nreal/b/1.jpg 0", "has label 0 for 'a' and for 'b'"),
         (None, "is no file"),
     ],
