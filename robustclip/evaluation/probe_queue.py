@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustclip.attacks import Member
+from robustclip.attacks import Attack, Member
 from robustclip.attacks.attack import Forward
 from robustclip.evaluation import probes, stand_in_probes
 from robustclip.evaluation.defended_model import Judge, Way, defence_of
@@ -171,12 +171,12 @@ class ProbeQueue:
         members = self.members[task, attack]
         if members[0].attack.target is not None:
             return  # the audit judges attacks that aim at any wrong class
-        for name, mask, probe in probes.stronger(members[0].attack, by, held.batch.images):
+        for name, mask, attacks in probes.stronger(members[0].attack, by, held.batch.images):
             part = held.take(mask.nonzero()[:, 0])
-            self._fill_outcomes(f"{attack}.{name}", part, forward, probe)
+            self._fill_outcomes(f"{attack}.{name}", part, forward, attacks)
         survivors = held.take((by == ROBUST).nonzero()[:, 0])
         if survivors.rows:
-            self._fill_outcomes(f"{attack}.other", survivors, forward, probes.other_attack(members))
+            self._fill_outcomes(f"{attack}.other", survivors, forward, [probes.other_attack(members)])
         if survivors.rows and self.method.defence is None:
             moved, (images, labels, index) = stand_in_probes.transferred_attack(members), survivors.batch[:3]
             sources = self._sources(task, images[:1])
@@ -201,11 +201,11 @@ class ProbeQueue:
             outcomes = stand_in_probes.stand_in_outcomes(images, labels, forward, sources, members, **options)
             fill(left.rows, range(len(outcomes)), {column: outcomes})
 
-    def _fill_outcomes(self, column: str, part: Held, forward: Forward, attack: Any) -> None:
+    def _fill_outcomes(self, column: str, part: Held, forward: Forward, attacks: Sequence[Attack | None]) -> None:
         if part.rows:
             images, labels, index = part.batch[:3]
             options: dict[str, Any] = {"index": index, "seed": self.seed, "logits": part.logits}
-            outcomes = probes.probe_outcomes(images, labels, forward, attack, **options)
+            outcomes = probes.probe_outcomes(images, labels, forward, attacks, **options)
             fill(part.rows, range(len(outcomes)), {column: outcomes})
 
     def _examine_defence(self, task: str, part: Held) -> None:

@@ -29,6 +29,7 @@ STEPS = 20  # of the other attack and of the transferred one
 
 REPEATS = 5  # further passes of a sample whose gradients are examined
 NEAR = 4 / 255  # distance of images that a model with a memory still takes for a seen one
+DOUBLINGS = 4  # of the radius until `ANYTHING`
 LARGE = 2**20  # numbers in a tensor from which on its content is not read to notice a change
 
 
@@ -277,7 +278,7 @@ def _beyond_noise(others: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.where((noise_level == 0) | (change > 10 * noise_level), change, torch.nan)
 
 
-def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tensor, Attack | None]]:
+def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tensor, Sequence[Attack | None]]]:
     """Lists the probes by an attack that is stronger than the first member.
 
     Args:
@@ -286,15 +287,19 @@ def stronger(attack: Attack, by: Tensor, images: Tensor) -> list[tuple[str, Tens
         images: any images of the task, for their size.
 
     Returns:
-        Column of the ledger, mask ``(B,)`` of the samples, and the stronger attack, which must succeed on them.
+        Column of the ledger, mask ``(B,)`` of the samples, and stronger attacks, one of which must succeed on each;
+        None stands for an attack that cannot be scaled.
     """
-    is_misclassified, probes = by == 0, []
+    is_misclassified = by == 0
+    probes: list[tuple[str, Tensor, Sequence[Attack | None]]] = []
     if attack.eps:
-        probes = [("wider", is_misclassified, attack.scaled(radius=WIDER))]
+        probes = [("wider", is_misclassified, [attack.scaled(radius=WIDER)])]
         half = ANYTHING * (math.sqrt(images[0].numel()) if attack.norm == "l2" else 1)
         if attack.eps < half and attack.norm != "l1":  # sparse steps would not reach every pixel
-            probes.append(("wider", by == ROBUST, attack.scaled(radius=half / attack.eps)))
-    return [*probes, ("longer", is_misclassified, attack.scaled(steps=LONGER))]
+            # By doubled radii: far away a sound model sees no detail, and its gradient may lead nowhere.
+            factors = [half / attack.eps / 2**halvings for halvings in range(DOUBLINGS, -1, -1)]
+            probes.append(("wider", by == ROBUST, [attack.scaled(radius=factor) for factor in factors if factor > 1]))
+    return [*probes, ("longer", is_misclassified, [attack.scaled(steps=LONGER)])]
 
 
 def other_attack(members: Sequence[Member]) -> Attack | None:
@@ -329,25 +334,25 @@ def probe_outcomes(
     images: Tensor,
     labels: Tensor,
     forward: Forward,
-    attack: Attack | None,
+    attacks: Sequence[Attack | None],
     *,
     index: Tensor,
     seed: int,
     logits: Tensor | None = None,
 ) -> list[int | str]:
-    """Returns 1 for each sample that an attack misclassifies on any image that it tries, else 0.
+    """Returns 1 for each sample that one of some attacks misclassifies on any image that it tries, else 0.
 
     Args:
         images: ``(B, 3, H, W)`` in [0, 1].
         labels: ``(B,)``.
         forward: function from images to logits.
-        attack: attack of the probe; None gives empty cells.
+        attacks: attacks of the probe without those that are None; if none remains, all cells are empty.
         index: ``(B,)`` ids of the samples.
         seed: seed of the attack.
         logits: ``(B, C)`` of the images if they are known.
     """
-    if attack is None:
+    members = [Member("probe", attack) for attack in attacks if attack is not None]
+    if not members:
         return [""] * len(images)
-    members = [Member("probe", attack)]
     verdict = examine(images, labels, forward, members, index=index, seed=seed, clean_logits=logits)
     return [int(number != ROBUST) for number in verdict.by.tolist()]
