@@ -20,7 +20,7 @@ FEW_PIXELS = (0.02, 0.002)
 ALL_ALIKE = 0.95  # of a constant image
 # Median over the samples: 0.75 and more for CLIP, 0.3 for features through tanh(200 f), 0.16 through tanh(300 f).
 JUMPS = (0.2, 0.02)
-# Median cosine over the samples: 0.96 and more for three honest models, 0.3 and less for logits with ripples.
+# Median cosine over the samples: 0.94 and more for seven honest models, 0.3 and less for logits with ripples.
 TURNS = (0.5, 0.1)
 
 
