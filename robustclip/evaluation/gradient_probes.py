@@ -85,7 +85,7 @@ def _turn(point: Tensor, labels: Tensor, forward: Forward, gradient: Tensor) -> 
     """Computes the cosine ``(B,)`` of the gradient with one a little further along its sign; nan without a gradient."""
     further = margin_gradient(point + NEAR * gradient.sign(), labels, forward)[1]
     a, b = (part.flatten(1).double() for part in (gradient, further))
-    cosine: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    cosine: Tensor = (a / a.norm(dim=1, keepdim=True) * F.normalize(b, eps=1e-30)).sum(1)
     return cosine.float()
 
 

@@ -24,6 +24,7 @@ from robustclip.evaluation.audit import GRADES, AuditCheck, Check
 from robustclip.evaluation.checks import CHECKS
 from robustclip.evaluation.engine import Verdict, _Watch
 from robustclip.evaluation.evidence import Evidence
+from robustclip.evaluation.gradient_probes import gradients
 from robustclip.evaluation.grading import audit, checks_at
 from robustclip.evaluation.precision_ladder import ladder
 from robustclip.evaluation.ways import Ways
@@ -805,3 +806,18 @@ def test_an_empty_task_is_left_out_of_the_undefended_accuracy() -> None:
 )
 def test_grade_is_that_of_the_worst_check(change: dict[str, Any], grade: str) -> None:
     assert audit(make_evidence(**change))["grade"] == grade
+
+
+def test_a_gradient_that_vanishes_a_little_further_has_turned() -> None:
+    """One image has a gradient on a first bit of the way alone, one everywhere, and one nowhere."""
+    scale = torch.tensor([1.0, 1.0, 0.0])
+
+    def forward(images: Tensor) -> Tensor:
+        pixels = images.mean((1, 2, 3))
+        cut = torch.stack([pixels[0].clamp(max=0.50001), *pixels[1:]]) * scale
+        return torch.stack([cut, -cut], 1)
+
+    images, labels = torch.full((3, 3, 4, 4), 0.5), torch.ones(3, dtype=torch.long)
+    turn = gradients(images, labels, forward, None)["turn"]
+    assert turn[:2].tolist() == pytest.approx([0, 1])
+    assert turn[2].isnan()

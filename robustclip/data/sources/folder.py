@@ -21,16 +21,8 @@ from robustclip.textfiles import read_text
 log = logging.getLogger(__name__)
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev"}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FOREIGN_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".arw",
-)  # images unknown to older Pillows
+# Kinds of images that Pillow may not know.
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw")
 HIDDEN = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 HIDDEN_FILES = {"thumbs.db", "desktop.ini"}
 SOLUTION = "LOC_val_solution.csv"  # labels of ImageNet's validation images, as published on Kaggle
