@@ -341,7 +341,7 @@ def peers(options: argparse.Namespace) -> dict[str, Any]:
     available = [name for name in PACKAGES if importlib.util.find_spec(name)]
     for name in PACKAGES.keys() - set(available):
         print(f"{PACKAGES[name]} is not installed: left out")
-    methods = {"undefended": (ZeroShot(pretrained="shapes"), options.radius)}
+    methods: dict[str, tuple[RobustMethod, str]] = {"undefended": (ZeroShot(pretrained="shapes"), options.radius)}
     if options.checkpoint:
         methods["trained"] = (robustclip.load(options.checkpoint), options.trained_radius)
     results: dict[str, Any] = {}

@@ -4,9 +4,53 @@ Public names are imported at their first use, since PyTorch Lightning takes seco
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustclip.api import evaluate, load
+    from robustclip.attacks import APGD, PGD, Attack, Square, TorchAttack
+    from robustclip.attacks.recipes import Recipe
+    from robustclip.data import CLIPDataModule, DataSource
+    from robustclip.evaluation import (
+        FeatureGeometry,
+        HessianDifference,
+        OODDetection,
+        ResultsWriter,
+        RobustEvaluation,
+    )
+    from robustclip.methods import ARF, FARE, FLYP, PMGAFT, UEO, CRoFT, RobustMethod, TeCoA, ZeroShot
+    from robustclip.types import Batch, Task
 
 __version__ = "0.2.0"
+__all__ = [
+    "APGD",
+    "ARF",
+    "FARE",
+    "FLYP",
+    "PGD",
+    "PMGAFT",
+    "UEO",
+    "Attack",
+    "Batch",
+    "CLIPDataModule",
+    "CRoFT",
+    "DataSource",
+    "FeatureGeometry",
+    "HessianDifference",
+    "OODDetection",
+    "Recipe",
+    "ResultsWriter",
+    "RobustEvaluation",
+    "RobustMethod",
+    "Square",
+    "Task",
+    "TeCoA",
+    "TorchAttack",
+    "ZeroShot",
+    "__version__",
+    "evaluate",
+    "load",
+]
 
 _HOMES = {
     "robustclip.api": ("evaluate", "load"),
@@ -24,7 +68,6 @@ _HOMES = {
     "robustclip.types": ("Batch", "Task"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:

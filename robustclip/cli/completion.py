@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
+from robustclip.cli.checks import known_keys
 from robustclip.cli.functions import find, options_of
 from robustclip.cli.main import COMMANDS, TOOLS, TRAINER_COMMANDS
 from robustclip.data.catalog import CATALOG
@@ -52,8 +53,6 @@ def completion(shell: Shell) -> None:
     Args:
         shell: name of the shell, bash.
     """
-    from robustclip.cli.lightning import known_keys
-
     run = [f"--{key}" for key in known_keys() if not key.endswith(NO_OPTIONS)]
     options = {name: [*run, "--print_config"] for name in TRAINER_COMMANDS}
     for name, target in TOOLS.items():

@@ -1,18 +1,17 @@
 """Extends Lightning's command line by our data module, evaluation, results and checkpoints."""
 
 import errno
-import inspect
 import logging
 import pickle
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -21,21 +20,11 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from robustclip import __version__
 from robustclip.attacks import Attack
-from robustclip.cli.messages import parameters_below
+from robustclip.cli.checks import CSV_LOGGER, SHARES, check_arguments, tree_of
 from robustclip.cli.run_parser import DESCRIPTIONS, Parser
-from robustclip.cli.settings import (
-    SECTIONS,
-    SUFFIXES,
-    check_keys,
-    check_order,
-    get,
-    joined,
-    located,
-    options,
-    parse,
-    read_config,
-)
-from robustclip.data import CLIPDataModule, DataSource
+from robustclip.cli.settings import get, joined, located, options
+from robustclip.cli.values import check_value
+from robustclip.data import DataSource
 from robustclip.evaluation import ProgressLines, ResultsWriter, RobustEvaluation, TaskProgress
 from robustclip.methods import RobustMethod
 from robustclip.methods._shared.saved_state import read_checkpoint
@@ -61,14 +50,9 @@ ENTRIES: dict[str, Any] = {
 SETS = list[DataSource | str]
 ENTRIES |= {f"data.{role}": SETS for role in ("train", "val", "test", "unknown")}
 ENTRIES |= {"trainer.callbacks": Callback, "trainer.callbacks+": Callback}
-CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
 IN_ROOT = ""  # save_dir of a logger that follows trainer.default_root_dir
 MOST_PROCESSES = 100_000
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHARES = (
-    ("shard", 0, "number of the part of all test samples that this test evaluates, from 0"),
-    ("shards", 1, "number of parts; `robustclip merge` joins them to one result"),
-)
 Interface = TypeVar("Interface", bound="RobustCLI")
 
 
@@ -247,6 +231,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     if isinstance(arguments, list):
         args = joined(located(arguments))
         check_arguments(args)
+        check_all_entries(args)
     callbacks = (ConnectedProcesses(), ChanceLevelWarning(), Interruption())
     return interface(
         RobustMethod,
@@ -269,38 +254,16 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
     )
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """Checks options and configurations before the parser, whose messages do not locate a fault.
+def check_all_entries(arguments: list[str]) -> None:
+    """Checks the entries of mappings and lists, see `check_entries`.
 
     Args:
         arguments: arguments of the command line.
-
-    Raises:
-        ValueError: an unreadable file, or an invalid key, class or entry.
     """
-    check_order(arguments)
-    keys = known_keys()
-    for key, value in options(arguments):
-        if key == "config" or (key in SECTIONS and value.endswith(SUFFIXES)):
-            tree = read_config(Path(value))
-        elif value.startswith(("{", "[")) or key.endswith(".init_args"):
-            tree = parse(value, f"--{key}")
-        else:
-            _check_shares(arguments, [key])
-            continue
-        for part in reversed(key.split(".") if key != "config" else []):
-            tree = {part: tree}
-        check_keys(tree, keys)
-        _check_shares(arguments, tree)
+    trees = (tree_of(key, value) for key, value in options(arguments))
+    for tree in filter(None, trees):
         for name, kind in ENTRIES.items():
             check_entries(name, get(tree, name.split(".")), kind)
-
-
-def _check_shares(arguments: list[str], keys: Iterable[str]) -> None:
-    """Refuses the options of a shard in other commands than ``test``, which would only suggest them again."""
-    for name, *_ in SHARES if arguments[:1] != ["test"] else ():
-        if name in keys:
-            raise ValueError(f"{name} is an option of `robustclip test` alone; leave it out")
 
 
 def check_entries(key: str, entries: Any, kind: Any) -> None:
@@ -314,8 +277,6 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
     Raises:
         ArgumentError: an entry has another type.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--entry", type=kind, required=True)
     if kind is SETS:
         listed = entries if isinstance(entries, list) else [entries]
         named = [(key, [entry]) for entry in listed if isinstance(entry, Mapping) and "class_path" not in entry]
@@ -324,29 +285,7 @@ def check_entries(key: str, entries: Any, kind: Any) -> None:
         pairs = list(entries.items()) if isinstance(entries, Mapping) and "class_path" not in entries else listed
         named = [(f"{key}.{name}", entry) for name, entry in pairs]
     for name, value in named:
-        try:
-            parser.parse_object({"entry": value})
-        except ArgumentError as error:
-            text = str(error).replace('Parser key "entry"', f'Parser key "{name}"', 1)
-            raise ArgumentError(None, text.replace("required: entry", f"required: {name}")) from error
-
-
-def known_keys() -> list[str]:
-    """Lists the dotted keys of a configuration, but for the options of chosen classes."""
-    sections = {
-        "trainer": Trainer,
-        "data": CLIPDataModule,
-        "model": RobustMethod,
-        "evaluation": RobustEvaluation,
-        "results": ResultsWriter,
-        "checkpoint": Checkpoints,
-    }
-    names = {section: list(inspect.signature(cls).parameters) for section, cls in sections.items()}
-    keys = [f"{section}.{name}" for section in names for name in names[section]]
-    wholes = [f"{section}{part}" for section in ("model", "data") for part in (".class_path", ".init_args")]
-    below = [f"model.{name}" for name in parameters_below(("attack", "optimizer", "defence"))]
-    shares = [name for name, *_ in SHARES]
-    return ["config", "ckpt_path", "seed_everything", "verbose", *shares, *sections, *wholes, *keys, *below]
+        check_value(name, value, kind)
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:

@@ -99,13 +99,14 @@ def run(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return _status(stop)
     except Exception as error:
-        lightning = sys.modules.get("robustclip.cli.lightning")  # its errors and keys matter only if it is loaded
+        lightning = sys.modules.get("robustclip.cli.lightning")  # its errors matter only if it is loaded
         expected = lightning.EXPECTED_ERRORS if lightning else (ArgumentError, ImportError, OSError, ValueError)
         if os.environ.get("ROBUSTCLIP_TRACEBACK") or not isinstance(error, expected):
             raise
+        from robustclip.cli.checks import known_keys
         from robustclip.cli.messages import in_one_line
 
-        line = in_one_line(error, lightning.known_keys() if lightning else ())
+        line = in_one_line(error, known_keys() if lightning else ())
         command = (sys.argv[1:] if arguments is None else arguments)[0]
         sys.stderr.write(f"error: {line.replace('robustclip COMMAND', f'robustclip {command}')}\n")
         return 2
@@ -121,10 +122,14 @@ def _answer(arguments: list[str]) -> int:
         sys.stderr.write(f"error: no command {command!r}; the commands are {', '.join(COMMANDS)}\n")
         return 2
     if command in TRAINER_COMMANDS or TOOLS.get(command, "").startswith(REBUILDING):
-        from robustclip.cli.settings import check_files, located
+        from robustclip.cli.checks import check_arguments, check_files
+        from robustclip.cli.settings import configurations, located
 
         rest = located(rest)
         check_files(rest, needs_results=command in TRAINER_COMMANDS)
+        # Other options of a tool may be its own ones.
+        checked = [command, *rest] if command in TRAINER_COMMANDS else ["test", *configurations(rest)]
+        check_arguments(checked)
     if command not in TRAINER_COMMANDS:
         from robustclip.cli.functions import call, find
 

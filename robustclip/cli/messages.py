@@ -1,18 +1,17 @@
 """Shortens errors of a parser, a library or this package to one line."""
 
 import difflib
-import importlib
-import inspect
 import re
 import sys
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import NoReturn
 
 from robustclip.names import plain
+from robustclip.signatures import parameters, subclasses
 
 LONGEST = 400  # characters: some libraries print the whole configuration
 LONGEST_VALUE = 80
-NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 HEADER = re.compile(
     r"(?P<indent> *)(?:- )?(?:Parser key \"(?P<key>[^\"]+)\"|Problem with given class_path '(?P<cls>[^']+)'):"
 )
@@ -30,10 +29,14 @@ FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a
 REMEDIES = {"No supported gpu backend found": "; without a GPU, give --trainer.accelerator cpu"}
 # A typical class of a key, whose arguments are suggested.
 TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
-# Module whose classes are suggested for a key by a part of its last name.
+# Base class of the classes that a key takes, and modules that offer them, by a part of the key.
 OFFERED = {
-    **{"model": "robustclip.methods", "attack": "robustclip.attacks", "optimizer": "torch.optim"},
-    "defence": "robustclip.defences",
+    "attack": ("Attack", ["robustclip.attacks"]),
+    "callbacks": ("Callback", ["robustclip.evaluation", "lightning.pytorch.callbacks"]),
+    "defence": ("Defence", ["robustclip.defences"]),
+    "logger": ("Logger", ["lightning.pytorch.loggers"]),
+    "model": ("RobustMethod", ["robustclip.methods"]),
+    "optimizer": ("Optimizer", ["torch.optim"]),
 }
 
 
@@ -85,18 +88,17 @@ def _of_parser(text: str) -> str:
     block = "\n".join(reasons)
     value = _first(block, *VALUES) or _first(text, *VALUES)
     if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", block):
-        names = _parameters(cls or _first(block, r"Got value: Namespace\(class_path='([^']+)'"))
-        names += parameters_below(names)
-        return unknown_key(f"{path}.{match[1] or match[2]}", [f"{path}.{name}" for name in names])
+        names = parameters(cls or _first(block, r"Got value: Namespace\(class_path='([^']+)'"))
+        return unknown_argument(path, match[1] or match[2], names or ())
     if match := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
         value = match[1]
     if match or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
         return f"{where}{value!r} is no file or no YAML; paths inside a config start at that config"
     option = re.search(r"NestedArg\(key='([^']+)'", text)
     if option and re.search("Not a valid subclass|is abstract", block):
-        return f"{path}.{option[1]} has no class to belong to; put `--{path} CLASS` before it: {_classes(path, '')}"
+        return f"{path}.{option[1]} has no class to belong to; put `--{path} CLASS` before it: {_remedy(path, '')}"
     if "Expected a dot import path" in block:
-        return f"{where}there is no class {value!r}; {_classes(path, value)}"
+        return unknown_class(path, value)
     if "but is abstract" in block and (missing := _abstract(value)):
         return f"{where}{value} must define {' and '.join(missing)}"
     if "not correspond to a subclass" in block:
@@ -106,7 +108,7 @@ def _of_parser(text: str) -> str:
     of_constructor = [line for line in reasons if not line.startswith((*FRAME, *SUBCLASS_FRAME))]
     short = repr(_shorten(value, LONGEST_VALUE))
     if not of_constructor and (match := re.search(r"Not a valid subclass of (\w+)", block)):
-        return f"{where}expected a class of kind {match[1]}, got {short}; {_classes(path, '')}"
+        return f"{where}expected a class of kind {match[1]}, got {short}; {_remedy(path, '')}"
     if not of_constructor and (expected := _expected(block)):
         return f"{where}expected {expected}, got {short}"
     prefix = f"{where}{cls}: " if cls else where
@@ -150,7 +152,7 @@ def _expected(block: str) -> str:
 def _required(names: str) -> str:
     key = names.split(",")[0].strip().removeprefix("test.").removeprefix("fit.").removeprefix("validate.")
     if key == "model":
-        return f"model is missing; choose one, as in `--model TeCoA`: {', '.join(_names(OFFERED['model']))}"
+        return f"model is missing; choose one, as in `--model TeCoA`: {', '.join(offered('model'))}"
     return f"{key} is missing; `robustclip COMMAND --help` lists its values"
 
 
@@ -165,34 +167,57 @@ def unknown_key(key: str, keys: Iterable[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     leaves = {name: name.rpartition(".")[2] for name in known}
     siblings = {leaves[name]: name for name in known if name.rpartition(".")[0] == parent}
-    below = [name for name in known if leaves[name] == leaf and name.startswith(f"{parent}." if parent else "")]
-    close = below[:1] or [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=2)]
+    inside = {leaves[name]: name for name in reversed(known) if name.startswith(f"{parent}." if parent else "")}
+    close = [inside[leaf]] if leaf in inside else []
+    for group, cutoff in ((siblings, 0.8), (inside, 0.8), (siblings, 0.6)):
+        close = close or [group[name] for name in difflib.get_close_matches(leaf, group, n=2, cutoff=cutoff)]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     alike = difflib.get_close_matches(leaf, set(leaves.values()), n=1, cutoff=0.8)
-    close = close or [name for name in known if leaves[name] in alike][:2]
+    close = close or [name for name in known if leaves[name] in alike or leaf in leaves[name].split("_")][:2]
     if close:
         return f"there is no key {key}; did you mean {' or '.join(dict.fromkeys(close))}?"
     return f"there is no key {key}" + (f"; known are {', '.join(sorted(siblings.values()))}" if siblings else "")
 
 
+def unknown_argument(key: str, name: str, known: Collection[str]) -> str:
+    """States that a class takes no such argument, and suggests others.
+
+    Args:
+        key: dotted key of the class.
+        name: name of the argument.
+        known: names of its arguments.
+    """
+    return unknown_key(f"{key}.{name}", [f"{key}.{argument}" for argument in (*known, *parameters_below(known))])
+
+
+def unknown_class(key: str, name: str) -> str:
+    """States that there is no such class, and suggests another one.
+
+    Args:
+        key: dotted key that takes a class.
+        name: name of the class.
+    """
+    where = f"{key}: " if key else ""
+    return f"{where}there is no class {name!r}; {_remedy(key, name)}"
+
+
+@cache
+def offered(key: str) -> dict[str, str]:
+    """Returns the import paths of the classes that a key takes by their names; empty for other keys.
+
+    Args:
+        key: dotted key, such as ``model.attack`` or ``evaluation.attacks.pgd``.
+    """
+    for part in reversed(key.split(".")):
+        for word, (base, modules) in OFFERED.items():
+            if word in part:
+                return {name: f"{module}.{name}" for module in modules for name in subclasses(base, module)}
+    return {}
+
+
 def parameters_below(names: Collection[str]) -> list[str]:
     """Lists the usual arguments of the classes of some keys as dotted names, such as ``optimizer.lr``."""
-    return [f"{key}.{name}" for key, cls in TYPICAL.items() if key in names for name in _parameters(cls)]
-
-
-def _parameters(cls: str) -> list[str]:
-    """Lists the parameters of a class and, through ``**kwargs``, of its bases."""
-    module, _, name = cls.rpartition(".")
-    try:
-        names: list[str] = []
-        for base in getattr(importlib.import_module(module), name).__mro__:
-            parameters = inspect.signature(base.__init__).parameters.values()
-            names += [entry.name for entry in parameters if entry.kind in NAMED]
-            if not any(entry.kind is entry.VAR_KEYWORD for entry in parameters):
-                break
-    except (ImportError, AttributeError, ValueError, TypeError):  # a failed suggestion must not hide the error
-        return []
-    return [name for name in dict.fromkeys(names) if name != "self"]
+    return [f"{key}.{name}" for key, cls in TYPICAL.items() if key in names for name in parameters(cls) or ()]
 
 
 def _abstract(cls: str) -> list[str]:
@@ -201,20 +226,13 @@ def _abstract(cls: str) -> list[str]:
     return sorted(getattr(getattr(sys.modules.get(module), name, None), "__abstractmethods__", ()))
 
 
-def _classes(key: str, name: str) -> str:
-    known = next((_names(module) for word, module in OFFERED.items() if word in key.rpartition(".")[2]), [])
+def _remedy(key: str, name: str) -> str:
+    known = list(offered(key))
     close = difflib.get_close_matches(name, known, n=1)
     own = "a class of your own is written module.Class"
     if key == "data":
         return f"{own}, and a data set is an option of it, such as --data.test folder:/my/photos"
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}; {own}" if known else own
-
-
-def _names(module: str) -> list[str]:
-    """Lists the public concrete classes of a module; none while it is not loaded."""
-    offered = vars(sys.modules[module]) if module in sys.modules else {}
-    names = offered.get("__all__", [])
-    return [name for name in names if inspect.isclass(offered.get(name)) and not inspect.isabstract(offered[name])]
 
 
 def _shorten(text: str, length: int) -> str:

@@ -1,25 +1,22 @@
-"""Checks configuration files and command lines before slow libraries are loaded."""
+"""Reads configuration files and command lines."""
 
 import codecs
 import locale
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from robustclip.cli.messages import unknown_key
-from robustclip.results.run import Run
 from robustclip.textfiles import read_text
 from robustclip.tools.configs import packaged
 
 SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
 WITHOUT_VALUE = ("--", "--help", "--version", "--print_config", "--print_shtab")
-BY_ROLE = ("", "null", "None", "best", "last", "hpc", "registry")  # Lightning finds these checkpoints itself
 MOST_VALUES = 20_000  # of one file; only an alias that contains itself has more
 
 Place = tuple[Any, ...]
@@ -70,6 +67,11 @@ def options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield "config" if key == "-c" else key[2:], value if sign else following
 
 
+def configurations(arguments: Sequence[str]) -> list[str]:
+    """Returns the options of a command line that name configurations."""
+    return [f"--config={value}" for key, value in options(arguments) if key == "config"]
+
+
 def located(arguments: Sequence[str]) -> list[str]:
     """Replaces names of packaged configurations by their paths, and reports each replacement on stderr.
 
@@ -109,82 +111,6 @@ def joined(arguments: Sequence[str]) -> list[str]:
             raise ValueError(f"{key[2:]}: a value is missing; `robustclip COMMAND --help` lists the valid ones")
         written += [f"{key}={value}"] if value.startswith("-") else [key, value]
     return written
-
-
-def check_files(arguments: Sequence[str], *, needs_results: bool) -> None:
-    """Checks the files that a command line and its configurations name.
-
-    Args:
-        arguments: arguments of the command line.
-        needs_results: whether the command needs its checkpoint and its baseline to start.
-
-    Raises:
-        ValueError: a missing file, or an unreadable configuration.
-    """
-    named: dict[str, Any] = {}
-    for key, value in options(joined(arguments)):
-        if key == "config":
-            tree = read_config(Path(value))
-            results = tree.get("results")
-            named |= {"ckpt_path": tree.get("ckpt_path", named.get("ckpt_path"))}
-            if isinstance(results, Mapping) and "baseline" in results:
-                named["results.baseline"] = results["baseline"]
-        elif key in SECTIONS and value.endswith(SUFFIXES):
-            read_config(Path(value))
-        named[key] = value
-    checkpoint, baseline = (str(named.get(key) or "") for key in ("ckpt_path", "results.baseline"))
-    if needs_results and checkpoint not in BY_ROLE and "://" not in checkpoint and not Path(checkpoint).is_file():
-        raise ValueError(f"ckpt_path {checkpoint!r} is no file; `robustclip fit` prints where it writes checkpoints")
-    if needs_results and baseline not in BY_ROLE:
-        try:
-            Run.open(Path(baseline))
-        except ValueError as error:
-            raise ValueError(f"results.baseline: {error}") from error
-
-
-def check_order(arguments: Sequence[str]) -> None:
-    """Refuses options before a configuration that would silently override them.
-
-    Raises:
-        ValueError: a later configuration sets the key of an option.
-    """
-    earlier: dict[str, str] = {}
-    for key, value in options(arguments):
-        if key != "config":
-            earlier[key] = value
-            continue
-        tree = read_config(Path(value))
-        for name, option in earlier.items():
-            setting = get(tree, name.split("."))
-            is_part = name in SECTIONS and isinstance(setting, Mapping) and "class_path" not in setting
-            if setting is not None and not is_part and str(setting) != option:
-                raise ValueError(f"{name} is set before --config {value}, which sets it too; put --config first")
-
-
-def check_keys(tree: Mapping[str, Any], keys: Collection[str]) -> None:
-    """Checks the keys of a configuration, but for the options of chosen classes.
-
-    Args:
-        tree: the configuration.
-        keys: known dotted keys; a section with a ``class_path`` takes the options of a class.
-
-    Raises:
-        ValueError: an unknown key, a section or arguments without a mapping, or a class without a name.
-    """
-    for place, value in places(tree):
-        key, section = ".".join(map(str, place)), str(place[0]).partition(".")[0]
-        has_class = f"{section}.class_path" in keys
-        if len(place) <= 2 and not (has_class and key != section) and key.removesuffix("+") not in keys:
-            raise ValueError(unknown_key(key, keys))
-        is_name = isinstance(value, str) and bool(value)
-        is_mapping = place[-1] == "init_args" or (key in SECTIONS and not (has_class and is_name))
-        if is_mapping and not isinstance(value, Mapping):
-            raise ValueError(f"{key} must hold `key: value` lines, got {_short(value)}")
-        if place[-1] == "class_path" and not is_name:
-            raise ValueError(f"{key} must be the name of a class, got {_short(value)}")
-        is_object = place[0] == "trainer" and len(place) == 3 and isinstance(place[2], int)
-        if is_object and isinstance(value, Mapping) and "class_path" not in value:
-            raise ValueError(f"{key} must have a class_path, got {_short(dict(value))}")
 
 
 def parse(text: str, name: str) -> Any:
@@ -245,9 +171,10 @@ def _read(path: Path) -> dict[str, Any]:
         )
     content = parse(text, f"config {path}")
     if not isinstance(content, dict):
-        raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {_short(content)}")
+        raise ValueError(f"config {path} must hold `key: value` lines in YAML, got {short(content)}")
     return content
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Writes the first 40 characters of a value, for a message."""
     return "null" if value is None else repr(str(value)[:40])

@@ -3,21 +3,19 @@
 import ast
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
-from robustclip.textfiles import read_text
+from robustclip.signatures import subclasses
 from robustclip.tools.configs import configs
 from robustclip.tools.datasets import datasets
 
-PACKAGE = Path(__file__).parents[1]
-FOLDERS = {
-    "methods": ("RobustMethod", ["methods", "methods/_shared"]),
-    "attacks": ("Attack", ["attacks"]),
-    "defences": ("Defence", ["defences"]),
-    "scores": ("Score", ["objectives", "evaluation"]),
-    "callbacks": ("Callback", ["evaluation"]),
+# Base class of each kind, and the modules that offer classes of it.
+KINDS = {
+    "methods": ("RobustMethod", ["robustclip.methods"]),
+    "attacks": ("Attack", ["robustclip.attacks"]),
+    "defences": ("Defence", ["robustclip.defences"]),
+    "scores": ("Score", ["robustclip.objectives", "robustclip.evaluation.nearest_neighbours"]),
+    "callbacks": ("Callback", ["robustclip.evaluation"]),
 }
 Kind = Literal["methods", "attacks", "defences", "scores", "callbacks"]
 Listed = Literal[Kind, "configs", "datasets"]
@@ -46,36 +44,9 @@ def classes(kind: Kind) -> dict[str, str]:
     Args:
         kind: see `listing`.
     """
-    base, folders = FOLDERS[kind]
-    paths = [path for folder in folders for path in sorted((PACKAGE / folder).glob("*.py"))]
-    nodes = {node.name: node for path in paths for node in _top_classes(path)}
-    return {
-        _option(node): _sentence(node)
-        for name, node in nodes.items()
-        if base in _ancestors(node, nodes) and not name.startswith("_") and name in _public(folders[0], nodes)
-    }
-
-
-def _top_classes(path: Path) -> Iterator[ast.ClassDef]:
-    """Yields the classes at the top level of a module."""
-    yield from (node for node in ast.parse(read_text(path)).body if isinstance(node, ast.ClassDef))
-
-
-def _ancestors(node: ast.ClassDef, nodes: Mapping[str, ast.ClassDef]) -> Iterator[str]:
-    """Yields the names of the direct and indirect base classes."""
-    for base in node.bases:
-        name = ast.unparse(base).split("[")[0].rpartition(".")[2]
-        yield name
-        yield from _ancestors(nodes[name], nodes) if name in nodes else ()
-
-
-def _public(folder: str, nodes: Mapping[str, ast.ClassDef]) -> Collection[str]:
-    """Returns the names that a folder exports; all names if its `__init__` lists none."""
-    for node in ast.parse(read_text(PACKAGE / folder / "__init__.py")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            names: list[str] = ast.literal_eval(node.value)
-            return names
-    return nodes
+    base, modules = KINDS[kind]
+    nodes = [written.node for module in modules for written in subclasses(base, module).values()]
+    return {_option(node): _sentence(node) for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def _option(node: ast.ClassDef) -> str:

@@ -15,7 +15,7 @@ from robustclip.cli.main import run
 SEED = 20261128
 FEW, MANY = 40, 500
 # These need another model than the embedded one, so that their mutations say nothing.
-OTHER_MODELS = ("apt", "coop", "tecoa_prompts")
+OTHER_MODELS = ("apt", "coop", "fap", "tecoa_prompts")
 SOUND = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in OTHER_MODELS)
 
 
