@@ -11,6 +11,7 @@ from robustclip.cli.values import check_value
 from robustclip.signatures import default_class, parameters, plain_type
 
 NOTHING = ("", "null", "None", "~")
+NAMED_ATTACKS = ("evaluation.attacks", "evaluation.fit_attacks")
 LIBRARIES = ("robustclip", "lightning", "torch")
 
 
@@ -40,8 +41,7 @@ class ChosenClasses:
                 self.read(f"{key}.{place}", entry)
         elif isinstance(value, str):
             self._names[key] = value
-            if key == "model" or key.rpartition(".")[2] in ("attack", "defence"):
-                self._check_class(key)
+            self._check_class(key)
             self._check_value(key, value)
         elif isinstance(value, Mapping):
             if isinstance(value.get("class_path"), str):
@@ -89,8 +89,10 @@ class ChosenClasses:
             check_value(key, value, kind)
 
     def _check_class(self, key: str) -> None:
-        """Refuses a class name without a module that we do not offer; one in a module of the user's may be known."""
-        name, known = self._names[key], offered(key)
+        """Refuses a class name without a module that we do not offer, unless a module of the user's may offer it."""
+        owner, _, last = key.rpartition(".")
+        takes_ours = key == "model" or last in ("attack", "defence") or owner in NAMED_ATTACKS
+        name, known = self._names[key], offered(key) if takes_ours else {}
         paths = [path for path in self._names.values() if "." in path and path.replace(".", "").isidentifier()]
         is_ours_alone = all(path.partition(".")[0] in LIBRARIES for path in paths)
         if known and is_ours_alone and name.isidentifier() and name not in (*NOTHING, *known):
