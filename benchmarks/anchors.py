@@ -34,6 +34,26 @@ METHODS = {
 }
 
 
+def captions_and_pairs(train: str, guarded: Sequence[str], *, data: Path, model: str, work: Path) -> list[str]:
+    """Returns the options for captions and pairs of a fit; creates the files first if they are missing.
+
+    Args:
+        train: name of the training set.
+        guarded: names of test sets whose images may not be in the pool.
+        data: folder of the data sets.
+        model: folder of the model that finds the pairs.
+        work: folder of the files.
+    """
+    folder, captions = work / "pairs", work / "captions.parquet"
+    if not folder.is_dir():
+        guards = [word for name in guarded for word in ("--guard", f"wds:{name}")]
+        words = ["--data", f"wds:{train}", "--root", str(data), "--pool", "wds:flickr8k", *guards]
+        command(["retrieve", *words, "--pretrained", model, "--image_size", "96", "--out", str(folder)])
+    if not captions.is_file():
+        _nearest_captions(folder, captions)
+    return ["--data.captions", str(captions), "--data.anchors", str(folder)]
+
+
 class Anchored:
     """All runs on one training set.
 
@@ -60,14 +80,8 @@ class Anchored:
 
     def anchors(self) -> list[str]:
         """Returns the options for captions and pairs of a fit; creates the files first if they are missing."""
-        folder, captions = self.work / "pairs", self.work / "captions.parquet"
-        if not folder.is_dir():
-            guards = [word for name in self.averages["zero_shot"] for word in ("--guard", f"wds:{name}")]
-            words = ["--data", f"wds:{self.train}", "--root", str(self.data), "--pool", "wds:flickr8k", *guards]
-            command(["retrieve", *words, "--pretrained", self.model, "--image_size", "96", "--out", str(folder)])
-        if not captions.is_file():
-            _nearest_captions(folder, captions)
-        return ["--data.captions", str(captions), "--data.anchors", str(folder)]
+        guarded = self.averages["zero_shot"]
+        return captions_and_pairs(self.train, guarded, data=self.data, model=self.model, work=self.work)
 
     def rows(self, seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Runs the missing fits and tests, and returns all accuracies."""
