@@ -76,7 +76,7 @@ class Tuning:
         result = test_once(self.work / "tests" / f"{method}_{rate}", words)
         row |= {name: result["averages"][name]["clean"]["acc1"] for name in AVERAGES}
         row["sets"] = {name: values["clean"]["acc1"] for name, values in result["tasks"].items()}
-        return row | {"retrieval": result["geometry"]["captioned"]}
+        return row | {"retrieval": result["geometry"][POOL]}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
