@@ -57,7 +57,7 @@ def export(
         difference = (_write_open_clip if to == "open_clip" else _write_hugging_face)(clip, aside, crop)
         card = model_card(method, to=to, crop=crop, training=training, run=run)
         (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
-        attack = None if method.attack is None else repr(method.attack)
+        attack = None if method.attack is None or method.has_attacked is False else repr(method.attack)
         write_origin(aside, method=type(method).__name__, training_attack=attack, base=clip.fingerprint)
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 

@@ -41,7 +41,7 @@ def model_card(
     base = str(clip.arch or Path(str(clip.pretrained)).name)
     base += f", {clip.pretrained}" if clip.arch and clip.pretrained else ""
     base = " at commit ".join(clip.source.values()) or base
-    facts = {"method": name, "base model": base, **_facts(training)}
+    facts = {"method": name, "base model": base, **_facts(training, has_attacked=method.has_attacked)}
     table = "".join(f"| {key} | {markdown(value)} |\n" for key, value in facts.items())
     return f"""{_header(clip, to, training)}
 # {markdown(name)} on {markdown(base)}
@@ -133,7 +133,7 @@ preprocess = Compose([
 ```"""
 
 
-def _facts(training: Mapping[str, Any] | None) -> dict[str, str]:
+def _facts(training: Mapping[str, Any] | None, *, has_attacked: bool | None) -> dict[str, str]:
     if training is None:
         return {"training": "not recorded"}
     model = dict(training["model"].get("init_args") or {})
@@ -142,7 +142,7 @@ def _facts(training: Mapping[str, Any] | None) -> dict[str, str]:
     steps = trainer.get("max_steps")
     return {
         "training data": _flat(data.get("train")),
-        "training attack": _flat(model.get("attack")),
+        "training attack": _flat(None if has_attacked is False else model.get("attack")),
         "optimiser": _flat(model.get("optimizer")),
         "epochs": "at most "
         + str(trainer.get("max_epochs"))

@@ -108,7 +108,7 @@ class RobustMethod(Checked, EvaluationSteps):
         if attack is not None and attack.target is not None:
             raise ValueError(f"attack.target must be null in training, got {attack.target!r}; it is for evaluation")
         self.save_hyperparameters(ignore=self.object_arguments)
-        self._has_attacked = False  # whether `perturb` has run
+        self.has_attacked: bool | None = None  # whether `perturb` has run in training; None before training
         self.strict_loading = False  # checkpoints omit frozen weights; `on_load_checkpoint` compares the names instead
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
@@ -276,7 +276,7 @@ class RobustMethod(Checked, EvaluationSteps):
             raise ValueError(f"{type(self).__name__} trains on attacked images; set model.attack")
         forward = forward or partial(self.logits, task=task)
         targets = batch.labels if targets is None else targets
-        self._attacked_heads, self._has_attacked = {}, True
+        self._attacked_heads, self.has_attacked = {}, True
         try:
             with frozen(self), cached():  # no weight changes, so that LoRA's are computed once
                 attack = partial(
@@ -384,6 +384,7 @@ class RobustMethod(Checked, EvaluationSteps):
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
         saved_state.restore_run_state(self, self._resumed)
         self._resumed, self._stepped = {}, set()
+        self.has_attacked = bool(self.has_attacked)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Checks before each optimiser's first step that all of its parameters have a gradient."""
@@ -397,7 +398,7 @@ class RobustMethod(Checked, EvaluationSteps):
     def on_train_epoch_end(self) -> None:
         """Checks at the epoch's end that a method with manual optimisation has stepped, and that its attack has run."""
         step_checks.check_manual_step(self, is_epoch_over=True)
-        step_checks.check_attacked(self, self._has_attacked)
+        step_checks.check_attacked(self)
 
     def on_train_end(self) -> None:
         """Checks the loss and weights of the last steps, which no checkpoint may have followed."""
@@ -449,3 +450,4 @@ class RobustMethod(Checked, EvaluationSteps):
         saved_state.check_belongs(checkpoint, self, self.clip, settings=settings, trained=trained)
         self._resumed = {key: checkpoint.get(key, []) for key in saved_state.RESUMED}
         self.interpolation = checkpoint.get("interpolation")
+        self.has_attacked = checkpoint.get(saved_state.ATTACKED)

@@ -536,6 +536,9 @@ def test_a_method_that_never_attacks_is_reported(
 ) -> None:
     assert run(words_of(FIT.replace("TeCoA", f"own_faults.Clean --model.attack {attack}"), model, at)) == 0
     assert ("Clean has trained without its attack" in caplog.text) == (attack == "PGD")
+    assert run(["export", str(next(at.rglob("last.ckpt"))), str(at / "exported")]) == 0
+    assert json.loads((at / "exported" / "robustclip.json").read_text())["training_attack"] is None
+    assert "| training attack | none |" in (at / "exported" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ROWS)

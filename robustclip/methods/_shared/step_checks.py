@@ -16,17 +16,12 @@ REMEDY = "lower the learning rate or clip gradients (--trainer.gradient_clip_val
 CHECK_EVERY_STEPS = 50  # on an accelerator, where reading a value waits for all kernels before it
 
 
-def check_attacked(method: Any, has_attacked: bool) -> None:
-    """Warns after the first epoch of a method that has a training attack, which checkpoints state, and never runs it.
-
-    Args:
-        method: the method that is trained.
-        has_attacked: whether its `perturb` has run.
-    """
-    if method.attack is not None and not has_attacked and method.current_epoch == 0:
+def check_attacked(method: Any) -> None:
+    """Warns after the first epoch of a method that has a training attack and never runs it."""
+    if method.attack is not None and not method.has_attacked and method.current_epoch == 0:
         log.warning(
-            "%s has trained without its attack, since training_loss does not call self.perturb(batch); checkpoints and "
-            "exported models state the attack all the same: call it, or give --model.attack null",
+            "%s has trained without its attack, since training_loss does not call self.perturb(batch); exported models"
+            " will state no attack: call it, or give --model.attack null",
             type(method).__name__,
         )
 
