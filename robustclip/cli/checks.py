@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from robustclip.cli.chosen_classes import ChosenClasses
+from robustclip.cli._chosen_classes import ChosenClasses
 from robustclip.cli.messages import parameters_below, unknown_key
 from robustclip.cli.settings import (
     SECTIONS,

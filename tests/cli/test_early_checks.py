@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from robustclip.cli._chosen_classes import ChosenClasses
 from robustclip.cli.checks import check_arguments, known_keys
-from robustclip.cli.chosen_classes import ChosenClasses
 from robustclip.cli.main import run
 from robustclip.tools.configs import FOLDER
 
