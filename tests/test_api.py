@@ -115,9 +115,12 @@ def test_logits_of_other_types_have_their_values(model: Any) -> None:
     [
         (lambda x: (tinted(x), x), "must return a tensor of logits, got tuple; wrap it in a function"),
         (lambda x: tinted(x).tolist(), "must return a tensor of logits, got list; wrap it in a function"),
+        (lambda x: tinted(x).to_sparse(), "must return a dense tensor of real numbers as logits, got .*sparse"),
+        (lambda x: tinted(x).to(torch.complex64), "a dense tensor of real numbers as logits, got torch.complex64"),
+        (lambda x: tinted(x).numpy().astype(object), "a dense tensor of real numbers as logits, got object"),
         (lambda x: tinted(x).argmax(1), r"must return logits of shape \(3, 12\) on 'colours', got \(3,\)"),
     ],
-    ids=["tuple", "list", "classes"],
+    ids=["tuple", "list", "sparse", "complex", "objects", "classes"],
 )
 def test_an_answer_without_logits_is_refused(model: Any, message: str) -> None:
     method = AnyModel(model, 32, "mine")
@@ -126,12 +129,37 @@ def test_an_answer_without_logits_is_refused(model: Any, message: str) -> None:
         method.logits(torch.rand(3, 3, 32, 32), "colours")
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_answers_in_reused_memory_stay_as_they_were(kind: str) -> None:
+    buffer = torch.zeros(3, 12)
+
+    def answer(images: Tensor) -> Any:
+        buffer[:] = tinted(images)
+        return buffer.numpy() if kind == "numpy" else buffer
+
+    method, images = AnyModel(answer, 32, "mine"), torch.rand(2, 3, 3, 32, 32)
+    method.class_counts["colours"] = 12
+    first, second = (method.logits(batch, "colours") for batch in images)
+    torch.testing.assert_close(first, tinted(images[0]))
+    torch.testing.assert_close(second, tinted(images[1]))
+
+
+def test_a_script_module_gets_the_result_of_its_module(tmp_path: Path) -> None:
+    options = {"image_size": 32, "max_samples": 8, "folder": tmp_path}
+    results = [
+        robustclip.evaluate(model, "shapes:colours", {"pgd": PGD("4/255", steps=1)}, name=name, **options).result
+        for name, model in (("plain", Colours()), ("script", torch.jit.script(Colours())))
+    ]
+    assert results[0]["mean"] == results[1]["mean"]
+
+
 def test_an_error_of_the_model_names_the_size_of_its_images(tmp_path: Path) -> None:
     method = AnyModel(nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 12)), 32)
     method.class_counts["colours"] = 12
     with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
         method.logits(torch.rand(3, 3, 32, 32), "colours")
-    assert caught.value.__notes__ == ["The model received images of shape (3, 3, 32, 32); image_size sets their side."]
+    (note,) = caught.value.__notes__
+    assert note.startswith("The model received float32 images of shape (3, 3, 32, 32); image_size sets their side")
     with pytest.raises(ValueError, match=r"must be an instance, got the class Colours; write Colours\(\)"):
         robustclip.evaluate(Colours, "shapes:colours", image_size=32, folder=tmp_path)
 
