@@ -77,8 +77,8 @@ class TorchAttack(Attack):
             limit = 1.0 if self.norm == "linf" else None
             self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
         self.eps = self.kwargs.get("eps")
-        if name == "FAB" and self.norm == "l1":
-            raise ValueError("kwargs.norm: FAB of torchattacks fails in L1; take APGD or Square with norm l1")
+        if self.norm == "l1":
+            raise ValueError(f"kwargs.norm: {name} of torchattacks fails in L1; take APGD or Square with norm l1")
         self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs
 
     def cost(self, classes: int) -> Cost | None:
