@@ -102,7 +102,7 @@ def _corruptions(runs: Sequence[Run], names: Mapping[Path, str]) -> Table:
             for kind, errors in section.items():
                 if kind != TASKS:
                     reference = errors_of(runs[0].result, run.result, name, kind)
-                    ratios = {} if reference is None else mean_corruption_error(errors, reference)
+                    ratios = {} if isinstance(reference, str) else mean_corruption_error(errors, reference)
                     cells = [errors["error"], ratios.get("mce"), ratios.get("relative_mce")]
                     texts = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
                     table.add_row(names[run.folder], name, kind, *texts)
