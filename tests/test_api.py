@@ -46,8 +46,13 @@ def test_every_public_name_exists() -> None:
 
 def test_a_module_gets_the_accuracy_of_its_own_answers(tmp_path: Path) -> None:
     model, data = Colours().train(), CLIPDataModule(test="shapes:colours", image_size=32, batch_size=7)
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     tested = robustclip.evaluate(model, data, {"pgd": PGD("4/255", steps=3)}, max_samples=20, folder=tmp_path)
-    assert model.training is False, "it ran in eval mode"
+    assert not any(modes), "it ran in eval mode"
+    assert (model.training, model.weight.requires_grad) == (True, True), "it is left as it was"
+    axes = tested.result["protocol"]["colours"]["pgd"]["axes"]
+    assert axes["model_preprocessing"]["image_size"] == 32, "the data module states the size of the images"
     data.connect(limit=20)
     batches = list(data.test_dataloader()[0])
     with torch.no_grad():
@@ -178,7 +183,8 @@ def test_a_model_that_changes_its_images_gets_the_verdicts_of_one_that_does_not(
 
 
 def test_a_method_is_evaluated_as_itself(tmp_path: Path) -> None:
-    tested = robustclip.evaluate(ZeroShot(), "shapes:colours", image_size=32, max_samples=8, folder=tmp_path)
+    tested = robustclip.evaluate(ZeroShot(), "shapes:colours", max_samples=8, folder=tmp_path)
+    assert tested.result["protocol"]["colours"]["clean"]["axes"]["attack_space"] == "32 x 32", "the size of the method"
     assert tested.result["method"] == "ZeroShot"
     assert list(tested.result["mean"]) == ["clean", "pgd10"]
 
