@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import mul
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +17,7 @@ from robustclip.results.corruption_error import (
     errors_of,
     mean_corruption_error,
 )
-from robustclip.results.run import Run
+from robustclip.results.run import baseline_of
 from robustclip.results.summary import Record, Rows
 from robustclip.results.tables import CLEAN
 
@@ -50,7 +49,7 @@ def corrupted(record: Record) -> dict[str, Any]:
     not measure alike, and ``alexnet``, for all published images of ImageNet-C.
     """
     facts, section = record.facts, dict[str, Any]()
-    baseline = None if facts["baseline"] is None else Run.open(Path(facts["baseline"])).result
+    baseline = baseline_of(facts)
     for name, tasks in copies(facts["protocol"]).items():
         kinds = [CLEAN, *facts["members"][next(iter(tasks))]]
         section[name] = {TASKS: [*tasks]} | {kind: _summary(record, name, tasks, kind) for kind in kinds}
@@ -58,7 +57,7 @@ def corrupted(record: Record) -> dict[str, Any]:
             references: dict[str, Summary | str] = {}
             if baseline is not None:
                 ours = {CORRUPTIONS: section, "protocol": record.protocol}
-                references["baseline"] = errors_of(baseline, ours, name, kind)
+                references["baseline"] = errors_of(baseline.result, ours, name, kind)
             if name == "imagenet" and kind == CLEAN and _is_published(tasks):
                 references["alexnet"] = ALEXNET
             section[name][kind]["relative_to"] = {

@@ -190,6 +190,14 @@ def test_a_result_is_computed_again_from_its_ledgers(runs: tuple[Path, Path]) ->
     assert json.loads((runs[1] / RESULT).read_text()) == before
 
 
+def test_a_baseline_that_is_gone_is_named_with_its_key(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = finished(tmp_path, "base")
+    scored = finished(tmp_path, "scored", baseline=str(base))
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"results\.baseline of this test must be where it was: {base} is no result"):
+        score(scored)
+
+
 def test_unlike_corruptions_do_not_compare(runs: tuple[Path, Path], tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
