@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers import quick_trainer
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import robustclip
 from robustclip.attacks import PGD, Square
 from robustclip.cli.main import run
-from robustclip.data import CLIPDataModule
+from robustclip.data import CLIPDataModule, DataSource
 from robustclip.evaluation.any_model import AnyModel
 from robustclip.methods import TeCoA, ZeroShot
 
@@ -147,6 +148,24 @@ def test_answers_in_reused_memory_stay_as_they_were(kind: str) -> None:
     first, second = (method.logits(batch, "colours") for batch in images)
     torch.testing.assert_close(first, tinted(images[0]))
     torch.testing.assert_close(second, tinted(images[1]))
+
+
+def test_images_of_several_sizes_are_probed_one_size_at_a_time(tmp_path: Path) -> None:
+    class Sizes(Dataset[Any]):
+        classes = tuple("abcdefghijkl")
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, number: int) -> Any:
+            return torch.full((3, 8 + number // 2, 8), number / 6), number
+
+    source = DataSource(Sizes(), name="sizes", native_size=True)
+    data = CLIPDataModule(test=source, image_size=8, batch_size=1)
+    tested = robustclip.evaluate(Colours(), data, {"pgd": PGD("4/255", steps=1)}, folder=tmp_path)
+    rows = tested.rows("sizes")
+    assert [int(row["id"]) for row in rows] == list(range(6))
+    assert all(row["repeat"] for row in rows), "every sample was probed"
 
 
 def test_a_script_module_gets_the_result_of_its_module(tmp_path: Path) -> None:
