@@ -232,6 +232,14 @@ def test_an_object_needs_names_of_its_classes_and_more_than_one_of_them() -> Non
     assert task.class_names == ("x", "y")
 
 
+def test_classes_without_an_image_are_named_where_the_labels_are_known_alone(caplog: pytest.LogCaptureFixture) -> None:
+    samples = [(shade(0.5), 0), (shade(0.5), 0)]
+    opened(Given(samples, classes=["a", "b"]))
+    assert not caplog.messages
+    opened(Given(samples, classes=["a", "b"], targets=[0, 0]))
+    assert "has no image of 1 of its 2 classes: 'b'" in caplog.text
+
+
 def test_parts_and_hold_outs_of_an_object_go_by_labels_that_need_no_decoding() -> None:
     class Lazy(Given):
         def __getitem__(self, number: int) -> Any:
