@@ -1,10 +1,12 @@
 """The functions of the package for Python programs: `load` a fine-tuned model, and `evaluate` any model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustclip.attacks.recipes import Attacks
 from robustclip.cli import build
@@ -14,6 +16,8 @@ from robustclip.evaluation import ResultsWriter, RobustEvaluation
 from robustclip.evaluation.any_model import AnyModel
 from robustclip.methods import RobustMethod
 from robustclip.results.run import Run
+
+DEFAULT_SIZE = 224  # of models that do not state the size of their images
 
 
 def load(path: str | Path) -> RobustMethod:
@@ -46,7 +50,7 @@ def evaluate(
     data: LightningDataModule | SetLike | Sequence[SetLike],
     attacks: Attacks = "pgd10",
     *,
-    image_size: int = 224,
+    image_size: int | None = None,
     batch_size: int = 64,
     max_samples: int | None = None,
     seed: int = 0,
@@ -60,10 +64,11 @@ def evaluate(
 
     Args:
         model: method of the package, or function or module from images ``(B, 3, H, W)`` in [0, 1] to logits ``(B, C)``
-            of the classes of the data set, in their order.
+            of the classes of the data set, in their order. A module runs in eval mode and is left as it was.
         data: data module, or one or several test sets as in ``data.test``, such as ``folder:photos``.
         attacks: names of recipes, or attacks by their names.
-        image_size: side in pixels of the images that the model receives; ignored for a data module.
+        image_size: side in pixels of the images that the model receives; None for that of a method, or 224 for other
+            models. Ignored for a data module.
         batch_size: images per batch; ignored for a data module.
         max_samples: number of fixed samples of each set; None for all.
         seed: seed of the attacks' random numbers.
@@ -88,13 +93,32 @@ def evaluate(
         >>> sorted(run.result["mean"])
         ['clean', 'square']
     """
-    method = model if isinstance(model, RobustMethod) else AnyModel(model, image_size, name)
-    if not isinstance(data, LightningDataModule):
-        data = CLIPDataModule(test=data, image_size=image_size, batch_size=batch_size, attack_resolution="model")
-    writer = ResultsWriter(str(folder), name, is_undefended=is_undefended)
-    evaluation = RobustEvaluation(attacks, max_samples, seed=seed)
-    trainer = Trainer(
-        callbacks=[evaluation, writer], devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
-    trainer.test(method, datamodule=data, verbose=False)
+    if isinstance(data, LightningDataModule):
+        image_size = getattr(data, "image_size", image_size)
+    elif image_size is None and isinstance(model, RobustMethod):
+        image_size = model.image_size
+    image_size = DEFAULT_SIZE if image_size is None else image_size
+    with _kept_as_it_was(model):
+        method = model if isinstance(model, RobustMethod) else AnyModel(model, image_size, name)
+        if not isinstance(data, LightningDataModule):
+            data = CLIPDataModule(test=data, image_size=image_size, batch_size=batch_size, attack_resolution="model")
+        writer = ResultsWriter(str(folder), name, is_undefended=is_undefended)
+        evaluation = RobustEvaluation(attacks, max_samples, seed=seed)
+        options: Any = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        Trainer(callbacks=[evaluation, writer], devices=1, **options).test(method, datamodule=data, verbose=False)
     return Run.open(writer.opened)
+
+
+@contextmanager
+def _kept_as_it_was(model: Any) -> Iterator[None]:
+    """Gives the modules and parameters of a model their modes back, which a test sets to those of an evaluation."""
+    is_foreign = isinstance(model, nn.Module) and not isinstance(model, RobustMethod)
+    modules = [(module, module.training) for module in model.modules()] if is_foreign else []
+    parameters = [(tensor, tensor.requires_grad) for tensor in model.parameters()] if is_foreign else []
+    try:
+        yield
+    finally:
+        for module, is_training in modules:
+            module.training = is_training
+        for tensor, requires_grad in parameters:
+            tensor.requires_grad_(requires_grad)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers import quick_trainer
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import robustclip
 from robustclip.attacks import PGD, Square
 from robustclip.cli.main import run
-from robustclip.data import CLIPDataModule
+from robustclip.data import CLIPDataModule, DataSource
 from robustclip.evaluation.any_model import AnyModel
 from robustclip.methods import TeCoA, ZeroShot
 
@@ -46,8 +47,13 @@ def test_every_public_name_exists() -> None:
 
 def test_a_module_gets_the_accuracy_of_its_own_answers(tmp_path: Path) -> None:
     model, data = Colours().train(), CLIPDataModule(test="shapes:colours", image_size=32, batch_size=7)
+    modes: list[bool] = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     tested = robustclip.evaluate(model, data, {"pgd": PGD("4/255", steps=3)}, max_samples=20, folder=tmp_path)
-    assert model.training is False, "it ran in eval mode"
+    assert not any(modes), "it ran in eval mode"
+    assert (model.training, model.weight.requires_grad) == (True, True), "it is left as it was"
+    axes = tested.result["protocol"]["colours"]["pgd"]["axes"]
+    assert axes["model_preprocessing"]["image_size"] == 32, "the data module states the size of the images"
     data.connect(limit=20)
     batches = list(data.test_dataloader()[0])
     with torch.no_grad():
@@ -115,9 +121,12 @@ def test_logits_of_other_types_have_their_values(model: Any) -> None:
     [
         (lambda x: (tinted(x), x), "must return a tensor of logits, got tuple; wrap it in a function"),
         (lambda x: tinted(x).tolist(), "must return a tensor of logits, got list; wrap it in a function"),
+        (lambda x: tinted(x).to_sparse(), "must return a dense tensor of real numbers as logits, got .*sparse"),
+        (lambda x: tinted(x).to(torch.complex64), "a dense tensor of real numbers as logits, got torch.complex64"),
+        (lambda x: tinted(x).numpy().astype(object), "a dense tensor of real numbers as logits, got object"),
         (lambda x: tinted(x).argmax(1), r"must return logits of shape \(3, 12\) on 'colours', got \(3,\)"),
     ],
-    ids=["tuple", "list", "classes"],
+    ids=["tuple", "list", "sparse", "complex", "objects", "classes"],
 )
 def test_an_answer_without_logits_is_refused(model: Any, message: str) -> None:
     method = AnyModel(model, 32, "mine")
@@ -126,12 +135,55 @@ def test_an_answer_without_logits_is_refused(model: Any, message: str) -> None:
         method.logits(torch.rand(3, 3, 32, 32), "colours")
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_answers_in_reused_memory_stay_as_they_were(kind: str) -> None:
+    buffer = torch.zeros(3, 12)
+
+    def answer(images: Tensor) -> Any:
+        buffer[:] = tinted(images)
+        return buffer.numpy() if kind == "numpy" else buffer
+
+    method, images = AnyModel(answer, 32, "mine"), torch.rand(2, 3, 3, 32, 32)
+    method.class_counts["colours"] = 12
+    first, second = (method.logits(batch, "colours") for batch in images)
+    torch.testing.assert_close(first, tinted(images[0]))
+    torch.testing.assert_close(second, tinted(images[1]))
+
+
+def test_images_of_several_sizes_are_probed_one_size_at_a_time(tmp_path: Path) -> None:
+    class Sizes(Dataset[Any]):
+        classes = tuple("abcdefghijkl")
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, number: int) -> Any:
+            return torch.full((3, 8 + number // 2, 8), number / 6), number
+
+    source = DataSource(Sizes(), name="sizes", native_size=True)
+    data = CLIPDataModule(test=source, image_size=8, batch_size=1)
+    tested = robustclip.evaluate(Colours(), data, {"pgd": PGD("4/255", steps=1)}, folder=tmp_path)
+    rows = tested.rows("sizes")
+    assert [int(row["id"]) for row in rows] == list(range(6))
+    assert all(row["repeat"] for row in rows), "every sample was probed"
+
+
+def test_a_script_module_gets_the_result_of_its_module(tmp_path: Path) -> None:
+    options = {"image_size": 32, "max_samples": 8, "folder": tmp_path}
+    results = [
+        robustclip.evaluate(model, "shapes:colours", {"pgd": PGD("4/255", steps=1)}, name=name, **options).result
+        for name, model in (("plain", Colours()), ("script", torch.jit.script(Colours())))
+    ]
+    assert results[0]["mean"] == results[1]["mean"]
+
+
 def test_an_error_of_the_model_names_the_size_of_its_images(tmp_path: Path) -> None:
     method = AnyModel(nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 12)), 32)
     method.class_counts["colours"] = 12
     with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:
         method.logits(torch.rand(3, 3, 32, 32), "colours")
-    assert caught.value.__notes__ == ["The model received images of shape (3, 3, 32, 32); image_size sets their side."]
+    (note,) = caught.value.__notes__
+    assert note.startswith("The model received float32 images of shape (3, 3, 32, 32); image_size sets their side")
     with pytest.raises(ValueError, match=r"must be an instance, got the class Colours; write Colours\(\)"):
         robustclip.evaluate(Colours, "shapes:colours", image_size=32, folder=tmp_path)
 
@@ -150,7 +202,8 @@ def test_a_model_that_changes_its_images_gets_the_verdicts_of_one_that_does_not(
 
 
 def test_a_method_is_evaluated_as_itself(tmp_path: Path) -> None:
-    tested = robustclip.evaluate(ZeroShot(), "shapes:colours", image_size=32, max_samples=8, folder=tmp_path)
+    tested = robustclip.evaluate(ZeroShot(), "shapes:colours", max_samples=8, folder=tmp_path)
+    assert tested.result["protocol"]["colours"]["clean"]["axes"]["attack_space"] == "32 x 32", "the size of the method"
     assert tested.result["method"] == "ZeroShot"
     assert list(tested.result["mean"]) == ["clean", "pgd10"]
 

@@ -40,6 +40,12 @@ def test_other_names_are_paths(path: str) -> None:
     assert local_path(path, "root") == Path(path)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../a", "a/../../b", "/tmp/a"])
+def test_a_test_stays_in_the_folder_of_all_results(name: str) -> None:
+    with pytest.raises(ValueError, match=r"results\.name must be a folder below results\.folder, got "):
+        ResultsWriter("results", name)
+
+
 def test_a_path_starts_at_the_root_and_a_url_of_a_known_scheme_stays() -> None:
     assert located("a", "/b", "pool", REMOTE) == "/b/a"
     assert located("/a", "s", "pool", REMOTE) == "/a"

@@ -26,6 +26,7 @@ Radius = float | str
 Target = str | dict[str, str] | None
 """Type of a target: the name of a class in every task, or of one class per task by the task's name."""
 
+LARGEST_RADIUS = 1e9  # larger than any image in any norm, and a number that float32 can multiply
 BOX_TOLERANCE = 1e-6  # rounding of decoders and resizers; values further out mean that images are normalised
 
 
@@ -35,7 +36,7 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
     Args:
         value: length in [0, 1] pixel units.
         name: name of the argument, for the error message.
-        limit: largest sensible value; None for norms that grow with the number of pixels.
+        limit: largest sensible value; None for norms that grow with the number of pixels, which end at 1e9.
 
     Raises:
         ValueError: the value is no number, negative, or above the limit, as grey levels would be.
@@ -48,18 +49,26 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
             raise ValueError
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name} must be a number or a fraction such as '4/255', got {value!r}") from None
-    if number < 0 or (limit is not None and number > limit):
-        grey = f"; write '{number:g}/255' for grey levels" if number > 0 and "/" not in str(value) else ""
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    if limit is None and number > LARGEST_RADIUS:
+        raise ValueError(f"{name} must be at most {LARGEST_RADIUS:g}, got {value!r}; no image is that far from another")
+    if limit is not None and number > limit:
+        grey = f"; write '{number:g}/255' for grey levels" if "/" not in str(value) else ""
         raise ValueError(f"{name} is measured in [0, 1] pixel units, got {value!r}{grey}")
     return number
 
 
 def check_range(images: Tensor) -> None:
-    """Refuses images outside [0, 1], without waiting for an accelerator.
+    """Refuses images outside [0, 1], without waiting for an accelerator, and images in half precision.
 
     Raises:
-        ValueError: the images are on the CPU; on other devices an assertion fails.
+        ValueError: another type, or values outside on the CPU; for those on other devices an assertion fails.
     """
+    if images.dtype not in (torch.float32, torch.float64):
+        kind = str(images.dtype).removeprefix("torch.")
+        reason = "a radius does not hold in less" if images.is_floating_point() else "pixels are in [0, 1]"
+        raise ValueError(f"attacks work on images of float32 or float64, since {reason}, got {kind}; convert them")
     if images.numel() == 0:
         return
     low, high = torch.aminmax(images)
@@ -120,7 +129,7 @@ class Attack(Checked, ABC):
         """Runs the attack on a batch of images.
 
         Args:
-            images: ``(B, 3, H, W)`` in [0, 1]; not modified.
+            images: ``(B, 3, H, W)`` in [0, 1], float32 or float64; not modified.
             forward: function from images to outputs; must be differentiable unless the attack is black-box.
             targets: second argument of the loss, for instance labels ``(B,)``.
             loss: loss per sample, which is maximised.
@@ -132,13 +141,16 @@ class Attack(Checked, ABC):
             Adversarial images ``(B, 3, H, W)`` in [0, 1], detached.
 
         Raises:
-            ValueError: images are outside [0, 1], or the attack has a target that no evaluation has looked up.
+            ValueError: images are outside [0, 1] or of another type, or the attack has a target that no evaluation has
+                looked up.
         """
         if self.target is not None and self.aim is None:
             raise ValueError(f"target {self.target!r} is for attacks of an evaluation, which knows the classes by name")
         with torch.inference_mode(False), torch.enable_grad():
             images = images.detach().clone()
             check_range(images)
+            if not len(images):
+                return images
             index = None if index is None else index.detach().clone()
             return self.perturb(images, forward, targets.detach().clone(), loss, index=index, seed=seed).detach()
 

@@ -190,15 +190,15 @@ def _moved_square(images: Tensor, worst: Tensor, draws: Tensor, share: float, ep
     places = 0 if ball == "l1" else 1
     filled = _window(delta, draws[:, 0], draws[:, 1], side, places)
     emptied = _window(delta, draws[:, 2], draws[:, 3], side, places)
-    rest = delta.index_put(emptied, torch.zeros((), device=delta.device))
-    union = rest.index_put(filled, torch.zeros((), device=delta.device))  # both squares emptied
+    rest = delta.index_put(emptied, delta.new_zeros(()))
+    union = rest.index_put(filled, delta.new_zeros(()))  # both squares emptied
     in_both = (size - union.abs() ** order).sum((2, 3), keepdim=True).clamp(min=0)
     bump = _turned(pyramids(side, delta.device, ball), draws[:, 4])[:, None]
     bump = bump * _signs(draws[:, -COLOURS:])[:, :colours, None, None]
     length = (unspent / colours + in_both) ** (1 / order)
     # In L1 the new square is larger than what is free, and the projection takes from all pixels, as the authors' does.
     length = length * colours if ball == "l1" else length
-    new = _unit(bump + _unit(delta[filled], ball), ball) * length
+    new = (_unit(bump + _unit(delta[filled], ball), ball) * length).to(delta.dtype)
     return _on_surface(images, rest.index_put(filled, new), eps, ball)
 
 

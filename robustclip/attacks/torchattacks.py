@@ -22,6 +22,7 @@ from robustclip.attacks.attack import (
 
 SpelledNorm = Literal["Linf", "L2", "L1"]  # the library's spelling; some of its attacks treat anything else as L2
 COUNTS = ("steps", "n_queries")  # the library's names for the length of an attack
+RADII = {"eps", "max_epsilon"}  # and for its radius; no attack has both
 ROUNDING = 1e-6  # rounding in fp32 of the radii that the library's attacks reach
 
 
@@ -35,12 +36,12 @@ class TorchAttack(Attack):
 
     Args:
         name: class in torchattacks.
-        eps: radius in [0, 1] pixel units for attacks that have one; null for their own default.
+        eps: radius in [0, 1] pixel units for attacks that have one; null for their own default, which is recorded.
         kwargs: further arguments of that class; ``alpha`` may be a fraction. ``n_classes`` is added.
 
     Raises:
-        ValueError: torchattacks is not installed or has no such attack, the attack has no such argument, or the loss
-            is not cross-entropy.
+        ValueError: torchattacks is not installed or has no such attack, the attack has no such argument or needs
+            another one, the norm is L1, or the loss is not cross-entropy.
 
     Examples:
         >>> import torch
@@ -63,28 +64,36 @@ class TorchAttack(Attack):
         if name not in classes:
             raise ValueError(f"name: torchattacks has no attack {name!r}; it has {', '.join(sorted(classes))}")
         self.name, self._attack, self.kwargs = name, classes[name], dict(kwargs or {})
+        (first, *_), takes = inspect.signature(self._attack).parameters, self._takes()
+        if eps is not None and "eps" in self.kwargs:
+            raise ValueError(f"eps must be given once, got {eps!r} and {self.kwargs['eps']!r} in kwargs")
         if eps is not None:
             self.kwargs["eps"] = eps
-        takes = inspect.signature(self._attack).parameters
-        unknown = self.kwargs.keys() - takes.keys()
-        if unknown:
-            raise ValueError(f"kwargs: {name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)[1:]}")
-        for key in self.kwargs.keys() & {"norm", *COUNTS}:
-            hint = SpelledNorm if key == "norm" else Count
-            self.kwargs[key] = argument(self.kwargs[key], hint, f"TorchAttack: kwargs.{key}")
+        if unknown := self.kwargs.keys() - takes.keys():
+            raise ValueError(f"kwargs: {name} of torchattacks takes no {sorted(unknown)}; it takes {sorted(takes)}")
+        missing = [key for key, value in takes.items() if value is inspect.Parameter.empty and key not in self.kwargs]
+        if missing or first != "model":
+            raise ValueError(f"name: {name} of torchattacks needs {', '.join(missing) or first}; take another attack")
+        for key, value in self.kwargs.items():
+            self.kwargs[key] = argument(value, _hint(key, takes[key]), f"TorchAttack: kwargs.{key}")
         self.norm = "l2" if "L2" in name else str(self.kwargs.get("norm", "Linf")).lower()
-        for radius in self.kwargs.keys() & {"eps", "alpha"}:
+        self.kwargs |= {key: takes[key] for key in RADII & takes.keys() - self.kwargs.keys()}
+        for radius in {*RADII, "alpha"} & self.kwargs.keys():
             limit = 1.0 if self.norm == "linf" else None
             self.kwargs[radius] = pixels(self.kwargs[radius], name=radius, limit=limit)
-        self.eps = self.kwargs.get("eps")
-        if name == "FAB" and self.norm == "l1":
-            raise ValueError("kwargs.norm: FAB of torchattacks fails in L1; take APGD or Square with norm l1")
+        self.eps = next((self.kwargs[key] for key in RADII & self.kwargs.keys()), None)
+        if self.norm == "l1":
+            raise ValueError(f"kwargs.norm: {name} of torchattacks fails in L1; take APGD or Square with norm l1")
         self._needs_class_count = "n_classes" in takes and "n_classes" not in self.kwargs
+
+    def _takes(self) -> dict[str, Any]:
+        """Returns the defaults of the arguments of the library's class behind its first one, the model."""
+        _, *parameters = inspect.signature(self._attack).parameters.values()
+        return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
 
     def cost(self, classes: int) -> Cost | None:
         """Passes per image by the number of steps, given or by default; None for attacks without steps."""
-        takes = inspect.signature(self._attack).parameters
-        steps = self.kwargs.get("steps", takes["steps"].default if "steps" in takes else None)
+        steps = self.kwargs.get("steps", self._takes().get("steps"))
         return None if steps is None else Cost(int(steps) * int(self.kwargs.get("n_restarts", 1)), 0)
 
     def scaled(self, *, radius: float = 1.0, steps: float = 1.0) -> "TorchAttack | None":
@@ -92,10 +101,10 @@ class TorchAttack(Attack):
         counts = self.kwargs.keys() & set(COUNTS)
         if (radius != 1 and self.eps is None) or (steps != 1 and not counts) or (self.eps is None and not counts):
             return None
-        radii = self.kwargs.keys() & {"eps", "alpha"}
+        radii = self.kwargs.keys() & {*RADII, "alpha"}
         changed = {name: scaled_radius(self.kwargs[name], radius, self.norm) for name in radii}
         kwargs = {**self.kwargs, **changed, **{name: scaled_count(self.kwargs[name], steps) for name in counts}}
-        return self._changed(kwargs=kwargs, eps=kwargs.get("eps"))
+        return self._changed(kwargs=kwargs, eps=next((kwargs[key] for key in RADII & kwargs.keys()), None))
 
     def perturb(
         self, images: Tensor, forward: Forward, targets: Tensor, loss: Loss, *, index: Tensor | None, seed: int
@@ -120,6 +129,13 @@ class TorchAttack(Attack):
         is_inside = perturbation_set.distance(attacked, images, self.norm) <= self.eps * (1 + ROUNDING) + ROUNDING
         attacked = torch.where(is_inside.view(-1, 1, 1, 1), attacked, images)
         return perturbation_set.project(attacked, images, self.eps, self.norm)
+
+
+def _hint(key: str, default: Any) -> Any:
+    """Returns the type of an argument of the library by its name and its default."""
+    hints = {"norm": SpelledNorm} | dict.fromkeys(COUNTS, Count) | dict.fromkeys({*RADII, "alpha"}, Radius)
+    kinds: dict[type, Any] = {bool: bool, str: str, int: int | float, float: float}
+    return hints.get(key, kinds.get(type(default), Any))
 
 
 class _Victim(nn.Module):

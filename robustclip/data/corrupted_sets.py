@@ -1,5 +1,6 @@
 """Adds corrupted copies of the test sets, one task per kind and severity."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from robustclip.data.corruptions import KINDS, Corruption
 from robustclip.data.opened_source import OpenedSource, open_source
 from robustclip.data.sources.arrays import LABELS
 from robustclip.data.sources.source import labels_of
+from robustclip.paths import located
 
 KindName = Literal[
     "gaussian_noise",
@@ -115,9 +117,11 @@ def with_copies(tests: Sequence[OpenedSource], settings: Corruptions | None, *, 
 def _copy(test: OpenedSource, kind: str, severity: int, settings: Corruptions, root: str) -> OpenedSource:
     task = replace(test.task, name=f"{test.task.name}_{kind}_{severity}")
     if settings.files is not None:
-        files = _published(test, Path(root).expanduser() / settings.files, kind, severity)
+        folder = Path(located(settings.files, root, "data.corruptions.files"))
+        files = _published(test, folder, kind, severity)
+        _check_counts(test, files, folder, kind, severity)
         return replace(files, task=task, copy=Copy(test.task.name, kind, severity, None))
-    frost = None if settings.frost is None else Path(root).expanduser() / settings.frost
+    frost = None if settings.frost is None else Path(located(settings.frost, root, "data.corruptions.frost"))
     corruption = Corruption(kind, severity, frost)
     _ = corruption.identity  # reads the photographs, so that a wrong folder ends a run before it starts
     return replace(test, task=task, copy=Copy(test.task.name, kind, severity, corruption))
@@ -139,6 +143,17 @@ def _published(test: OpenedSource, folder: Path, kind: str, severity: int) -> Op
             " class_names"
         )
     return opened
+
+
+def _check_counts(test: OpenedSource, files: OpenedSource, folder: Path, kind: str, severity: int) -> None:
+    """Refuses published images that are fewer or more than those of the test set, such as a part of a download."""
+    ours, theirs = (Counter(labels_of(source.dataset) or ()) for source in (test, files))
+    if ours and theirs and ours != theirs:
+        label = next(label for label in sorted({*ours, *theirs}) if ours[label] != theirs[label])
+        raise ValueError(
+            f"{folder} must have as many images of every class as data.test, {test.task.name!r}; for {kind} at severity"
+            f" {severity}, found {theirs[label]} of {test.task.label_names[label]!r} instead of {ours[label]}"
+        )
 
 
 def _opened_like(test: OpenedSource, **changes: Any) -> OpenedSource:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from robustclip.data.decoding import open_file
+from robustclip.data.decoding import ImageError, decoded, in_eight_bits, open_image
 from robustclip.data.image_filters import convolved, fractal_heights, moved_along, picture_of, sampled, smoothed, zoomed
 
 Array = NDArray[np.float64]
@@ -57,16 +57,24 @@ class Corruption:
         kind: one of `KINDS`.
         severity: 1 to 5.
         frost: folder of photographs of frost; None draws a texture.
+
+    Raises:
+        ValueError: there is no such kind or severity.
     """
 
     kind: str
     severity: int
     frost: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.severity not in range(1, 6):
+            known = f"one of {', '.join(KINDS)}, at a severity from 1 to 5"
+            raise ValueError(f"a corruption is {known}, got {self.kind!r} at {self.severity!r}")
+
     @property
     def identity(self) -> dict[str, Any]:
         """Kind, severity and a digest of everything else that determines the pixels, in JSON's types."""
-        photographs = [_digest(path.read_bytes()) for path in _photographs(self.frost)] if self.kind == "frost" else []
+        photographs = [_photograph(path)[1] for path in _photographs(self.frost)] if self.kind == "frost" else []
         content = (VERSION, KINDS[self.kind].constants[self.severity - 1], *photographs)
         return {"kind": self.kind, "severity": self.severity, "constants": _digest(repr(content).encode())}
 
@@ -185,7 +193,7 @@ def _photographed_frost(
     photographs: Sequence[Path], image: Array, constants: Sequence[float], draw: Generator, scale: float
 ) -> Array:
     """Adds a random crop of a photograph of frost."""
-    photograph = _photograph(photographs[int(draw.integers(len(photographs)))])
+    photograph = _photograph(photographs[int(draw.integers(len(photographs)))])[0]
     size = [math.ceil(length / scale) for length in image.shape[1::-1]]
     enlarged = max(1.0, *(length / own for length, own in zip(size, photograph.size, strict=True)))
     if enlarged > 1:
@@ -311,16 +319,25 @@ def _photographs(folder: Path | None) -> tuple[Path, ...]:
     """
     if folder is None:
         return ()
-    paths = tuple(path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    suffixes = (".jpg", ".jpeg", ".png")
+    paths = tuple(path for path in sorted(folder.glob("*")) if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
         raise ValueError(f"data.corruptions.frost must be a folder of .jpg or .png images, found none in {folder}")
     return paths
 
 
 @cache
-def _photograph(path: Path) -> Image.Image:
-    """Reads a photograph once per process."""
-    return open_file(str(path)).convert("RGB")
+def _photograph(path: Path) -> tuple[Image.Image, str]:
+    """Reads a photograph and its digest once per process.
+
+    Raises:
+        ValueError: the file does not decode; no `ImageError`, which would be that of the image to corrupt.
+    """
+    try:
+        content = path.read_bytes()
+        return in_eight_bits(decoded(open_image(content))), _digest(content)
+    except (OSError, ImageError) as error:
+        raise ValueError(f"data.corruptions.frost: {path} does not decode: {error}; remove it") from error
 
 
 def _digest(content: bytes) -> str:

@@ -157,8 +157,9 @@ def _open_whole(source: DataSource, *, root: str, split: str) -> OpenedSource:
     task = Task(name, names.names, tuple(templates), names.groups, _descriptions(source, names.names, root))
     if dataset is not None:
         dataset = _checked_dataset(source, dataset, task, is_own=not kind)
-        if names.labels is not None or opened.folders or opened.keys:
-            warn_of_missing(labels_of(dataset) or (), task.label_names, source.where)
+        labels = labels_of(dataset)  # None where only decoding reveals them
+        if labels is not None and (names.labels is not None or opened.folders or opened.keys):
+            warn_of_missing(labels, task.label_names, source.where)
     is_small = opened.native_size or bool(known_set and known_set.native_size)
     native_size = is_small if source.native_size is None else source.native_size
     border = (known_set.border if known_set else 0) if source.border is None else source.border

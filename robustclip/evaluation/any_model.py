@@ -33,7 +33,9 @@ class AnyModel(RobustMethod):
         super().__init__(pretrained="shapes")
         if isinstance(model, type):
             raise ValueError(f"model must be an instance, got the class {model.__name__}; write {model.__name__}()")
-        module = model if isinstance(model, nn.Module) else _Function(model)
+        # Modules of TorchScript are wrapped too, since they take no hooks, which probes need.
+        is_plain = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+        module: nn.Module = model if is_plain else _Function(model)  # type: ignore[assignment]
         if name is None and not module.state_dict():
             raise ValueError("name must be given for a model without parameters, since it identifies the test")
         self.clip = _Tower(module.eval(), image_size)  # type: ignore[assignment]  # all that a test reads of a model
@@ -48,14 +50,15 @@ class AnyModel(RobustMethod):
         try:
             answer = self.clip.net.visual(images.clone())  # a copy, which the model may change
         except Exception as error:
-            error.add_note(f"The model received images of shape {tuple(images.shape)}; image_size sets their side.")
+            given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
+            error.add_note(f"The model received {given}; image_size sets their side, their number varies.")
             raise
         logits = _tensor(getattr(answer, "logits", answer))
         expected = (len(images), self.class_counts[task])
         if logits.shape != expected:
             raise ValueError(f"the model must return logits of shape {expected} on {task!r}, got {tuple(logits.shape)}")
-        logits = logits.to(images.device)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # A copy, since some models write every answer into the same memory.
+        return logits.to(images.device, torch.promote_types(logits.dtype, torch.float32), copy=True)
 
     def prepare(self, tasks: Any) -> None:
         """Records the number of classes of each task."""
@@ -78,11 +81,18 @@ def _tensor(answer: Any) -> Tensor:
     """Returns logits as a tensor.
 
     Raises:
-        ValueError: the answer is neither a tensor nor a NumPy array.
+        ValueError: the answer is neither a dense tensor nor a NumPy array of real numbers.
     """
     if not isinstance(answer, Tensor | np.ndarray):
         kind = type(answer).__name__
         raise ValueError(f"the model must return a tensor of logits, got {kind}; wrap it in a function that picks them")
+    if isinstance(answer, Tensor):
+        is_fit, layout = not answer.is_complex() and answer.layout == torch.strided, f" in layout {answer.layout}"
+    else:
+        is_fit, layout = answer.dtype.kind in "fiub", ""
+    if not is_fit:
+        kind = f"{answer.dtype}{layout}"
+        raise ValueError(f"the model must return a dense tensor of real numbers as logits, got {kind}; convert it")
     return torch.as_tensor(answer)
 
 

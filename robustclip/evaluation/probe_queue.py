@@ -120,7 +120,11 @@ class ProbeQueue:
             ready = own.take((~is_probed).nonzero()[:, 0]).rows
             self.capacity = max(self.capacity, len(rows))
             added = own.take(is_probed.nonzero()[:, 0])
-            held = self._waiting[task].join(added) if task in self._waiting else added
+            waiting = self._waiting.get(task)
+            if waiting is not None and waiting.batch.images.shape[1:] != added.batch.images.shape[1:]:
+                ready += self._probe(task, waiting) if waiting.rows else []  # images of one size alone make a batch
+                waiting = None
+            held = added if waiting is None else waiting.join(added)
             while len(held.rows) >= self.capacity:
                 places = torch.arange(len(held.rows), device=batch.index.device)
                 ready += self._probe(task, held.take(places[: self.capacity]))

@@ -38,7 +38,8 @@ from robustclip.results.summary import accuracies, scalars
 from robustclip.results.tables import NOT_A_TASK
 from robustclip.types import Batch, Task, data_of
 
-RESERVED = ("clean", "n", "seconds", "bad_samples")  # keys that stand beside the attacks in the result of a task
+# Keys that stand beside the attacks in parts of a result.
+RESERVED = ("clean", "n", "seconds", "bad_samples", "images_of", "cost", "tasks")
 
 
 @checked

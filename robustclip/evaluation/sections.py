@@ -1,7 +1,6 @@
 """The package's own sections of a result, computed from the ledgers and facts of a test alone."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +11,7 @@ from robustclip.evaluation.geometry_summary import GEOMETRY, measured
 from robustclip.evaluation.grading import audit, checks_at
 from robustclip.results.corruption_error import CORRUPTIONS
 from robustclip.results.corruption_summary import corrupted
-from robustclip.results.run import Run
+from robustclip.results.run import baseline_of
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
 
@@ -63,7 +62,7 @@ def audited(record: Record) -> dict[str, Any]:
         record.protocol,
         is_undefended=facts["is_undefended"],
         is_robust=facts.get("is_robust"),
-        baseline=None if facts["baseline"] is None else Run.open(Path(facts["baseline"])),
+        baseline=baseline_of(facts),
         defence=facts["model"].get("defence"),
         ways=facts["model"].get("ways", {}),
     )

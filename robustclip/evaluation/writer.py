@@ -126,6 +126,8 @@ class ResultsWriter(Callback):
         self.folder, self.name, self.averages, self.config = folder, name, averages or {}, config
         if folder is not None:
             local_path(folder, "results.folder")
+        if name and (Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts):
+            raise ValueError(f"results.name must be a folder below results.folder, got {name!r}; write a name like 'a'")
         self.is_undefended = is_undefended
         self.baseline = None if baseline is None else Run.open(local_path(baseline, "results.baseline"))
         self.checks = list(checks or ())

@@ -60,7 +60,7 @@ def _tables(views: Sequence[View], name: str, kind: str) -> list[Table]:
 def _relative(view: View, first: View, name: str, kind: str) -> dict[str, float | None]:
     """Computes the mean corruption errors of a run; empty if the first run did not measure alike."""
     reference = errors_of(first.run.result, view.run.result, name, kind)
-    return {} if reference is None else mean_corruption_error(view.part(CORRUPTIONS)[name][kind], reference)
+    return {} if isinstance(reference, str) else mean_corruption_error(view.part(CORRUPTIONS)[name][kind], reference)
 
 
 def _at(part: Any, severity: str) -> float | None:

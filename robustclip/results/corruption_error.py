@@ -5,9 +5,11 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
+from robustclip.names import excerpt
 from robustclip.results.protocol import differences
 
 CORRUPTIONS, TASKS = "corruptions", "tasks"  # section of errors on corrupted copies, and its key of their names
+UNLIKE = "unlike"  # reason why there is no mean corruption error relative to a reference
 Summary = Mapping[str, Any]
 """Errors of one test set under one attack or without; see `corrupted`."""
 
@@ -59,8 +61,8 @@ def _mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return fmean(a / b for a, b in pairs) if all(b > 0 for _, b in pairs) else None
 
 
-def errors_of(result: Mapping[str, Any], like: Mapping[str, Any], name: str, attack: str) -> Summary | None:
-    """Returns the errors of a result on the corrupted copies of a set; None if it did not measure them as another did.
+def errors_of(result: Mapping[str, Any], like: Mapping[str, Any], name: str, attack: str) -> Summary | str:
+    """Returns the errors of a result on the corrupted copies of a set, or how it did not measure them as another did.
 
     Args:
         result: content of ``result.json`` of the reference.
@@ -69,11 +71,17 @@ def errors_of(result: Mapping[str, Any], like: Mapping[str, Any], name: str, att
         attack: name of the attack, or ``clean``.
     """
     theirs, ours = ((one.get(CORRUPTIONS) or {}).get(name, {}) for one in (result, like))
-    if attack not in theirs or attack not in ours or theirs[TASKS] != ours[TASKS]:
-        return None
+    if attack not in theirs or attack not in ours:
+        return f"no errors on corrupted copies of {name} under {attack}"
+    if unlike := sorted({*theirs[TASKS]} ^ {*ours[TASKS]}):
+        return f"other kinds or severities, {excerpt(unlike)}"
+    if theirs[attack].get("kinds", {}).keys() != ours[attack]["kinds"].keys():
+        return "a damaged section of errors; test again"
     for task in [*ours[TASKS], *([name] if ours[attack]["uncorrupted"] is not None else [])]:
         axes = [one["protocol"].get(task, {}).get(attack, {}).get("axes") for one in (result, like)]
-        if None in axes or differences(*axes):
-            return None
+        if None in axes:
+            return f"no protocol of {task} under {attack}"
+        if lines := differences(*axes):
+            return f"another protocol of {task} under {attack}: {lines[0]}"
     summary: Summary = theirs[attack]
     return summary

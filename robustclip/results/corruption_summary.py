@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from operator import mul
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -13,11 +12,12 @@ from robustclip.results.corruption_error import (
     CATEGORIES,
     CORRUPTIONS,
     TASKS,
+    UNLIKE,
     Summary,
     errors_of,
     mean_corruption_error,
 )
-from robustclip.results.run import Run
+from robustclip.results.run import baseline_of
 from robustclip.results.summary import Record, Rows
 from robustclip.results.tables import CLEAN
 
@@ -45,25 +45,26 @@ def corrupted(record: Record) -> dict[str, Any]:
     Every set has the names of its ``tasks`` and, per attack and ``clean``: ``kinds`` with ``errors`` by severity and
     ``error``, their mean; ``categories`` and ``error``, the means over kinds, with its ``interval``; ``uncorrupted``,
     the error on the set itself, None if it was not tested. ``relative_to`` has, by the name of a reference, ``mce`` and
-    ``relative_mce`` of `mean_corruption_error`: the run of ``results.baseline``, if it has the same protocol, and
-    ``alexnet``, for all published images of ImageNet-C.
+    ``relative_mce`` of `mean_corruption_error`: the run of ``results.baseline``, with the reason ``unlike`` if it did
+    not measure alike, and ``alexnet``, for all published images of ImageNet-C.
     """
     facts, section = record.facts, dict[str, Any]()
-    baseline = None if facts["baseline"] is None else Run.open(Path(facts["baseline"])).result
+    baseline = baseline_of(facts)
     for name, tasks in copies(facts["protocol"]).items():
         kinds = [CLEAN, *facts["members"][next(iter(tasks))]]
         section[name] = {TASKS: [*tasks]} | {kind: _summary(record, name, tasks, kind) for kind in kinds}
         for kind in kinds:
-            references: dict[str, Summary | None] = {}
+            references: dict[str, Summary | str] = {}
             if baseline is not None:
                 ours = {CORRUPTIONS: section, "protocol": record.protocol}
-                references["baseline"] = errors_of(baseline, ours, name, kind)
+                references["baseline"] = errors_of(baseline.result, ours, name, kind)
             if name == "imagenet" and kind == CLEAN and _is_published(tasks):
                 references["alexnet"] = ALEXNET
             section[name][kind]["relative_to"] = {
-                title: mean_corruption_error(section[name][kind], reference)
+                title: {"mce": None, "relative_mce": None, UNLIKE: reference}
+                if isinstance(reference, str)
+                else mean_corruption_error(section[name][kind], reference)
                 for title, reference in references.items()
-                if reference is not None
             }
     return section
 

@@ -75,6 +75,23 @@ class Run:
         return ledger.read(self.folder / LEDGERS / f"{task}.csv")
 
 
+def baseline_of(facts: Mapping[str, Any]) -> Run | None:
+    """Opens the baseline of a test; None for a test without one.
+
+    Args:
+        facts: content of the test's ``facts.json``.
+
+    Raises:
+        ValueError: the baseline is gone or damaged since the test.
+    """
+    if facts["baseline"] is None:
+        return None
+    try:
+        return Run.open(Path(facts["baseline"]))
+    except ValueError as error:
+        raise ValueError(f"results.baseline of this test must be where it was: {error}; put it back") from error
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """Reads ``facts.json`` of a finished test, or of a shard of one.
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustclip.names import TASK_NAME, csv_cell, markdown
-from robustclip.results.corruption_error import CORRUPTIONS, TASKS
+from robustclip.results.corruption_error import CORRUPTIONS, TASKS, UNLIKE
 from robustclip.results.run import method_of
 
 NOT_A_TASK = "mean"
@@ -199,7 +199,10 @@ def corruption_tables(result: Mapping[str, Any]) -> dict[str, list[list[str]]]:
 def _corruption_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     severities = list(next(iter(summary["kinds"].values()))["errors"])
     means = dict(summary["categories"]) | {"all kinds": summary["error"], "without corruption": summary["uncorrupted"]}
+    unlike = {reference: values for reference, values in summary["relative_to"].items() if UNLIKE in values}
     for reference, values in summary["relative_to"].items():
+        if reference in unlike:
+            continue
         means |= {f"mCE, relative to {reference}": values["mce"]}
         means |= {f"relative mCE, relative to {reference}": values["relative_mce"]}
     interval = summary["interval"]
@@ -209,6 +212,10 @@ def _corruption_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     for name, value in means.items():
         limits = f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if name == "all kinds" and interval else ""
         rows.append([name, *[""] * len(severities), f"{_percent(value)}{limits}"])
+    for reference, values in unlike.items():
+        rows.append(
+            [f"mCE, relative to {reference}", *[""] * len(severities), f"none: {reference} has {values[UNLIKE]}"]
+        )
     return rows
 
 

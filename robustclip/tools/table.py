@@ -9,6 +9,7 @@ from rich.table import Table
 
 from robustclip import display
 from robustclip.results.corruption_error import CORRUPTIONS, TASKS, errors_of, mean_corruption_error
+from robustclip.results.protocol import differences
 from robustclip.results.run import Run
 from robustclip.results.tables import DETECTION, NOT_A_TASK, SUCCESS, means_of
 
@@ -20,6 +21,7 @@ def table(results: list[Path]) -> None:
     """Prints the accuracies of several tests side by side, in percent, and what else they measured.
 
     Where all accuracies do not fit on one line, there is one table for each of them: without attack, and per attack.
+    Lines below the tables name the tests that did not measure alike.
 
     Args:
         results: folders that ``robustclip test`` wrote.
@@ -41,6 +43,27 @@ def table(results: list[Path]) -> None:
     for printed in (*tables, _detection(runs, names), _corruptions(runs, names)):
         if printed.row_count:
             console.print(printed)
+    for line in _unlike(runs, names):
+        console.print(line)
+
+
+def _unlike(runs: Sequence[Run], names: Mapping[Path, str]) -> list[str]:
+    """Writes one line per axis of the protocol in which a test differs from the first one with the same accuracy."""
+    first: dict[tuple[str, str], tuple[Run, Any]] = {}
+    differing: dict[tuple[Path, Path, str], list[str]] = {}
+    for run in runs:
+        for task, attacks in run.result["protocol"].items():
+            for attack, entry in attacks.items():
+                own = entry.get("axes") or {}  # results of older versions have none
+                other, axes = first.setdefault((task, attack), (run, own))
+                for line in differences(axes, own) if axes and own else ():
+                    key = other.folder, run.folder, line.partition(":")[0]
+                    differing.setdefault(key, []).append(f"{task} under {attack} in {line}")
+    return [
+        f"not comparable: {names[a]} and {names[b]} differ for {lines[0]}"
+        f"{f'; as do {len(lines) - 1} more' if len(lines) > 1 else ''}"
+        for (a, b, _), lines in differing.items()
+    ]
 
 
 def _names(runs: Sequence[Run]) -> dict[Path, str]:
@@ -102,7 +125,7 @@ def _corruptions(runs: Sequence[Run], names: Mapping[Path, str]) -> Table:
             for kind, errors in section.items():
                 if kind != TASKS:
                     reference = errors_of(runs[0].result, run.result, name, kind)
-                    ratios = {} if reference is None else mean_corruption_error(errors, reference)
+                    ratios = {} if isinstance(reference, str) else mean_corruption_error(errors, reference)
                     cells = [errors["error"], ratios.get("mce"), ratios.get("relative_mce")]
                     texts = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]
                     table.add_row(names[run.folder], name, kind, *texts)

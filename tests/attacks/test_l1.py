@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from victims import assert_inside, learnt
 
-from robustclip.attacks import APGD, PGD, Recipe, TorchAttack, l1_ball, perturbation_set
+from robustclip.attacks import APGD, PGD, Attack, Recipe, Square, TorchAttack, l1_ball, perturbation_set
 from robustclip.attacks.attack import Member
 from robustclip.attacks.recipes import RECIPES, RecipeName
 from robustclip.cli.main import run
@@ -121,8 +121,23 @@ def test_attacks_without_l1_are_refused() -> None:
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=f"norm: {name} has no l1, since .*{reason}.*; take cascade"):
             Recipe(name, 1, "l1")
-    with pytest.raises(ValueError, match=r"kwargs\.norm: FAB of torchattacks fails in L1"):
-        TorchAttack("FAB", 1, {"norm": "L1"})
+    for attack in ("FAB", "APGD", "APGDT", "Square", "AutoAttack"):
+        with pytest.raises(ValueError, match=rf"kwargs\.norm: {attack} of torchattacks fails in L1"):
+            TorchAttack(attack, 1, {"norm": "L1"})
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD, Square])
+def test_radii_that_no_image_has_are_refused(kind: type[Attack]) -> None:
+    for eps, words in (
+        (-1, "eps must be at least 0, got -1"),
+        ("-1/255", "eps must be at least 0, got '-1/255'"),
+        (1e39, r"eps must be at most 1e\+09, got 1e\+39"),
+        (1e300, "eps must be at most"),
+        (float("nan"), "eps must be a number"),
+        ("inf", "eps must be a number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kind(eps, norm="l1")  # type: ignore[call-arg]
 
 
 @pytest.mark.slow

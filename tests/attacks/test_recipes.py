@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,32 @@ def test_an_attack_that_cannot_be_scaled_returns_none() -> None:
     assert TorchAttack("CW", kwargs={"steps": 3}).scaled(radius=2) is None
     assert TorchAttack("FGSM", 0.1).scaled(steps=2) is None
     assert TorchAttack("FGSM", 0.1).scaled(radius=2).eps == 0.2
+
+
+def test_radii_that_the_library_chooses_are_recorded_and_kept() -> None:
+    """The library's defaults: 8/255 of PGD, 16/255 of PIFGSM under another name, 1 of PGDL2."""
+    assert TorchAttack("PGD").eps == TorchAttack("PGD").settings["kwargs"]["eps"] == 8 / 255
+    assert TorchAttack("PIFGSM").eps == 16 / 255
+    assert TorchAttack("PIFGSM", kwargs={"max_epsilon": "4/255"}).settings["kwargs"] == {"max_epsilon": 4 / 255}
+    assert (TorchAttack("PGDL2").eps, TorchAttack("PGDL2").norm) == (1.0, "l2")
+    assert TorchAttack("CW").eps is None
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "kwargs", "words"),
+    [
+        ("LGV", None, {}, "LGV of torchattacks needs trainloader; take another attack"),
+        ("MultiAttack", None, {}, "MultiAttack of torchattacks needs attacks; take another"),
+        ("PGD", None, {"model": 1}, "takes no .'model'.; it takes .'alpha', 'eps', 'random_start', 'steps'."),
+        ("PIFGSM", None, {"max_epsilon": 16}, "max_epsilon is measured in .* got 16.0; write '16/255' for grey levels"),
+        ("PGD", "8/255", {"eps": "4/255"}, "eps must be given once, got '8/255' and '4/255' in kwargs"),
+        ("PGD", "8/255", {"random_start": "no"}, "kwargs.random_start must be true or false, got 'no'"),
+        ("GN", None, {"std": "a"}, "kwargs.std must be a number, got 'a'"),
+    ],
+)
+def test_arguments_that_the_library_would_misread_are_refused(name: str, eps: Any, kwargs: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TorchAttack(name, eps, kwargs)
 
 
 def test_a_recipe_hands_its_scale_to_its_members() -> None:

@@ -1,5 +1,6 @@
 """Corrupted copies of test sets: their tasks, pixels and protocol, and published files."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,32 @@ def test_published_files_of_other_classes_or_none_are_refused(tmp_path: Path) ->
         data.setup("test")
 
 
+def test_published_files_that_lack_images_of_the_set_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "clean", 7)
+    write_images(tmp_path / "published" / "fog" / "3", 7)
+    Image.new("RGB", (32, 32)).save(tmp_path / "clean" / "dog" / "2.png")
+    settings = Corruptions(["fog"], (3,), files=str(tmp_path / "published"))
+    data = CLIPDataModule(test=f"folder:{tmp_path / 'clean'}", corruptions=settings)
+    with pytest.raises(ValueError, match=r"for fog at severity 3, found 1 of 'dog' instead of 2"):
+        data.setup("test")
+
+
+@pytest.mark.parametrize("key", ["files", "frost"])
+def test_urls_of_published_files_and_of_frost_are_refused(key: str) -> None:
+    data = CLIPDataModule(test="shapes:colours", corruptions=Corruptions(["frost"], (1,), **{key: "s3://bucket/a"}))
+    with pytest.raises(ValueError, match=rf"data\.corruptions\.{key} 's3://bucket/a' has the URL scheme"):
+        data.setup("test")
+
+
+def test_a_photograph_of_frost_that_does_not_decode_is_no_fault_of_the_images(tmp_path: Path) -> None:
+    (tmp_path / "frost.png").write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    settings = Corruptions(["frost"], (1,), frost=str(tmp_path))
+    data = CLIPDataModule(test="shapes:colours", corruptions=settings, bad_samples="skip")
+    with pytest.raises(ValueError, match=rf"data\.corruptions\.frost: {tmp_path / 'frost.png'} does not decode"):
+        data.setup("test")
+
+
 def test_published_files_belong_to_one_test_set(tmp_path: Path) -> None:
     data = CLIPDataModule(test=["shapes:colours", "shapes:shapes"], corruptions=Corruptions(files=str(tmp_path)))
     with pytest.raises(ValueError, match=r"copies of one set, but data\.test lists 2"):
@@ -137,6 +164,12 @@ def write_arrays(folder: Path, *, labels: Any = (0, 1), kinds: tuple[str, ...] =
     for kind in kinds:
         np.save(folder / f"{kind}.npy", np.broadcast_to(reds[:, None, None, None], (10, 32, 32, 3)))
     np.save(folder / "labels.npy", np.tile(np.array(labels, dtype=np.uint8), 5))
+
+
+def archive() -> bytes:
+    content = io.BytesIO()
+    np.savez(content, labels=np.zeros(10, np.uint8))
+    return content.getvalue()
 
 
 def of_arrays(folder: Path, **settings: Any) -> CLIPDataModule:
@@ -192,6 +225,8 @@ def test_labels_of_another_order_are_refused_where_no_catalogue_has_the_order(tm
         ("fog.npy", np.zeros((10, 32, 32, 3), np.float32), "of float32"),
         ("fog.npy", np.array([None]), "must be a NumPy file"),
         ("fog.npy", b"no array", "must be a NumPy file"),
+        ("fog.npy", archive(), r"found an archive \(\.npz\)"),
+        ("labels.npy", archive(), r"found an archive \(\.npz\)"),
         ("fog.npy", None, "is no file"),
         ("labels.npy", None, "is no file"),
         ("labels.npy", np.zeros(2, np.uint8), r"must have 10 integer labels, one per image, found \(2,\)"),

@@ -213,6 +213,12 @@ def test_photographs_of_frost_replace_the_drawn_texture(tmp_path: Path) -> None:
     assert small.shape == (448, 448, 3)
 
 
+@pytest.mark.parametrize(("kind", "severity"), [("fog", 0), ("fog", 6), ("fog", -1), ("rain", 1)])
+def test_kinds_and_severities_that_do_not_exist_are_refused(kind: str, severity: int) -> None:
+    with pytest.raises(ValueError, match=rf"at a severity from 1 to 5, got '{kind}' at {severity}"):
+        Corruption(kind, severity)
+
+
 def test_a_folder_without_photographs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"found none in {tmp_path}"):
         Corruption("frost", 2, tmp_path).identity["constants"]

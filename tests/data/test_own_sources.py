@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule, DataSource, Opened, Source
@@ -178,6 +178,9 @@ def test_tensors_are_augmented_within_the_image() -> None:
         ([(shade(1).byte(), 0)], {}, ("sample 0", "float", "uint8")),
         ([("a.png", 0)], {}, ("sample 0", "PIL", "str")),
         ([{"image": shade(0.5)}], {}, ("sample 0", "(image, label)", "dict")),
+        ([(shade(0.5, 0), 0)], {}, ("sample 0", "(3, H, W)", "(3, 0, 0)")),
+        ([(shade(0.5), 0), (shade(0.5), -1)], {}, ("sample 1", "label -1", "2 class names")),
+        ([(shade(0.5), 0), (shade(0.5), 1)], {"targets": [0, 0]}, ("sample 1", "label 1", "lists 0")),
     ],
 )
 def test_samples_that_do_not_fit_are_refused_by_number(
@@ -189,6 +192,36 @@ def test_samples_that_do_not_fit_are_refused_by_number(
         assert part in str(error.value)
 
 
+LABELS = [torch.nan, torch.inf, 0.5, "1", b"1", None, torch.eye(2)[1], np.eye(2)[1], {"boxes": 1}]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=lambda label: type(label).__name__ + str(label)[:4])
+def test_labels_that_are_no_numbers_of_classes_are_refused_in_one_line(label: Any) -> None:
+    pairs = [(shade(0.5), 0), (shade(0.5), label)]
+    with pytest.raises(ValueError, match=r"sample 1 of given must have the number of a class") as read:
+        batches(opened(Given(pairs, classes=["a", "b"])))
+    with pytest.raises(ValueError, match=r"'targets' of Given at place 1 must have the number of a class") as listed:
+        opened(Given(pairs, classes=["a", "b"], targets=[0, label]))
+    assert all("\n" not in str(error.value) for error in (read, listed))
+
+
+@pytest.mark.parametrize("given", [Path("photos"), 7])
+def test_an_object_that_gives_no_samples_by_position_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"write a path as 'folder:PATH'|must be DataSource or a text"):
+        opened(given)
+
+
+def test_an_iterable_data_set_is_refused() -> None:
+    class Stream(IterableDataset[Any]):
+        classes = ("a", "b")
+
+        def __iter__(self) -> Any:
+            return iter([(shade(0.5), 0)])
+
+    with pytest.raises(ValueError, match=r"data source of Stream must give samples by position, with `__getitem__`"):
+        opened(Stream())
+
+
 def test_an_object_needs_names_of_its_classes_and_more_than_one_of_them() -> None:
     samples = [(shade(0.5), 0)]
     with pytest.raises(ValueError, match="class_names"):
@@ -197,6 +230,14 @@ def test_an_object_needs_names_of_its_classes_and_more_than_one_of_them() -> Non
         opened(Given(samples, classes=["a"]))
     (task,) = opened(DataSource(Given(samples), class_names=["x", "y"])).test_tasks
     assert task.class_names == ("x", "y")
+
+
+def test_classes_without_an_image_are_named_where_the_labels_are_known_alone(caplog: pytest.LogCaptureFixture) -> None:
+    samples = [(shade(0.5), 0), (shade(0.5), 0)]
+    opened(Given(samples, classes=["a", "b"]))
+    assert not caplog.messages
+    opened(Given(samples, classes=["a", "b"], targets=[0, 0]))
+    assert "has no image of 1 of its 2 classes: 'b'" in caplog.text
 
 
 def test_parts_and_hold_outs_of_an_object_go_by_labels_that_need_no_decoding() -> None:

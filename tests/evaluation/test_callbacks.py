@@ -212,7 +212,7 @@ def test_a_named_folder_that_is_finished_is_kept(tmp_path: Path) -> None:
     assert (path / "result.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["clean", "PGD 10", "n"])
+@pytest.mark.parametrize("name", ["clean", "PGD 10", "n", "images_of", "cost", "tasks"])
 def test_attack_names_that_could_not_be_keys_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="attack name"):
         RobustEvaluation({name: PGD()})

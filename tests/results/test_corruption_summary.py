@@ -14,7 +14,7 @@ from robustclip.evaluation import ResultsWriter, RobustEvaluation
 from robustclip.intervals import clustered_interval, mean_interval
 from robustclip.methods import ZeroShot
 from robustclip.report import report
-from robustclip.results.corruption_error import ALEXNET, CATEGORIES, mean_corruption_error
+from robustclip.results.corruption_error import ALEXNET, CATEGORIES, errors_of, mean_corruption_error
 from robustclip.results.corruption_summary import corrupted
 from robustclip.results.ledger import read
 from robustclip.results.run import RESULT, Run
@@ -163,10 +163,39 @@ def test_a_baseline_and_the_first_run_of_a_report_are_references(
     assert "error on corrupted copies" in capsys.readouterr().out
 
 
+def test_a_baseline_of_other_kinds_is_named_beside_the_missing_ratio(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    part = finished(tmp_path, "part", baseline=str(runs[0]), corruptions=Corruptions(["fog"], (5,)))
+    result = json.loads((part / RESULT).read_text())
+    values = result["corruptions"]["colours"]["clean"]["relative_to"]["baseline"]
+    reason = "other kinds or severities, 'colours_fog_2', 'colours_gaussian_noise_2', 'colours_gaussian_noise_5'"
+    assert values == {"mce": None, "relative_mce": None, "unlike": reason}
+    assert f"| mCE, relative to baseline |  | none: baseline has {reason} |" in (part / "table.md").read_text()
+
+
+def test_references_measure_alike_in_any_order_and_else_say_why(runs: tuple[Path, Path]) -> None:
+    result = json.loads((runs[0] / RESULT).read_text())
+    turned, few, damaged = (json.loads(json.dumps(result)) for _ in range(3))
+    turned["corruptions"]["colours"]["tasks"].reverse()
+    assert errors_of(turned, result, "colours", "clean") == result["corruptions"]["colours"]["clean"]
+    few["protocol"]["colours_fog_5"]["clean"]["axes"]["sample_ids"] = "3, digest 0"
+    assert "another protocol of colours_fog_5 under clean: sample_ids: 3" in errors_of(few, result, "colours", "clean")
+    damaged["corruptions"]["colours"]["clean"].pop("kinds")
+    assert "damaged" in errors_of(damaged, result, "colours", "clean")
+    assert errors_of(result, result, "colours", "pgd") == "no errors on corrupted copies of colours under pgd"
+
+
 def test_a_result_is_computed_again_from_its_ledgers(runs: tuple[Path, Path]) -> None:
     before = json.loads((runs[1] / RESULT).read_text())
     score(runs[1])
     assert json.loads((runs[1] / RESULT).read_text()) == before
+
+
+def test_a_baseline_that_is_gone_is_named_with_its_key(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = finished(tmp_path, "base")
+    scored = finished(tmp_path, "scored", baseline=str(base))
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"results\.baseline of this test must be where it was: {base} is no result"):
+        score(scored)
 
 
 def test_unlike_corruptions_do_not_compare(runs: tuple[Path, Path], tmp_path: Path) -> None:

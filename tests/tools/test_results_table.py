@@ -55,6 +55,23 @@ def test_tests_of_one_method_are_named_by_their_folders(tmp_path: Path, capsys: 
     assert "TeCoA b" in shown
 
 
+def test_tests_of_other_norms_are_named_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def measured(name: str, eps: str) -> Path:
+        axes = {"clean": {"axes": {"split": "test"}}, "pgd10": {"axes": {"split": "test", "eps": eps}}}
+        return write(tmp_path / name, "TeCoA", 0, protocol={"colours": axes, "mosaics": axes})
+
+    folders = [measured(name, eps) for name, eps in (("a", "l1 12.0"), ("b", "l1 12.0"), ("c", "linf 0.01"))]
+    table(folders[:2])
+    assert "not comparable" not in capsys.readouterr().out
+    table(folders)
+    shown = " ".join(capsys.readouterr().out.split())
+    line = (
+        "not comparable: TeCoA a and TeCoA c differ for colours under pgd10 in eps: l1 12.0 against linf 0.01; as do 1"
+    )
+    assert shown.count("not comparable") == 1
+    assert line in shown
+
+
 def test_averages_and_detection_stand_beside_the_accuracies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     averages = {"shifts": {"clean": {"acc1": 0.123}, "pgd10": {"acc1": 0.045}}}
     scores = {"mcm": {"auroc": 0.871, "h": 0.9, "attacked": {"auroc": 0.0312}}, "msp": {"auroc": 0.5, "h": 0.5}}

@@ -61,6 +61,10 @@ def _mapped(path: Path, content: str) -> NDArray[Any]:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} must be a NumPy file of {content}: {' '.join(str(error).split())}") from error
+    if not isinstance(array, np.ndarray):  # an archive of arrays, whatever its name
+        raise ValueError(
+            f"{path} must be a NumPy file of {content}, found an archive (.npz); save one array by np.save"
+        )
     return array
 
 

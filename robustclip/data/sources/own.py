@@ -37,4 +37,12 @@ def open_own(source: Any, split: str, root: str) -> Opened:
         except TypeError as error:
             remedy = f"`source: {{class_path: {source}, init_args: {{...}}}}` gives arguments"
             raise ValueError(f"data source {source!r} cannot be made: {error}; {remedy}") from error
-    return source.open(split) if isinstance(source, Source) else Opened(source, keys=own_names(source))
+    if isinstance(source, Source):
+        return source.open(split)
+    if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        kind = type(source).__name__
+        raise ValueError(
+            f"data source of {kind} must give samples by position, with `__getitem__` and `__len__`, or be a Source;"
+            " write a path as 'folder:PATH'"
+        )
+    return Opened(source, keys=own_names(source))

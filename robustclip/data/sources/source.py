@@ -112,12 +112,40 @@ class LocatedSource(Source):
 
 
 def labels_of(dataset: Dataset[Any] | None) -> Sequence[int] | None:
-    """Returns the label of every sample; None for a remote set, or one that has no labels without decoding."""
+    """Returns the label of every sample; None for a remote set, or one that has no labels without decoding.
+
+    Raises:
+        ValueError: a label is no integer.
+    """
     for attribute in ("labels", "targets", "_labels", "y"):
-        labels = getattr(dataset, attribute, None)
-        if labels is not None and len(labels) == len(dataset):  # type: ignore[arg-type]
-            return [int(label) for label in labels]
+        labels: Any = getattr(dataset, attribute, None)
+        if hasattr(labels, "__len__") and len(labels) == len(dataset):  # type: ignore[arg-type]
+            if all(type(label) is int for label in labels):  # fast, for sets of millions
+                return list(labels)
+            where = f"attribute {attribute!r} of {type(dataset).__name__}"
+            return [class_number(label, f"{where} at place {place}") for place, label in enumerate(labels)]
     return None
+
+
+def class_number(label: Any, where: str) -> int:
+    """Converts a label to an integer.
+
+    Args:
+        label: integer, or a scalar of the value of one.
+        where: place of the label, for the message.
+
+    Raises:
+        ValueError: the label has another value, such as a text or a vector.
+    """
+    try:
+        number = int(label)
+        is_number = bool(number == label)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        is_number = False
+    if not is_number:
+        text = " ".join(repr(label).split())[:80]
+        raise ValueError(f"{where} must have the number of a class as label, got {text}")
+    return number
 
 
 def where_of(dataset: Dataset[Any], index: int) -> str:
@@ -216,16 +244,22 @@ class CheckedImages(Dataset[Any]):
         elif not isinstance(image, Image.Image):
             kind = type(image).__name__
             raise ValueError(f"{self.where(index)} must be a PIL image or a tensor (3, H, W) in [0, 1], got {kind}")
-        if int(label) != label or not UNKNOWN <= label < self.class_count:
-            raise ValueError(f"{self.where(index)} has label {label}, but there are {self.class_count} class names")
-        return image, int(label)
+        number, labels = class_number(label, self.where(index)), self.labels
+        # The data module has asked for unknown classes before, and a set can only answer by its list of labels.
+        if not (0 if labels is None else UNKNOWN) <= number < self.class_count:
+            raise ValueError(f"{self.where(index)} has label {number}, but there are {self.class_count} class names")
+        if labels is not None and labels[index] != number:
+            raise ValueError(
+                f"{self.where(index)} has label {number}, but the data set lists {labels[index]} for it; transform both"
+            )
+        return image, number
 
     def where(self, index: int) -> str:
         """Describes the place of a sample in messages."""
         return where_of(self.source, index) if hasattr(self.source, "where") else f"sample {index} of {self.name}"
 
     def _check_tensor(self, image: Tensor, index: int) -> None:
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
             got = f"{image.dtype} {tuple(image.shape)}"
             raise ValueError(f"{self.where(index)} must be a float tensor (3, H, W) in [0, 1], got {got}")
         low, high = float(image.min()), float(image.max())
