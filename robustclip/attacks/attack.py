@@ -49,12 +49,12 @@ def pixels(value: Radius, *, name: str, limit: float | None = 1.0) -> float:
             raise ValueError
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name} must be a number or a fraction such as '4/255', got {value!r}") from None
-    if number < 0:
+    if limit is None and number < 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
     if limit is None and number > LARGEST_RADIUS:
         raise ValueError(f"{name} must be at most {LARGEST_RADIUS:g}, got {value!r}; no image is that far from another")
-    if limit is not None and number > limit:
-        grey = f"; write '{number:g}/255' for grey levels" if "/" not in str(value) else ""
+    if limit is not None and not 0 <= number <= limit:
+        grey = f"; write '{number:g}/255' for grey levels" if number > 0 and "/" not in str(value) else ""
         raise ValueError(f"{name} is measured in [0, 1] pixel units, got {value!r}{grey}")
     return number
 
