@@ -53,7 +53,7 @@ class Rule(NamedTuple):
 
     def fits(self, command: list[str]) -> bool:
         text = " ".join(command)
-        return re.search(rf"(^|[ :]){re.escape(self.words)}( |$)", text) is not None
+        return re.search(rf"(^|[ :]){re.escape(self.words)}([ :]|$)", text) is not None
 
 
 RULES = [
@@ -64,6 +64,7 @@ RULES = [
     Rule("caption --data imagenet", "ImageNet and a captioner of Hugging Face", 2, "imagenet"),
     Rule("retrieve --data imagenet", "ImageNet and the pairs of CC3M", 2, "imagenet"),
     Rule("import FILE", "files of other authors", 2, "FILE"),
+    Rule("import hf-hub", "repositories of the Hugging Face Hub", 2, "cannot be reached"),
     Rule("--trainer.logger TensorBoardLogger", "a package of others", 2, "tensorboard"),
     Rule("--trainer.logger WandbLogger", "a package of others", 2, "wandb"),
     Rule("--trainer.logger MLFlowLogger", "a package of others", 2, "mlflow"),
