@@ -36,7 +36,9 @@ class ChosenClasses:
             ValueError: a class does not exist or takes no such argument.
             ArgumentError: a value has another type.
         """
-        if isinstance(value, list):
+        if value is None or value in NOTHING:
+            self._names = {name: cls for name, cls in self._names.items() if not name.startswith(f"{key}.")} | {key: ""}
+        elif isinstance(value, list):
             for place, entry in enumerate(value):
                 self.read(f"{key}.{place}", entry)
         elif isinstance(value, str):
@@ -53,7 +55,7 @@ class ChosenClasses:
                 if is_class:
                     self._check_argument(key, str(name))
                 self.read(f"{key}.{name}", entry)
-        elif value is not None:
+        else:
             self._check_value(key, value)
 
     def read_option(self, key: str, value: Any) -> None:
@@ -95,7 +97,7 @@ class ChosenClasses:
         name, known = self._names[key], offered(key) if takes_ours else {}
         paths = [path for path in self._names.values() if "." in path and path.replace(".", "").isidentifier()]
         is_ours_alone = all(path.partition(".")[0] in LIBRARIES for path in paths)
-        if known and is_ours_alone and name.isidentifier() and name not in (*NOTHING, *known):
+        if known and is_ours_alone and name.isidentifier() and name not in known:
             raise ValueError(unknown_class(key, name))
 
     def _path(self, key: str) -> str:

@@ -86,13 +86,14 @@ def check_files(arguments: Sequence[str], *, needs_results: bool) -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Checks the order, the keys and the names of classes of options and configurations.
+    """Checks the order, the keys, the classes and the plain values of options and configurations.
 
     Args:
         arguments: command and its arguments.
 
     Raises:
         ValueError: an unreadable file, or an invalid order, key or class.
+        ArgumentError: a value has another type.
     """
     check_order(arguments)
     defaults = {section: cls for section, cls in OF_SECTIONS.items() if section != "model"}

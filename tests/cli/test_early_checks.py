@@ -151,6 +151,7 @@ def test_the_configurations_of_the_package_pass(path: Path) -> None:
         ["--model", "own_early.Popping", "--model.gamma", "2"],
         ["--model", "own_early.Mine", "--model.attack", "MyAttack", "--model.attack.steps", "3"],
         ["--model.attack", "null"],
+        ["--model=null", "--model", "TeCoA", "--model.optimizer.nesterov", "true"],
         ["--model.attack=own_early.MyAttack", "--model.attack.norm=l2"],
         ["--model.optimizer", "SGD", "--model.optimizer.momentum", "0.9"],
         ["--data.test", "wds:/a/b.c", "--data.test+", "folder:x.y"],
