@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from robustclip import __version__
 from robustclip.attacks import Attack
 from robustclip.cli.checks import CSV_LOGGER, SHARES, check_arguments, tree_of
+from robustclip.cli.memory import keep_freed_memory
 from robustclip.cli.run_parser import DESCRIPTIONS, Parser
 from robustclip.cli.settings import get, joined, located, options
 from robustclip.cli.values import check_value
@@ -226,6 +227,7 @@ def start(interface: type[Interface], args: ArgsType = None) -> Interface:
         ValueError: an unreadable configuration, or an error of the classes.
     """
     _quieten()
+    keep_freed_memory()
     sys.path.insert(0, str(Path.cwd()))  # so that `--model my_module.MyMethod` finds a local file
     arguments = sys.argv[1:] if args is None else args
     if isinstance(arguments, list):
