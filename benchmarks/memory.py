@@ -36,7 +36,7 @@ def measure(model: str) -> dict[str, Any]:
     clip = CLIPModel(pretrained=model).eval().requires_grad_(False)
     times, digest = {}, hashlib.sha256()
     for batch in BATCHES:
-        images = torch.rand(batch, 3, *clip.image_size, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(batch, 3, clip.image_size, clip.image_size, generator=torch.Generator().manual_seed(0))
         for name, step in {"forward": _forward, "gradient": _gradient}.items():
             digest.update(step(clip, images).numpy().tobytes())
             times[f"{name}, batch {batch}"] = 1000 * min(_seconds(step, clip, images) for _ in range(REPEATS)) / batch
