@@ -6,12 +6,13 @@ Nothing is imported. What only the parser can judge is left to it.
 from collections.abc import Mapping
 from typing import Any
 
-from robustclip.cli.messages import offered, unknown_argument, unknown_class
+from robustclip.cli.messages import SETTINGS, class_expected, offered, unknown_argument, unknown_class
 from robustclip.cli.values import check_value
 from robustclip.signatures import default_class, parameters, plain_type
 
 NOTHING = ("", "null", "None", "~")
 NAMED_ATTACKS = ("evaluation.attacks", "evaluation.fit_attacks")
+ONE_CLASS = ("attack", "defence", "optimizer", *SETTINGS)  # keys that take a single class
 LIBRARIES = ("robustclip", "lightning", "torch")
 
 
@@ -33,9 +34,12 @@ class ChosenClasses:
             value: content of a configuration at this key, or the value of an option.
 
         Raises:
-            ValueError: a class does not exist or takes no such argument.
+            ValueError: a class does not exist, takes no such argument, or was given as a number or a list.
             ArgumentError: a value has another type.
         """
+        last = key.rpartition(".")[2]
+        if last in ONE_CLASS and not isinstance(value, str | Mapping | None):
+            raise ValueError(class_expected(key, value))
         if value is None or value in NOTHING:
             self._names = {name: cls for name, cls in self._names.items() if not name.startswith(f"{key}.")} | {key: ""}
         elif isinstance(value, list):
@@ -95,6 +99,10 @@ class ChosenClasses:
         owner, _, last = key.rpartition(".")
         takes_ours = key == "model" or last in ("attack", "defence") or owner in NAMED_ATTACKS
         name, known = self._names[key], offered(key) if takes_ours else {}
+        is_path = "." in name and name.replace(".", "").isidentifier()
+        is_value = last in SETTINGS and not is_path and name != SETTINGS[last].rpartition(".")[2]
+        if is_value or (last in ONE_CLASS and name[:1].isdigit()):
+            raise ValueError(unknown_class(key, name))
         paths = [path for path in self._names.values() if "." in path and path.replace(".", "").isidentifier()]
         is_ours_alone = all(path.partition(".")[0] in LIBRARIES for path in paths)
         if known and is_ours_alone and name.isidentifier() and name not in known:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from robustclip.names import plain
 from robustclip.signatures import parameters, subclasses
+from robustclip.tools.configs import PARTS, SUFFIX, close_name, remedy
 
 LONGEST = 400  # characters: some libraries print the whole configuration
 LONGEST_VALUE = 80
@@ -29,6 +30,12 @@ FRAME = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a
 REMEDIES = {"No supported gpu backend found": "; without a GPU, give --trainer.accelerator cpu"}
 # A typical class of a key, whose arguments are suggested.
 TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
+# The one class of a key, which takes its arguments without a choice of class.
+SETTINGS = {
+    "awp": "robustclip.methods._shared.weight_perturbation.AWP",
+    "corruptions": "robustclip.data.corrupted_sets.Corruptions",
+    "lora": "robustclip.models.lora.LoRA",
+}
 # Base class of the classes that a key takes, and modules that offer them, by a part of the key.
 OFFERED = {
     "attack": ("Attack", ["robustclip.attacks"]),
@@ -92,12 +99,14 @@ def _of_parser(text: str) -> str:
         return unknown_argument(path, match[1] or match[2], names or ())
     if match := re.search(r"Unable to load config ['\"]([^'\"]+)", text):
         value = match[1]
+    if match and path in PARTS and not value.endswith(SUFFIX):
+        return f"{where}{value!r} is no file and no configuration of the package; {remedy(path, value)}"
     if match or ("Expected a path" in text and value.endswith((".yaml", ".yml", ".json"))):
         return f"{where}{value!r} is no file or no YAML; paths inside a config start at that config"
     option = re.search(r"NestedArg\(key='([^']+)'", text)
     if option and re.search("Not a valid subclass|is abstract", block):
         return f"{path}.{option[1]} has no class to belong to; put `--{path} CLASS` before it: {_remedy(path, '')}"
-    if "Expected a dot import path" in block:
+    if re.search("Expected a dot import path|Unexpected import path format", block):
         return unknown_class(path, value)
     if "but is abstract" in block and (missing := _abstract(value)):
         return f"{where}{value} must define {' and '.join(missing)}"
@@ -197,8 +206,24 @@ def unknown_class(key: str, name: str) -> str:
         key: dotted key that takes a class.
         name: name of the class.
     """
+    if key.rpartition(".")[2] in SETTINGS:
+        return class_expected(key, name)
     where = f"{key}: " if key else ""
     return f"{where}there is no class {name!r}; {_remedy(key, name)}"
+
+
+def class_expected(key: str, value: object) -> str:
+    """States that a key takes one class, or its arguments, in place of a number or a list.
+
+    Args:
+        key: dotted key.
+        value: value as given.
+    """
+    only = SETTINGS.get(key.rpartition(".")[2])
+    if only is None:
+        return f"{key}: expected the name of one class, got {value!r}; {_remedy(key, '')}"
+    names = ", ".join(f"{key}.{name}" for name in parameters(only) or ())
+    return f"{key}: expected arguments ({names}), got {value!r}"
 
 
 @cache
@@ -230,6 +255,8 @@ def _remedy(key: str, name: str) -> str:
     known = list(offered(key))
     close = difflib.get_close_matches(name, known, n=1)
     own = "a class of your own is written module.Class"
+    if key == "data" and (close_config := close_name(key, name)):
+        return f"did you mean {close_config}?"
     if key == "data":
         return f"{own}, and a data set is an option of it, such as --data.test folder:/my/photos"
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}; {own}" if known else own

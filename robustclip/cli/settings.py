@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from robustclip.textfiles import read_text
-from robustclip.tools.configs import packaged
+from robustclip.tools.configs import packaged, remedy
 
 SECTIONS = ("trainer", "data", "model", "evaluation", "results", "checkpoint")
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -160,6 +160,10 @@ def get(tree: Any, keys: Sequence[str]) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(
+            f"config {str(path)!r} is no file and no configuration of the package; {remedy('config', str(path))}"
+        )
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """``robustclip configs`` lists or copies the configurations that come with the package, which options take by name."""
 
+import difflib
 import sys
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +26,29 @@ def packaged(option: str, value: str) -> Path | None:
     name = value.removeprefix("configs/").removeprefix("" if option == "config" else f"{option}/")
     path = folder / (name if name.endswith(SUFFIX) else f"{name}{SUFFIX}")
     return path if path.is_file() and ".." not in path.relative_to(FOLDER).parts else None
+
+
+def remedy(option: str, value: str) -> str:
+    """Advises on a name that `packaged` does not find.
+
+    Args:
+        option: see `packaged`.
+        value: name as given.
+    """
+    close = close_name(option, value)
+    return f"did you mean {close}?" if close else "`robustclip list configs` lists those of the package"
+
+
+def close_name(option: str, value: str) -> str | None:
+    """Finds the packaged configuration with the most similar name; None if no name is similar.
+
+    Args:
+        option: see `packaged`.
+        value: name as given.
+    """
+    folder = FOLDER if option == "config" else FOLDER / option
+    names = sorted(path.stem for path in folder.glob(f"*{SUFFIX}"))
+    return next(iter(difflib.get_close_matches(Path(value).stem, names, n=1)), None)
 
 
 def configs(copy: Path | None = None) -> None:

@@ -46,6 +46,17 @@ FAULTS = {
     "a method": (["--model", "TeCao"], "model: there is no class 'TeCao'; did you mean TeCoA?"),
     "an attack": (["--model.attack", "PGG"], "model.attack: there is no class 'PGG'; did you mean PGD?"),
     "a defence": (["--model.defence", "JPGE"], "model.defence: there is no class 'JPGE'; did you mean JPEG?"),
+    "a number for a class": (["--model.optimizer", "0.1"], "model.optimizer: there is no class '0.1'; known are"),
+    "a number for arguments": (
+        ["--model.lora", "8"],
+        "model.lora: expected arguments (model.lora.rank, model.lora.alp",
+    ),
+    "a name for arguments": (["--data.corruptions", "fog"], "expected arguments (data.corruptions.kinds, data.corrup"),
+    "list of classes": (
+        ["--model.attack", "[PGD]"],
+        "model.attack: expected the name of one class, got ['PGD']; known",
+    ),
+    "list for arguments": (["--data.corruptions", "[fog]"], "data.corruptions: expected arguments (data.corruptions"),
     "key of the trainer": (["--trainer.max_epoch", "3"], "did you mean trainer.max_epochs"),
     "key of the evaluation": (["--evaluation.attack", "PGD"], "did you mean evaluation.attacks"),
     "number of the trainer": (["--trainer.max_epochs", "ten"], "trainer.max_epochs: expected int or null, got 'ten'"),
@@ -56,7 +67,7 @@ FAULTS = {
     "a number as a mapping": (['--model.init_args={"warmup_steps": "x"}'], "model.warmup_steps: expected int, got 'x'"),
     "no section": (["--epochs", "3"], "there is no key epochs; did you mean trainer.max_epochs"),
 }
-OF_CLASSES = [name for name in FAULTS if not name.startswith(("key", "no section"))]
+OF_CLASSES = [name for name in FAULTS if not name.startswith(("key", "list", "no section"))]
 OWN = """
 from robustclip.attacks import PGD
 from robustclip.methods import TeCoA
@@ -132,6 +143,25 @@ def test_a_fault_in_a_file_is_refused_early_by_tools_too(tmp_path: Path) -> None
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr == "error: there is no key model.epss; did you mean model.attack.eps?\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "remedy"),
+    [
+        ("--config", "ueo_photos", "did you mean ueo_photographs?"),
+        ("--config", "runs/own.yaml", "robustclip list configs"),
+        ("--data", "fifteeen", "did you mean fifteen?"),
+        ("--evaluation", "cascad", "did you mean cascade?"),
+        ("--trainer", "gpus", "did you mean gpu?"),
+    ],
+)
+def test_a_misspelt_configuration_is_refused_with_a_similar_name(
+    option: str, name: str, remedy: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = message([*START, option, name], capfd)
+    assert option[2:] in line
+    assert repr(name) in line
+    assert remedy in line
 
 
 def test_the_default_optimiser_is_read_from_the_source() -> None:
