@@ -20,6 +20,7 @@ from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX
 from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.evaluation_steps import EvaluationSteps
+from robustclip.methods._shared.hooks import check_hooks
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
 from robustclip.methods._shared.weight_perturbation import AWP, WeightPerturbation
 from robustclip.metrics import Top1
@@ -364,7 +365,8 @@ class RobustMethod(Checked, EvaluationSteps):
         return self
 
     def setup(self, stage: str) -> None:
-        """Freezes the parameters that are not trained, and makes an accuracy metric for each task."""
+        """Checks the subclass, freezes what is not trained, and makes an accuracy metric for each task."""
+        check_hooks(self, RobustMethod)
         if not self.freeze_untrained() and stage == "fit":
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept

@@ -19,13 +19,16 @@ def encode_heads(encode: Callable[[Task], Tensor], tasks: Sequence[Task]) -> dic
 
     Returns:
         Weights by task name: ``(C, D)``, or ``(C, G, D)`` if each label is a group of up to G class names.
+
+    Raises:
+        ValueError: the features have another shape.
     """
     by_texts: dict[tuple[object, ...], Tensor] = {}
     heads = {}
     for task in tasks:
         texts = task.class_names, task.templates, task.descriptions
         if texts not in by_texts:
-            by_texts[texts] = encode(task).detach()
+            by_texts[texts] = _checked(encode(task), task).detach()
         heads[task.name] = _grouped(by_texts[texts], task)
     return heads
 
@@ -36,8 +39,11 @@ def encode_head(encode: Callable[[Task], Tensor], task: Task) -> Tensor:
     Args:
         encode: function that returns the features ``(C, D)`` of a task's class names.
         task: task to encode.
+
+    Raises:
+        ValueError: the features have another shape.
     """
-    return _grouped(encode(task), task)
+    return _grouped(_checked(encode(task), task), task)
 
 
 def has_gradient(encode: Callable[[Task], Tensor], task: Task) -> bool:
@@ -61,11 +67,25 @@ def head_logits(features: Tensor, head: Tensor, scale: Tensor | float = 1.0) -> 
         features: ``(B, D)``, of the images.
         head: classifier weights ``(C, D)`` or ``(C, G, D)``.
         scale: inverse temperature, a scalar.
+
+    Raises:
+        ValueError: the features of the images have another shape.
     """
+    shape = tuple(getattr(features, "shape", ()))
+    if len(shape) != 2 or shape[1] != head.shape[-1]:
+        raise ValueError(f"image_features must return features of shape (B, {head.shape[-1]}), got {shape}")
     with torch.autocast(features.device.type, enabled=False):
         precision = torch.promote_types(features.dtype, torch.float32)
         logits = scale * features.to(precision) @ head.to(precision).flatten(0, -2).T
     return logits if head.ndim == 2 else logits.view(-1, *head.shape[:2]).amax(-1)
+
+
+def _checked(features: Tensor, task: Task) -> Tensor:
+    """Returns the features of a task's classes if there is one row for each."""
+    shape = tuple(getattr(features, "shape", ()))
+    if len(shape) != 2 or shape[0] != len(task.class_names):
+        raise ValueError(f"class_features must return features of shape ({len(task.class_names)}, D), got {shape}")
+    return features
 
 
 def _grouped(features: Tensor, task: Task) -> Tensor:

@@ -46,10 +46,11 @@ def trained_parameters(model: nn.Module, groups: Any) -> list[nn.Parameter]:
         ValueError: the groups are no list of dicts with ``params``, or a parameter occurs twice or is not the model's.
     """
     where = f"{type(model).__name__}.parameter_groups()"
-    if not isinstance(groups, list | tuple) or not all(
-        isinstance(group, Mapping) and "params" in group for group in groups
-    ):
-        raise ValueError(f"{where} must return a list of dicts such as {{'params': [...]}}, got {groups!r:.80}")
+    entries = groups if isinstance(groups, list | tuple) else [groups]
+    if entries is not groups or not all(isinstance(entry, Mapping) and "params" in entry for entry in entries):
+        kinds = (f"dict of {[*entry]}" if isinstance(entry, Mapping) else type(entry).__name__ for entry in entries)
+        got = ", ".join(dict.fromkeys(kinds))
+        raise ValueError(f"{where} must return a list of dicts such as {{'params': [...]}}, got {got}")
     parameters = [parameter for group in groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: set[int] = set()
