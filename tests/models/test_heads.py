@@ -45,11 +45,11 @@ def test_tasks_of_the_same_words_are_encoded_once() -> None:
 
     def encode(task: Task) -> torch.Tensor:
         calls.append(task.name)
-        return torch.eye(5)
+        return torch.eye(len(task.class_names), 5)
 
     heads = encode_heads(encode, [Task("a", NAMES), Task("b", NAMES, groups=MASK), Task("c", NAMES[:3])])
     assert calls == ["a", "c"]
-    assert {name: tuple(head.shape) for name, head in heads.items()} == {"a": (5, 5), "b": (2, 1, 5), "c": (5, 5)}
+    assert {name: tuple(head.shape) for name, head in heads.items()} == {"a": (5, 5), "b": (2, 1, 5), "c": (3, 5)}
 
 
 def test_attacks_go_through_the_maximum(tiny_model: Path) -> None:
