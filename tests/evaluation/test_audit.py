@@ -668,6 +668,9 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("repeatable", "fail", {"repeat": [0.0201]}),
     ("repeatable", "fail", {"repeat": [0.0011], "largest_logit": 0.5}),
     ("repeatable", "not_measured", {"repeat": np.nan}),
+    ("repeatable", "fail", {"repeat": [0.03], "defence": {}}),
+    ("repeatable", "pass", {"repeat": [0.03] * 3, "defence": {"needs_gradients": True}}),  # of 103: 0.0099 at least
+    ("repeatable", "fail", {"repeat": [0.03] * 4, "defence": {"needs_gradients": True}}),
     ("larger_radius", "warn", {"wider": [*[np.nan] * 379, 0.0]}),  # one held, no other was probed
     ("larger_radius", "fail", {"wider": [*[np.nan] * 378, 0.0, 0.0]}),
     ("larger_radius", "pass", {"wider": [*[1.0] * 50, 0.0]}),
