@@ -114,12 +114,15 @@ class _Repeatable(_Changed):
         count, size = int((change > _tolerance(largest)).sum()), int((~np.isnan(change)).sum())
         if wilson(count, size)[0] > AMPLIFIED:
             return check
-        return self.answer("pass", f"{check.found}; {count} of them by more than rounding, which its search amplifies")
+        return self.answer(
+            "pass", f"{check.measurement}; {count} of them by more than rounding, which its search amplifies"
+        )
 
 
 def _tolerance(largest: NDArray[Any]) -> NDArray[Any]:
     """Returns the change of a logit that rounding explains, from the largest logits."""
-    return REPEAT_TOLERANCE * np.maximum(1, largest)
+    limits: NDArray[Any] = REPEAT_TOLERANCE * np.maximum(1, largest)
+    return limits
 
 
 class _Declared(AuditCheck):
