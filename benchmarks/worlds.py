@@ -135,7 +135,7 @@ def _shapes() -> World:
         averages={"shifts": "shifts", "elsewhere": "same_style"},
         contrasts=(
             *(("AGFT", "TeCoA_as_AGFT"), ("AGFT", "AGFT_plain"), ("UCAT", "UCAT_constant")),
-            *(("PMGAFT", "PMGAFT_code"), ("DiVE", "ARF")),
+            *(("PMGAFT", "PMGAFT_code"), ("DiVE", "ARF"), ("ARF", "FLYP"), ("FARE", "PMGAFT")),
         ),
         anchors=lambda work: drawn_anchors(work, drawn_pairs()),
     )
