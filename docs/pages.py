@@ -171,11 +171,12 @@ def _method(name: str, sentence: str) -> str:
     measured = [row for row in read("measured.csv", Measured) if is_same(row.method, name)]
     if measured:
         rows = [
-            f"| {row.metric} | {row.eps} | {row.set} | {row.value} | {row.trained} | {row.images} | {row.seed} |"
+            f"| {row.metric} | {row.eps} | {row.set} | {row.value} | {row.backbone} | {row.trained} | {row.images}"
+            f" | {row.seed} |"
             for row in measured
         ]
-        head = _head("attack", "eps", "sets", "accuracy", "trained on", "images", "seed")
-        note = f"\n\n{measured[0].backbone}; see [Measurements](../measurements.md).\n"
+        head = _head("attack", "eps", "sets", "accuracy", "backbone", "trained on", "images", "seed")
+        note = "\n\nSee [Measurements](../measurements.md).\n"
         parts.append("## Measured with this package\n\n" + head + "\n".join(rows) + note)
     claims = list(_claims(name))
     if claims:

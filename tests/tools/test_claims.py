@@ -1,6 +1,7 @@
 """`robustclip claims`: every figure has its source, contradictions stand together, runs are compared with claims."""
 
 import json
+import statistics
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from robustclip.cli.main import run
 from robustclip.tools.claims import Claim, Measured, comparisons, read
 
 CLAIMS = read("claims.csv", Claim)
-OVERVIEW = Path(__file__).parents[2] / "benchmarks/results/overview.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+OVERVIEW, SHAPES = RESULTS / "overview.json", RESULTS / "all_methods.json"
+CONTROLS = {"UCAT_constant", "TeCoA_as_AGFT", "AGFT_plain", "PMGAFT_code"}  # variants, which are no methods
 
 
 def test_every_claim_has_a_source_and_a_protocol() -> None:
@@ -30,14 +33,34 @@ def test_contradicting_sources_stand_together(capsys: pytest.CaptureFixture[str]
     assert "measured with this package" in printed
 
 
-def test_measured_figures_are_those_of_the_benchmark() -> None:
-    results = {row["model"]: row for row in json.loads(OVERVIEW.read_text(encoding="utf-8"))["results"]}
-    rows = read("measured.csv", Measured)
-    assert {row.method for row in rows} == {*results}
-    for row in rows:
-        key = "clean" if row.metric == "clean" else "robust"
-        assert row.value == f"{100 * results[row.method][key]:.1f}"
-        assert row.commit == results[row.method]["commit"]
+def test_a_method_without_claims_has_its_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["claims", "UEO"]) == 0
+    printed = capsys.readouterr().out
+    assert "no claims of papers about UEO" in printed
+    assert "measured with this package" in printed
+
+
+def test_measured_figures_are_those_of_the_benchmarks() -> None:
+    photographs = {row["model"]: row for row in json.loads(OVERVIEW.read_text(encoding="utf-8"))["results"]}
+    shapes = {row["method"]: row for row in json.loads(SHAPES.read_text(encoding="utf-8"))["results"]}
+    for row in read("measured.csv", Measured):
+        if row.source == "All methods on drawn shapes":
+            values, commits = shapes[row.method][row.metric], shapes[row.method]["commits"]
+        else:
+            result = photographs[row.method]
+            values, commits = [result["clean" if row.metric == "clean" else "robust"]], [result["commit"]]
+        assert row.value == f"{100 * statistics.mean(values):.1f}"
+        assert row.commit.split() == commits
+
+
+def test_every_method_of_the_benchmarks_is_listed() -> None:
+    listed = {(row.source, row.method) for row in read("measured.csv", Measured)}
+    for file, section, key in (
+        (OVERVIEW, "All methods under one protocol", "model"),
+        (SHAPES, "All methods on drawn shapes", "method"),
+    ):
+        methods = {row[key] for row in json.loads(file.read_text(encoding="utf-8"))["results"]}
+        assert {method for source, method in listed if source == section} == methods - CONTROLS
 
 
 def result(acc1: float, *, arch: str = "ViT-B-32-quickgelu", n: int = 10_000, steps: int = 100) -> dict[str, Any]:
