@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from robustclip.models import hub
 
@@ -88,7 +88,8 @@ def connect(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Does what HF_ENDPOINT would do, which is read when huggingface_hub is imported."""
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # releases before 1.0 import the template by its name
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @contextmanager

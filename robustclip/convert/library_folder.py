@@ -73,7 +73,10 @@ def _read_config(folder: Path, source: str) -> tuple[ModuleType, Any, dict[str, 
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's checks raise errors of many classes
         raise ValueError(f"{file} cannot be read: {tensor_files.one_line(error)}") from error
-    return kind, config, kind.model_config(config)
+    try:
+        return kind, config, kind.model_config(config)
+    except (AttributeError, TypeError) as error:  # releases before 5 do not check the types of the values
+        raise ValueError(f"{file} cannot be read: {tensor_files.one_line(error)}") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

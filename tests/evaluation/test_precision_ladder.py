@@ -20,6 +20,8 @@ from robustclip.models import tf32 as tf32_flags
 from robustclip.models.tf32 import tf32
 from robustclip.results.run import Run
 
+if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    pytest.skip("needs PyTorch's newer flags of TF32", allow_module_level=True)
 BACKENDS: Any = (
     *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
     *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),  # type: ignore[attr-defined]

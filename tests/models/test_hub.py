@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import NEW, OLD, Hub, connect, files_of, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 
 from robustclip.cli.main import run
 from robustclip.models import hub
@@ -57,6 +57,8 @@ def test_a_repository_in_the_cache_needs_no_network(way: str, server: Hub, monke
 
 def disconnect(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "offline":
+        if hasattr(utils, "reset_sessions"):
+            pytest.skip("sessions of huggingface_hub before 1.0 keep the setting that they began with")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         return
     with socket.socket() as free:

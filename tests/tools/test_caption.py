@@ -49,7 +49,8 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.BlipForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer = transformers.BertTokenizerFast(vocab={word: number for number, word in enumerate(WORDS)})
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
     return folder
