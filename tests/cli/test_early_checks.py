@@ -115,6 +115,7 @@ def test_a_fault_is_refused_before_slow_libraries_load(tmp_path: Path) -> None:
         assert words in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_the_words_are_those_of_the_parser(
     name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

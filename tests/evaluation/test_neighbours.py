@@ -136,6 +136,7 @@ def test_the_bank_is_the_training_images_of_known_classes_under_the_test_transfo
     }
 
 
+@pytest.mark.slow
 def test_an_attack_moves_features_away_from_the_bank_or_towards_it(folder: Path, tmp_path: Path) -> None:
     attack = PGD(eps="8/255", alpha="2/255", steps=5, keep="best")
     found = detect(folder, tmp_path, attack=attack)["tasks"]["mixed"]["unknown"]["mixed_unknown"]["scores"]["knn"]
