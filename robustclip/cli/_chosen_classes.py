@@ -13,6 +13,7 @@ from robustclip.signatures import default_class, parameters, plain_type
 NOTHING = ("", "null", "None", "~")
 NAMED_ATTACKS = ("evaluation.attacks", "evaluation.fit_attacks")
 ONE_CLASS = ("attack", "defence", "optimizer", *SETTINGS)  # keys that take a single class
+FREE_KEYS = (*NAMED_ATTACKS, "results.averages")  # mappings whose keys are names that the user chooses
 LIBRARIES = ("robustclip", "lightning", "torch")
 
 
@@ -37,8 +38,7 @@ class ChosenClasses:
             ValueError: a class does not exist, takes no such argument, or was given as a number or a list.
             ArgumentError: a value has another type.
         """
-        last = key.rpartition(".")[2]
-        if last in ONE_CLASS and not isinstance(value, str | Mapping | None):
+        if _takes_one_class(key) and not isinstance(value, str | Mapping | None):
             raise ValueError(class_expected(key, value))
         if value is None or value in NOTHING:
             self._names = {name: cls for name, cls in self._names.items() if not name.startswith(f"{key}.")} | {key: ""}
@@ -101,7 +101,7 @@ class ChosenClasses:
         name, known = self._names[key], offered(key) if takes_ours else {}
         is_path = "." in name and name.replace(".", "").isidentifier()
         is_value = last in SETTINGS and not is_path and name != SETTINGS[last].rpartition(".")[2]
-        if is_value or (last in ONE_CLASS and name[:1].isdigit()):
+        if _takes_one_class(key) and (is_value or name[:1].isdigit()):
             raise ValueError(unknown_class(key, name))
         paths = [path for path in self._names.values() if "." in path and path.replace(".", "").isidentifier()]
         is_ours_alone = all(path.partition(".")[0] in LIBRARIES for path in paths)
@@ -115,3 +115,9 @@ class ChosenClasses:
             return default_class(self._path(owner), argument) if owner else ""
         name = self._names[key]
         return name if "." in name else offered(key).get(name, "")  # a short name is one that we offer
+
+
+def _takes_one_class(key: str) -> bool:
+    """Returns whether a key takes a single class, by its name; a name that the user chooses means nothing."""
+    owner, _, last = key.rpartition(".")
+    return last in ONE_CLASS and owner not in FREE_KEYS

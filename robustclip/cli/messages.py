@@ -33,8 +33,10 @@ TYPICAL = {"attack": "robustclip.attacks.PGD", "optimizer": "torch.optim.AdamW"}
 # The one class of a key, which takes its arguments without a choice of class.
 SETTINGS = {
     "awp": "robustclip.methods._shared.weight_perturbation.AWP",
+    "augmentation": "robustclip.data.transforms.Augmentation",
     "corruptions": "robustclip.data.corrupted_sets.Corruptions",
     "lora": "robustclip.models.lora.LoRA",
+    "ways": "robustclip.evaluation.ways.Ways",
 }
 # Base class of the classes that a key takes, and modules that offer them, by a part of the key.
 OFFERED = {

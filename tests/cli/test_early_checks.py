@@ -1,15 +1,21 @@
 """Wrong keys, classes and plain values are refused before the slow libraries load, in the words of the parser."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
+from robustclip import methods
 from robustclip.cli._chosen_classes import ChosenClasses
 from robustclip.cli.checks import check_arguments, known_keys
 from robustclip.cli.main import run
+from robustclip.cli.messages import SETTINGS
+from robustclip.data import CLIPDataModule
+from robustclip.evaluation import RobustEvaluation
 from robustclip.tools.configs import FOLDER
 
 START = ["fit", "--config", "demo"]
@@ -163,6 +169,32 @@ def test_a_misspelt_configuration_is_refused_with_a_similar_name(
     assert option[2:] in line
     assert repr(name) in line
     assert remedy in line
+
+
+def test_every_class_without_a_choice_is_known() -> None:
+    owners = [*(getattr(methods, name) for name in methods.__all__), CLIPDataModule, RobustEvaluation]
+    constructors = [cls.__init__ for owner in owners for cls in owner.__mro__ if "__init__" in vars(cls)]
+    hints = {key: hint for init in constructors for key, hint in get_type_hints(init).items()}
+    choices = {
+        key: [kind for kind in get_args(hint) or (hint,) if kind is not type(None)] for key, hint in hints.items()
+    }
+    assert {
+        key: f"{kinds[0].__module__}.{kinds[0].__qualname__}"
+        for key, kinds in choices.items()
+        if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0])
+    } == SETTINGS
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--results.averages", '{"attack": ["shapes"], "ways": ["shapes"]}'],
+        ["--evaluation.attacks", '{"lora": {"class_path": "PGD"}, "attack": "PGD"}'],
+        ["--evaluation.attacks.ways", "PGD"],
+    ],
+)
+def test_names_that_the_user_chooses_mean_nothing(option: list[str]) -> None:
+    check_arguments(["test", *option])
 
 
 def test_the_default_optimiser_is_read_from_the_source() -> None:
