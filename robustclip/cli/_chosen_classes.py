@@ -38,7 +38,7 @@ class ChosenClasses:
             ValueError: a class does not exist, takes no such argument, or was given as a number or a list.
             ArgumentError: a value has another type.
         """
-        if _takes_one_class(key) and not isinstance(value, str | Mapping | None):
+        if self._takes_one_class(key) and not isinstance(value, str | Mapping | None):
             raise ValueError(class_expected(key, value))
         if value is None or value in NOTHING:
             self._names = {name: cls for name, cls in self._names.items() if not name.startswith(f"{key}.")} | {key: ""}
@@ -101,7 +101,7 @@ class ChosenClasses:
         name, known = self._names[key], offered(key) if takes_ours else {}
         is_path = "." in name and name.replace(".", "").isidentifier()
         is_value = last in SETTINGS and not is_path and name != SETTINGS[last].rpartition(".")[2]
-        if _takes_one_class(key) and (is_value or name[:1].isdigit()):
+        if self._takes_one_class(key) and (is_value or name[:1].isdigit()):
             raise ValueError(unknown_class(key, name))
         paths = [path for path in self._names.values() if "." in path and path.replace(".", "").isidentifier()]
         is_ours_alone = all(path.partition(".")[0] in LIBRARIES for path in paths)
@@ -116,8 +116,7 @@ class ChosenClasses:
         name = self._names[key]
         return name if "." in name else offered(key).get(name, "")  # a short name is one that we offer
 
-
-def _takes_one_class(key: str) -> bool:
-    """Returns whether a key takes a single class, by its name; a name that the user chooses means nothing."""
-    owner, _, last = key.rpartition(".")
-    return last in ONE_CLASS and owner not in FREE_KEYS
+    def _takes_one_class(self, key: str) -> bool:
+        """Returns whether a class of ours takes a single class at a key; names of other owners mean nothing."""
+        owner, _, last = key.rpartition(".")
+        return last in ONE_CLASS and owner not in FREE_KEYS and self._path(owner).startswith("robustclip.")

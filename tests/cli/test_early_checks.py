@@ -191,6 +191,7 @@ def test_every_class_without_a_choice_is_known() -> None:
         ["--results.averages", '{"attack": ["shapes"], "ways": ["shapes"]}'],
         ["--evaluation.attacks", '{"lora": {"class_path": "PGD"}, "attack": "PGD"}'],
         ["--evaluation.attacks.ways", "PGD"],
+        ["--model", "mine.Mine", "--model.ways", "3", "--model.attack", "[1, 2]"],
     ],
 )
 def test_names_that_the_user_chooses_mean_nothing(option: list[str]) -> None:
