@@ -3,24 +3,27 @@
 Without `--data` and `--model`, the model is that of the shapes; with them, one of photographs (`worlds.py` defines
 both). The rate of a method is the one of three whose seed-0 model has the best mean of clean and attacked accuracy on
 held-out training images. Each fit and each test is an ordinary command of robustclip and is skipped if it is done, so
-that an interrupted script resumes and a later one adds methods and seeds.
+that an interrupted script resumes. What a model measured is kept in the file `--cells`, from which a later script, also
+on another machine, goes on with further methods and seeds.
 """
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import ZERO_SHOT, Cell, Cells, answers, difference, interval
 from once import fit_once, held_out, parser, test_once, write
-from worlds import PGDS, World, world
+from worlds import World, world
 
 from robustclip.cli.main import run as command
-from robustclip.intervals import mean_difference, mean_interval
 from robustclip.results.run import Run
 
-KINDS = ("clean", "pgd", "cascade")
+KINDS = ("clean", "pgd", "cascade", "shifts", "elsewhere")
+REFERENCES = (ZERO_SHOT, "TeCoA")  # measured first, and every other method is compared with them
+DETECTION = ("auroc", "auroc_attacked", "h", "ece")
 
 
 class Comparison:
@@ -29,11 +32,14 @@ class Comparison:
     Args:
         world: training and test of every method.
         work: folder of fits and tests.
+        cells: what was measured so far.
         samples: images of every set under attack.
+        recipes: number of seeds that are tested under the full recipe; others are tested by PGD alone.
     """
 
-    def __init__(self, world: World, work: Path, samples: str) -> None:
-        self.world, self.work, self.samples = world, work, samples
+    def __init__(self, world: World, work: Path, cells: Cells, *, samples: str, recipes: int) -> None:
+        self.world, self.work, self.cells = world, work, cells
+        self.samples, self.recipes = samples, recipes
         self._anchors: list[str] | None = None
 
     def fit(self, name: str, rate: str | None, seed: int) -> Path:
@@ -64,52 +70,61 @@ class Comparison:
 
     def rate(self, name: str) -> str | None:
         """Chooses a rate by the held-out images, or takes that of another method; None is the method's default."""
-        method = self.world.methods[name]
-        if method.rate_of is not None:
-            return self.rate(method.rate_of)
-        return max(method.rates, key=lambda rate: self.held_out(name, rate), default=None)
+        rule = self.world.methods[name].rate_of or name
+        accuracies = self.held_out(rule)
+        return max(accuracies, key=lambda rate: accuracies[rate], default=None)
 
-    def held_out(self, name: str, rate: str) -> float:
-        """Reads the mean of clean and attacked accuracy on the held-out images, in [0, 1]."""
-        return statistics.mean(held_out(self.fit(name, rate, 0), "clean", *self.world.selection).values())
+    def held_out(self, name: str) -> dict[str, float]:
+        """Returns the mean of clean and attacked accuracy on the held-out images by learning rate, in [0, 1]."""
+        if known := self.cells.get(name, 0):
+            return known.held_out
+        checkpoints = {rate: self.fit(name, rate, 0) for rate in self.world.methods[name].rates}
+        kinds = ("clean", *self.world.selection)
+        return {rate: statistics.mean(held_out(path, *kinds).values()) for rate, path in checkpoints.items()}
 
-    def test(self, name: str, seed: int) -> None:
-        """Tests if needed: all images without attack, and some under attack."""
-        world = self.world
-        if name == "ZeroShot":
+    def cell(self, name: str, seed: int) -> Cell:
+        """Returns what the model of a method and seed measures; fits and tests it if the file does not have it."""
+        by_recipe = seed < self.recipes
+        cell = self.cells.get(name, seed)
+        if cell is None or (by_recipe and "cascade" not in cell.answers):
+            cell = self.measure(name, seed, by_recipe=by_recipe)
+            self.cells.add(cell)
+        return cell
+
+    def measure(self, name: str, seed: int, *, by_recipe: bool) -> Cell:
+        """Fits, and tests all images without attack, and some under attack."""
+        world, tested = self.world, "recipes" if by_recipe else "pgd"
+        rate = None if name == ZERO_SHOT else self.rate(name)
+        if name == ZERO_SHOT:
             model, baseline = list(world.test), ["--results.is_undefended", "true"]
         else:
-            checkpoint = ["--ckpt_path", str(self.fit(name, self.rate(name), seed))]
-            model = [*world.test, *self.model(name, seed), *checkpoint]
-            baseline = ["--results.baseline", str(self.work / "tests" / "ZeroShot_seed0")]
-        clean, attacked = (self.work / kind / f"{name}_seed{seed}" for kind in ("clean", "tests"))
+            model = [*world.test, *self.model(name, seed), "--ckpt_path", str(self.fit(name, rate, seed))]
+            baseline = ["--results.baseline", str(self.undefended(tested))]
+        clean = self.work / "clean" / f"{name}_seed{seed}"
+        attacked = self.work / tested / f"{name}_seed{seed}"
         test_once(clean, [*model, *world.clean])
-        attacks = world.further_attacks if seed else world.attacks
+        attacks = f"--evaluation.attacks={json.dumps(world.recipe if by_recipe else world.pgds)}"
         few = ("--evaluation.max_samples", self.samples, "--evaluation.probes", "16")
-        test_once(attacked, [*model, *world.attacked, f"--evaluation.attacks={json.dumps(attacks)}", *few, *baseline])
+        test_once(attacked, [*model, *world.attacked, attacks, *few, *baseline])
+        return self.read(name, seed, rate, Run.open(clean), Run.open(attacked))
 
-    def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any]:
-        """Collects the measures of a method: means over sets by seed, intervals, and differences from TeCoA."""
-        attacked = [Run.open(self.work / "tests" / f"{name}_seed{seed}") for seed in seeds]
-        clean = [Run.open(self.work / "clean" / f"{name}_seed{seed}").result for seed in seeds]
-        row: dict[str, Any] = {"method": name, "seeds": len(seeds)}
-        row["rate"] = None if name == "ZeroShot" else self.rate(name)
-        row["clean"] = [result["mean"]["clean"]["acc1"] for result in clean]
-        for column, average in self.world.averages.items():
-            row[column] = [result["averages"][average]["clean"]["acc1"] for result in clean]
-        for kind in KINDS[1:]:
-            counts = [list(_counts(run, kind)) for run in attacked if _has(run, kind)]
-            row[kind] = [statistics.mean(correct / n for _, correct, n in sets) for sets in counts]
-            flat = [count for sets in counts for count in sets]
-            row[f"{kind}_interval"] = mean_interval([count[1:] for count in flat], images=[count[0] for count in flat])
-        detection = [self._detection(result, run.result) for result, run in zip(clean, attacked, strict=True)]
-        for column in detection[0]:
-            row[column] = [values[column] for values in detection]
-        row |= {"audits": [run.result["audit"]["grade"] for run in attacked]}
-        row |= {"commits": sorted({run.result["commit"] for run in attacked})}
-        if name not in ("ZeroShot", "TeCoA"):
-            row["over_tecoa"] = self.difference(name, "TeCoA", seeds)
-        return row
+    def undefended(self, tested: str) -> Path:
+        """Returns the folder of the test of the model before training, which it makes if needed."""
+        folder = self.work / tested / f"{ZERO_SHOT}_seed0"
+        if not (folder / "result.json").is_file():
+            self.measure(ZERO_SHOT, 0, by_recipe=tested == "recipes")
+        return folder
+
+    def read(self, name: str, seed: int, rate: str | None, clean: Run, attacked: Run) -> Cell:
+        """Reads both tests."""
+        kinds = {"clean": answers(clean, "clean"), "pgd": answers(attacked, "pgd")}
+        if "cascade" in attacked.result["mean"]:
+            kinds["cascade"] = answers(attacked, "cascade")
+        averages = {column: clean.result["averages"][of]["tasks"] for column, of in self.world.averages.items()}
+        chosen = self.held_out(name) if seed == 0 and name != ZERO_SHOT else {}
+        facts = {"audit": attacked.result["audit"]["grade"], "commit": attacked.result["commit"]}
+        detection = self._detection(clean.result, attacked.result)
+        return Cell(name, seed, rate, chosen, kinds, averages, detection=detection, **facts)
 
     def _detection(self, clean: dict[str, Any], attacked: dict[str, Any]) -> dict[str, float]:
         """Reads the measures of unknown classes, means over the unknown sets, in [0, 1]."""
@@ -123,76 +138,51 @@ class Comparison:
             "ece": both[0]["ece"],
         }
 
-    def difference(self, name: str, other: str, seeds: Sequence[int]) -> dict[str, list[float]]:
-        """Computes accuracies minus those of another method on the same images, with 95 % intervals.
 
-        Seeds of one set are taken as dependent, since they share its images.
-        """
-        differences = {}
-        for kind in KINDS:
-            folder = self.work / ("clean" if kind == "clean" else "tests")
-            pairs = [[Run.open(folder / f"{method}_seed{seed}") for method in (name, other)] for seed in seeds]
-            measured = [(a, b, task) for a, b in pairs if _has(a, kind) and _has(b, kind) for task in a.result["tasks"]]
-            counts = [_discordant(_correct(a, task, kind), _correct(b, task, kind)) for a, b, task in measured]
-            differences[kind] = list(mean_difference(counts, images=[task for _, _, task in measured]))
-        return differences
+def row(cells: Sequence[Cell], others: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
+    """Collects the measures of a method: means over sets by seed, intervals, and differences from other methods.
 
-
-def _has(run: Run, kind: str) -> bool:
-    """Returns whether a test measured a kind of accuracy."""
-    return kind != "cascade" or kind in run.result["mean"]
-
-
-def _discordant(ours: dict[Any, bool], theirs: dict[Any, bool]) -> tuple[int, int, int]:
-    """Counts the images that one model alone classifies correctly, those that the other alone does, and all."""
-    assert ours.keys() == theirs.keys(), "the tests used different images"
-    gained = sum(ours[image] and not theirs[image] for image in ours)
-    return gained, sum(theirs[image] and not ours[image] for image in ours), len(ours)
-
-
-def _counts(run: Run, kind: str) -> Iterator[tuple[str, int, int]]:
-    """Yields the name of each set, the number of its correct images, and that of all."""
-    for task in run.result["tasks"]:
-        correct = _correct(run, task, kind)
-        yield task, sum(correct.values()), len(correct)
-
-
-def _correct(run: Run, task: str, kind: str) -> dict[Any, bool]:
-    """Maps the identity of each image to whether it is classified correctly: without attack, or by the attacks.
-
-    ``pgd`` is PGD-10 with both losses, which the recipe `cascade` runs first.
+    Args:
+        cells: models of the method, one for each seed.
+        others: models by the name of the method from which the difference is taken.
     """
-    successes = {"clean": set[str](), "pgd": set(PGDS), "cascade": None}[kind]
-    return {row["id"]: row["clean"] == row["label"] and not _falls(row, successes) for row in run.rows(task)}
+    row: dict[str, Any] = {"method": cells[0].method, "seeds": len(cells), "rate": cells[0].rate}
+    for kind in KINDS:
+        measured = [cell for cell in cells if cell.of(kind)]
+        row[kind] = [cell.mean(kind) for cell in measured]
+        row[f"{kind}_interval"] = interval(measured, kind) if measured else None
+    row |= {measure: [cell.detection[measure] for cell in cells] for measure in DETECTION}
+    row |= {"audits": [cell.audit for cell in cells], "commits": sorted({cell.commit for cell in cells})}
+    return row | {f"over_{name}": over(cells, theirs) for name, theirs in others.items()}
 
 
-def _falls(row: dict[str, Any], members: set[str] | None) -> bool:
-    """Returns whether one of the members, or any if None, misclassifies the image of a row."""
-    if "cascade.by" in row:
-        return bool(row["cascade.by"]) if members is None else row["cascade.by"] in members
-    return any(row[f"{name}.by"] for name in members or ())
-
-
-COLUMNS = ("clean", "pgd", "cascade", "shifts", "elsewhere", "auroc", "auroc_attacked", "h", "ece")
+def over(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, list[float] | None]:
+    """Computes differences of two methods, paired by seed; a method with one model is compared with every seed."""
+    pairs = list(zip(ours, theirs if len(theirs) > 1 else [*theirs] * len(ours), strict=True))
+    return {kind: difference(pairs, kind) for kind in KINDS}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Formats the table as Markdown, in percent: mean over the seeds with their range, and differences in points."""
-    head = ["method", "rate", "seeds", *COLUMNS, *(f"{kind} over TeCoA" for kind in KINDS)]
-    lines = [f"| {' | '.join(head)} |", f"| --- | --- {'| --: ' * (len(head) - 2)}|"]
+    """Formats the table as Markdown, in percent: mean over the seeds with their range."""
+    columns = (*KINDS, *DETECTION)
+    lines = [
+        f"| {' | '.join(['method', 'rate', 'seeds', *columns])} |",
+        f"| --- | --- {'| --: ' * (1 + len(columns))}|",
+    ]
     for row in rows:
-        over = row.get("over_tecoa", {})
-        cells = [_range(row[name]) for name in COLUMNS] + [_points(over.get(kind)) for kind in KINDS]
-        lines.append(f"| {' | '.join([row['method'], row['rate'] or 'default', str(row['seeds']), *cells])} |")
+        cells = [row["method"], row["rate"] or "default", str(row["seeds"]), *(_range(row[name]) for name in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = 100 * min(values), 100 * max(values)
-    return f"{100 * statistics.mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if high > low else "")
+    if not values:
+        return ""
+    low, high = f"{100 * min(values):.1f}", f"{100 * max(values):.1f}"
+    return f"{100 * statistics.mean(values):.1f}" + (f" [{low}, {high}]" if high != low else "")
 
 
-def contrasts(differences: dict[str, dict[str, list[float]]]) -> str:
+def contrasts(differences: Mapping[str, Mapping[str, Sequence[float] | None]]) -> str:
     """Formats differences between two methods as Markdown, in points."""
     lines = [f"| | {' | '.join(KINDS)} |", f"| --- {'| --: ' * len(KINDS)}|"]
     lines += [f"| {name} | {' | '.join(_points(of[kind]) for kind in KINDS)} |" for name, of in differences.items()]
@@ -209,22 +199,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     words.add_argument("methods", nargs="*", help="by default all")
     words.add_argument("--data", help="folder of the photographs")
     words.add_argument("--model", help="folder of the model for the photographs")
+    words.add_argument("--cells", type=Path, required=True, help="JSON lines file of what was measured, which grows")
     words.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    words.add_argument("--samples", default="40", help="images of every set under attack")
+    words.add_argument("--recipes", type=int, default=1, help="number of seeds under the full recipe; others have PGD")
+    words.add_argument("--samples", default="100", help="images of every set under attack")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
     chosen = world(arguments.data, arguments.model)
-    comparison, rows, seeds = Comparison(chosen, arguments.work, arguments.samples), [], range(arguments.seeds)
-    names = dict.fromkeys(("ZeroShot", "TeCoA", *(arguments.methods or chosen.methods)))
-    for name in names:
-        needed = [0] if name == "ZeroShot" else list(seeds)
-        for seed in needed:
-            comparison.test(name, seed)
-        rows.append(comparison.row(name, needed))
+    settings = {"samples": arguments.samples, "recipes": arguments.recipes}
+    comparison = Comparison(chosen, arguments.work, Cells(arguments.cells), **settings)
+    measured: dict[str, list[Cell]] = {}
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys((*REFERENCES, *(arguments.methods or chosen.methods))):
+        measured[name] = [comparison.cell(name, seed) for seed in range(1 if name == ZERO_SHOT else arguments.seeds)]
+        others = {other: measured[other] for other in REFERENCES if other in measured and other != name}
+        rows.append(row(measured[name], others))
         print(table(rows), flush=True)
         write(arguments.out, rows)
-    pairs = [pair for pair in chosen.contrasts if set(pair) <= set(names)]
-    differences = {f"{a} minus {b}": comparison.difference(a, b, seeds) for a, b in pairs}
+    pairs = [(a, b) for a, b in chosen.contrasts if {a, b} <= measured.keys()]
+    differences = {f"{a} minus {b}": over(measured[a], measured[b]) for a, b in pairs}
+    for other in REFERENCES:
+        print(f"Minus {other}:")
+        print(contrasts({row["method"]: row[f"over_{other}"] for row in rows if f"over_{other}" in row}))
     print(contrasts(differences))
     write(arguments.out, rows, contrasts=differences)
 

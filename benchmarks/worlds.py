@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anchors import Anchored
+from cells import PGDS
 from tour import COLOURS, drawn_pairs
 from tour import anchors as drawn_anchors
 
 Options = tuple[str, ...]
-PGDS = ("pgd_ce", "pgd_margin")  # PGD-10 with two losses, also the first members of the recipe `cascade`
 
 
 class Method(NamedTuple):
@@ -44,8 +44,8 @@ class World(NamedTuple):
         test: options of every test.
         clean: options of the test of all images without attack.
         attacked: options of the tests under attack.
-        attacks: attacks of the tests with seed 0.
-        further_attacks: attacks of the tests with other seeds.
+        recipe: attacks of the tests under the full recipe.
+        pgds: attacks of the other tests, the first members of the recipe.
         selection: attack on the held-out training images by which rates are chosen.
         known: test set whose classes are known.
         averages: average of the test without attack, by column.
@@ -57,8 +57,8 @@ class World(NamedTuple):
     test: Options
     clean: Options
     attacked: Options
-    attacks: Mapping[str, Any]
-    further_attacks: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    pgds: Mapping[str, Any]
     selection: Mapping[str, Any]
     known: str
     averages: Mapping[str, str]
@@ -68,6 +68,10 @@ class World(NamedTuple):
 
 def _pgd(eps: str, alpha: str, steps: int, **settings: str) -> dict[str, Any]:
     return {"class_path": "PGD", "init_args": {"eps": eps, "alpha": alpha, "steps": steps, **settings}}
+
+
+def _pgds(eps: str, alpha: str) -> dict[str, Any]:
+    return {name: _pgd(eps, alpha, 10, loss=name.removeprefix("pgd_")) for name in PGDS}
 
 
 def _cascade(eps: str) -> dict[str, Any]:
@@ -128,8 +132,8 @@ def _shapes() -> World:
         test=config,
         clean=("--evaluation.attacks={}", _detection("colours", _pgd(radius, "1.25/255", 10, keep="best"))),
         attacked=("--trainer.callbacks=[]",),
-        attacks=_cascade(radius),
-        further_attacks=_cascade(radius),
+        recipe=_cascade(radius),
+        pgds=_pgds(radius, "1.25/255"),
         selection={"pgd2": attack},
         known="colours",
         averages={"shifts": "shifts", "elsewhere": "same_style"},
@@ -176,14 +180,13 @@ def _photographs(data: str, model: str) -> World:
         "CRoFT": Method(_model("CRoFT"), training=(*croft, *alone)),
         "PMGAFT_code": tower("PMGAFT", "--model.logit_scale=1", "--model.reduction=sum"),
     }
-    pgds = {name: _pgd(radius, "0.125/255", 10, loss=name.removeprefix("pgd_")) for name in PGDS}
     return World(
         methods,
         test=("--config", "overview", *place),
         clean=("--evaluation", "clean", _detection("pacs_photo", None)),
         attacked=(_detection("pacs_photo", _pgd(radius, "0.125/255", 10, keep="best")),),
-        attacks=_cascade(radius),
-        further_attacks=pgds,
+        recipe=_cascade(radius),
+        pgds=_pgds(radius, "0.125/255"),
         selection={"pgd2": attack},
         known="pacs_photo",
         averages={"shifts": "shifts", "elsewhere": "zero_shot"},
