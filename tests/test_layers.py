@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "robustclip"
 COMMON = {
     "arguments",
     "names",
+    "overrides",
     "paths",
     "persistence",
     "signatures",
@@ -18,6 +19,7 @@ ALLOWED = {
     "__init__": {"api", "attacks", "data", "evaluation", "methods"},  # for type checkers alone
     "arguments": set(),
     "names": set(),
+    "overrides": set(),
     "paths": set(),
     "persistence": set(),
     "signatures": set(),

@@ -13,6 +13,7 @@ from robustclip.attacks.perturbation_set import stream
 from robustclip.models.clip import CLIPModel
 from robustclip.models.heads import head_logits
 from robustclip.models.tensor_files import digest
+from robustclip.overrides import check_shape
 from robustclip.types import Task
 
 PLACE = "model.defence"
@@ -72,7 +73,7 @@ class Defence(Checked, nn.Module):
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the defended logits ``(B, C)``, by default those of the purified images; arguments as `purify`."""
-        return method.logits(self.purify(method, images, task, index=index, draw=draw), task)
+        return method.logits(self._changed(method, images, task, index, draw), task)
 
     def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns logits ``(B, C)`` whose gradient stands in for the defence's own, by default the defence's logits.
@@ -134,13 +135,15 @@ class Defence(Checked, nn.Module):
             method, images, task, index, draw: see `purify`.
 
         Raises:
-            ValueError: the batch holds embeddings, or a random defence gets no sample ids.
+            ValueError: the batch holds embeddings, a random defence gets no sample ids, or a function of the subclass
+                returns another shape.
         """
         self._check(images, index)
         is_recorded = torch.is_grad_enabled()
-        # Inference mode is left, since its tensors could not take part in gradients.
+        # Inference mode is left, since its tensors could not take part in gradients; a defence may change its copy.
         with torch.inference_mode(False), torch.set_grad_enabled(is_recorded or self.needs_gradients):
-            logits: Tensor = self(method, _usable(images), task, index=_usable(index), draw=draw)
+            logits: Tensor = self(method, images.clone(), task, index=_usable(index), draw=draw)
+        check_shape(self, "forward", logits, (len(images), len(method.heads[task])), "(B, C)")
         return logits if is_recorded else logits.detach()
 
     def purified(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
@@ -151,7 +154,7 @@ class Defence(Checked, nn.Module):
         """
         self._check(images, index)
         with torch.inference_mode(False), torch.set_grad_enabled(self.needs_gradients):
-            changed = self.purify(method, _usable(images.detach()), task, index=_usable(index), draw=draw)
+            changed = self._changed(method, images.detach().clone(), task, _usable(index), draw)
         return changed.detach()
 
     @property
@@ -181,6 +184,11 @@ class Defence(Checked, nn.Module):
                 f"{PLACE}: {type(self).__name__} is random and needs the sample ids, which an attack that chooses"
                 " samples itself does not pass on; choose another attack"
             )
+
+    def _changed(self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int) -> Tensor:
+        changed = self.purify(method, images, task, index=index, draw=draw)
+        check_shape(self, "purify", changed, tuple(images.shape), "(B, 3, H, W) of its images")
+        return changed
 
     def _seed(self, draw: int, part: int) -> int:
         return stream(stream(OWN_SEED, draw + 1), 0x10000 * (part + 1))

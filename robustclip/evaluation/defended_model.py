@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from robustclip.defences import Defence
 from robustclip.evaluation.engine import Indexed
 from robustclip.methods import RobustMethod
+from robustclip.overrides import check_shape
 
 TIE = 1e-6  # by which the label's logit is lowered where another class is as probable
 
@@ -69,7 +70,9 @@ class Way(Indexed):
 
     def _surrogate(self, images: Tensor, index: Tensor | None, draw: int) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no second derivative
-            return self.defence.surrogate(self.method, images, self.task, index=index, draw=draw)
+            logits = self.defence.surrogate(self.method, images, self.task, index=index, draw=draw)
+        check_shape(self.defence, "surrogate", logits, (len(images), len(self.method.heads[self.task])), "(B, C)")
+        return logits
 
 
 class Carried(torch.autograd.Function):

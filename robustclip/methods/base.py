@@ -20,7 +20,6 @@ from robustclip.methods._shared import saved_state, step_checks
 from robustclip.methods._shared.clean_accuracy import PREFIX
 from robustclip.methods._shared.data_checks import check_data
 from robustclip.methods._shared.evaluation_steps import EvaluationSteps
-from robustclip.methods._shared.hooks import check_hooks
 from robustclip.methods._shared.schedules import steps_of_run, warmup_cosine
 from robustclip.methods._shared.weight_perturbation import AWP, WeightPerturbation
 from robustclip.metrics import Top1
@@ -31,9 +30,14 @@ from robustclip.models.layers import checkpoint_activations, frozen, train_only,
 from robustclip.models.lora import LoRA, cached, factors_alone, inject
 from robustclip.models.tf32 import tf32
 from robustclip.models.weight_origin import read_origin
+from robustclip.overrides import check_overrides, check_shape
 from robustclip.types import Batch, Task, data_of
 
 TRAIN = "train"  # name of the task of the training classes
+HOOKS = (  # functions that a method may override
+    *("training_loss", "parameter_groups", "idle_parameters"),
+    *("image_features", "grid_features", "class_features", "head", "logits"),
+)
 IMAGE_TOWER = "clip.net.visual."  # prefix of the names of its parameters
 
 
@@ -245,9 +249,12 @@ class RobustMethod(Checked, EvaluationSteps):
             index: ``(B,)`` sample ids, which a random defence needs.
             draw: number of the draw of a random defence.
         """
-        if self.defence is None:
-            return self.logits(images, task)
-        return self.defence.answer(self, images, task, index=index, draw=draw)
+        if self.defence is not None:
+            return self.defence.answer(self, images, task, index=index, draw=draw)
+        logits = self.logits(images, task)
+        if task in self.heads:
+            check_shape(self, "logits", logits, (len(images), len(self.heads[task])), "(B, C)")
+        return logits
 
     def perturb(
         self,
@@ -366,7 +373,9 @@ class RobustMethod(Checked, EvaluationSteps):
 
     def setup(self, stage: str) -> None:
         """Checks the subclass, freezes what is not trained, and makes an accuracy metric for each task."""
-        check_hooks(self, RobustMethod)
+        check_overrides(self, RobustMethod, HOOKS)
+        if self.defence is not None:
+            check_overrides(self.defence, Defence, self.defence.overrides)
         if not self.freeze_untrained() and stage == "fit":
             raise ValueError(f"{type(self).__name__}.parameter_groups() has no parameter, so there is nothing to fit")
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user chose is kept
