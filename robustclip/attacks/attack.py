@@ -14,6 +14,7 @@ from torch import Tensor
 from robustclip.arguments import Checked, fitted
 from robustclip.attacks.rows import replaced, selected
 from robustclip.attacks.sample_losses import Loss, cross_entropy
+from robustclip.overrides import check_overrides, check_shape
 
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
 
@@ -141,8 +142,8 @@ class Attack(Checked, ABC):
             Adversarial images ``(B, 3, H, W)`` in [0, 1], detached.
 
         Raises:
-            ValueError: images are outside [0, 1] or of another type, or the attack has a target that no evaluation has
-                looked up.
+            ValueError: images are outside [0, 1] or of another type, the attack has a target that no evaluation has
+                looked up, or the subclass's `perturb` has other arguments or returns another shape.
         """
         if self.target is not None and self.aim is None:
             raise ValueError(f"target {self.target!r} is for attacks of an evaluation, which knows the classes by name")
@@ -152,7 +153,10 @@ class Attack(Checked, ABC):
             if not len(images):
                 return images
             index = None if index is None else index.detach().clone()
-            return self.perturb(images, forward, targets.detach().clone(), loss, index=index, seed=seed).detach()
+            check_overrides(self, Attack, ("perturb",))
+            attacked = self.perturb(images, forward, targets.detach().clone(), loss, index=index, seed=seed)
+            check_shape(self, "perturb", attacked, tuple(images.shape), "(B, 3, H, W) of its images")
+            return attacked.detach()
 
     @abstractmethod
     def perturb(
