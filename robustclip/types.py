@@ -228,6 +228,14 @@ class Data(Protocol):
         """Loads the training images once and in order, on all processes together, without augmentation."""
         raise ValueError(f"{type(self).__name__} has no `plain_train_dataloader`; return a loader in order from it")
 
+    def training_digests(self, count: int) -> list[str]:
+        """Returns digests of a fixed choice of training images, as tests of this data module see them; none if unknown.
+
+        Args:
+            count: largest number of images.
+        """
+        return []
+
     def unknown_dataloaders(self) -> Mapping[str, Iterable[Batch]]:
         """Loads every set of unknown classes, by its name; all labels are `UNKNOWN`."""
         return {}

@@ -15,7 +15,7 @@ from robustclip.methods import RobustMethod
 from robustclip.models.clip import CLIPModel, fingerprint
 from robustclip.models.layers import frozen
 from robustclip.models.lora import merged_state
-from robustclip.models.weight_origin import write_origin
+from robustclip.models.weight_origin import Origin, write_origin
 from robustclip.persistence import atomic_folder
 from robustclip.results.run import Run
 from robustclip.types import Crop
@@ -58,7 +58,7 @@ def export(
         card = model_card(method, to=to, crop=crop, training=training, run=run)
         (aside / open_clip_folder.README).write_text(card, encoding="utf-8")
         attack = None if method.attack is None or method.has_attacked is False else repr(method.attack)
-        write_origin(aside, method=type(method).__name__, training_attack=attack, base=clip.fingerprint)
+        write_origin(aside, Origin(type(method).__name__, attack, clip.fingerprint, method.trained_on))
     sys.stdout.write(f"the logits are the method's (cosines within {difference:.0e})\n{out}\n")
 
 

@@ -47,8 +47,7 @@ def convert(source: str, aside: Path) -> float:
     open_clip_folder.write_config(aside, model, pixels, origin)
     open_clip_folder.write_weights(aside / open_clip_folder.WEIGHTS, kind.to_open_clip(read_weights(folder)))
     if (facts := read_origin(folder)) is not None:  # a model of `robustclip export`, which may be robust
-        attack, base = facts["training_attack"], facts["base_fingerprint"]
-        write_origin(aside, method=facts["method"], training_attack=attack, base=base)
+        write_origin(aside, facts)
     try:
         written = CLIPModel(pretrained=str(aside))
     except ValueError as error:  # its message names the folder that is being written

@@ -308,6 +308,24 @@ class CLIPDataModule(ResumableDataModule):
         samples = exact_samples(source, self._pixels(source), self._process(), positions=positions)
         return self._loader(samples, self.eval_batch_size, skips_bad_samples=True, name=source.task.name)
 
+    def training_digests(self, count: int) -> list[str]:
+        """Returns digests of the pixels of a fixed choice of training images, with the test transform.
+
+        Args:
+            count: largest number of images.
+
+        Returns:
+            One digest per image that decodes; none for a remote training set or for embeddings.
+        """
+        source = self._opened_train()
+        if source.dataset is None or self._cache is not None:
+            return []
+        options: dict[str, Any] = {"positions": self.train_positions, "max_samples": count}
+        dataset, _ = exact_samples(source, self._pixels(source), Process(0, 1), **options)
+        options = {"skips_bad_samples": True, "has_digests": True, "name": source.task.name}
+        loader = ImageLoader(dataset, batch_size=self.eval_batch_size, **options)
+        return [digest for batch in loader for digest in batch.digests or ()]
+
     def unknown_class_names(self, name: str) -> tuple[str, ...]:
         """Returns the class names of the data set of a set of unknown classes, known ones among them."""
         return self._evaluated(name).task.class_names

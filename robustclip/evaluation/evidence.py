@@ -36,6 +36,7 @@ class Evidence:
         protocols: task and attack to the protocol of this run.
         is_undefended: whether the run declares that its model has no defence.
         is_robust: whether its weights are known to be robust; None if that is not known.
+        trained_on: digests of some of the images that the weights were trained on with labels; empty if not known.
         baseline: test of the base model under the same protocol, if there is one.
         defence: description of the test-time defence with its declared properties; None without one.
         ways: settings of the ways through it.
@@ -48,6 +49,7 @@ class Evidence:
     protocols: Mapping[str, Mapping[str, Any]]
     is_undefended: bool
     is_robust: bool | None = None
+    trained_on: Sequence[str] = ()
     baseline: Run | None = None
     defence: Mapping[str, Any] | None = None
     ways: Mapping[str, Any] = field(default_factory=dict)

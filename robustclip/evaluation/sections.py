@@ -62,6 +62,7 @@ def audited(record: Record) -> dict[str, Any]:
         record.protocol,
         is_undefended=facts["is_undefended"],
         is_robust=facts.get("is_robust"),
+        trained_on=facts.get("trained_on", ()),
         baseline=baseline_of(facts),
         defence=facts["model"].get("defence"),
         ways=facts["model"].get("ways", {}),

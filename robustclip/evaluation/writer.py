@@ -246,6 +246,7 @@ class ResultsWriter(Callback):
             **self._identity,
             "is_undefended": self.is_undefended,
             "is_robust": method.is_robust,
+            "trained_on": method.trained_on,
             "baseline": None if self.baseline is None else str(self.baseline.folder.resolve()),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -348,7 +349,7 @@ def _base_of(method: RobustMethod) -> str | None:
     """
     if not method.is_robust:
         return method.clip.fingerprint
-    return None if method.origin is None else str(method.origin["base_fingerprint"])
+    return None if method.origin is None else method.origin.base_fingerprint
 
 
 def _check_baseline(baseline: Run, weights: str | None) -> None:

@@ -33,6 +33,7 @@ from robustclip.models.weight_origin import read_origin
 from robustclip.overrides import check_overrides, check_shape
 from robustclip.types import Batch, Task, data_of
 
+PROBES_OF_TRAINING = 128  # training images that a checkpoint identifies by digests
 TRAIN = "train"  # name of the task of the training classes
 HOOKS = (  # functions that a method may override
     *("training_loss", "parameter_groups", "idle_parameters"),
@@ -118,7 +119,7 @@ class RobustMethod(Checked, EvaluationSteps):
         self.attack, self.optimizer, self.warmup_steps, self.schedule = attack, optimizer, warmup_steps, schedule
         self.clip = CLIPModel(arch, pretrained, image_size, has_fixed_batch_norm)
         self.origin = read_origin(self.clip.folder)
-        is_trained_so = None if self.origin is None else self.origin["training_attack"] is not None
+        is_trained_so = None if self.origin is None else self.origin.training_attack is not None
         self.is_robust = is_trained_so if is_robust is None else is_robust
         if lora is not None:
             inject(self.clip.net, lora, is_compiled=compile)
@@ -131,6 +132,8 @@ class RobustMethod(Checked, EvaluationSteps):
         self.tasks: dict[str, Task] = {}  # those with a head, by name
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
+        # Digests of some of the training images, if they had labels.
+        self.trained_on = [] if self.origin is None else list(self.origin.trained_on)
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
@@ -388,8 +391,12 @@ class RobustMethod(Checked, EvaluationSteps):
         self.counts = nn.ModuleDict({f"{PREFIX}{task.name}": Top1() for task in tasks})
 
     def on_fit_start(self) -> None:
-        """Builds the zero-shot classifier of the training classes."""
-        self.prepare_training(data_of(self.trainer).train_task)
+        """Builds the zero-shot classifier of the training classes, and remembers some images for later tests."""
+        data = data_of(self.trainer)
+        self.prepare_training(data.train_task)
+        if self.global_rank == 0 and not self.takes_unknown:
+            added = data.training_digests(PROBES_OF_TRAINING)
+            self.trained_on = list(dict.fromkeys([*self.trained_on, *added]))
 
     def on_train_start(self) -> None:
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
@@ -462,3 +469,4 @@ class RobustMethod(Checked, EvaluationSteps):
         self._resumed = {key: checkpoint.get(key, []) for key in saved_state.RESUMED}
         self.interpolation = checkpoint.get("interpolation")
         self.has_attacked = checkpoint.get(saved_state.ATTACKED)
+        self.trained_on = checkpoint.get(saved_state.TRAINED_ON, self.trained_on)

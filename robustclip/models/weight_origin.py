@@ -1,28 +1,42 @@
 """The file in an exported folder that states by which method, and with which training attack, its weights were made."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from robustclip.textfiles import read_text
 
 ORIGIN = "robustclip.json"
 
 
-def write_origin(folder: Path, *, method: str, training_attack: str | None, base: str) -> None:
+class Origin(NamedTuple):
+    """The origin of a folder's weights.
+
+    Attributes:
+        method: name of the method.
+        training_attack: attack of the training with its settings; None for training on clean images.
+        base_fingerprint: fingerprint of the weights before training.
+        trained_on: digests of some of the training images; empty if they are not known.
+    """
+
+    method: str
+    training_attack: str | None
+    base_fingerprint: str
+    trained_on: Sequence[str] = ()
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
     """Writes the origin of a folder's weights.
 
     Args:
         folder: exported model.
-        method: name of the method.
-        training_attack: attack of the training with its settings; None for training on clean images.
-        base: fingerprint of the weights before training.
+        origin: content of the file.
     """
-    facts = {"method": method, "training_attack": training_attack, "base_fingerprint": base}
-    (folder / ORIGIN).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (folder / ORIGIN).write_text(json.dumps(origin._asdict(), indent=1) + "\n", encoding="utf-8")
 
 
-def read_origin(folder: Path | None) -> dict[str, Any] | None:
+def read_origin(folder: Path | None) -> Origin | None:
     """Reads the origin of the weights of a model's folder; None where there is none.
 
     Raises:
@@ -31,7 +45,8 @@ def read_origin(folder: Path | None) -> dict[str, Any] | None:
     if folder is None or not (file := folder / ORIGIN).is_file():
         return None
     try:
-        facts = json.loads(read_text(file))
-        return {key: facts[key] for key in ("method", "training_attack", "base_fingerprint")}
-    except (ValueError, KeyError, TypeError) as error:
+        facts: dict[str, Any] = json.loads(read_text(file))
+        method, attack, base = (facts[key] for key in ("method", "training_attack", "base_fingerprint"))
+        return Origin(method, attack, base, [str(digest) for digest in facts.get("trained_on", ())])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} must hold method, training_attack and base_fingerprint: {error}") from error

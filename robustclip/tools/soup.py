@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from robustclip.methods import RobustMethod
-from robustclip.methods._shared.saved_state import SETTINGS, read_checkpoint, with_digest
+from robustclip.methods._shared.saved_state import SETTINGS, TRAINED_ON, read_checkpoint, with_digest
 from robustclip.models.lora import merged_state, plain_name
 from robustclip.models.tensor_files import DIGEST
 from robustclip.persistence import atomic_folder
@@ -79,11 +79,13 @@ class Mixer:
         }
         digests = [str(member.content.get(DIGEST, "unknown")) for member in chosen]
         kept = {key: value for key, value in chosen[0].content.items() if key not in TRAINING_STATE}
+        trained_on = dict.fromkeys(digest for member in chosen for digest in member.content.get(TRAINED_ON, []))
         return with_digest(
             kept
             | {
                 "state_dict": state,
                 SETTINGS: self.plain.inference_settings,
+                TRAINED_ON: list(trained_on),
                 "interpolation": {"alpha": scale, "fine_tuned": "+".join(digest[:8] for digest in digests)},
                 **_settings_without_lora(kept),
             }

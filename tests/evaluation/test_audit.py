@@ -554,6 +554,7 @@ def make_evidence(
     is_robust: bool | None = None,
     defence: dict[str, Any] | None = None,
     ways: dict[str, Any] | None = None,
+    trained_on: Sequence[str] = (),
     **columns: Any,
 ) -> Evidence:
     """A sound ledger of one task with 10 classes; its last samples survive.
@@ -566,6 +567,7 @@ def make_evidence(
         is_robust: see `Evidence`.
         defence: changes of a defence that declares nothing; None for a model without one.
         ways: changes of the ways with their default settings.
+        trained_on: see `Evidence`; the pixels of a sample have its number as digest.
         columns: replaced columns; a number fills a column, a list its beginning.
     """
     attack = attack or PGD(**SETTINGS)
@@ -574,7 +576,8 @@ def make_evidence(
     is_survivor, is_probed = index >= n - survivors, index % 4 == 3
     broken = np.where(is_probed & ~is_survivor, 1.0, np.nan)
     defaults: dict[str, Any] = {
-        "id": index, "label": index % 10, "clean": index % 10, "clean_loss": np.full(n, 0.5),
+        "id": index, "pixels": index.astype(str), "label": index % 10, "clean": index % 10,
+        "clean_loss": np.full(n, 0.5),
         "largest_logit": np.full(n, 20.0), "logit_sum": index * 1.0, "least_logit": np.full(n, -5.0),
         "outside": np.where(is_probed, 0.05, np.nan),
         "repeat": np.where(is_probed, 1e-5, np.nan), "by": np.where(is_survivor, "", members[0].name).astype(object),
@@ -592,7 +595,7 @@ def make_evidence(
     for name, values in columns.items():
         listed = values if isinstance(values, list) else [values] * n
         defaults[name][: len(listed)] = listed
-    declared: dict[str, Any] = {"is_undefended": is_undefended, "is_robust": is_robust}
+    declared: dict[str, Any] = {"is_undefended": is_undefended, "is_robust": is_robust, "trained_on": trained_on}
     if defence is not None:
         nothing = {"is_random": False, "needs_gradients": False, "backward": "own"}
         declared |= {"is_undefended": False, "defence": nothing | defence, "ways": Ways().settings | (ways or {})}
@@ -764,6 +767,9 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("logit_scale", "not_measured", {"n": 0}),
     ("better_than_chance", "warn", {"clean": [1, *[0] * 399]}),
     ("better_than_chance", "pass", {"n": 19, "survivors": 0, "clean": 11}),
+    ("unseen_images", "pass", {}),
+    ("unseen_images", "pass", {"trained_on": ["0", *map(str, range(400, 450))]}),  # 0.0035 of 51 at least
+    ("unseen_images", "warn", {"trained_on": ["0", "1", "2", *map(str, range(400, 450))]}),  # 0.019 of 53
     ("predictions_vary", "warn", {"clean": [3] * 380}),
     ("predictions_vary", "pass", {"clean": [3] * 370}),
     ("predictions_vary", "pass", {"clean": 3, "label": 3}),

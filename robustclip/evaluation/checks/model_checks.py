@@ -18,6 +18,7 @@ AMPLIFIED = 0.01  # share of samples whose answer a search with gradients may ch
 SAME_SUM = 1e-3  # relative range of the sums of non-negative logits; only probabilities have one sum
 REPEATED = 5e-2  # relative difference of two gradients at one point; 2e-3 to 1e-2 with noise of 1e-6 on the image
 CUT = 0.05  # share of samples whose gradient may mislead, without backward: none
+SEEN = (0.01, 1.0)  # share of the probed training images; equal photographs occur in several data sets
 SMALLEST_TASK = 20  # number of samples from which on a single task is graded
 
 
@@ -228,6 +229,22 @@ class _PredictionsVary(AuditCheck):
         return self.answer("warn" if stuck else "pass", measurement)
 
 
+class _UnseenImages(AuditCheck):
+    name = "unseen_images"
+    why = "accuracy on training images says little about new ones; test on images that were held out"
+
+    def grade(self, evidence: Evidence) -> Check:
+        trained = set(evidence.trained_on)
+        if not trained:
+            return self.answer("pass", "no training images on record")
+        seen = {task: len(trained & set(columns["pixels"])) for task, columns in evidence.samples.items()}
+        worst = max(seen, key=lambda task: seen[task], default="")
+        where = f" of {worst}" if seen.get(worst) else ""
+        return self.of_count(
+            seen.get(worst, 0), len(trained), SEEN, f"probed training images are among the test images{where}"
+        )
+
+
 def _commonest(classes: NDArray[Any]) -> float:
     """Computes the share of the most frequent class."""
     return float(np.unique(classes, return_counts=True)[1].max() / classes.size)
@@ -250,4 +267,5 @@ MODEL_CHECKS: Sequence[AuditCheck] = (
     _SoftmaxHead(),
     _BetterThanChance(),
     _PredictionsVary(),
+    _UnseenImages(),
 )

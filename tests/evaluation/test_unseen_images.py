@@ -1,0 +1,98 @@
+"""A test on images that the checkpoint was trained on is told from one on new images by the pixels."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import quick_trainer, run_test, write_shards
+
+from robustclip.convert.exporting import export
+from robustclip.data import CLIPDataModule
+from robustclip.evaluation import ResultsWriter, RobustEvaluation
+from robustclip.methods import UEO, CleanFineTuning, RobustMethod, ZeroShot
+from robustclip.methods._shared.saved_state import TRAINED_ON, with_digest
+from robustclip.tools.soup import soup
+
+TRAINED, SEED = 24, 0
+
+
+def shards(root: Path, name: str, split: str, count: int = TRAINED, seed: int = SEED) -> None:
+    write_shards(root, name, split, [count], seed=seed)
+
+
+def fitted(method: type[RobustMethod], model: Path, root: Path, path: Path, **data: Any) -> Path:
+    """Trains for a step on the set ``trained``, and saves a checkpoint."""
+    shards(root, "trained", "train")
+    settings = {"root": str(root), "image_size": 32, "batch_size": 4, "holdout": 0} | data
+    trainer = quick_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(method(pretrained=str(model)), CLIPDataModule(train="wds:trained", **settings))
+    trainer.save_checkpoint(path)
+    return path
+
+
+def unseen(method: type[RobustMethod], model: Path, root: Path, checkpoint: Path, **data: Any) -> tuple[str, str]:
+    """Tests the checkpoint on the set ``tested``, and returns status and measurement of the check."""
+    writer = ResultsWriter(str(root / "results"), "run")
+    loaded = method.load_from_checkpoint(checkpoint, pretrained=str(model), weights_only=True)
+    settings: dict[str, Any] = {"root": str(root), "image_size": 32, "eval_batch_size": 5} | data
+    run_test(loaded, CLIPDataModule(test=["wds:tested"], **settings), RobustEvaluation({}, probes=0), writer)
+    result = json.loads((root / "results/run/result.json").read_text())
+    (check,) = [check for check in result["audit"]["checks"] if check["name"] == "unseen_images"]
+    return check["status"], check["found"]
+
+
+def test_a_copy_of_the_training_images_is_found_whatever_its_name(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
+    shards(tmp_path, "tested", "test")
+    status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
+    assert (status, measurement) == ("warn", "24 of 24 probed training images are among the test images of tested")
+
+
+def test_exported_and_mixed_weights_keep_the_digests(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
+    method = CleanFineTuning.load_from_checkpoint(checkpoint, pretrained=str(tiny_model), weights_only=True)
+    export(method, tmp_path / "exported")
+    assert ZeroShot(pretrained=str(tmp_path / "exported")).trained_on == method.trained_on
+    content = torch.load(checkpoint, weights_only=True)
+    other = with_digest(content | {TRAINED_ON: ["another", *method.trained_on[:3]]})
+    torch.save(other, tmp_path / "b.ckpt")
+    build = partial(CleanFineTuning, pretrained=str(tiny_model))
+    (mixed,) = soup(lambda *_: build(), [checkpoint, tmp_path / "b.ckpt"], tmp_path / "soup")
+    assert torch.load(mixed, weights_only=True)[TRAINED_ON] == [*method.trained_on, "another"]
+
+
+def test_new_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
+    shards(tmp_path, "tested", "test", seed=SEED + 1)
+    status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
+    assert (status, measurement) == ("pass", "0 of 24 probed training images are among the test images")
+
+
+def test_held_out_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
+    """The test set holds all images; a half of them was held out, and is not counted."""
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt", holdout=0.5)
+    shards(tmp_path, "tested", "test")
+    status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
+    assert (status, measurement) == ("warn", "12 of 12 probed training images are among the test images of tested")
+
+
+def test_a_method_without_labels_may_be_tested_on_its_training_images(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = fitted(UEO, tiny_model, tmp_path, tmp_path / "a.ckpt")
+    shards(tmp_path, "tested", "test")
+    assert unseen(UEO, tiny_model, tmp_path, checkpoint) == ("pass", "no training images on record")
+
+
+@pytest.mark.parametrize(("count", "probed"), [(24, 24), (200, 128)])
+def test_probes_are_a_fixed_choice_with_the_test_transform(count: int, probed: int, tmp_path: Path) -> None:
+    shards(tmp_path, "trained", "train", count)
+    shards(tmp_path, "tested", "test", count)
+    settings: dict[str, Any] = {"root": str(tmp_path), "image_size": 16, "holdout": 0}
+    data = CLIPDataModule(train="wds:trained", test=["wds:tested"], **settings)
+    digests = data.training_digests(128)
+    assert digests == CLIPDataModule(train="wds:trained", **settings).training_digests(128)
+    assert len(set(digests)) == probed
+    data.setup("test")
+    assert set(digests) <= {digest for batch in data.test_dataloader()[0] for digest in batch.digests}
