@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustclip.arguments import Checked, fitted
 from robustclip.attacks.rows import replaced, selected
-from robustclip.attacks.sample_losses import Loss, cross_entropy
+from robustclip.attacks.sample_losses import Loss, cross_entropy, predicted
 from robustclip.overrides import check_overrides, check_shape
 
 __all__ = ["Attack", "Forward", "Loss", "Member", "Radius", "Worst", "cross_entropy", "pixels"]
@@ -225,12 +225,13 @@ class Attack(Checked, ABC):
     def is_success(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Marks samples ``(B,)`` that are predicted as the target, or without a target as any wrong class.
 
+        Without a target, a label that shares the largest logit with another class does not count as predicted.
+
         Args:
             outputs: logits ``(B, C)``.
             labels: ``(B,)``.
         """
-        predictions = outputs.argmax(-1)
-        return predictions != labels if self.aim is None else predictions == self.aim
+        return predicted(outputs, labels) != labels if self.aim is None else outputs.argmax(-1) == self.aim
 
     def directed(self, loss: Loss) -> Loss:
         """Returns the loss to maximise; with a target, this is minus the loss of the target class.

@@ -120,7 +120,7 @@ class Recipe(Attack):
         check_own_loss(self, loss)
         with torch.no_grad():
             outputs = forward(images)
-        worst = Worst(images, margin(outputs, targets), outputs.argmax(1) != targets)
+        worst = Worst(images, margin(outputs, targets), self.is_success(outputs, targets))
         for member in self.members(outputs.shape[1]):
             rows = (~worst.is_misclassified).nonzero()[:, 0]
             if len(rows) == 0:
@@ -129,7 +129,7 @@ class Recipe(Attack):
             attacked = member.attack(images[rows], forward, targets[rows], index=ids, seed=seed)
             with torch.no_grad():
                 outputs = forward(attacked)
-            result = Worst(attacked, margin(outputs, targets[rows]), outputs.argmax(1) != targets[rows])
+            result = Worst(attacked, margin(outputs, targets[rows]), self.is_success(outputs, targets[rows]))
             result = Worst(*(part[rows] for part in worst)).or_worse(result)
             worst = Worst(*(part.index_put((rows,), new) for part, new in zip(worst, result, strict=True)))
         return worst.images

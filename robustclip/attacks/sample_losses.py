@@ -107,6 +107,20 @@ def select_loss(loss: LossName, classes: int, *, is_targeted: bool = False) -> t
     return "margin", f"{classes} classes: the margin instead of DLR"
 
 
+def predicted(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the predicted classes ``(B,)``; where the label shares the largest logit with another class, the latter.
+
+    So the order of the classes, which `argmax` follows, does not make a sample robust.
+
+    Args:
+        outputs: logits ``(B, C)``.
+        labels: ``(B,)``.
+    """
+    highest = outputs.argmax(1)
+    is_tied = (outputs == _pick(outputs, labels)[:, None]).sum(1) > 1
+    return torch.where(is_tied & (highest == labels), without_label(outputs, labels).argmax(1), highest)
+
+
 def without_label(logits: Tensor, labels: Tensor) -> Tensor:
     """Sets the label's logit to minus infinity.
 

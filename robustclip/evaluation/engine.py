@@ -14,7 +14,7 @@ from torch import Tensor
 from robustclip.attacks.attack import BOX_TOLERANCE, Attack, Forward, Member, SkipsMisclassified
 from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.rows import replaced, selected
-from robustclip.attacks.sample_losses import cross_entropy
+from robustclip.attacks.sample_losses import cross_entropy, predicted
 
 ROBUST, WRONG = -1, -2  # values of `by` without a successful member: robust, and misclassified without attack
 SIZES = 8  # number of batch sizes, so that compiled models and CUDA graphs have few shapes
@@ -308,7 +308,8 @@ class _Watch(SkipsMisclassified):
         if self.stop == "last":  # an attack may also turn a misclassified sample into a correct one
             verdict.by[rows] = torch.where(is_open, ROBUST, verdict.by[rows])
         verdict.by[rows] = torch.where(is_misclassified, number, verdict.by[rows])
-        verdict.prediction[rows] = torch.where(is_kept, logits.argmax(-1), verdict.prediction[rows])
+        classes = predicted(logits, self.labels[rows]) if self.attack.aim is None else logits.argmax(-1)
+        verdict.prediction[rows] = torch.where(is_kept, classes, verdict.prediction[rows])
         verdict.loss[rows] = torch.where(is_kept, loss, verdict.loss[rows])
         verdict.attacked[rows] = replaced(verdict.attacked[rows], seen, is_kept)
 

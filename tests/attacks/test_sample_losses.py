@@ -13,6 +13,7 @@ from robustclip.attacks.sample_losses import (
     cross_entropy,
     dlr,
     margin,
+    predicted,
     select_loss,
     targeted_dlr,
     targeted_margin,
@@ -45,6 +46,17 @@ def test_losses_equal_their_formulas() -> None:
 def test_the_margin_is_positive_exactly_where_the_model_errs() -> None:
     logits, labels, _ = batch()
     assert torch.equal(margin(logits, labels) > 0, logits.argmax(1) != labels)
+
+
+def test_a_label_that_shares_the_largest_logit_is_not_predicted() -> None:
+    logits, labels, _ = batch()
+    assert torch.equal(predicted(logits, labels), logits.argmax(1))
+    tied = torch.tensor(
+        [[2.0, 2.0, 0.0], [2.0, 2.0, 0.0], [2.0, 1.0, 1.0], [1.0, 1.0, 2.0], [torch.inf, torch.inf, 0.0]]
+    )
+    assert predicted(tied, torch.tensor([0, 1, 0, 0, 0])).tolist() == [1, 0, 0, 2, 1]
+    close = torch.tensor([[1.0, 1.0 + 1e-15]], dtype=torch.float64)  # equal in fp32
+    assert predicted(close, torch.tensor([1])).tolist() == [1]
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -210,6 +210,31 @@ def test_dead_gradients_and_nans_are_counted() -> None:
     assert (verdict.nans[verdict.by != WRONG] > 0).all()
 
 
+def test_the_order_of_the_classes_makes_no_sample_robust() -> None:
+    """Saturated logits tie; the verdicts are those of the model whose classes are in reverse order."""
+    net, images, labels, index = case(5)
+    attack = PGD(eps=0.03, alpha=0.01, steps=8)
+
+    def saturated(batch: Tensor) -> Tensor:
+        return net(batch).clamp(-torch.inf, 1.0)
+
+    verdict = examine(images, labels, saturated, attack.members(CLASSES), index=index, clean_logits=net(images))
+    turned = examine(
+        images,
+        CLASSES - 1 - labels,
+        lambda batch: saturated(batch).flip(1),
+        attack.members(CLASSES),
+        index=index,
+        clean_logits=net(images).flip(1),
+    )
+    assert torch.equal(verdict.by, turned.by)
+    succeeded = verdict.by >= 0
+    logits = saturated(verdict.attacked)
+    ties = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert (succeeded & ties & (logits.argmax(1) == labels)).any(), "a case that says something"
+    assert (verdict.prediction != labels)[succeeded].all()
+
+
 def test_an_intact_attack_has_no_dead_gradient() -> None:
     net, images, labels, index = case(3)
     verdict = examine(images, labels, net, PGD(eps=0.05, alpha=0.01, steps=5).members(CLASSES), index=index)
