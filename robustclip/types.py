@@ -166,6 +166,28 @@ class Share(NamedTuple):
     count: int  # type: ignore[assignment]  # the field is worth more than tuple.count
 
 
+class TrainingImages(NamedTuple):
+    """Images of a training with labels, which later tests recognise.
+
+    Attributes:
+        total: number of images; 0 if they are not known.
+        digests: of the pixels of a choice of them.
+    """
+
+    total: int = 0
+    digests: tuple[str, ...] = ()
+
+    def joined(self, other: "TrainingImages") -> "TrainingImages":
+        """Returns the images of both trainings; itself if they are the same."""
+        added = [digest for digest in other.digests if digest not in self.digests]
+        return TrainingImages(self.total + other.total, (*self.digests, *added)) if added else self
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any] | None) -> "TrainingImages":
+        """Reads them as `_asdict` gives them, from JSON or a checkpoint; none if they are not known."""
+        return cls(int(content["total"]), tuple(map(str, content["digests"]))) if content else cls()
+
+
 class Data(Protocol):
     """The members of a data module that methods, callbacks and tools use.
 
@@ -228,13 +250,13 @@ class Data(Protocol):
         """Loads the training images once and in order, on all processes together, without augmentation."""
         raise ValueError(f"{type(self).__name__} has no `plain_train_dataloader`; return a loader in order from it")
 
-    def training_digests(self, count: int) -> list[str]:
-        """Returns digests of a fixed choice of training images, as tests of this data module see them; none if unknown.
+    def training_images(self, limit: int) -> TrainingImages:
+        """Returns the number of training images, and digests of some of them as tests of this data module see them.
 
         Args:
-            count: largest number of images.
+            limit: largest number of digests.
         """
-        return []
+        return TrainingImages()
 
     def unknown_dataloaders(self) -> Mapping[str, Iterable[Batch]]:
         """Loads every set of unknown classes, by its name; all labels are `UNKNOWN`."""

@@ -24,7 +24,7 @@ from robustclip.data.process_share import Process, Samples, exact_samples, shuff
 from robustclip.data.splits import Shots, ShotsRule
 from robustclip.data.transforms import Augmentation, CorruptedPixels, ToPixels, training_pixels
 from robustclip.paths import local_path
-from robustclip.types import Crop, Done, Share, Task
+from robustclip.types import Crop, Done, Share, Task, TrainingImages
 
 
 @checked
@@ -308,23 +308,25 @@ class CLIPDataModule(ResumableDataModule):
         samples = exact_samples(source, self._pixels(source), self._process(), positions=positions)
         return self._loader(samples, self.eval_batch_size, skips_bad_samples=True, name=source.task.name)
 
-    def training_digests(self, count: int) -> list[str]:
-        """Returns digests of the pixels of a fixed choice of training images, with the test transform.
+    def training_images(self, limit: int) -> TrainingImages:
+        """Returns the number of training images, and digests of a fixed choice of them, with the test transform.
 
         Args:
-            count: largest number of images.
+            limit: largest number of digests; images that do not decode have none.
 
         Returns:
-            One digest per image that decodes; none for a remote training set or for embeddings.
+            None are known of a remote training set or of embeddings.
         """
         source = self._opened_train()
         if source.dataset is None or self._cache is not None:
-            return []
-        options: dict[str, Any] = {"positions": self.train_positions, "max_samples": count}
+            return TrainingImages()
+        chosen = None if self.train_positions is None else sorted(set(self.train_positions))
+        options: dict[str, Any] = {"positions": chosen, "max_samples": limit}
         dataset, _ = exact_samples(source, self._pixels(source), Process(0, 1), **options)
         options = {"skips_bad_samples": True, "has_digests": True, "name": source.task.name}
         loader = ImageLoader(dataset, batch_size=self.eval_batch_size, **options)
-        return [digest for batch in loader for digest in batch.digests or ()]
+        digests = tuple(digest for batch in loader for digest in batch.digests or ())
+        return TrainingImages(len(source.dataset if chosen is None else chosen), digests)  # type: ignore[arg-type]
 
     def unknown_class_names(self, name: str) -> tuple[str, ...]:
         """Returns the class names of the data set of a set of unknown classes, known ones among them."""

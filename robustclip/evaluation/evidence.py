@@ -11,6 +11,7 @@ from robustclip.attacks import Member
 from robustclip.evaluation.ways import WAYS
 from robustclip.results.protocol import differences, is_checked, with_counts
 from robustclip.results.run import Run
+from robustclip.types import TrainingImages
 
 Columns = Mapping[str, NDArray[Any]]
 Rows = Sequence[Mapping[str, str]]
@@ -36,7 +37,7 @@ class Evidence:
         protocols: task and attack to the protocol of this run.
         is_undefended: whether the run declares that its model has no defence.
         is_robust: whether its weights are known to be robust; None if that is not known.
-        trained_on: digests of some of the images that the weights were trained on with labels; empty if not known.
+        trained_on: images that the weights were trained on with labels.
         baseline: test of the base model under the same protocol, if there is one.
         defence: description of the test-time defence with its declared properties; None without one.
         ways: settings of the ways through it.
@@ -49,7 +50,7 @@ class Evidence:
     protocols: Mapping[str, Mapping[str, Any]]
     is_undefended: bool
     is_robust: bool | None = None
-    trained_on: Sequence[str] = ()
+    trained_on: TrainingImages = field(default_factory=TrainingImages)
     baseline: Run | None = None
     defence: Mapping[str, Any] | None = None
     ways: Mapping[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from robustclip.results.corruption_summary import corrupted
 from robustclip.results.run import baseline_of
 from robustclip.results.summary import Record, Summarise
 from robustclip.results.tables import DETECTION
+from robustclip.types import TrainingImages
 
 FACTS = ("eps", "norm", "is_anytime", "is_black_box")  # attributes of every attack that the audit reads
 EFFORT = ("loss", "steps", "targets", "queries")  # further ones, which some attacks have
@@ -62,7 +63,7 @@ def audited(record: Record) -> dict[str, Any]:
         record.protocol,
         is_undefended=facts["is_undefended"],
         is_robust=facts.get("is_robust"),
-        trained_on=facts.get("trained_on", ()),
+        trained_on=TrainingImages.read(facts.get("trained_on")),
         baseline=baseline_of(facts),
         defence=facts["model"].get("defence"),
         ways=facts["model"].get("ways", {}),

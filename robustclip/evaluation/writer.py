@@ -246,7 +246,7 @@ class ResultsWriter(Callback):
             **self._identity,
             "is_undefended": self.is_undefended,
             "is_robust": method.is_robust,
-            "trained_on": method.trained_on,
+            "trained_on": method.trained_on._asdict(),
             "baseline": None if self.baseline is None else str(self.baseline.folder.resolve()),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),

@@ -31,7 +31,7 @@ from robustclip.models.lora import LoRA, cached, factors_alone, inject
 from robustclip.models.tf32 import tf32
 from robustclip.models.weight_origin import read_origin
 from robustclip.overrides import check_overrides, check_shape
-from robustclip.types import Batch, Task, data_of
+from robustclip.types import Batch, Task, TrainingImages, data_of
 
 PROBES_OF_TRAINING = 128  # training images that a checkpoint identifies by digests
 TRAIN = "train"  # name of the task of the training classes
@@ -132,8 +132,7 @@ class RobustMethod(Checked, EvaluationSteps):
         self.tasks: dict[str, Task] = {}  # those with a head, by name
         self.train_task: Task | None = None  # the training classes, where their head learns
         self._attacked_heads: dict[str, Tensor] | None = None  # constant heads, while an attack runs
-        # Digests of some of the training images, if they had labels.
-        self.trained_on = [] if self.origin is None else list(self.origin.trained_on)
+        self.trained_on = TrainingImages() if self.origin is None else self.origin.trained_on  # with labels
         self.interpolation: dict[str, Any] | None = None  # the loaded checkpoint's mixture with the original model
         self.counts = nn.ModuleDict()
         self.run_settings: dict[str, Any] | None = None  # settings of `robustclip fit`; saved in its checkpoints
@@ -395,8 +394,7 @@ class RobustMethod(Checked, EvaluationSteps):
         data = data_of(self.trainer)
         self.prepare_training(data.train_task)
         if self.global_rank == 0 and not self.takes_unknown:
-            added = data.training_digests(PROBES_OF_TRAINING)
-            self.trained_on = list(dict.fromkeys([*self.trained_on, *added]))
+            self.trained_on = self.trained_on.joined(data.training_images(PROBES_OF_TRAINING))
 
     def on_train_start(self) -> None:
         """Restores the random states, pending gradients and epoch position of an interrupted run."""
@@ -469,4 +467,5 @@ class RobustMethod(Checked, EvaluationSteps):
         self._resumed = {key: checkpoint.get(key, []) for key in saved_state.RESUMED}
         self.interpolation = checkpoint.get("interpolation")
         self.has_attacked = checkpoint.get(saved_state.ATTACKED)
-        self.trained_on = checkpoint.get(saved_state.TRAINED_ON, self.trained_on)
+        if saved_state.TRAINED_ON in checkpoint:
+            self.trained_on = TrainingImages.read(checkpoint[saved_state.TRAINED_ON])

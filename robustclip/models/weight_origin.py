@@ -1,11 +1,11 @@
 """The file in an exported folder that states by which method, and with which training attack, its weights were made."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from robustclip.textfiles import read_text
+from robustclip.types import TrainingImages
 
 ORIGIN = "robustclip.json"
 
@@ -17,13 +17,13 @@ class Origin(NamedTuple):
         method: name of the method.
         training_attack: attack of the training with its settings; None for training on clean images.
         base_fingerprint: fingerprint of the weights before training.
-        trained_on: digests of some of the training images; empty if they are not known.
+        trained_on: training images.
     """
 
     method: str
     training_attack: str | None
     base_fingerprint: str
-    trained_on: Sequence[str] = ()
+    trained_on: TrainingImages = TrainingImages()
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -33,7 +33,9 @@ def write_origin(folder: Path, origin: Origin) -> None:
         folder: exported model.
         origin: content of the file.
     """
-    (folder / ORIGIN).write_text(json.dumps(origin._asdict(), indent=1) + "\n", encoding="utf-8")
+    (folder / ORIGIN).write_text(
+        json.dumps(origin._asdict() | {"trained_on": origin.trained_on._asdict()}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def read_origin(folder: Path | None) -> Origin | None:
@@ -47,6 +49,6 @@ def read_origin(folder: Path | None) -> Origin | None:
     try:
         facts: dict[str, Any] = json.loads(read_text(file))
         method, attack, base = (facts[key] for key in ("method", "training_attack", "base_fingerprint"))
-        return Origin(method, attack, base, [str(digest) for digest in facts.get("trained_on", ())])
+        return Origin(method, attack, base, TrainingImages.read(facts.get("trained_on")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} must hold method, training_attack and base_fingerprint: {error}") from error

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from robustclip.models.lora import merged_state, plain_name
 from robustclip.models.tensor_files import DIGEST
 from robustclip.persistence import atomic_folder
 from robustclip.tools.interpolate import TRAINING_STATE, check_has_original
+from robustclip.types import TrainingImages
 
 CLASSES = ("head_classes", "cache_classes")  # names of the classes of trained classifiers
 Measure = Callable[[Path], float]
@@ -79,13 +81,13 @@ class Mixer:
         }
         digests = [str(member.content.get(DIGEST, "unknown")) for member in chosen]
         kept = {key: value for key, value in chosen[0].content.items() if key not in TRAINING_STATE}
-        trained_on = dict.fromkeys(digest for member in chosen for digest in member.content.get(TRAINED_ON, []))
+        trainings = [TrainingImages.read(member.content.get(TRAINED_ON)) for member in chosen]
         return with_digest(
             kept
             | {
                 "state_dict": state,
                 SETTINGS: self.plain.inference_settings,
-                TRAINED_ON: list(trained_on),
+                TRAINED_ON: reduce(TrainingImages.joined, trainings)._asdict(),
                 "interpolation": {"alpha": scale, "fine_tuned": "+".join(digest[:8] for digest in digests)},
                 **_settings_without_lora(kept),
             }

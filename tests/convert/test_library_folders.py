@@ -16,6 +16,7 @@ from robustclip.convert.importing import import_checkpoint
 from robustclip.methods import ZeroShot
 from robustclip.models.clip import CLIPModel
 from robustclip.models.weight_origin import Origin, read_origin, write_origin
+from robustclip.types import TrainingImages
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["a photo of a cat", "two dogs, it's raining!", "x"]
@@ -181,7 +182,7 @@ def test_weights_of_another_configuration_are_refused_by_the_name_of_the_folder(
 
 def test_an_imported_model_keeps_the_origin_of_its_weights(library: Any, tmp_path: Path) -> None:
     library.save_pretrained(tmp_path / "in")
-    write_origin(tmp_path / "in", Origin("TeCoA", "PGD(eps=1/255)", "b", ["c"]))
+    write_origin(tmp_path / "in", Origin("TeCoA", "PGD(eps=1/255)", "b", TrainingImages(9, ("c",))))
     import_checkpoint(tmp_path / "in", tmp_path / "out")
     assert read_origin(tmp_path / "out") == read_origin(tmp_path / "in")
     assert ZeroShot(pretrained=str(tmp_path / "out")).is_robust

@@ -23,9 +23,11 @@ def shards(root: Path, name: str, split: str, count: int = TRAINED, seed: int = 
     write_shards(root, name, split, [count], seed=seed)
 
 
-def fitted(method: type[RobustMethod], model: Path, root: Path, path: Path, **data: Any) -> Path:
+def fitted(
+    method: type[RobustMethod], model: Path, root: Path, path: Path, *, count: int = TRAINED, **data: Any
+) -> Path:
     """Trains for a step on the set ``trained``, and saves a checkpoint."""
-    shards(root, "trained", "train")
+    shards(root, "trained", "train", count)
     settings = {"root": str(root), "image_size": 32, "batch_size": 4, "holdout": 0} | data
     trainer = quick_trainer(max_steps=1, limit_val_batches=0)
     trainer.fit(method(pretrained=str(model)), CLIPDataModule(train="wds:trained", **settings))
@@ -33,12 +35,12 @@ def fitted(method: type[RobustMethod], model: Path, root: Path, path: Path, **da
     return path
 
 
-def unseen(method: type[RobustMethod], model: Path, root: Path, checkpoint: Path, **data: Any) -> tuple[str, str]:
+def unseen(method: type[RobustMethod], model: Path, root: Path, checkpoint: Path, **evaluation: Any) -> tuple[str, str]:
     """Tests the checkpoint on the set ``tested``, and returns status and measurement of the check."""
     writer = ResultsWriter(str(root / "results"), "run")
     loaded = method.load_from_checkpoint(checkpoint, pretrained=str(model), weights_only=True)
-    settings: dict[str, Any] = {"root": str(root), "image_size": 32, "eval_batch_size": 5} | data
-    run_test(loaded, CLIPDataModule(test=["wds:tested"], **settings), RobustEvaluation({}, probes=0), writer)
+    data = CLIPDataModule(test=["wds:tested"], root=str(root), image_size=32, eval_batch_size=5)
+    run_test(loaded, data, RobustEvaluation({}, probes=0, **evaluation), writer)
     result = json.loads((root / "results/run/result.json").read_text())
     (check,) = [check for check in result["audit"]["checks"] if check["name"] == "unseen_images"]
     return check["status"], check["found"]
@@ -48,7 +50,10 @@ def test_a_copy_of_the_training_images_is_found_whatever_its_name(tiny_model: Pa
     checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
     shards(tmp_path, "tested", "test")
     status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
-    assert (status, measurement) == ("warn", "24 of 24 probed training images are among the test images of tested")
+    expected = (
+        "24 of 24 probed training images are among the test images of tested: it was trained on at least 86% of these"
+    )
+    assert (status, measurement) == ("warn", expected)
 
 
 def test_exported_and_mixed_weights_keep_the_digests(tiny_model: Path, tmp_path: Path) -> None:
@@ -57,18 +62,19 @@ def test_exported_and_mixed_weights_keep_the_digests(tiny_model: Path, tmp_path:
     export(method, tmp_path / "exported")
     assert ZeroShot(pretrained=str(tmp_path / "exported")).trained_on == method.trained_on
     content = torch.load(checkpoint, weights_only=True)
-    other = with_digest(content | {TRAINED_ON: ["another", *method.trained_on[:3]]})
+    other = with_digest(content | {TRAINED_ON: {"total": 5, "digests": ["another", *method.trained_on.digests[:3]]}})
     torch.save(other, tmp_path / "b.ckpt")
     build = partial(CleanFineTuning, pretrained=str(tiny_model))
     (mixed,) = soup(lambda *_: build(), [checkpoint, tmp_path / "b.ckpt"], tmp_path / "soup")
-    assert torch.load(mixed, weights_only=True)[TRAINED_ON] == [*method.trained_on, "another"]
+    expected = {"total": TRAINED + 5, "digests": (*method.trained_on.digests, "another")}
+    assert torch.load(mixed, weights_only=True)[TRAINED_ON] == expected
 
 
 def test_new_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
     shards(tmp_path, "tested", "test", seed=SEED + 1)
     status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
-    assert (status, measurement) == ("pass", "0 of 24 probed training images are among the test images")
+    assert (status, measurement) == ("pass", "24 probed training images, of which no two are among the test images")
 
 
 def test_held_out_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
@@ -76,7 +82,18 @@ def test_held_out_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt", holdout=0.5)
     shards(tmp_path, "tested", "test")
     status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint)
-    assert (status, measurement) == ("warn", "12 of 12 probed training images are among the test images of tested")
+    expected = (
+        "12 of 12 probed training images are among the test images of tested: it was trained on at least 38% of these"
+    )
+    assert (status, measurement) == ("warn", expected)
+
+
+def test_few_of_many_images_are_told_from_chance(tiny_model: Path, tmp_path: Path) -> None:
+    """Of 1,000 training images, 128 are probed, and 40 are tested, so that some five of both are the same."""
+    shards(tmp_path, "tested", "test", 1000)
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt", count=1000)
+    status, measurement = unseen(CleanFineTuning, tiny_model, tmp_path, checkpoint, max_samples=40)
+    assert status == "warn", measurement
 
 
 def test_a_method_without_labels_may_be_tested_on_its_training_images(tiny_model: Path, tmp_path: Path) -> None:
@@ -91,8 +108,9 @@ def test_probes_are_a_fixed_choice_with_the_test_transform(count: int, probed: i
     shards(tmp_path, "tested", "test", count)
     settings: dict[str, Any] = {"root": str(tmp_path), "image_size": 16, "holdout": 0}
     data = CLIPDataModule(train="wds:trained", test=["wds:tested"], **settings)
-    digests = data.training_digests(128)
-    assert digests == CLIPDataModule(train="wds:trained", **settings).training_digests(128)
+    total, digests = data.training_images(128)
+    assert (total, digests) == CLIPDataModule(train="wds:trained", **settings).training_images(128)
+    assert total == count
     assert len(set(digests)) == probed
     data.setup("test")
     assert set(digests) <= {digest for batch in data.test_dataloader()[0] for digest in batch.digests}

@@ -18,7 +18,8 @@ AMPLIFIED = 0.01  # share of samples whose answer a search with gradients may ch
 SAME_SUM = 1e-3  # relative range of the sums of non-negative logits; only probabilities have one sum
 REPEATED = 5e-2  # relative difference of two gradients at one point; 2e-3 to 1e-2 with noise of 1e-6 on the image
 CUT = 0.05  # share of samples whose gradient may mislead, without backward: none
-SEEN = (0.01, 1.0)  # share of the probed training images; equal photographs occur in several data sets
+SEEN = 0.01  # share of a task's test images
+EQUAL = 2  # number of equal images; a single one may be in two data sets
 SMALLEST_TASK = 20  # number of samples from which on a single task is graded
 
 
@@ -234,15 +235,17 @@ class _UnseenImages(AuditCheck):
     why = "accuracy on training images says little about new ones; test on images that were held out"
 
     def grade(self, evidence: Evidence) -> Check:
-        trained = set(evidence.trained_on)
-        if not trained:
+        total, digests = evidence.trained_on
+        if not digests:
             return self.answer("pass", "no training images on record")
-        seen = {task: len(trained & set(columns["pixels"])) for task, columns in evidence.samples.items()}
-        worst = max(seen, key=lambda task: seen[task], default="")
-        where = f" of {worst}" if seen.get(worst) else ""
-        return self.of_count(
-            seen.get(worst, 0), len(trained), SEEN, f"probed training images are among the test images{where}"
-        )
+        seen = [f"{len(digests):,} probed training images, of which no two are among the test images"]
+        for task, columns in evidence.samples.items():
+            matches, n = len(set(digests) & set(columns["pixels"])), len(columns["id"])
+            share = wilson(matches, len(digests))[0] * total / max(1, n)
+            if matches >= EQUAL and share > SEEN:
+                text = f"{matches:,} of {len(digests):,} probed training images are among the test images of {task}"
+                seen.append(f"{text}: it was trained on at least {min(share, 1):.0%} of these")
+        return self.answer("warn", "; ".join(seen[1:])) if seen[1:] else self.answer("pass", seen[0])
 
 
 def _commonest(classes: NDArray[Any]) -> float:

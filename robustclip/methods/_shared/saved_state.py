@@ -24,13 +24,13 @@ from robustclip.persistence import atomic_write
 SETTINGS = "inference_settings"  # checkpoint key of the values beside the tensors that define the evaluated function
 BASE = "base."  # key prefix of the settings that the base model's files define
 ATTACKED = "has_attacked"  # checkpoint key of whether the training attack has run
-TRAINED_ON = "trained_on"  # checkpoint key of digests of training images
+TRAINED_ON = "trained_on"  # checkpoint key of the images of a training with labels
 RANDOM, PENDING = "random_states", "pending_gradients"  # checkpoint keys of the state of every process
 TYPES: dict[str, Any] = {  # of a checkpoint's entries: the model's, those of single methods, the run's, and Lightning's
     "base_model": dict,
     SETTINGS: dict,
     ATTACKED: (bool, type(None)),
-    TRAINED_ON: list,
+    TRAINED_ON: dict,
     "interpolation": (dict, type(None)),
     "head_classes": list,
     "cache_classes": list,
@@ -134,7 +134,7 @@ def add_run_state(checkpoint: dict[str, Any], method: Any, before_validation: Ma
         checkpoint["state_dict"] = {name: tensor for name, tensor in weights if name not in frozen}
     checkpoint["base_model"] = identity(method.clip)
     checkpoint[SETTINGS] = method.inference_settings
-    checkpoint[ATTACKED], checkpoint[TRAINED_ON] = method.has_attacked, method.trained_on
+    checkpoint[ATTACKED], checkpoint[TRAINED_ON] = method.has_attacked, method.trained_on._asdict()
     is_inside = trainer.validating and is_validation_due(trainer)
     state = before_validation if is_inside else random_state(method.device)
     checkpoint[RANDOM] = gather_on_rank_zero(state, trainer.world_size)
