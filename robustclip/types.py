@@ -184,8 +184,15 @@ class TrainingImages(NamedTuple):
 
     @classmethod
     def read(cls, content: Mapping[str, Any] | None) -> "TrainingImages":
-        """Reads them as `_asdict` gives them, from JSON or a checkpoint; none if they are not known."""
-        return cls(int(content["total"]), tuple(map(str, content["digests"]))) if content else cls()
+        """Reads them as `_asdict` gives them, from JSON or a checkpoint; none if they are not known.
+
+        Raises:
+            ValueError: the content is damaged.
+        """
+        try:
+            return cls(int(content["total"]), tuple(map(str, content["digests"]))) if content else cls()
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"trained_on must hold `total` and `digests`: {error!r:.80}") from error
 
 
 class Data(Protocol):

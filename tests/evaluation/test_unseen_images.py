@@ -70,6 +70,14 @@ def test_exported_and_mixed_weights_keep_the_digests(tiny_model: Path, tmp_path:
     assert torch.load(mixed, weights_only=True)[TRAINED_ON] == expected
 
 
+@pytest.mark.parametrize("content", [{"total": 5}, {"total": "x", "digests": []}, {"total": 5, "digests": 5}])
+def test_a_damaged_record_is_refused(content: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
+    torch.save(with_digest(torch.load(checkpoint, weights_only=True) | {TRAINED_ON: content}), checkpoint)
+    with pytest.raises(ValueError, match="trained_on must hold `total` and `digests`"):
+        CleanFineTuning.load_from_checkpoint(checkpoint, pretrained=str(tiny_model), weights_only=True)
+
+
 def test_new_images_are_new(tiny_model: Path, tmp_path: Path) -> None:
     checkpoint = fitted(CleanFineTuning, tiny_model, tmp_path, tmp_path / "a.ckpt")
     shards(tmp_path, "tested", "test", seed=SEED + 1)
