@@ -104,3 +104,9 @@ def test_the_full_recipe_runs_and_is_graded(tmp_path: Path, monkeypatch: pytest.
     assert run.result["audit"]["grade"] in "ABCF"
     correct = [finished.trainer.callback_metrics[f"test/counts/{name}/correct"] for name in ("pgd10", "cascade")]
     assert correct[1] <= correct[0]
+
+
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("evaluation/")])
+def test_an_evaluation_by_its_name_keeps_no_limit_of_another(part: str) -> None:
+    """`--config overview --evaluation clean` tests all images, although overview tests a part of them."""
+    assert {"attacks", "max_samples"} <= yaml.safe_load((CONFIGS / part).read_text()).keys()
