@@ -15,7 +15,7 @@ PAPERS = ("tecoa", "pmg_aft", "arf", "ueo", "croft")
 SOURCES = re.compile(r"(paper|code|follow-ups|relatives|departure: .+)\b")
 NOT_OF_A_RECIPE = re.compile(  # where and how a run is computed, and which sets are tested
     r"trainer\.(accelerator|devices|callbacks)|data\.(class_path|num_workers|train|test|unknown|root)\b|checkpoint\.mode"
-    r"|evaluation\.(attacks\.\w+\.class_path|fit_)|results\.averages\.shifts$|model\.attack\.class_path"
+    r"|evaluation\.(attacks\.\w+\.class_path|fit_|max_samples)|results\.averages\.shifts$|model\.attack\.class_path"
 )
 
 

@@ -38,7 +38,7 @@ def trainer_of(data: object) -> SimpleNamespace:
 def test_our_data_module_has_every_member() -> None:
     data = CLIPDataModule()
     assert data_of(trainer_of(data)) is data
-    assert len(MEMBERS) == 15
+    assert len(MEMBERS) == 16
     for name in MEMBERS:
         assert name in vars(CLIPDataModule), name
 
