@@ -92,7 +92,8 @@ def test_a_defence_that_hides_its_gradients_is_noticed_by_its_check(name: str, t
 # SoftBits is smooth, and its own gradient right: APGD and PGD of 30 to 50 steps by own, borrowed and softened gradients
 # leave 18.8 % of 64 samples. FeatureWave and CodeBook: APGD of 30 steps with cross-entropy and with the margin, by own
 # and by borrowed gradients, and images moved over from the undefended model.
-TRUTH = {"HalfUnderflow": 0.042, "SoftBits": 0.188, "FeatureWave": 0.021, "CodeBook": 0.094}
+# HalfSaturated: ties count as misclassified, so that plain attacks reach the undefended model's 4.2 % (APGD).
+TRUTH = {"HalfUnderflow": 0.042, "HalfSaturated": 0.042, "SoftBits": 0.188, "FeatureWave": 0.021, "CodeBook": 0.094}
 
 
 @pytest.mark.slow
