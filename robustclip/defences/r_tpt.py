@@ -63,39 +63,33 @@ class RTPT(Defence):
 
     def forward(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the weighted logits of the views under the tuned contexts."""
-        return self._weighted_logits(method, images, task, index, draw, is_tuned=True)
+        head, start = self._head(method, task), self._context_of(method).vectors.detach().requires_grad_()
+        untuned, defended = head(start), []  # the same for all images
+        for features in self._view_features(method, images, index, draw):
+            vectors = self.tuned(start, self.classify(method, features.detach(), task, head=untuned))
+            with torch.no_grad():
+                tuned = head(vectors)
+            defended.append(self._weighted(method, features, task, tuned))
+        return torch.stack(defended)
 
     def surrogate(self, method: Model, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
         """Returns the weighted logits of the views under the phrase."""
-        return self._weighted_logits(method, images, task, index, draw, is_tuned=False)
+        with torch.no_grad():
+            head = self._head(method, task)(self._context_of(method).vectors)
+        features = self._view_features(method, images, index, draw)
+        return torch.stack([self._weighted(method, of_views, task, head) for of_views in features])
 
-    def _weighted_logits(
-        self, method: Model, images: Tensor, task: str, index: Tensor | None, draw: int, *, is_tuned: bool
-    ) -> Tensor:
-        change = partial(self._random_view.apply, images, self, index=index, draw=draw)
-        views = [images, *(change(part=number) for number in range(self.views - 1))]
-        features = torch.stack([method.image_features(view) for view in views], 1)
-        defended = []
-        for sample in features:
-            logits = partial(self._view_logits, method, task, sample)
-            vectors = self._context_of(method).vectors.detach()
-            if is_tuned:
-                vectors = self.tuned(vectors, partial(self._view_logits, method, task, sample.detach()))
-            defended.append(self.weights(sample) @ logits(vectors))
-        return torch.stack(defended)
-
-    def tuned(self, vectors: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Takes the step for one image.
+    def tuned(self, start: Tensor, logits: Tensor) -> Tensor:
+        """Takes the step for one image, and keeps the graph for others.
 
         Args:
-            vectors: context ``(n, width)``.
-            logits: function from a context to the logits ``(V, C)`` of all views.
+            start: context ``(n, width)`` before the step.
+            logits: ``(V, C)`` of all views under it, with the graph to it.
         """
-        vectors = vectors.clone().requires_grad_()
-        of_views = logits(vectors)
-        entropies = -(of_views.softmax(-1) * of_views.log_softmax(-1)).sum(-1)
+        entropies = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
         least = entropies.topk(max(1, math.floor(self.kept * self.views)), largest=False).values
-        (vectors.grad,) = torch.autograd.grad(least.mean(), vectors)
+        vectors = start.detach().clone().requires_grad_()
+        (vectors.grad,) = torch.autograd.grad(least.mean(), start, retain_graph=True)
         torch.optim.AdamW([vectors], self.lr).step()
         return vectors.detach()
 
@@ -107,12 +101,21 @@ class RTPT(Defence):
         nearest = cosines.topk(min(self.neighbours, count - 1), -1).values
         return torch.softmax(nearest.mean(-1) / self.temperature, 0)
 
-    def _view_logits(self, method: Model, task: str, features: Tensor, vectors: Tensor) -> Tensor:
-        """Computes the logits ``(V, C)`` of views with unit features ``(V, D)`` under a context ``(n, width)``."""
-        context = self._context_of(method)
-        tokens = context.tokenize(method.clip, method.tasks[task].class_names)
-        head = encode_head(lambda _: context.encode(method.clip, tokens, vectors=vectors), method.tasks[task])
-        return self.classify(method, features, task, head=head)
+    def _view_features(self, method: Model, images: Tensor, index: Tensor | None, draw: int) -> Tensor:
+        """Encodes all views of ``B`` images as unit features ``(B, V, D)``."""
+        change = partial(self._random_view.apply, images, self, index=index, draw=draw)
+        views = [images, *(change(part=number) for number in range(self.views - 1))]
+        return torch.stack([method.image_features(view) for view in views], 1)
+
+    def _weighted(self, method: Model, features: Tensor, task: str, head: Tensor) -> Tensor:
+        """Averages the logits of the views of one image, from features ``(V, D)``, as ``(C,)``."""
+        return self.weights(features) @ self.classify(method, features, task, head=head)
+
+    def _head(self, method: Model, task: str) -> Callable[[Tensor], Tensor]:
+        """Returns the function from a context ``(n, width)`` to the classifier weights of a task."""
+        context, classes = self._context_of(method), method.tasks[task]
+        tokens = context.tokenize(method.clip, classes.class_names)
+        return lambda vectors: encode_head(lambda _: context.encode(method.clip, tokens, vectors=vectors), classes)
 
     def _context_of(self, method: Model) -> LearnableContext:
         """Reads the phrase's word embeddings, once per text tower."""
