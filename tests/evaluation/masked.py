@@ -462,6 +462,14 @@ class SmallNoise(Filtered):
         return images + 1e-6 * torch.randn_like(images)
 
 
+class InBfloat16(ZeroShot):
+    """The tower computes in bfloat16."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return super().image_features(images).float()
+
+
 class BlurWeak(Filtered):
     def change(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(F.pad(images, (1, 1, 1, 1), "replicate"), 3, 1)
@@ -508,5 +516,6 @@ MASKED: dict[str, type[RobustMethod]] = {
     )
 }  # fmt: skip
 HONEST: dict[str, type[RobustMethod]] = {
-    cls.__name__: cls for cls in (ZeroShot, SmallNoise, BlurWeak, MedianCrops, TanhSquash, InputClamp, Linear)
+    cls.__name__: cls
+    for cls in (ZeroShot, SmallNoise, InBfloat16, BlurWeak, MedianCrops, TanhSquash, InputClamp, Linear)
 }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import run_test
 from torch import Tensor
+from torch.nn import functional as F
 
 from robustclip.attacks import APGD, PGD, Member, Recipe
 from robustclip.attacks.attack import Forward
@@ -233,6 +234,24 @@ def test_fidelity_compares_the_change_with_the_gradient(answer: Answer, is_faith
     faithful = float(columns["faithful"].mean())
     assert faithful == 1 if is_faithful else faithful <= 0.5  # of a part, random signs may show little
     assert columns["regrad"].max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fidelity_knows_the_precision_of_the_model(dtype: torch.dtype) -> None:
+    """In half precision, rounding is larger than 1e-4 of the logits, and still smaller than a gradient turned round."""
+    hidden, last = (masked.seeded(torch.Size(shape), 1) for shape in ((64, 3072), (1, 64)))
+
+    def two_layers(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return F.linear(F.linear(images.flatten(1) - 0.5, hidden), last).float()[:, 0]
+
+    images, labels = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(16).long()
+    shares = [
+        float(gradient_probes.gradients(images, labels, logits_of(answer), PGD(EPS, EPS / 4, 10))["faithful"].mean())
+        for answer in (two_layers, lambda x: two_layers(masked.through(x, masked.same, lambda g, _: -g)))
+    ]
+    assert shares[0] == 1
+    assert shares[1] <= 0.25
 
 
 def test_spread_and_missing_gradients_have_their_values() -> None:
