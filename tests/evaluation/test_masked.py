@@ -7,6 +7,7 @@ from typing import Any
 import masked
 import masked_by_gates
 import masked_further
+import masked_gradients
 import masked_others
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ COLLECTION: dict[str, type[RobustMethod]] = {
     **masked_further.FURTHER,
     **masked_others.OTHERS,
     **masked_by_gates.GATED,
+    **masked_gradients.GRADIENTS,
 }
 NOTICED: dict[str, set[str]] = {
     "SteNoisy": {"gradient_repeats", "random_state", "transfer"},
