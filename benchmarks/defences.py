@@ -40,6 +40,7 @@ def row(name: str, run: Run) -> dict[str, Any]:
     parts = {"clean": mean["clean"], **{column: mean[ATTACK][column] for column in COLUMNS}}
     return {
         "defence": name,
+        "sets": list(result["tasks"]),
         "n": sum(values["n"] for values in tasks),
         "settings": result["model"]["defence"],
         **{part: {"acc1": value["acc1"], "interval": value["interval"]} for part, value in parts.items()},
@@ -85,17 +86,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the missing tests, prints the table, and writes the file."""
     words = parser(__doc__)
     words.add_argument("defences", nargs="*", default=list(DEFENCES), help=f"among {', '.join(DEFENCES)}")
+    words.add_argument("--sets", nargs="+", help="by default the eight of the configuration")
     words.add_argument("--samples", default="100", help="of every set")
     words.add_argument("--probes", default="32", help="samples of every set on which the audit measures")
     arguments = words.parse_args(argv)
     torch.set_num_threads(1)
-    shared = ("--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model)
+    shared = ["--config", CONFIG, "--data.root", arguments.data, "--model.pretrained", arguments.model]
+    shared += ["--data.test", json.dumps([f"wds:{name}" for name in arguments.sets])] if arguments.sets else []
     rows = []
     for name in arguments.defences:
         defence = json.dumps({"class_path": name, "init_args": DEFENCES[name]})
         options = ["--model.defence", defence, "--evaluation.max_samples", arguments.samples]
         options += ["--evaluation.probes", arguments.probes]
-        folder = arguments.work / f"{name}_{arguments.samples}"
+        folder = arguments.work / "_".join([name, *(arguments.sets or ()), arguments.samples])
         test_once(folder, [*shared, *options])
         rows.append(row(name, Run.open(folder)))
         print(table(rows), flush=True)

@@ -1,8 +1,9 @@
 """Attacks in pixel space; all have the signature of `Attack`."""
 
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.attack import Attack, Cost, Member, Radius, pixels
+from robustclip.attacks.attack import Attack, Cost, Member
 from robustclip.attacks.pgd import PGD
+from robustclip.attacks.pixel_units import Radius, pixels
 from robustclip.attacks.recipes import Recipe
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.attacks.square import Square

@@ -14,16 +14,14 @@ from robustclip.attacks.attack import (
     Forward,
     Loss,
     Member,
-    Radius,
     Target,
     Worst,
     check_own_loss,
     gradient_of,
-    pixels,
     restrict_to_correct,
     scaled_count,
-    scaled_radius,
 )
+from robustclip.attacks.pixel_units import Radius, pixels, scaled_radius
 from robustclip.attacks.sample_losses import (
     LOSSES,
     LossName,

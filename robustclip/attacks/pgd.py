@@ -7,19 +7,8 @@ from torch import Tensor
 
 from robustclip.arguments import CountOrZero
 from robustclip.attacks import perturbation_set
-from robustclip.attacks.attack import (
-    Attack,
-    Cost,
-    Forward,
-    Loss,
-    Member,
-    Radius,
-    Target,
-    gradient_of,
-    pixels,
-    scaled_count,
-    scaled_radius,
-)
+from robustclip.attacks.attack import Attack, Cost, Forward, Loss, Member, Target, gradient_of, scaled_count
+from robustclip.attacks.pixel_units import Radius, pixels, scaled_radius
 from robustclip.attacks.rows import replaced
 from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 

@@ -8,20 +8,10 @@ from torch import Tensor
 
 from robustclip.arguments import Positive
 from robustclip.attacks.apgd import APGD
-from robustclip.attacks.attack import (
-    Attack,
-    Cost,
-    Forward,
-    Loss,
-    Member,
-    Radius,
-    Worst,
-    check_own_loss,
-    pixels,
-    scaled_radius,
-)
+from robustclip.attacks.attack import Attack, Cost, Forward, Loss, Member, Worst, check_own_loss
 from robustclip.attacks.perturbation_set import Norm
 from robustclip.attacks.pgd import PGD
+from robustclip.attacks.pixel_units import Radius, pixels, scaled_radius
 from robustclip.attacks.sample_losses import margin
 from robustclip.attacks.square import Square
 from robustclip.attacks.torchattacks import TorchAttack

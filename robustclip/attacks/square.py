@@ -14,15 +14,13 @@ from robustclip.attacks.attack import (
     Forward,
     Loss,
     Member,
-    Radius,
     Target,
     Worst,
     check_own_loss,
-    pixels,
     restrict_to_correct,
     scaled_count,
-    scaled_radius,
 )
+from robustclip.attacks.pixel_units import Radius, pixels, scaled_radius
 from robustclip.attacks.sample_losses import LOSSES, LossName, select_loss
 
 SCHEDULE_QUERIES = 10_000  # number of queries for which the paper defines when the patch area halves

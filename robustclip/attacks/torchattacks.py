@@ -8,17 +8,8 @@ from torch import Tensor, nn
 
 from robustclip.arguments import Count, argument
 from robustclip.attacks import perturbation_set
-from robustclip.attacks.attack import (
-    Attack,
-    Cost,
-    Forward,
-    Loss,
-    Radius,
-    cross_entropy,
-    pixels,
-    scaled_count,
-    scaled_radius,
-)
+from robustclip.attacks.attack import Attack, Cost, Forward, Loss, cross_entropy, scaled_count
+from robustclip.attacks.pixel_units import Radius, pixels, scaled_radius
 
 SpelledNorm = Literal["Linf", "L2", "L1"]  # the library's spelling; some of its attacks treat anything else as L2
 COUNTS = ("steps", "n_queries")  # the library's names for the length of an attack

@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from robustclip.attacks.attack import BOX_TOLERANCE, Attack, Forward, Member, SkipsMisclassified
+from robustclip.attacks.attack import Attack, Forward, Member, SkipsMisclassified
 from robustclip.attacks.perturbation_set import distance
+from robustclip.attacks.pixel_units import BOX_TOLERANCE
 from robustclip.attacks.rows import replaced, selected
 from robustclip.attacks.sample_losses import cross_entropy, predicted
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, distributed
 
 from robustclip.attacks import Member
-from robustclip.attacks.attack import BOX_TOLERANCE
 from robustclip.attacks.perturbation_set import distance
+from robustclip.attacks.pixel_units import BOX_TOLERANCE
 from robustclip.attacks.sample_losses import cross_entropy
 from robustclip.evaluation.detection_summary import JOINT
 from robustclip.evaluation.engine import ROBUST, WRONG, Verdict

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")  # layers that autocast computes in lower precision
 
 
-class SeenPrecision(TorchDispatchMode):
+class SeenPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the coarsest precision of the matrix products and convolutions that run inside.
 
     Attributes:
@@ -16,7 +16,7 @@ class SeenPrecision(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.eps = torch.finfo(torch.float32).eps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustclip.attacks.attack import BOX_TOLERANCE
+from robustclip.attacks.pixel_units import BOX_TOLERANCE
 from robustclip.evaluation.audit import STRICT, AuditCheck, Check, Status
 from robustclip.evaluation.evidence import Columns, Evidence
 from robustclip.evaluation.ways import WAYS
