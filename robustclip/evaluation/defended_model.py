@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from robustclip.attacks.attack import Forward, gradient_of
 from robustclip.defences import Defence
 from robustclip.evaluation.engine import Indexed
 from robustclip.methods import RobustMethod
@@ -43,23 +45,27 @@ class Way(Indexed):
 
     def __call__(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """Computes the mean logits ``(B, C)`` over all draws."""
-        if self.name == "own":
-            return self._mean(self._own, images, index)
+        if self.name == "own" and len(self.draws) == 1:
+            return self._own(images, index, self.draws[0]).float()
         with torch.no_grad():
-            value = self._mean(self._own, images, index)
+            answers = [self._own(images, index, draw).float() for draw in self.draws]
+            value = answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
         if not images.requires_grad or self.name in ("replay", "black_box"):
             return value
-        return Carried.apply(value, self._carrier(images, index))  # type: ignore[no-any-return]
+        carriers = [partial(self._carrier, index=index, draw=draw) for draw in self._carrying_draws]
+        return OneByOne.apply(images, value, carriers)  # type: ignore[no-any-return]
 
-    def _carrier(self, images: Tensor, index: Tensor | None) -> Tensor:
-        """Computes the logits whose gradient the attack gets."""
+    @property
+    def _carrying_draws(self) -> Sequence[int] | range:
+        """Draws that the gradient depends on; that of the undefended model depends on none."""
+        return self.draws[:1] if self.name == "bare" else self.draws
+
+    def _carrier(self, images: Tensor, *, index: Tensor | None, draw: int) -> Tensor:
+        """Computes the logits whose gradient the attack gets in one draw."""
         if self.name == "bare":
-            return self.method.logits(images, self.task).float()
-        return self._mean(self._identity if self.name == "identity" else self._surrogate, images, index)
-
-    def _mean(self, answer: Any, images: Tensor, index: Tensor | None) -> Tensor:
-        answers = [answer(images, index, draw).float() for draw in self.draws]
-        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(0)
+            return self.method.logits(images, self.task)
+        answer = {"own": self._own, "identity": self._identity, "surrogate": self._surrogate}[self.name]
+        return answer(images, index, draw)
 
     def _own(self, images: Tensor, index: Tensor | None, draw: int) -> Tensor:
         return self.method.answers(images, self.task, index=index, draw=draw)
@@ -87,6 +93,36 @@ class Carried(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         """Passes the gradient to the carrier alone."""
         return None, gradient
+
+
+class OneByOne(torch.autograd.Function):
+    """Returns a value exactly, with the mean gradient of carriers that run one by one in the backward pass.
+
+    So only one of them has its activations in memory, however many draws there are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, value: Tensor, carriers: Sequence[Forward]) -> Tensor:
+        """Returns the value."""
+        ctx.save_for_backward(images)
+        ctx.carriers = carriers
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Averages the gradients of all carriers for the images."""
+        (images,) = ctx.saved_tensors
+        total = torch.zeros_like(images)
+        for carrier in ctx.carriers:
+            total += _gradient(carrier, images, gradient)
+        return total / len(ctx.carriers), None, None
+
+
+def _gradient(carrier: Forward, images: Tensor, of_logits: Tensor) -> Tensor:
+    """Passes a gradient of the logits ``(B, C)`` back to the images; zero where the logits have no graph."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        return gradient_of((carrier(images).float() * of_logits).sum(-1), images)
 
 
 class Judge(Indexed):

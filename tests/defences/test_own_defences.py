@@ -62,8 +62,9 @@ def test_a_surrogate_of_another_shape_is_named(tiny_model: Path) -> None:
         defence=type("Mine", (Defence,), {"surrogate": images(lambda x: x.mean((1, 2, 3)))})(),
     )
     method.prepare([Task("colours", ("red", "blue"), ("a {}",))])
+    logits = Way(method, "colours", "surrogate", [0])(torch.rand(2, 3, 32, 32, requires_grad=True))
     with pytest.raises(ValueError, match=re.escape("Mine.surrogate must return a tensor of shape (B, C)")):
-        Way(method, "colours", "surrogate", [0])(torch.rand(2, 3, 32, 32, requires_grad=True))
+        logits.sum().backward()
 
 
 @pytest.mark.parametrize("change", [lambda z: torch.cat([z, z[:, :1]], 1), lambda z: z.amax(1), lambda z: None])

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robustclip.attacks import APGD, PGD, Member, Recipe, Square, TorchAttack
+from robustclip.attacks import APGD, PGD, Member, Recipe, Square, TorchAttack, cross_entropy
 from robustclip.cli.main import run
 from robustclip.data import CLIPDataModule
 from robustclip.defences import DBD, ET3, JPEG, MAC, RTPT, TTC, CLIPure, Defence, GaussianNoise, ResizeAndPad
@@ -322,6 +323,55 @@ def test_the_value_of_every_way_is_exactly_the_defences(task: Any, batch: Batch)
         assert torch.equal(Way(method, task.name, name, range(1))(batch.images, batch.index), exact), name
     carried = Carried.apply(torch.ones(2), torch.zeros(2, requires_grad=True))
     assert torch.equal(carried, torch.ones(2))
+
+
+class _Marked(torch.autograd.Function):
+    """A copy whose graph holds a mark."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, marks: "weakref.WeakSet[_Mark]") -> Tensor:
+        ctx.mark = _Mark()
+        marks.add(ctx.mark)
+        return images.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+class _Mark:
+    """Exists as long as the graph that holds it."""
+
+
+class MarkedNoise(GaussianNoise):
+    """Notes how many draws have their graphs in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(0.1, 1)
+        self._marks: weakref.WeakSet[_Mark] = weakref.WeakSet()
+        self._most = 0
+
+    def forward(self, method: Any, images: Tensor, task: str, *, index: Tensor | None, draw: int) -> Tensor:
+        logits = super().forward(method, _Marked.apply(images, self._marks), task, index=index, draw=draw)
+        self._most = max(self._most, len(self._marks))
+        return logits
+
+
+def test_the_gradient_is_the_mean_over_draws_of_which_one_is_in_memory(task: Any, batch: Batch) -> None:
+    defence = MarkedNoise()
+    method, images, draws = defended(defence, task), batch.images[:4].clone().requires_grad_(), range(8, 13)
+    with frozen(method):
+        answers = [method.answers(images, task.name, index=batch.index[:4], draw=draw) for draw in draws]
+        mean = torch.stack(answers).mean(0)
+        (expected,) = torch.autograd.grad(cross_entropy(mean, batch.labels[:4]).sum(), images)
+        assert defence._most == len(draws)
+        del answers, mean
+        defence._most = 0
+        logits = Way(method, task.name, "own", draws)(images, batch.index[:4])
+        (gradient,) = torch.autograd.grad(cross_entropy(logits, batch.labels[:4]).sum(), images)
+    assert defence._most == 1
+    torch.testing.assert_close(gradient, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-4)
+    assert float(gradient.abs().sum()) > 0
 
 
 def test_a_cut_gradient_is_no_robustness(task: Any, batch: Batch) -> None:
