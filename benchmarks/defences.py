@@ -40,7 +40,7 @@ def row(name: str, run: Run) -> dict[str, Any]:
     parts = {"clean": mean["clean"], **{column: mean[ATTACK][column] for column in COLUMNS}}
     return {
         "defence": name,
-        "sets": list(result["tasks"]),
+        "by_set": {name: _of_set(values) for name, values in result["tasks"].items()},
         "n": sum(values["n"] for values in tasks),
         "settings": result["model"]["defence"],
         **{part: {"acc1": value["acc1"], "interval": value["interval"]} for part, value in parts.items()},
@@ -51,6 +51,12 @@ def row(name: str, run: Run) -> dict[str, Any]:
         "audit": result["audit"]["grade"],
         "commit": result["commit"],
     }
+
+
+def _of_set(values: Mapping[str, Any]) -> dict[str, float]:
+    """Reads the accuracies of one set, in [0, 1]."""
+    columns = {column: values[ATTACK][column]["acc1"] for column in COLUMNS}
+    return {"clean": values["clean"]["acc1"], **columns}
 
 
 def gap(run: Run) -> list[float]:
