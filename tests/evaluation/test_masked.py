@@ -256,6 +256,20 @@ def test_fidelity_knows_the_precision_of_the_model(dtype: torch.dtype) -> None:
     assert shares[1] <= 0.25
 
 
+def test_one_product_in_low_precision_does_not_hide_a_wrong_gradient() -> None:
+    """The first layer decides the precision; a few numbers in bfloat16 beside it are no reason for leniency."""
+    hidden = masked.seeded(torch.Size((64, 3072)), 1)
+
+    def answer(images: Tensor) -> Tensor:
+        turned = masked.through(images, masked.same, lambda g, _: 1.6 * g)
+        few = (images.flatten(1)[:, :2].bfloat16() @ torch.zeros(2, 1, dtype=torch.bfloat16)).float()
+        return (F.linear(turned.flatten(1) - 0.5, hidden).mean(1, keepdim=True) + few)[:, 0]
+
+    images, labels = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(16).long()
+    columns = gradient_probes.gradients(images, labels, logits_of(answer), PGD(EPS, EPS / 4, 10))
+    assert float(columns["faithful"].mean()) == 0
+
+
 def test_spread_and_missing_gradients_have_their_values() -> None:
     images, labels = torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.long)
     alike = gradient_probes.gradients(images, labels, logits_of(lambda x: x.mean((1, 2, 3))), None)
