@@ -140,10 +140,18 @@ class SureOrNot(ZeroShot):
         return logits * torch.where(first - second > 1, 1e4, 1e-4)[:, None].detach()
 
 
+class TopOfLogits(ZeroShot):
+    """The largest logit is raised by 20, where cross-entropy rounds to 0 and loses the label's gradient."""
+
+    def logits(self, images: Tensor, task: str = "train") -> Tensor:
+        logits = super().logits(images, task)
+        return logits + 20 * F.one_hot(logits.argmax(-1), logits.shape[1])
+
+
 GRADIENTS: dict[str, type[RobustMethod]] = {
     cls.__name__: cls
     for cls in (
         TinyGradient, TimeNoise, ChannelsLastOnly, TurnedByHook, WithoutPeaks, TurnedColumns, RightTwice, BatchMean,
-        CoarseColours, RoundedLogits, SignsOfPlanes, SureOrNot,
+        CoarseColours, RoundedLogits, SignsOfPlanes, SureOrNot, TopOfLogits,
     )
 }  # fmt: skip

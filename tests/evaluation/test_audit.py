@@ -15,7 +15,7 @@ from helpers import quick_trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustclip.attacks import PGD, Attack, Recipe, Square, TorchAttack
+from robustclip.attacks import APGD, PGD, Attack, Recipe, Square, TorchAttack
 from robustclip.attacks.attack import Forward, Loss
 from robustclip.cli.main import run as main
 from robustclip.data import CLIPDataModule
@@ -710,6 +710,16 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("gradient_steadiness", "pass", {"turn": 0.51}),
     ("gradient_steadiness", "warn", {"turn": 0.49}),
     ("gradient_steadiness", "fail", {"turn": 0.09}),
+    ("saturated_loss", "pass", {"survivors": 400, "loss": [0.0] * 13}),  # 0.019 at least
+    ("saturated_loss", "warn", {"survivors": 400, "loss": [0.0] * 14}),
+    ("saturated_loss", "pass", {"survivors": 0, "loss": 0.0}),
+    ("saturated_loss", "warn", {"survivors": 400, "loss": 0.0, "attack": PGD("5/255", loss="ce")}),
+    ("saturated_loss", "warn", {"survivors": 400, "loss": 0.0, "attack": APGD("5/255")}),
+    ("saturated_loss", "pass", {"survivors": 400, "loss": 0.0, "attack": PGD("5/255", loss="margin")}),
+    ("saturated_loss", "pass", {"survivors": 400, "loss": 0.0, "attack": PGD("5/255", target="red")}),
+    ("saturated_loss", "pass", {"survivors": 400, "loss": 0.0, "attack": PGD(0)}),
+    ("saturated_loss", "pass", {"survivors": 400, "loss": 0.0, "attack": Square("5/255")}),
+    ("saturated_loss", "not_measured", {"n": 0}),
     ("random_state", "pass", {"random": [1.0]}),  # without effect
     ("random_state", "fail", {"random": [1.0], "regrad": [0.1]}),
     ("random_state", "not_measured", {"random": np.nan}),

@@ -29,6 +29,7 @@ from robustclip.results.run import Run
 NEW = {
     *("gradient_fidelity", "gradient_repeats", "gradient_spread", "random_state", "stateful", "label_leak"),
     *("autograd_inside", "other_attack", "transfer", "borrowed_gradients", "softmax_head", "ways", "declared"),
+    "saturated_loss",
 }
 EPS = 5 / 255
 

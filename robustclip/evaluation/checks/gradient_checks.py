@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustclip.attacks import Attack
 from robustclip.evaluation.audit import AuditCheck, Check, ProbedCheck
 from robustclip.evaluation.checks.model_checks import REPEATED
 from robustclip.evaluation.evidence import Evidence
@@ -22,6 +23,8 @@ ALL_ALIKE = 0.95  # of a constant image
 JUMPS = (0.2, 0.02)
 # Median cosine over the samples: 0.94 and more for seven honest models, 0.3 and less for logits with ripples.
 TURNS = (0.5, 0.1)
+# Of all samples. Cross-entropy is 0 in fp32 if the label's logit is 17 above all others: none for eight honest models.
+SATURATED = (0.02, 1.0)
 
 
 class _PixelGradients(AuditCheck):
@@ -112,10 +115,35 @@ class _GradientSteadiness(_UncutCheck):
         return self.answer("fail" if fails else "warn" if warns else "pass", measurement)
 
 
+class _SaturatedLoss(AuditCheck):
+    name = "saturated_loss"
+    why = "where the cross-entropy rounds to 0, its gradient lacks the label's logit; the losses margin and dlr do not"
+
+    def grade(self, evidence: Evidence) -> Check:
+        checks = [self._of_attack(evidence, attack) for attack in dict.fromkeys(name for _, name in evidence.attacked)]
+        return self.worst(checks, "no attack ran")
+
+    def _of_attack(self, evidence: Evidence, attack: str) -> Check:
+        keys = [key for key in evidence.attacked if key[1] == attack]
+        members = [member.attack for key in keys for member in evidence.members[key]]
+        if not all(member.eps and _is_by_cross_entropy(member) for member in members):
+            return self.answer("pass", f"{attack} does not follow the label's cross-entropy alone")
+        samples = sum(len(evidence.samples[task]["id"]) for task, _ in keys)
+        columns = [evidence.attacked[key] for key in keys]
+        count = sum(int(((part["by"] == "") & (part["loss"] == 0)).sum()) for part in columns)
+        return self.of_count(count, samples, SATURATED, f"samples survive {attack} with a cross-entropy of 0 in fp32")
+
+
+def _is_by_cross_entropy(attack: Attack) -> bool:
+    """Returns whether the attack raises the cross-entropy of the label; null is the caller's loss, which that is."""
+    return getattr(attack, "loss", "its own") in (None, "ce") and getattr(attack, "target", None) is None
+
+
 GRADIENT_CHECKS: Sequence[AuditCheck] = (
     _PixelGradients(),
     _GradientFidelity(),
     _GradientRepeats(),
     _GradientSpread(),
     _GradientSteadiness(),
+    _SaturatedLoss(),
 )
