@@ -1,10 +1,11 @@
 """Compares every member of the recipes with four other packages, at equal budget on equal images.
 
-The packages are AutoAttack (`pyautoattack`), torchattacks, the Adversarial Robustness Toolbox (ART) and foolbox; those
-that are not installed are left out, with a line that says so. The models are the embedded shapes model undefended and,
-with `--checkpoint`, one that a method has trained. The table has, for each member and package, the samples that both
-break, only the package here, and only the other, and the CPU seconds of each. `--cost` measures instead the CPU time of
-APGD-T per evaluation of a small network, called directly and by the evaluation.
+Packages that are not installed are left out, with a line that says so. The models are the embedded shapes model
+undefended and, with `--checkpoint`, one that a method has trained. For each member and package, the result has the
+samples that each misclassifies per seed, those that only one of them does, the CPU seconds of each, and a p-value.
+This is Welch's t-test over the seeds, since the samples are fixed and the random numbers are not; with one seed it
+is McNemar's test over the samples. `--cost` measures instead the CPU time of APGD-T per evaluation of a small
+network, called directly and by the evaluation.
 """
 
 import argparse
@@ -15,226 +16,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import HAS_L1, PACKAGES, PEERS, QUERIES, STEPS, TARGETS, Model, Peer, Problem
+from scipy import stats
 from torch import Tensor, nn
 
 import robustclip
 from robustclip.attacks import APGD, PGD, Attack, Recipe, Square, TorchAttack, pixels
-from robustclip.attacks.perturbation_set import distance
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation.engine import examine
 from robustclip.intervals import mcnemar
 from robustclip.methods import RobustMethod, ZeroShot
 from robustclip.results.provenance import commit
-
-STEPS, QUERIES, TARGETS = 20, 500, 9  # steps unless --steps is given
-QUERIES_PER_STEP = 50  # of the cascade, as in AutoAttack: 100 steps and 5,000 queries
-OUTSIDE = 1e-5  # images further out of the perturbation set do not count
-PACKAGES = {"pyautoattack": "pyautoattack", "torchattacks": "torchattacks", "art": "ART", "foolbox": "foolbox"}
-
-
-class Model(nn.Module):
-    """A classifier of images, counting its evaluations; the method is hidden from packages that change modes."""
-
-    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function, self.evaluations = forward, 0
-        self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)  # torchattacks reads its device
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images (B, 3, H, W) to logits (B, C)."""
-        self.evaluations += 1
-        return self.function(images)
-
-
-@dataclass
-class Problem:
-    """Correctly classified images of one model, a radius, and a seed."""
-
-    model: Model
-    images: Tensor
-    labels: Tensor
-    index: Tensor
-    classes: int
-    eps: float
-    norm: str
-    seed: int = 0
-    steps: int = STEPS
-
-    @property
-    def targets(self) -> int:
-        """Number of targets of targeted members."""
-        return min(TARGETS, self.classes - 1)
-
-    def is_broken(self, attacked: Tensor) -> Tensor:
-        """Marks samples (B,) whose image is misclassified, in the perturbation set and in the valid pixel range."""
-        attacked = attacked.detach().float()
-        with torch.no_grad():
-            is_wrong = self.model(attacked).argmax(1) != self.labels
-        is_inside = distance(attacked, self.images, self.norm) <= self.eps + OUTSIDE
-        in_range = (attacked.flatten(1).amin(1) >= -OUTSIDE) & (attacked.flatten(1).amax(1) <= 1 + OUTSIDE)
-        is_broken: Tensor = is_wrong & is_inside & in_range
-        return is_broken
-
-
-Peer = Callable[[Problem], Tensor]
-"""Returns attacked images."""
-
-
-def _autoattack(p: Problem, name: str) -> Tensor:
-    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-    from pyautoattack.fab_pt import FABAttack_PT
-    from pyautoattack.square import SquareAttack
-
-    shared: dict[str, Any] = {"norm": {"linf": "Linf"}.get(p.norm, p.norm.upper()), "eps": p.eps, "seed": p.seed}
-    shared |= {"device": "cpu"}
-    attack: Any
-    if name in ("apgd_ce", "apgd_dlr"):
-        attack = APGDAttack(p.model, n_iter=p.steps, loss=name[5:], use_largereps=p.norm == "l1", **shared)
-    elif name == "apgd_t":
-        more = {"n_target_classes": p.targets, "use_largereps": p.norm == "l1"}
-        attack = APGDAttack_targeted(p.model, n_iter=p.steps, **more, **shared)
-    elif name == "fab_t":
-        attack = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
-    else:
-        attack = SquareAttack(p.model, n_queries=QUERIES, **shared)
-    attacked: Tensor = attack.perturb(p.images.clone(), p.labels.clone())
-    return attacked
-
-
-def _standard_autoattack(p: Problem) -> Tensor:
-    """Runs the standard four in AutoAttack's own loop, with the steps of the problem and 50 queries per step."""
-    from pyautoattack import AutoAttack
-    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-    from pyautoattack.fab_pt import FABAttack_PT
-    from pyautoattack.square import SquareAttack
-
-    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
-    names = ["apgd-ce", "apgd-t", "fab-t", "square"]
-    attack = AutoAttack(p.model, attacks=names, version="custom", device="cpu", **shared)
-    shared |= {"device": "cpu"}
-    attack.apgd = APGDAttack(p.model, n_iter=p.steps, **shared)
-    attack.apgd_targeted = APGDAttack_targeted(p.model, n_iter=p.steps, n_target_classes=p.targets, **shared)
-    attack.fab = FABAttack_PT(p.model, n_iter=p.steps, targeted=True, n_target_classes=p.targets, **shared)
-    attack.square = SquareAttack(p.model, n_queries=QUERIES_PER_STEP * p.steps, resc_schedule=True, **shared)
-    attacked = attack.run_standard_evaluation(p.images.clone(), p.labels.clone(), batch_size=len(p.images))
-    result: Tensor = attacked[0] if isinstance(attacked, tuple) else attacked
-    return result
-
-
-def _multi_attack(p: Problem) -> Tensor:
-    """Runs the standard four as torchattacks' AutoAttack does, with the same budget."""
-    import torchattacks
-
-    torch.manual_seed(p.seed)
-    shared: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[p.norm], "eps": p.eps, "seed": p.seed}
-    attacks = [
-        torchattacks.APGD(p.model, steps=p.steps, **shared),
-        torchattacks.APGDT(p.model, steps=p.steps, n_classes=p.targets + 1, **shared),
-        torchattacks.FAB(p.model, steps=p.steps, multi_targeted=True, n_classes=p.targets + 1, **shared),
-        torchattacks.Square(p.model, n_queries=QUERIES_PER_STEP * p.steps, **shared),
-    ]
-    attacked: Tensor = torchattacks.MultiAttack(attacks)(p.images.clone(), p.labels.clone())
-    return attacked
-
-
-def _torchattacks(p: Problem, name: str, **settings: Any) -> Tensor:
-    """Runs an attack of torchattacks itself, without the package's wrapper."""
-    import torchattacks
-
-    torch.manual_seed(p.seed)
-    if p.norm == "l2" and name == "PGD":
-        name = "PGDL2"
-    if not name.startswith("PGD"):
-        settings |= {"norm": {"linf": "Linf"}.get(p.norm, p.norm.upper()), "seed": p.seed}
-    attacked: Tensor = getattr(torchattacks, name)(p.model, eps=p.eps, **settings)(p.images.clone(), p.labels.clone())
-    return attacked
-
-
-def _foolbox(p: Problem, is_random: bool) -> Tensor:
-    import foolbox
-
-    torch.manual_seed(p.seed)
-    attack = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD, "l1": foolbox.attacks.L1PGD}[p.norm]
-    search = attack(abs_stepsize=p.eps / 4, steps=p.steps, random_start=is_random)
-    attacked: Tensor = search.run(foolbox.PyTorchModel(p.model, bounds=(0, 1)), p.images, p.labels, epsilon=p.eps)
-    return attacked
-
-
-def _art(p: Problem, name: str, is_random: bool = False) -> Tensor:
-    import numpy as np
-    from art.attacks import evasion
-    from art.estimators.classification import PyTorchClassifier
-
-    np.random.seed(p.seed)  # ART draws from numpy's global generator
-    shape = tuple(p.images.shape[1:])
-    options = {"clip_values": (0.0, 1.0), "device_type": "cpu"}
-    more: dict[str, Any]
-    estimator: Any = PyTorchClassifier(p.model, nn.CrossEntropyLoss(), shape, p.classes, **options)
-    norm = {"linf": np.inf, "l2": 2, "l1": 1}[p.norm]
-    shared: dict[str, Any] = {"norm": norm, "eps": p.eps, "batch_size": len(p.images), "verbose": False}
-    if name == "pgd":
-        more = {"eps_step": p.eps / 4, "max_iter": p.steps, "num_random_init": int(is_random)}
-        attack: Any = evasion.ProjectedGradientDescentPyTorch(estimator, **more, **shared)
-    elif name == "square":
-        attack = evasion.SquareAttack(estimator, max_iter=QUERIES, **shared)
-    else:
-        loss = {"apgd_ce": "cross_entropy", "apgd_dlr": "difference_logits_ratio"}[name]
-        more = {"eps_step": 2 * p.eps, "max_iter": p.steps, "nb_random_init": 1, "loss_type": loss}
-        attack = evasion.AutoProjectedGradientDescent(estimator, **more, **shared)
-    return torch.from_numpy(attack.generate(p.images.numpy().copy(), p.labels.numpy()))
-
-
-PEERS: dict[str, dict[str, Peer]] = {
-    "pgd_ce, no random start": {
-        "torchattacks": lambda p: _torchattacks(
-            p, "PGD", alpha=p.eps / 4, steps=p.steps, random_start=False
-        ),
-        "art": lambda p: _art(p, "pgd"),
-        "foolbox": lambda p: _foolbox(p, is_random=False),
-    },
-    "pgd_ce": {
-        "torchattacks": lambda p: _torchattacks(p, "PGD", alpha=p.eps / 4, steps=p.steps),
-        "art": lambda p: _art(p, "pgd", is_random=True),
-        "foolbox": lambda p: _foolbox(p, is_random=True),
-    },
-    "apgd_ce": {
-        "pyautoattack": partial(_autoattack, name="apgd_ce"),
-        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps),
-        "art": partial(_art, name="apgd_ce"),
-    },
-    "apgd_dlr": {
-        "pyautoattack": partial(_autoattack, name="apgd_dlr"),
-        "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps, loss="dlr"),
-        "art": partial(_art, name="apgd_dlr"),
-    },
-    "apgd_t": {
-        "pyautoattack": partial(_autoattack, name="apgd_t"),
-        "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=p.steps, n_classes=p.targets + 1),
-    },
-    "fab_t": {
-        "pyautoattack": partial(_autoattack, name="fab_t"),
-        "torchattacks": lambda p: _torchattacks(
-            p, "FAB", steps=p.steps, multi_targeted=True, n_classes=p.targets + 1
-        ),
-    },
-    "square": {
-        "pyautoattack": partial(_autoattack, name="square"),
-        "torchattacks": partial(_torchattacks, name="Square", n_queries=QUERIES),
-        "art": partial(_art, name="square"),
-    },
-    "autoattack": {
-        "pyautoattack": _standard_autoattack,
-        "torchattacks": _multi_attack,
-    },
-}  # fmt: skip
-PEERS["pgd_ce, every image"] = PEERS["pgd_ce"]  # as the evaluation judges by default
-HAS_L1 = {"pyautoattack": ("apgd_ce", "apgd_dlr", "apgd_t"), "art": ("pgd_ce", "apgd_ce"), "foolbox": ("pgd_ce",)}
 
 
 def ours(member: str, p: Problem) -> tuple[Attack, str]:
@@ -270,7 +67,7 @@ def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
 
 
 def compare(p: Problem, member: str, seeds: int, packages: list[str]) -> dict[str, Any]:
-    """Counts the samples, over all seeds, that one package breaks and the other does not."""
+    """Counts the samples, over all seeds, that one package misclassifies and the other does not."""
     attack, stop = ours(member, p)
     options: Any = {"index": p.index, "stop": stop}
     mine, seconds = [], 0.0
@@ -283,8 +80,8 @@ def compare(p: Problem, member: str, seeds: int, packages: list[str]) -> dict[st
         broken, spent = _timed(run)
         mine.append(broken)
         seconds += spent
-    rows: dict[str, Any] = {"n": len(p.images), "seeds": seeds, "robustclip": {"broken": _count(mine)}}
-    rows["robustclip"]["seconds"] = round(seconds, 1)
+    own = {"broken": _count(mine), "by_seed": _by_seed(mine), "seconds": round(seconds, 1)}
+    rows: dict[str, Any] = {"n": len(p.images), "seeds": seeds, "robustclip": own}
     for package in [name for name in packages if name in PEERS[member]]:
         theirs, seconds = [], 0.0
         for seed in range(seeds):
@@ -296,8 +93,10 @@ def compare(p: Problem, member: str, seeds: int, packages: list[str]) -> dict[st
             sum(int((a & ~b).sum()) for a, b in zip(one, other, strict=True))
             for one, other in ((mine, theirs), (theirs, mine))
         )
-        rows[package] = {"broken": _count(theirs), "only_ours": only_ours, "only_theirs": only_theirs}
-        rows[package] |= {"p": round(mcnemar(only_ours, only_theirs), 4), "seconds": round(seconds, 1)}
+        p_value = _welch(_by_seed(mine), _by_seed(theirs)) if seeds > 1 else mcnemar(only_ours, only_theirs)
+        rows[package] = {"broken": _count(theirs), "by_seed": _by_seed(theirs)}
+        rows[package] |= {"only_ours": only_ours, "only_theirs": only_theirs}
+        rows[package] |= {"p": round(p_value, 4), "seconds": round(seconds, 1)}
         print(member, package, rows["robustclip"], rows[package], flush=True)
     return rows
 
@@ -306,8 +105,18 @@ def _judged(peer: Peer, problem: Problem) -> Tensor:
     return problem.is_broken(peer(problem))
 
 
+def _by_seed(broken: list[Tensor]) -> list[int]:
+    return [int(mask.sum()) for mask in broken]
+
+
 def _count(broken: list[Tensor]) -> int:
-    return sum(int(mask.sum()) for mask in broken)
+    return sum(_by_seed(broken))
+
+
+def _welch(ours: list[int], theirs: list[int]) -> float:
+    """Computes the p-value of two means over seeds; 1 for equal counts without any spread, which have no t."""
+    is_constant = len(set(ours)) == len(set(theirs)) == 1
+    return float(ours[0] == theirs[0]) if is_constant else float(stats.ttest_ind(ours, theirs, equal_var=False).pvalue)
 
 
 def problem_of(method: RobustMethod, options: argparse.Namespace, eps: str) -> Problem:
