@@ -52,8 +52,9 @@ class APGD(Attack):
     and there is no momentum. The search begins at three times and twice the radius, 30 percent of the steps each; these
     images do not count.
 
-    Departures from the authors' code: the first checkpoint compares the first step with the start instead of with 0;
-    random starts are drawn by sample id.
+    From one start the search takes the steps of the authors' code (https://github.com/fra31/auto-attack), in L-infinity
+    bit for bit. As there, the first step counts as a rise if its loss is above 0, whatever that of the start is.
+    Departures: random starts are drawn by sample id, and in L1 no step is spent on pixels that the valid range holds.
 
     Args:
         eps: radius of the perturbation set; L-infinity radii in [0, 1] pixel units, such as ``4/255``.

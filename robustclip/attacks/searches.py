@@ -7,7 +7,7 @@ from robustclip.attacks import l1_ball, perturbation_set
 from robustclip.attacks.rows import replaced
 
 MOMENTUM = 0.75  # the share of the new step, alpha of https://arxiv.org/abs/2003.01690
-FIRST_WINDOW, WINDOW_SHRINKS_BY, SMALLEST_WINDOW = 22, 3, 6  # in percent of the steps; section 3.3 there
+WINDOWS = (22, 3, 6)  # first window, by how much windows shrink, smallest one; percent of the steps, section 3.3 there
 # Of https://arxiv.org/abs/2103.01208, section 4: changed pixels per pixel of a step, the fall of their number that
 # counts as progress, the divisor of the step size without progress, its smallest share of the radius, and the time
 # between two checks in percent of the steps.
@@ -66,6 +66,7 @@ class DenseSearch(Search):
         self.before, self.momentum = self.position, 1.0
         self.step_size = torch.full_like(self.value, 2 * self.eps).view(-1, 1, 1, 1)
         self.rises, self.last_check = torch.zeros_like(self.value), 0
+        self.last_value = torch.zeros_like(self.value)  # not that of the start, as in the authors' code
         self.was_halved, self.best_at_check = torch.ones_like(self.value, dtype=torch.bool), self.value
         self.checkpoints = set(checkpoints(self.steps))
 
@@ -85,7 +86,7 @@ class DenseSearch(Search):
             value: loss ``(B,)``.
             gradient: ``(B, 3, H, W)``.
         """
-        self.rises = self.rises + (value > self.value)
+        self.rises, self.last_value = self.rises + (value > self.last_value), value
         super().record(value, gradient)
 
     def check(self, step: int, rho: float) -> None:
@@ -143,10 +144,13 @@ class SparseSearch(Search):
 
 
 def checkpoints(steps: int) -> list[int]:
-    """Lists the steps after which step sizes are adapted: at 22%, then after windows 3% shorter each, 6% at least."""
-    percents, window = [FIRST_WINDOW], FIRST_WINDOW
-    while percents[-1] < 100:
-        window = max(window - WINDOW_SHRINKS_BY, SMALLEST_WINDOW)
-        percents.append(percents[-1] + window)
-    rounded_up = [-(-percent * steps // 100) for percent in percents]
-    return sorted({step for step in rounded_up if step <= steps})
+    """Lists the steps after which step sizes are adapted: at 22%, then after windows 3% shorter each, 6% at least.
+
+    Each length is rounded down to steps, at least one, as in the authors' code.
+    """
+    window, shorter, smallest = (max(percent * steps // 100, 1) for percent in WINDOWS)
+    listed = [window]
+    while listed[-1] < steps:
+        window = max(window - shorter, smallest)
+        listed.append(listed[-1] + window)
+    return [step for step in listed if step <= steps]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from victims import assert_inside, learnt, linear
 
-from robustclip.attacks import APGD, PGD, Attack
+from robustclip.attacks import APGD, PGD, Attack, perturbation_set
 from robustclip.attacks.attack import SkipsMisclassified
 from robustclip.attacks.searches import checkpoints
 
@@ -122,10 +122,39 @@ def test_a_run_evaluates_one_gradient_per_step_and_one_for_the_start() -> None:
 
 
 def test_checkpoints_are_the_papers() -> None:
-    """p_1 = 0.22 and p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), rounded up to steps."""
+    """p_1 = 0.22 and p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06); the windows are rounded down to steps."""
     assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert checkpoints(1000)[:3] == [220, 410, 570]
+    assert checkpoints(20) == [4, 7, 9, *range(10, 21)]
     assert checkpoints(1) == [1]
+
+
+@pytest.mark.parametrize("steps", [7, 20, 100])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
+@pytest.mark.parametrize(("norm", "name", "eps"), [("linf", "Linf", 8 / 255), ("l2", "L2", 0.6)])
+def test_from_one_start_the_images_are_those_of_the_authors_code(
+    norm: str, name: str, eps: float, loss: str, steps: int
+) -> None:
+    model, images, labels = learnt()
+    index = (model(images).argmax(1) == labels).nonzero()[:, 0]
+    images, labels = images[index], labels[index]
+    reference = pytest.importorskip("pyautoattack.autopgd_base", reason="pyautoattack, the reference, is missing")
+    options = {"n_iter": steps, "norm": name, "eps": eps, "device": "cpu"}
+    if loss == "targeted":
+        theirs, ours = reference.APGDAttack_targeted(model, **options), APGD(eps, steps, norm, "dlr", targets=1)
+        theirs.y_target = model(images).topk(2).indices[:, 1]
+    else:
+        theirs, ours = reference.APGDAttack(model, loss=loss, **options), APGD(eps, steps, norm, loss)
+    theirs.init_hyperparam(images)
+    start = perturbation_set.surface_start(images, eps, norm, index, perturbation_set.stream(3, 0))
+    best, correct, _, _ = theirs.attack_single_run(images, labels, start)
+    attacked = ours(images, model, labels, index=index, seed=3)
+    robust = model(attacked).argmax(1) == labels
+    assert torch.equal(robust, correct.bool())
+    assert 0 < robust.sum() < len(robust)
+    if loss != "targeted":  # of targeted runs ours returns the image of the highest margin
+        # Steps in L-infinity are signs, so that images are equal; lengths in L2 are rounded.
+        torch.testing.assert_close(attacked[robust], best[robust], rtol=0, atol=0 if norm == "linf" else 1e-3)
 
 
 def test_the_best_point_is_kept() -> None:
