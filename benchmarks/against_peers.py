@@ -57,7 +57,7 @@ def ours(member: str, p: Problem) -> tuple[Attack, str]:
         "square": lambda: Square(p.eps, QUERIES, norm),
         "autoattack": lambda: Recipe("autoattack", p.eps, norm, p.steps / 100),
     }
-    return attacks[member](), "worst"
+    return attacks[member.split(",")[0]](), "worst"
 
 
 def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustclip.attacks import perturbation_set
 from robustclip.attacks.perturbation_set import distance
 from robustclip.attacks.sample_losses import predicted
 
@@ -87,6 +88,20 @@ def _autoattack(p: Problem, name: str) -> Tensor:
     else:
         attack = SquareAttack(p.model, n_queries=QUERIES, **shared)
     attacked: Tensor = attack.perturb(p.images.clone(), p.labels.clone())
+    return attacked
+
+
+def _from_equal_start(p: Problem, loss: str) -> Tensor:
+    """Runs Auto-PGD of `pyautoattack` from the start that this package draws for the same seed."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    norm = {"linf": "Linf", "l2": "L2"}[p.norm]
+    attack = APGDAttack(p.model, n_iter=p.steps, loss=loss, norm=norm, eps=p.eps, seed=p.seed, device="cpu")
+    attack.init_hyperparam(p.images)
+    draw = perturbation_set.stream(p.seed, 0)
+    start = perturbation_set.surface_start(p.images, p.eps, p.norm, p.index, draw)
+    best, correct, _, misclassified = attack.attack_single_run(p.images, p.labels, start)
+    attacked: Tensor = torch.where(correct.bool().view(-1, 1, 1, 1), best, misclassified)
     return attacked
 
 
@@ -196,6 +211,8 @@ PEERS: dict[str, dict[str, Peer]] = {
         "torchattacks": lambda p: _torchattacks(p, "APGD", steps=p.steps, loss="dlr"),
         "art": partial(_art, name="apgd_dlr"),
     },
+    "apgd_ce, equal start": {"pyautoattack": partial(_from_equal_start, loss="ce")},
+    "apgd_dlr, equal start": {"pyautoattack": partial(_from_equal_start, loss="dlr")},
     "apgd_t": {
         "pyautoattack": partial(_autoattack, name="apgd_t"),
         "torchattacks": lambda p: _torchattacks(p, "APGDT", steps=p.steps, n_classes=p.targets + 1),
