@@ -17,7 +17,7 @@ Columns = Mapping[str, NDArray[Any]]
 Rows = Sequence[Mapping[str, str]]
 SAMPLE_NUMBERS = (
     *("clean_loss", "largest_logit", "logit_sum", "least_logit", "outside", "repeat", "faithful", "regrad", "spread"),
-    *("steady", "turn", "random", "autograd", "state", "leak", "draws"),
+    *("steady", "rise", "random", "autograd", "state", "leak", "draws"),
 )
 ATTACK_NUMBERS = (
     *("loss", "steps", "dead", "distance", "excess", "nans", "exact", "again"),

@@ -17,7 +17,7 @@ TOLERANCE = 0.25  # relative to the change; along random signs, to the change by
 # Relative to the largest logit, and in units of the model's precision; errors of up to 5.8 units were seen in bf16.
 ROUNDING, ROUNDINGS = 1e-4, 6
 BLOCKS, BLOCK_SEED = 8, 0xB10C  # blocks of an image's side
-NEAR = 0.125 / 255  # where the gradient of a network without a defence still points the same way
+NEAR = 0.125 / 255  # length over which a network without a defence rises as its gradient promises
 APPROACH = 3  # steps of a quarter of the radius that lead to the examined point
 
 
@@ -39,8 +39,8 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
         first for one of the lengths, up to rounding in the model's precision, else 0; nan where there is no gradient
         and the loss stays as it is. ``regrad``: relative L2 difference of two gradients of the batch. ``spread``: the
         squared sum of the gradient's absolute values over its number of pixels and sum of squares. ``steady``: the
-        least over the largest size of the gradient within one step of the attack, a quarter of the radius. ``turn``:
-        the cosine of the gradient with that an eighth of a grey level further.
+        least over the largest size of the gradient within one step of the attack, a quarter of the radius. ``rise``:
+        the rise of the margin over an eighth of a grey level along the gradient's sign, over that of a linear model.
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, labels = images.clone(), labels.clone()
@@ -67,7 +67,7 @@ def gradients(images: Tensor, labels: Tensor, forward: Forward, attack: Attack |
             "regrad": ((again - gradient).norm() / gradient.norm().clamp(min=1e-30)).expand(len(images)),
             "spread": (flat.abs().sum(1) ** 2 / (flat.square().sum(1) * flat.shape[1])).float(),
             "steady": _steadiness(point, labels, forward, gradient, _step_of(attack)),
-            "turn": _turn(point, labels, forward, gradient),
+            "rise": _rise(point, labels, forward, value, gradient),
         }
 
 
@@ -86,12 +86,12 @@ def _steadiness(point: Tensor, labels: Tensor, forward: Forward, gradient: Tenso
     return least / largest
 
 
-def _turn(point: Tensor, labels: Tensor, forward: Forward, gradient: Tensor) -> Tensor:
-    """Computes the cosine ``(B,)`` of the gradient with one a little further along its sign; nan without a gradient."""
-    further = margin_gradient(point + NEAR * gradient.sign(), labels, forward)[1]
-    a, b = (part.flatten(1).double() for part in (gradient, further))
-    cosine: Tensor = (a / a.norm(dim=1, keepdim=True) * F.normalize(b, eps=1e-30)).sum(1)
-    return cosine.float()
+def _rise(point: Tensor, labels: Tensor, forward: Forward, value: Tensor, gradient: Tensor) -> Tensor:
+    """Divides the rise ``(B,)`` of the margin along the gradient's sign by the predicted rise; nan without any."""
+    with torch.no_grad():
+        further = margin(forward(point + NEAR * gradient.sign()).float(), labels)
+    predicted = NEAR * gradient.flatten(1).abs().sum(1)
+    return torch.where(predicted > 0, (further - value) / predicted, torch.nan)
 
 
 def _approached(images: Tensor, labels: Tensor, forward: Forward, attack: Attack | None) -> Tensor:

@@ -246,7 +246,7 @@ class ProbeQueue:
             columns["state"] = probes.state_change(images, forward, self.method, test_step)
             step = partial(self._step, part.batch, number)
             columns["leak"] = probes.label_leak(step, labels, part.logits.shape[1])
-        for name in ("faithful", "steady", "turn", "state", "leak"):
+        for name in ("faithful", "steady", "rise", "state", "leak"):
             values = columns[name].tolist() if name in columns else [math.nan] * count
             columns[name] = ["" if math.isnan(value) else value for value in values]
         fill(part.rows, range(count), columns)

@@ -22,7 +22,7 @@ SAMPLE_COLUMNS = {
     "regrad": "relative difference of two gradients at one point; empty: not probed",
     "spread": "squared sum of the gradient's absolute values over their number and sum of squares; empty: not probed",
     "steady": "least over largest size of the gradient within one step of the attack; empty: not probed",
-    "turn": "cosine of the gradient with the gradient an eighth of a grey level further; empty: not probed",
+    "rise": "rise of the margin an eighth of a grey level along the gradient, over the predicted; empty: not probed",
     "random": "1 if a forward and a backward pass draw from a global random generator, else 0; empty: not probed",
     "autograd": "number of calls that compute gradients during one answer; empty: not probed",
     "state": "largest difference of logits after other images were shown; inf: a tensor changed; empty: not probed",

@@ -586,7 +586,7 @@ def make_evidence(
         "again": np.where(is_probed, 1e-5, np.nan), "wider": np.where(is_probed, 1.0, np.nan), "longer": broken,
         "faithful": np.where(is_probed, 1.0, np.nan), "regrad": np.where(is_probed, 0.0, np.nan),
         "spread": np.where(is_probed, 0.4, np.nan), "steady": np.where(is_probed, 0.8, np.nan),
-        "turn": np.where(is_probed, 0.97, np.nan),
+        "rise": np.where(is_probed, 0.97, np.nan),
         "other": np.where(is_probed & is_survivor, 0.0, np.nan),
         "transfer": np.where(is_probed & is_survivor, 0.0, np.nan),
         "borrowed": np.where(is_probed & is_survivor, 0.0, np.nan), "own": np.full(n, np.nan),
@@ -707,9 +707,9 @@ LIMITS: list[tuple[str, str, dict[str, Any]]] = [
     ("gradient_steadiness", "warn", {"steady": 0.19}),
     ("gradient_steadiness", "fail", {"steady": 0.019}),
     ("gradient_steadiness", "not_measured", {"steady": np.nan}),
-    ("gradient_steadiness", "pass", {"turn": 0.51}),
-    ("gradient_steadiness", "warn", {"turn": 0.49}),
-    ("gradient_steadiness", "fail", {"turn": 0.09}),
+    ("gradient_steadiness", "pass", {"rise": 0.21}),
+    ("gradient_steadiness", "warn", {"rise": 0.19}),
+    ("gradient_steadiness", "fail", {"rise": 0.049}),
     ("saturated_loss", "pass", {"survivors": 400, "loss": [0.0] * 13}),  # 0.019 at least
     ("saturated_loss", "warn", {"survivors": 400, "loss": [0.0] * 14}),
     ("saturated_loss", "pass", {"survivors": 0, "loss": 0.0}),
@@ -837,7 +837,7 @@ def test_grade_is_that_of_the_worst_check(change: dict[str, Any], grade: str) ->
     assert audit(make_evidence(**change))["grade"] == grade
 
 
-def test_a_gradient_that_vanishes_a_little_further_has_turned() -> None:
+def test_a_gradient_that_vanishes_a_little_further_promises_too_much() -> None:
     """One image has a gradient on a first bit of the way alone, one everywhere, and one nowhere."""
     scale = torch.tensor([1.0, 1.0, 0.0])
 
@@ -847,6 +847,6 @@ def test_a_gradient_that_vanishes_a_little_further_has_turned() -> None:
         return torch.stack([cut, -cut], 1)
 
     images, labels = torch.full((3, 3, 4, 4), 0.5), torch.ones(3, dtype=torch.long)
-    turn = gradients(images, labels, forward, None)["turn"]
-    assert turn[:2].tolist() == pytest.approx([0, 1])
-    assert turn[2].isnan()
+    rise = gradients(images, labels, forward, None)["rise"]
+    assert rise[:2].tolist() == pytest.approx([0.02, 1], abs=1e-3)
+    assert rise[2].isnan()

@@ -1,6 +1,7 @@
 """Masked defences lower the grade, honest models raise no alarm, and sabotage of the probes is noticed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from robustclip.attacks.attack import Forward
 from robustclip.data import CLIPDataModule
 from robustclip.evaluation import ResultsWriter, RobustEvaluation, gradient_probes, probe_queue, probes, stand_in_probes
 from robustclip.evaluation.audit import ENOUGH, AuditCheck, Check
+from robustclip.evaluation.checks.gradient_checks import RISES
 from robustclip.evaluation.evidence import Evidence
 from robustclip.intervals import upper_bound
 from robustclip.methods import RobustMethod, ZeroShot
@@ -124,6 +126,22 @@ def test_an_honest_model_raises_no_alarm(name: str, tmp_path: Path) -> None:
 def test_no_new_check_warns_of_an_honest_model(name: str, seed: int, tmp_path: Path) -> None:
     run = outcome(tmp_path, masked.HONEST[name](), samples=240, seed=seed)
     assert alarms(run) & NEW == set(), answers(run)
+
+
+@pytest.mark.parametrize(("name", "least"), [("ZeroShot", 0.6), ("MedianCrops", 0.3)])
+def test_an_honest_model_of_photographs_shows_the_rise_that_its_gradient_promises(
+    name: str, least: float, photographs: Path, real_model: Path
+) -> None:
+    """The cosine of its gradients an eighth of a grey level apart is 0.4 and 0.15, and would be an alarm."""
+    data = CLIPDataModule(test=["wds:pacs_photo"], root=str(photographs), image_size=96, batch_size=16)
+    data.connect(limit=16)
+    data.setup("test")
+    method = masked.HONEST[name](pretrained=str(real_model), image_size=96).eval().requires_grad_(False)
+    method.prepare(data.test_tasks)
+    (batch,) = data.test_dataloader()[0]
+    forward = partial(method.logits, task="pacs_photo")
+    rise = gradient_probes.gradients(batch.images, batch.labels, forward, PGD("1/255"))["rise"]
+    assert rise.median() > least > RISES[0]
 
 
 @pytest.mark.slow
