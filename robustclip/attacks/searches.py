@@ -66,8 +66,8 @@ class DenseSearch(Search):
         self.before, self.momentum = self.position, 1.0
         self.step_size = torch.full_like(self.value, 2 * self.eps).view(-1, 1, 1, 1)
         self.rises, self.last_check = torch.zeros_like(self.value), 0
-        self.last_value = torch.zeros_like(self.value)  # not that of the start, as in the authors' code
         self.was_halved, self.best_at_check = torch.ones_like(self.value, dtype=torch.bool), self.value
+        self.value = torch.zeros_like(self.value)  # with which the first step is compared, as in the authors' code
         self.checkpoints = set(checkpoints(self.steps))
 
     def next_position(self) -> Tensor:
@@ -86,7 +86,7 @@ class DenseSearch(Search):
             value: loss ``(B,)``.
             gradient: ``(B, 3, H, W)``.
         """
-        self.rises, self.last_value = self.rises + (value > self.last_value), value
+        self.rises = self.rises + (value > self.value)
         super().record(value, gradient)
 
     def check(self, step: int, rho: float) -> None:
