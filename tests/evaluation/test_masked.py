@@ -140,20 +140,19 @@ def test_no_new_check_warns_of_an_honest_model_of_photographs(
     assert alarms(run) & NEW == set(), answers(run)
 
 
-@pytest.mark.parametrize(("name", "least"), [("ZeroShot", 0.6), ("MedianCrops", 0.3)])
 def test_an_honest_model_of_photographs_shows_the_rise_that_its_gradient_promises(
-    name: str, least: float, photographs: Path, real_model: Path
+    photographs: Path, real_model: Path
 ) -> None:
-    """The cosine of its gradients an eighth of a grey level apart is 0.4 and 0.15, and would be an alarm."""
+    """The cosine of its gradients an eighth of a grey level apart is 0.4, and would be an alarm."""
     data = CLIPDataModule(test=["wds:pacs_photo"], root=str(photographs), image_size=96, batch_size=16)
     data.connect(limit=16)
     data.setup("test")
-    method = masked.HONEST[name](pretrained=str(real_model), image_size=96).eval().requires_grad_(False)
+    method = ZeroShot(pretrained=str(real_model), image_size=96).eval().requires_grad_(False)
     method.prepare(data.test_tasks)
     (batch,) = data.test_dataloader()[0]
     forward = partial(method.logits, task="pacs_photo")
     rise = gradient_probes.gradients(batch.images, batch.labels, forward, PGD("1/255"))["rise"]
-    assert rise.median() > least > RISES[0]
+    assert rise.median() > 0.6 > RISES[0]
 
 
 @pytest.mark.slow
